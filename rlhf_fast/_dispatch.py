@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a call: auto | native | triton | torch.
+
+A backend is an operator namespace with the same schemas (see `ops/_register.py`), so choosing one is choosing
+`torch.ops.rlhf_fast` (native: C++ and CUDA), or `torch.ops.rlhf_fast_torch` (the reference in PyTorch).
+`auto` takes the fastest that serves the op, device and dtype; a backend asked for by name serves or raises.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from rlhf_fast import _ext
+
+BACKENDS = ("auto", "native", "triton", "torch")
+NAMESPACES = {"native": "rlhf_fast", "torch": "rlhf_fast_torch"}
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Public op -> the operator whose kernels decide who serves it. linear_* multiply with BLAS and use token_stats' rows.
+KERNEL_OF = {
+    "token_logprobs": "token_stats",
+    "token_stats": "token_stats",
+    "token_kl": "token_kl",
+    "approx_kl": "approx_kl",
+    "gae": "gae",
+    "ppo_advantages": "ppo_advantages",
+    "masked_whiten": "whiten",
+    "linear_token_logprobs": "token_stats",
+    "linear_token_stats": "token_stats",
+}
+
+
+# (kernel, device type) that the extension registered; filled once by `find_native_kernels`, when all ops are defined.
+_native: frozenset[tuple[str, str]] = frozenset()
+
+
+def find_native_kernels() -> None:
+    """Asks the dispatcher once, so that `select` is plain Python that torch.compile can trace."""
+    global _native
+    pairs = {(kernel, device) for kernel in KERNEL_OF.values() for device in ("cpu", "cuda")}
+    _native = frozenset(pair for pair in pairs if _ext.has_kernel(*pair))
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_requested = _checked(os.environ.get("RLHF_FAST_BACKEND") or "auto", "RLHF_FAST_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op uses this backend, or raises if it cannot serve the call.
+
+    name: "auto" (the default outside), "native" (compiled C++/CUDA), "triton" or "torch" (the reference).
+    Applies to the whole process, not to one thread. A backward runs on the backend of its forward.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(name, "rlhf_fast.use_backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+def why_not_native(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """Empty when the compiled kernels serve this, else the reason that they do not."""
+    if _ext.why_not:
+        return _ext.why_not
+    if (KERNEL_OF[op], device_type) not in _native:
+        return f"this build holds no {device_type} kernels"
+    if dtype not in NATIVE_DTYPES:
+        return f"{dtype} is served by PyTorch alone"
+    return ""
+
+
+def select(op: str, tensor: torch.Tensor) -> Any:
+    """The operator namespace that serves `op` on tensors like this one (the return type is torch.ops' own)."""
+    if _requested == "torch":
+        return torch.ops.rlhf_fast_torch
+    reason = why_not_native(op, tensor.device.type, tensor.dtype)
+    if _requested == "triton":
+        raise RuntimeError(f"rlhf_fast.{op}: the triton backend was asked for, but has no kernels yet; use 'auto'")
+    if not reason:
+        return torch.ops.rlhf_fast
+    if _requested == "native":
+        raise RuntimeError(f"rlhf_fast.{op}: the native backend was asked for, but {reason}; use 'auto' or 'torch'")
+    return torch.ops.rlhf_fast_torch
+
+
+class Served(NamedTuple):
+    """One row of `backends()`."""
+
+    op: str
+    device: str
+    backend: str
+    why_not_faster: str
+
+
+class BackendTable(tuple[Served, ...]):
+    """The rows of `backends()`; prints as a table."""
+
+    def __str__(self) -> str:
+        header = Served("op", "device", "backend", "why not a faster one")
+        widths = [max(len(row[i]) for row in (header, *self)) for i in range(4)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in (header, *self)]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def backends() -> BackendTable:
+    """Which backend serves each op on each device, and why not the faster one."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return BackendTable(_served(op, device) for op in KERNEL_OF for device in devices)
+
+
+def _served(op: str, device: str) -> Served:
+    reason = why_not_native(op, device)
+    if _requested == "torch":
+        return Served(op, device, "torch", "asked for by use_backend or RLHF_FAST_BACKEND")
+    if reason:
+        return Served(op, device, "torch", reason)
+    capability = _ext.cpu_capability() if device == "cpu" else None
+    return Served(op, device, f"native ({capability})" if capability else "native", "")

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled modules: loaded once, here, and if they cannot be, the reason is kept for `rf.backends()`.
+
+`_C` holds the operators (stable ABI; loading it registers the kernels), `_host` tells about the host and the build.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import torch
+
+NAMESPACE = "rlhf_fast"
+CPU_CAPABILITIES = ("default", "avx2", "avx512")
+
+if os.environ.get("RLHF_FAST_CPU", "default") not in CPU_CAPABILITIES:
+    raise ValueError(f"RLHF_FAST_CPU must be one of {', '.join(CPU_CAPABILITIES)}, got {os.environ['RLHF_FAST_CPU']!r}")
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """The module, or why there is none."""
+    try:
+        return importlib.import_module(f"rlhf_fast.{name}"), ""
+    except ModuleNotFoundError:
+        return None, "the extension is not built (no compiler at install time, or RLHF_FAST_EXT=0)"
+    except ImportError as error:  # built for another platform or an older torch: worth its own words
+        return None, f"the extension does not load: {error}"
+
+
+_C, why_not = _load("_C")
+_host, _ = _load("_host")
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether the extension registered a kernel of `op` for the device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if _C is None or key is None:
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
+def cpu_capability() -> str | None:
+    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None without the extension."""
+    return None if _host is None else _host.cpu_capability()
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, instruction sets and CUDA architectures of the build; empty without the extension."""
+    return {} if _host is None else dict(_host.build_info())

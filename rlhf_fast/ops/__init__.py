@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused ops, one family a file: logprob, kl, gae, and linear, which composes them with BLAS."""

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every public op asks of its arguments; each message names op and argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def is_float(op: str, name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"rlhf_fast.{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"rlhf_fast.{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def same_dtype(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    is_float(op, name, x)
+    if x.dtype != first.dtype:
+        raise TypeError(
+            f"rlhf_fast.{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}; "
+            f"convert one of the two with .to()"
+        )
+
+
+def shape_is(op: str, name: str, x: Tensor, wanted: tuple[int, ...], of: str) -> None:
+    if x.shape != wanted:
+        raise ValueError(f"rlhf_fast.{op}: {name} must have the shape of {of}, {tuple(wanted)}, got {tuple(x.shape)}")
+
+
+def on_device(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    if x.device != first.device:
+        raise ValueError(
+            f"rlhf_fast.{op}: {name} must be on the device of {first_name}, {first.device}, got {x.device}"
+        )
+
+
+def is_mask(op: str, name: str, mask: Tensor | None, wanted: tuple[int, ...], of: str, first: Tensor) -> None:
+    """A bool tensor of the wanted shape, or None."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"rlhf_fast.{op}: {name} must be a bool tensor (True = real token), got {came}")
+    shape_is(op, name, mask, wanted, of)
+    on_device(op, name, mask, of, first)
+
+
+def choice(op: str, name: str, value: str, allowed: Mapping[str, int]) -> int:
+    if value not in allowed:
+        raise ValueError(f"rlhf_fast.{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+    return allowed[value]
+
+
+def positive(op: str, name: str, value: float) -> float:
+    if not value > 0:
+        raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0, got {value}")
+    return float(value)
+
+
+def in_unit_interval(op: str, name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"rlhf_fast.{op}: {name} must be between 0 and 1, got {value}")
+    return float(value)
+
+
+def can_look(x: Tensor) -> bool:
+    """Whether looking at values is free: not on a device (it would wait for it), not while tracing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+
+
+def temperature(
+    op: str, name: str, value: float | Tensor, rows: tuple[int, ...], first: Tensor, mask: Tensor | None
+) -> tuple[Tensor | None, float]:
+    """A temperature as the ops take it: per row, in the dtype of the arithmetic, or None and a float.
+
+    Masked rows may hold anything.
+    """
+    if not isinstance(value, Tensor):
+        return None, positive(op, name, value)
+    if value.dim() != 0:
+        shape_is(op, name, value, rows, "the rows")
+    if value.requires_grad and torch.is_grad_enabled():
+        value = value.detach()  # by contract the temperature is a constant
+    if can_look(value):
+        bad = ~(value > 0) if mask is None or value.dim() == 0 else mask & ~(value > 0)
+        if bool(bad.any()):
+            came = value[bad][0].item() if value.dim() else value.item()
+            raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0 everywhere, got {came}")
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return value.to(device=first.device, dtype=dtype).expand(rows).contiguous(), 1.0
+
+
+def targets_in_range(op: str, targets: Tensor, columns: int, mask: Tensor | None, k_per_row: bool) -> None:
+    """On CPU, real rows' targets are looked at; elsewhere an invalid one gives NaN (a look would stall the device)."""
+    if not can_look(targets) or targets.numel() == 0:
+        return
+    if mask is not None:
+        targets = targets.masked_fill(~(mask.unsqueeze(-1) if k_per_row else mask), 0)
+    low, high = torch.aminmax(targets)
+    if low.item() < 0 or high.item() >= columns:
+        bad = low.item() if low.item() < 0 else high.item()
+        raise ValueError(
+            f"rlhf_fast.{op}: targets must be between 0 and {columns - 1}, got {bad}; "
+            "mask rows that have no target, or clamp them"
+        )

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of options and the integers they travel as.
+
+Schemas take no strings (the stable ABI leaks them before torch 2.14), so every choice is a number on the way
+to a kernel. `csrc/math.h` holds the same numbers; tests/test_dispatch.py compares the two.
+"""
+
+from __future__ import annotations
+
+# What token_stats may return: a bit each, in the order of TokenStats' fields.
+LOGPROBS, ENTROPY, LOGSUMEXP, SUM_SQ_PROBS, ARGMAX = 1, 2, 4, 8, 16
+OUTPUTS = {
+    "logprobs": LOGPROBS,
+    "entropy": ENTROPY,
+    "logsumexp": LOGSUMEXP,
+    "sum_sq_probs": SUM_SQ_PROBS,
+    "argmax": ARGMAX,
+}
+
+# kind of token_kl
+REVERSE, FORWARD, JSD, TV = 0, 1, 2, 3
+KL_KINDS = {"reverse": REVERSE, "forward": FORWARD, "jsd": JSD, "tv": TV}
+
+# estimator of approx_kl and ppo_advantages
+K1, K2, K3, ABS = 0, 1, 2, 3
+ESTIMATORS = {"k1": K1, "k2": K2, "k3": K3, "abs": ABS}
+
+# gradient of approx_kl
+VALUE, STRAIGHT_THROUGH = 0, 1
+GRADIENTS = {"value": VALUE, "straight_through": STRAIGHT_THROUGH}

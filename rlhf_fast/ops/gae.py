@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generalized advantage estimation, and the PPO advantages built on it.
+
+GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a first-order recurrence from the last token back:
+
+    delta_t = r_t + gamma V_{t+1} (1 - done_t) - V_t
+    A_t     = delta_t + gamma lam (1 - done_t) A_{t+1}            returns_t = A_t + V_t
+
+The value after the last token is 0. Where an episode was cut off (truncated) rather than finished, V_{t+1} is the
+given bootstrap value and A_{t+1} is 0. Masked tokens lie inside a row when a tool or the environment wrote them;
+trainers disagree on what they do to the recurrence, so it is an argument:
+
+    carry   they are stepped over: t + 1 is the next real token (verl, NeMo-RL)
+    zero    they count as tokens of reward and value 0, and the recurrence decays across them (OpenRLHF, TRL)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from rlhf_fast import _dispatch
+from rlhf_fast.ops import _check, codes, reference
+from rlhf_fast.ops._register import define
+
+
+class Advantages(NamedTuple):
+    """What `ppo_advantages` returns, all `(B, T)` float32 and 0 at masked tokens."""
+
+    kl: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def gae(
+    rewards: Tensor,  # (B, T) or (total,)
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,  # (S + 1,)
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
+    mask_mode: str = "carry",
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns; formulas in the module's docstring. No gradient.
+
+    Args:
+        rewards, values: `(B, T)`, or `(total,)` with `cu_seqlens`; of one float dtype.
+        mask: same shape, bool, True = real token; masked slots are not read and return 0.
+        dones: bool, same shape: the episode ends with this token. Or `(B,)`: with the row's last real token.
+        truncated, bootstrap_values: same shape or both `(B,)` (then meaning the last real token): where truncated, the
+            episode was cut off after this token and `bootstrap_values` holds the value of what would have followed.
+            One without the other raises; done wins over truncated; flags at masked tokens are ignored.
+        cu_seqlens: `(S + 1,)` int32 or int64, 0 first, total last: sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`.
+        gamma, lam: in [0, 1]; lam a float or one per row, `(B,)` or `(S,)`.
+        value_lam: another lam for the returns (decoupled GAE, VAPO, arXiv 2504.05118); None = lam.
+        mask_mode: "carry" or "zero".
+
+    Returns:
+        `(advantages, returns)`, float32 (float64 for float64), of the shape of rewards.
+    """
+    op = "gae"
+    _check.is_float(op, "rewards", rewards)
+    packed = cu_seqlens is not None
+    if rewards.dim() != (1 if packed else 2):
+        wanted = "(total,) with cu_seqlens" if packed else "(B, T)"
+        raise ValueError(f"rlhf_fast.{op}: rewards must be {wanted}, got shape {tuple(rewards.shape)}")
+    _check_like(op, "values", values, rewards)
+    _check.is_mask(op, "mask", mask, rewards.shape, "rewards", rewards)
+    if mask_mode not in ("carry", "zero"):
+        raise ValueError(f"rlhf_fast.{op}: mask_mode must be 'carry' or 'zero', got {mask_mode!r}")
+    if (truncated is None) != (bootstrap_values is None):
+        raise ValueError(f"rlhf_fast.{op}: truncated and bootstrap_values must be given together, got one of them")
+    if cu_seqlens is not None:
+        cu_seqlens = _checked_cu_seqlens(op, cu_seqlens, rewards)
+    rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    row_lam, lam_float = _row_lam(op, "lam", lam, rows, rewards)
+    row_value_lam, value_lam_float = (
+        (row_lam, lam_float) if value_lam is None else _row_lam(op, "value_lam", value_lam, rows, rewards)
+    )
+    flags = _token_flags(op, rewards, rows, mask, cu_seqlens, dones, truncated, bootstrap_values)
+    return _dispatch.select(op, rewards).gae(
+        rewards.detach(), values.detach(), mask, *flags, cu_seqlens, row_lam, row_value_lam,
+        _check.in_unit_interval(op, "gamma", gamma), lam_float, value_lam_float, mask_mode == "carry",
+    )  # fmt: skip
+
+
+def ppo_advantages(
+    scores: Tensor,  # (B,)
+    logprobs: Tensor,  # (B, T)
+    ref_logprobs: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    *,
+    kl_coef: float,
+    estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    score_clip: float | None = None,
+    whiten: bool = True,
+    process_group: Any = None,
+) -> Advantages:
+    """The KL-penalised rewards of RLHF, their GAE, returns and whitened advantages in one pass. No gradient.
+
+    rewards = -kl_coef * kl, plus the score at the row's last real token (Ziegler et al. 2019, arXiv 1909.08593, eq. 2);
+    then `gae(..., mask_mode="carry")`; returns come from the advantages before whitening.
+
+    Args:
+        scores: `(B,)`, what the reward model said of each sequence; a row without a real token drops its score.
+        logprobs, ref_logprobs: `(B, T)`, of the sampled tokens under policy and frozen reference, at the sampling
+            temperature.
+        values: `(B, T)`, the critic's.
+        mask: `(B, T)` bool, True = response token.
+        kl_coef: weight of the KL penalty, nats to reward.
+        estimator: of the KL, as in `approx_kl`.
+        score_clip: limits scores to [-score_clip, score_clip].
+        whiten: whiten the advantages, as `masked_whiten`.
+        process_group: whiten with the statistics of all its ranks.
+    """
+    op = "ppo_advantages"
+    _check.is_float(op, "logprobs", logprobs)
+    if logprobs.dim() != 2:
+        raise ValueError(f"rlhf_fast.{op}: logprobs must be (B, T), got shape {tuple(logprobs.shape)}")
+    _check_like(op, "ref_logprobs", ref_logprobs, logprobs, "logprobs")
+    _check_like(op, "values", values, logprobs, "logprobs")
+    _check.same_dtype(op, "scores", scores, "logprobs", logprobs)
+    _check.shape_is(op, "scores", scores, logprobs.shape[:1], "the batch")
+    _check.on_device(op, "scores", scores, "logprobs", logprobs)
+    if mask is None:
+        raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = response token), got None")
+    _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
+    clip = float("inf") if score_clip is None else _check.positive(op, "score_clip", score_clip)
+    ops = _dispatch.select(op, logprobs)
+    kl, rewards, advantages, returns, moments = ops.ppo_advantages(
+        scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask, float(kl_coef),
+        _check.choice(op, "estimator", estimator, codes.ESTIMATORS), _check.in_unit_interval(op, "gamma", gamma),
+        _check.in_unit_interval(op, "lam", lam), clip,
+    )  # fmt: skip
+    if whiten:
+        advantages = ops.whiten(advantages, mask, _over_ranks(moments, process_group), True)
+    return Advantages(kl, rewards, advantages, returns)
+
+
+def masked_whiten(
+    values: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T)
+    *,
+    shift_mean: bool = True,
+    process_group: Any = None,
+) -> Tensor:
+    """(x - mean) * rsqrt(var + 1e-8) over the real tokens, of all ranks when given a process group. No gradient.
+
+    The variance is unbiased (divides by n - 1), and 0 with fewer than two real tokens. shift_mean=False adds the mean
+    back. Masked tokens are not read and return 0.
+    """
+    op = "masked_whiten"
+    _check.is_float(op, "values", values)
+    if mask is None:
+        raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = real token), got None")
+    _check.is_mask(op, "mask", mask, values.shape, "values", values)
+    ops = _dispatch.select(op, values)
+    values = values.detach()
+    moments = _over_ranks(ops.whiten_moments(values, mask), process_group)
+    return ops.whiten(values, mask, moments, shift_mean)
+
+
+def _over_ranks(moments: Tensor, process_group: Any) -> Tensor:
+    if process_group is not None:
+        torch.distributed.all_reduce(moments, group=process_group)
+    return moments
+
+
+def _check_like(op: str, name: str, x: Tensor, first: Tensor, first_name: str = "rewards") -> None:
+    _check.same_dtype(op, name, x, first_name, first)
+    _check.shape_is(op, name, x, first.shape, first_name)
+    _check.on_device(op, name, x, first_name, first)
+
+
+def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(lam, Tensor):
+        return None, _check.in_unit_interval(op, name, lam)
+    if lam.dim() != 0:
+        _check.shape_is(op, name, lam, (rows,), "the rows")
+    if _check.can_look(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"rlhf_fast.{op}: {name} must be between 0 and 1 everywhere, got {lam.tolist()}")
+    dtype = reference.accumulate_dtype(first.dtype)
+    return lam.detach().to(device=first.device, dtype=dtype).expand(rows).contiguous(), 0.0
+
+
+def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rlhf_fast.{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"rlhf_fast.{op}: cu_seqlens must be (S + 1,), got shape {tuple(cu_seqlens.shape)}")
+    _check.on_device(op, "cu_seqlens", cu_seqlens, "rewards", rewards)
+    if _check.can_look(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != rewards.shape[0] or bounds != sorted(bounds):
+            raise ValueError(
+                f"rlhf_fast.{op}: cu_seqlens must rise from 0 to the number of tokens, {rewards.shape[0]}, got {bounds}"
+            )
+    return cu_seqlens.to(torch.int64).contiguous()
+
+
+def _token_flags(
+    op: str,
+    rewards: Tensor,
+    rows: int,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dones: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap_values: Tensor | None,
+) -> list[Tensor | None]:
+    """dones, truncated, bootstrap_values with an entry for each token; those given per row go to the last real one."""
+    flags: list[Tensor | None] = []
+    given = (("dones", dones), ("truncated", truncated), ("bootstrap_values", bootstrap_values))
+    per_row = {
+        name: x is not None and x.dim() == 1 and x.shape != rewards.shape and x.shape[0] == rows for name, x in given
+    }
+    if per_row["truncated"] != per_row["bootstrap_values"]:
+        raise ValueError(f"rlhf_fast.{op}: truncated and bootstrap_values must both be per token or both per row")
+    last = _is_last_real(rewards, mask, cu_seqlens) if any(per_row.values()) else None
+    for name, x in given:
+        if x is None:
+            flags.append(None)
+            continue
+        if name == "bootstrap_values":
+            _check.same_dtype(op, name, x, "rewards", rewards)
+            x = x.detach()
+        elif x.dtype != torch.bool:
+            raise TypeError(f"rlhf_fast.{op}: {name} must be bool, got {x.dtype}")
+        _check.on_device(op, name, x, "rewards", rewards)
+        if per_row[name]:
+            assert last is not None
+            x = torch.where(last, _spread(x, rewards, cu_seqlens), torch.zeros((), dtype=x.dtype, device=x.device))
+        _check.shape_is(op, name, x, rewards.shape, "rewards (or one per row)")
+        flags.append(x)
+    return flags
+
+
+def _spread(per_row: Tensor, rewards: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """One entry per row -> one per token."""
+    if cu_seqlens is None:
+        return per_row.unsqueeze(-1).expand(rewards.shape)
+    return per_row[_sequence_of_token(rewards, cu_seqlens)]
+
+
+def _sequence_of_token(rewards: Tensor, cu_seqlens: Tensor) -> Tensor:
+    tokens = torch.arange(rewards.shape[0], device=rewards.device)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)
+
+
+def _is_last_real(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """True at the last real token of each row or sequence."""
+    position = torch.arange(1, rewards.shape[-1] + 1, device=rewards.device).expand(rewards.shape)
+    if mask is not None:
+        position = torch.where(mask, position, 0)
+    if cu_seqlens is None:
+        highest = position.amax(-1, keepdim=True) if rewards.shape[-1] else position
+    else:
+        sequence = _sequence_of_token(rewards, cu_seqlens)
+        per_sequence = position.new_zeros(cu_seqlens.shape[0] - 1)
+        highest = per_sequence.scatter_reduce(0, sequence, position, "amax")[sequence]
+    return (position == highest) & (position > 0)
+
+
+# ----------------------------------------------------------------------------------------------- registration
+
+
+def _two_like(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulate_dtype(rewards.dtype)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+def _fake_ppo_advantages(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (*_two_like(logprobs), *_two_like(logprobs), logprobs.new_empty(3, dtype=torch.float64))
+
+
+def _fake_moments(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_empty(3, dtype=torch.float64)
+
+
+def _fake_whiten(values: Tensor, *_: Any) -> Tensor:
+    return values.new_empty(values.shape, dtype=reference.accumulate_dtype(values.dtype))
+
+
+define(
+    "gae",
+    "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? truncated, Tensor? bootstrap_values, "
+    "Tensor? cu_seqlens, Tensor? row_lam, Tensor? row_value_lam, float gamma, float lam, float value_lam, bool carry) "
+    "-> (Tensor advantages, Tensor returns)",
+    reference=reference.gae, fake=_two_like,
+)  # fmt: skip
+define(
+    "ppo_advantages",
+    "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef, int estimator, "
+    "float gamma, float lam, float score_clip) "
+    "-> (Tensor kl, Tensor rewards, Tensor advantages, Tensor returns, Tensor moments)",
+    reference=reference.ppo_advantages, fake=_fake_ppo_advantages,
+)  # fmt: skip
+define(
+    "whiten_moments", "(Tensor values, Tensor mask) -> Tensor", reference=reference.whiten_moments, fake=_fake_moments
+)
+define(
+    "whiten", "(Tensor values, Tensor mask, Tensor moments, bool shift_mean) -> Tensor",
+    reference=reference.whiten, fake=_fake_whiten,
+)  # fmt: skip

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KL divergence per token: exact over the vocabulary from two logits tensors, or estimated from two log-probs.
+
+Exact, with p = softmax(z) of the policy and q = softmax(y) of the reference:
+
+    reverse  KL(p, q) = sum_j p_j (log p_j - log q_j)      forward  KL(q, p)
+    jsd      beta KL(q, m) + (1 - beta) KL(p, m),  m = (1 - beta) p + beta q      (Agarwal et al. 2024, eq. 1)
+    tv       1/2 sum_j |p_j - q_j|
+
+Estimated on a token drawn from p, with d = log p - log q of that token (Schulman 2020, joschu.net/blog/kl-approx):
+
+    k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d        abs = |d|
+
+k1 and k3 are unbiased as values. As a loss only k2 has the gradient of the reverse KL on on-policy tokens: that of
+k1 has expectation 0 and that of k3 matches to first order (Tang and Munos 2025). `gradient="straight_through"`
+therefore returns any estimator's value with k2's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _dispatch
+from rlhf_fast.ops import _check, codes, reference
+from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops.logprob import check_row_options
+
+
+def token_kl(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    *,
+    kind: str = "reverse",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Exact divergence of policy and reference at each token, in nats; formulas in the module's docstring.
+
+    Args:
+        logits, ref_logits: `(..., V)`, of one dtype: float32, bfloat16, float16 or float64; -inf is legal.
+        kind: "reverse" = KL(policy, ref), "forward" = KL(ref, policy), "jsd" or "tv".
+        beta: the reference's share in jsd, strictly between 0 and 1.
+        temperature, ref_temperature: float, 0-dim tensor or tensor of the rows' shape; the reference's defaults
+            to the policy's. Not differentiated.
+        logit_scale, softcap, mask, vocab_size: as for `token_logprobs`; scale and softcap apply to both.
+
+    Returns:
+        `(...)` float32 (float64 for float64 logits); 0 at masked rows. Differentiable in `logits`, and in `ref_logits`
+        if that requires grad. Where the value is +inf (a token that only one side forbids) the gradient is finite: it
+        counts the forbidden side's log-probability as -104 nats, about float32's smallest.
+    """
+    op = "token_kl"
+    _check.is_float(op, "logits", logits)
+    _check.same_dtype(op, "ref_logits", ref_logits, "logits", logits)
+    if logits.dim() == 0:
+        raise ValueError(f"rlhf_fast.{op}: logits must be (..., V), got a tensor without dimensions")
+    _check.shape_is(op, "ref_logits", ref_logits, logits.shape, "logits")
+    _check.on_device(op, "ref_logits", ref_logits, "logits", logits)
+    kind_code = _check.choice(op, "kind", kind, codes.KL_KINDS)
+    if not 0 < beta < 1:
+        raise ValueError(f"rlhf_fast.{op}: beta must be strictly between 0 and 1, got {beta}")
+    rows = logits.shape[:-1]
+    row_temperature, scalar, cap, columns = check_row_options(
+        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits, "logits"
+    )
+    ref_row_temperature, ref_scalar = row_temperature, scalar
+    if ref_temperature is not None:
+        ref_row_temperature, ref_scalar = _check.temperature(op, "ref_temperature", ref_temperature, rows, logits, mask)
+    kl, _ = _dispatch.select(op, logits).token_kl(
+        logits, ref_logits, mask, row_temperature, ref_row_temperature, scalar, ref_scalar,
+        float(logit_scale), cap, columns, kind_code, float(beta),
+    )  # fmt: skip
+    return kl
+
+
+def approx_kl(
+    logprobs: Tensor,  # (B, T)
+    ref_logprobs: Tensor,  # (B, T)
+    *,
+    estimator: str = "k1",
+    gradient: str = "value",
+    importance_ratio: Tensor | None = None,  # (B, T)
+    clamp: float | None = None,
+    mask: Tensor | None = None,  # (B, T)
+) -> Tensor:
+    """Estimate of KL(policy, ref) at each token from the log-probs of the sampled one, in nats.
+
+    Args:
+        logprobs, ref_logprobs: `(B, T)` (any equal shapes), of one float dtype.
+        estimator: "k1", "k2", "k3" or "abs"; formulas in the module's docstring.
+        gradient: "value" = the estimator's own, "straight_through" = its value with k2's gradient.
+        importance_ratio: policy / sampling policy, `(B, T)`; multiplies value and gradient, and is differentiated
+            too unless the caller detaches it. Needed off policy (DeepSeek-V3.2, arXiv 2512.02556).
+        clamp: limits the estimate to [-clamp, clamp] once computed; the gradient is as if unclamped, so the tokens that
+            drifted most keep theirs.
+        mask: `(B, T)` bool, True = real token.
+
+    Returns:
+        `(B, T)` float32 (float64 for float64 inputs); 0 at masked tokens.
+    """
+    op = "approx_kl"
+    _check.is_float(op, "logprobs", logprobs)
+    for name, x in (("ref_logprobs", ref_logprobs), ("importance_ratio", importance_ratio)):
+        if x is not None:
+            _check.same_dtype(op, name, x, "logprobs", logprobs)
+            _check.shape_is(op, name, x, logprobs.shape, "logprobs")
+            _check.on_device(op, name, x, "logprobs", logprobs)
+    _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
+    limit = float("inf") if clamp is None else _check.positive(op, "clamp", clamp)
+    return _dispatch.select(op, logprobs).approx_kl(
+        logprobs, ref_logprobs, importance_ratio, mask, _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
+        _check.choice(op, "gradient", gradient, codes.GRADIENTS), limit,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- registration
+
+PAIR = "Tensor logits, Tensor ref_logits, Tensor? mask, Tensor? row_temperature, Tensor? ref_row_temperature"
+PAIR_OPTIONS = (
+    "float temperature, float ref_temperature, float logit_scale, float softcap, int vocab_size, int kind, float beta"
+)
+ESTIMATE = (
+    "Tensor logprobs, Tensor ref_logprobs, Tensor? importance_ratio, Tensor? mask, "
+    "int estimator, int gradient, float clamp"
+)
+
+
+def _fake_token_kl(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype, rows = reference.accumulate_dtype(logits.dtype), logits.shape[:-1]
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty((*rows, 6), dtype=dtype)
+
+
+def _fake_token_kl_backward(grad_kl: Tensor, logits: Tensor, ref_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    needs_grad, needs_ref_grad = rest[-2:]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else x.new_empty(0)
+        for x, needed in ((logits, needs_grad), (ref_logits, needs_ref_grad))
+    )  # type: ignore[return-value]
+
+
+def _setup_token_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:5], output[1])
+    ctx.options = inputs[5:]
+
+
+def _token_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad_kl is None:
+        return (None,) * 12
+    wanted = ctx.needs_input_grad[:2]
+    grads = ops.token_kl_backward(grad_kl, *ctx.saved_tensors, *ctx.options, *wanted)
+    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 10)
+
+
+def _fake_approx_kl(logprobs: Tensor, *_: Any) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=reference.accumulate_dtype(logprobs.dtype))
+
+
+def _fake_approx_kl_backward(
+    grad_kl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, importance_ratio: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulate_dtype(logprobs.dtype)
+    ratio_shape = (0,) if importance_ratio is None else logprobs.shape
+    return logprobs.new_empty(logprobs.shape, dtype=dtype), logprobs.new_empty(ratio_shape, dtype=dtype)
+
+
+def _setup_approx_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _approx_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
+    logprobs, ref_logprobs, ratio, mask = ctx.saved_tensors
+    grad, grad_ratio = ops.approx_kl_backward(grad_kl, logprobs, ref_logprobs, ratio, mask, *ctx.options)
+    wanted, wanted_ref, wanted_ratio = ctx.needs_input_grad[:3]
+    return (
+        grad.to(logprobs.dtype) if wanted else None,
+        grad.neg().to(ref_logprobs.dtype) if wanted_ref else None,
+        grad_ratio.to(ratio.dtype) if wanted_ratio else None,
+        *(None,) * 4,
+    )
+
+
+define(
+    "token_kl", f"({PAIR}, {PAIR_OPTIONS}) -> (Tensor kl, Tensor parts)",
+    reference=reference.token_kl, fake=_fake_token_kl, setup_context=_setup_token_kl, backward=_token_kl_backward,
+)  # fmt: skip
+define_backward(
+    "token_kl_backward",
+    f"(Tensor grad_kl, {PAIR}, Tensor parts, {PAIR_OPTIONS}, bool needs_grad, bool needs_ref_grad) -> (Tensor, Tensor)",
+    reference=reference.token_kl_backward, fake=_fake_token_kl_backward, of="token_kl",
+)  # fmt: skip
+define(
+    "approx_kl", f"({ESTIMATE}) -> Tensor",
+    reference=reference.approx_kl, fake=_fake_approx_kl, setup_context=_setup_approx_kl, backward=_approx_kl_backward,
+)  # fmt: skip
+define_backward(
+    "approx_kl_backward", f"(Tensor grad_kl, {ESTIMATE}) -> (Tensor, Tensor)",
+    reference=reference.approx_kl_backward, fake=_fake_approx_kl_backward, of="approx_kl",
+)  # fmt: skip

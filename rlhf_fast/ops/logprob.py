@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token log-probabilities and the other row statistics of a softmax, from logits.
+
+With z = softcap * tanh(logit_scale * x / softcap) / temperature for logits x (softcap None: no tanh), per row
+
+    logsumexp    = log sum_j exp(z_j)                       logprob[t]   = z_t - logsumexp
+    entropy      = -sum_j p_j log p_j,  p = softmax(z)      sum_sq_probs = sum_j p_j^2
+
+are computed in one reading of the logits by the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867,
+algorithm 3). The gradients, with g the incoming ones,
+
+    dz_j = g_logprob (delta_jt - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + entropy)
+
+need one reading and one writing. The row's max and its log-sum are saved apart, since their sum has lost the
+digits that p needs when all logits share a large offset.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import _dispatch
+from rlhf_fast.ops import _check, codes, reference
+from rlhf_fast.ops._register import define, define_backward
+
+
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; outputs that were not asked for are None. All float32 but argmax (int64)."""
+
+    logprobs: Tensor | None = None  # as targets
+    entropy: Tensor | None = None  # (...), nats
+    logsumexp: Tensor | None = None  # (...)
+    sum_sq_probs: Tensor | None = None  # (...)
+    argmax: Tensor | None = None  # (...), lowest index among ties
+
+
+def token_logprobs(
+    logits: Tensor,  # (..., V)
+    targets: Tensor,  # (...) or (..., K)
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Log-probabilities of given tokens, `log_softmax(z)[targets]` with z as in the module's docstring.
+
+    Args:
+        logits: `(..., V)` float32, bfloat16, float16 or float64; leading dimensions may be strided. -inf is legal.
+        targets: `(...)` or `(..., K)` int64 or int32, aligned with logits (the caller shifts).
+        temperature: a float, a 0-dim tensor, or a tensor with the rows' shape; not differentiated.
+        logit_scale: multiplies the logits first.
+        softcap: then `softcap * tanh(. / softcap)`, before the temperature.
+        mask: `(...)` bool, True = real token. Masked rows are not read, return 0 and get no gradient.
+        vocab_size: number of columns that count, when V is padded.
+        inplace_backward: allow the backward to overwrite `logits` with its gradient; saves a logits-sized tensor.
+
+    Returns:
+        `targets.shape`, float32 (float64 for float64 logits), in nats, never above 0. NaN where a target of a real
+        row is out of range and looking would have stalled the device; on CPU that raises.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
+    """
+    stats = _token_stats(
+        "token_logprobs", logits, targets, temperature, logit_scale, softcap, mask, vocab_size,
+        inplace_backward, codes.LOGPROBS,
+    )  # fmt: skip
+    return stats[0]
+
+
+def token_stats(
+    logits: Tensor,  # (..., V)
+    targets: Tensor | None = None,  # (...) or (..., K)
+    *,
+    outputs: tuple[str, ...] = ("logprobs", "entropy"),
+    temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probabilities, entropy, logsumexp, sum of squared probabilities and argmax in one reading of the logits.
+
+    Args:
+        outputs: any of "logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax"; the first three are
+            differentiable. The others are None in the result.
+        targets: may be None when "logprobs" is not asked for.
+        Others as for `token_logprobs`.
+
+    A row that is -inf throughout has logprobs and logsumexp -inf, entropy and sum_sq_probs 0, argmax 0, gradient 0.
+    """
+    asked = output_bits("token_stats", outputs, targets)
+    results = _token_stats(
+        "token_stats", logits, targets, temperature, logit_scale, softcap, mask, vocab_size, inplace_backward, asked
+    )
+    return as_token_stats(results, asked)
+
+
+def output_bits(op: str, outputs: tuple[str, ...], targets: Tensor | None) -> int:
+    """The asked outputs as one integer."""
+    if isinstance(outputs, str):
+        raise TypeError(f"rlhf_fast.{op}: outputs must be a tuple of names, got the string {outputs!r}")
+    asked = 0
+    for name in outputs:
+        asked |= _check.choice(op, "outputs", name, codes.OUTPUTS)
+    if asked & codes.LOGPROBS and targets is None:
+        raise ValueError(f"rlhf_fast.{op}: targets must be given when outputs holds 'logprobs', got None")
+    return asked
+
+
+def as_token_stats(results: tuple[Tensor, ...], asked: int) -> TokenStats:
+    return TokenStats(*(x if asked & (1 << bit) else None for bit, x in enumerate(results[:5])))
+
+
+def _token_stats(
+    op: str,
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float | Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    vocab_size: int | None,
+    inplace_backward: bool,
+    asked: int,
+) -> tuple[Tensor, ...]:
+    _check.is_float(op, "logits", logits)
+    if logits.dim() == 0:
+        raise ValueError(f"rlhf_fast.{op}: logits must be (..., V), got a tensor without dimensions")
+    rows = logits.shape[:-1]
+    if asked & codes.LOGPROBS:
+        assert targets is not None
+        check_targets(op, targets, rows, vocab_size if vocab_size is not None else logits.shape[-1], mask, logits)
+    else:
+        targets = None
+    row_temperature, temperature, cap, columns = check_row_options(
+        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits, "logits"
+    )
+    return _dispatch.select(op, logits).token_stats(
+        logits, targets, mask, row_temperature, temperature, float(logit_scale), cap, columns, asked, inplace_backward
+    )
+
+
+def check_targets(op: str, targets: Tensor, rows: torch.Size, columns: int, mask: Tensor | None, first: Tensor) -> None:
+    """Targets are integers of the rows' shape, or of that and K; in range where looking is free."""
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"rlhf_fast.{op}: targets must be an int64 or int32 tensor, got {came}")
+    k_per_row = targets.dim() == len(rows) + 1
+    if targets.shape[: len(rows)] != rows or targets.dim() > len(rows) + 1:
+        raise ValueError(
+            f"rlhf_fast.{op}: targets must have the rows' shape {tuple(rows)}, or that and K, "
+            f"got {tuple(targets.shape)}"
+        )
+    _check.on_device(op, "targets", targets, "logits", first)
+    _check.is_mask(op, "mask", mask, rows, "the rows", first)
+    _check.targets_in_range(op, targets, columns, mask, k_per_row)
+
+
+def check_row_options(
+    op: str,
+    rows: torch.Size,
+    width: int,
+    temperature: float | Tensor,
+    softcap: float | None,
+    mask: Tensor | None,
+    vocab_size: int | None,
+    first: Tensor,
+    first_name: str,
+) -> tuple[Tensor | None, float, float, int]:
+    """The options that every row op shares, as the operators take them."""
+    _check.is_mask(op, "mask", mask, rows, "the rows", first)
+    if vocab_size is not None and not 0 < vocab_size <= width:
+        raise ValueError(f"rlhf_fast.{op}: vocab_size must be between 1 and V = {width}, got {vocab_size}")
+    row_temperature, scalar = _check.temperature(op, "temperature", temperature, rows, first, mask)
+    cap = 0.0 if softcap is None else _check.positive(op, "softcap", softcap)
+    return row_temperature, scalar, cap, -1 if vocab_size is None else vocab_size
+
+
+# ----------------------------------------------------------------------------------------------- registration
+
+ROW_OPTIONS = "float temperature, float logit_scale, float softcap, int vocab_size"
+SCHEMA = (
+    "(Tensor logits, Tensor? targets, Tensor? mask, Tensor? row_temperature, "
+    f"{ROW_OPTIONS}, int outputs, bool inplace_backward) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor logsumexp, Tensor sum_sq_probs, Tensor argmax, Tensor parts)"
+)
+GRADIENTS = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp"
+SAVED = "Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? entropy, Tensor parts"
+BACKWARD_SCHEMA = f"({GRADIENTS}, Tensor logits, {SAVED}, {ROW_OPTIONS}) -> Tensor"
+INPLACE_SCHEMA = f"({GRADIENTS}, Tensor(a!) logits, {SAVED}, {ROW_OPTIONS}) -> ()"
+
+
+def _fake(
+    logits: Tensor,
+    targets: Tensor | None,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    outputs: int,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
+    rows = logits.shape[:-1]
+    return fake_stats(logits, targets, rows, reference.accumulate_dtype(logits.dtype), outputs)
+
+
+def fake_stats(
+    like: Tensor, targets: Tensor | None, rows: torch.Size, dtype: torch.dtype, outputs: int
+) -> tuple[Tensor, ...]:
+    shapes = [targets.shape if targets is not None else rows, rows, rows, rows, rows]
+    dtypes = [dtype] * 4 + [torch.int64]
+    results = [
+        like.new_empty(shape if outputs & (1 << bit) else (0,), dtype=dt)
+        for bit, (shape, dt) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    return (*results, like.new_empty((*rows, 2), dtype=dtype))
+
+
+def _fake_backward(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, grad_logsumexp: Tensor | None, logits: Tensor, *_: Any
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _reference_inplace(
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    logits: Tensor,
+    *rest: Any,
+) -> None:
+    logits.copy_(reference.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *rest))
+
+
+def not_differentiable(output: tuple[Tensor, ...], asked: int) -> list[Tensor]:
+    """All but the asked ones among logprobs, entropy and logsumexp."""
+    return [x for bit, x in enumerate(output) if bit > 2 or not asked & (1 << bit)]
+
+
+def rows_share_memory(x: Tensor) -> bool:
+    """Whether some entries may be one and the same (expanded tensors): such logits cannot hold their own gradient."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, mask, row_temperature, *options, asked, inplace = inputs
+    entropy, parts = output[1], output[-1]
+    ctx.mark_non_differentiable(*not_differentiable(output, asked))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, targets, mask, row_temperature, entropy if asked & codes.ENTROPY else None, parts)
+    ctx.options, ctx.inplace = options, inplace
+
+
+def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_logprobs, grad_entropy, grad_logsumexp = grads[:3]
+    nothing = (None,) * 9
+    if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
+        return None, *nothing
+    logits, *saved = ctx.saved_tensors  # a second backward after an in-place one raises here: the version moved
+    # With create_graph the gradient must be a tensor of its own, to carry the node that refuses double backward;
+    # while tracing, functionalisation would copy the logits anyway.
+    free = ctx.inplace and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if free and not rows_share_memory(logits):
+        ops.token_stats_backward_(grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved, *ctx.options)
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), *nothing
+    grad = ops.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved, *ctx.options)
+    return grad, *nothing
+
+
+define(
+    "token_stats", SCHEMA,
+    reference=reference.token_stats, fake=_fake, setup_context=_setup_context, backward=_backward,
+)  # fmt: skip
+define_backward(
+    "token_stats_backward", BACKWARD_SCHEMA,
+    reference=reference.token_stats_backward, fake=_fake_backward, of="token_stats",
+)  # fmt: skip
+define("token_stats_backward_", INPLACE_SCHEMA, reference=_reference_inplace, fake=lambda *_: None)
