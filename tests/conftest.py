@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of every op test: which backend, which dtype, a seeded generator, and memory that arrives full of NaN."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tools import native_is_built
+
+import rlhf_fast as rf
+from rlhf_fast import _ext
+
+# "native" takes the best instruction set of this host; the others cap it (RLHF_FAST_CPU is read at every call).
+BACKENDS = ("torch", "native", "native:avx2", "native:default")
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that ask for `backend` and `dtype` run on every pair that exists (native has no float64 kernels)."""
+    names = set(metafunc.fixturenames)
+    for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose its own
+        names -= {name.strip() for name in str(mark.args[0]).split(",")}
+    if "dtype" in names and "backend" in names:
+        pairs = [(b, d) for b in BACKENDS for d in DTYPES if b == "torch" or d != "fp64"]
+        metafunc.parametrize(
+            ("backend", "dtype"),
+            [(b, DTYPES[d]) for b, d in pairs],
+            ids=[f"{b}-{d}" for b, d in pairs],
+            indirect=["backend"],
+        )
+    elif "backend" in names:
+        metafunc.parametrize("backend", BACKENDS[:2], indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every rlhf_fast call of the test runs on this backend, forced."""
+    name, _, instruction_set = request.param.partition(":")
+    if name == "native" and not native_is_built():
+        pytest.skip("extension not built; tests/test_dispatch.py::test_native_backend_is_built says so once")
+    if instruction_set:
+        monkeypatch.setenv("RLHF_FAST_CPU", instruction_set)
+        if _ext.cpu_capability() != instruction_set:
+            pytest.skip(f"this host has no {instruction_set}")
+    with rf.use_backend(name):
+        yield name
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> torch.Generator:
+    """Seeded by the test's name: the same numbers in every run, different ones in every test."""
+    return torch.Generator().manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def lazy_memory() -> None:
+    """Ask for it, and allocations are not filled: pages that nobody touches cost nothing."""
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch.empty and its kin, from Python and C++ alike, come filled with NaN (integers: the largest value).
+
+    An output or scratch buffer that a kernel forgets to write then shows. Tests that need more address space than
+    memory opt out by the fixture `lazy_memory`.
+    """
+    if "lazy_memory" in request.fixturenames:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)

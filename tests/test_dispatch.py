@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves a call: use_backend, RLHF_FAST_BACKEND, RLHF_FAST_CPU, rf.backends(); and that they agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from samples import SAMPLES, build
+from test_contract import Recorder, assert_same, run
+from tools import native_is_built, native_is_wanted
+
+import rlhf_fast as rf
+from rlhf_fast import _ext
+from rlhf_fast.ops import codes
+
+PUBLIC_OPS = {
+    "token_logprobs",
+    "token_stats",
+    "token_kl",
+    "approx_kl",
+    "gae",
+    "ppo_advantages",
+    "masked_whiten",
+    "linear_token_logprobs",
+    "linear_token_stats",
+}
+ROOT = Path(__file__).parent.parent
+
+needs_native = pytest.mark.skipif(not native_is_built(), reason="extension not built; see the next test")
+
+
+def test_native_backend_is_built() -> None:
+    """Without this, a build that quietly failed would skip half of the suite. RLHF_FAST_EXT=0 says it was meant."""
+    assert native_is_built() or not native_is_wanted(), _ext.why_not
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter with these environment variables, and none of ours that choose a backend."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RLHF_FAST_BACKEND", "RLHF_FAST_CPU")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def namespaces_called(name: str = "token_stats", dtype: torch.dtype = torch.float32) -> set[str]:
+    with Recorder() as recorder:
+        run(build(name, dtype))
+    return {func.namespace for func, _, _ in recorder.calls}
+
+
+def test_torch_backend_by_name() -> None:
+    for name in SAMPLES:
+        with rf.use_backend("torch"):
+            assert namespaces_called(name) == {"rlhf_fast_torch"}
+
+
+@needs_native
+def test_native_backend_by_name_and_by_auto() -> None:
+    for name in SAMPLES:
+        for backend in ("native", "auto"):
+            with rf.use_backend(backend):
+                assert namespaces_called(name) == {"rlhf_fast"}
+
+
+def test_auto_gives_float64_to_the_reference() -> None:
+    for name in SAMPLES:
+        with rf.use_backend("auto"):
+            assert namespaces_called(name, torch.float64) == {"rlhf_fast_torch"}
+
+
+def test_a_forced_backend_that_cannot_serve_raises() -> None:
+    for name, sample in ((name, build(name, torch.float64)) for name in SAMPLES):
+        with rf.use_backend("native"), pytest.raises(RuntimeError, match=rf"^rlhf_fast\.{sample.op}: .*native"):
+            run(sample)
+        with rf.use_backend("triton"), pytest.raises(RuntimeError, match=rf"^rlhf_fast\.{sample.op}: .*[tT]riton"):
+            run(build(name, torch.float32))
+
+
+def test_use_backend_nests_and_restores() -> None:
+    def served() -> str:
+        return rf.backends()[0].backend
+
+    outside = served()
+    with rf.use_backend("torch"):
+        assert served() == "torch"
+        with rf.use_backend("auto"):
+            assert served() == outside or os.environ.get("RLHF_FAST_BACKEND")
+        assert served() == "torch"
+    with pytest.raises(ZeroDivisionError), rf.use_backend("torch"):
+        raise ZeroDivisionError
+    assert served() == outside
+
+
+def test_use_backend_refuses_an_unknown_name() -> None:
+    with pytest.raises(ValueError, match="auto, native, triton, torch, got 'cuda'"), rf.use_backend("cuda"):
+        pass
+
+
+def test_backward_runs_where_its_forward_ran() -> None:
+    sample = build("token_logprobs", torch.float32)
+    with rf.use_backend("torch"):
+        leaf = sample.inputs["logits"].clone().requires_grad_()
+        out = sample.call(logits=leaf)
+    with rf.use_backend("auto"), Recorder() as recorder:
+        out.sum().backward()
+    assert {func.namespace for func, _, _ in recorder.calls} == {"rlhf_fast_torch"}
+
+
+def test_backends_lists_every_op_and_says_why() -> None:
+    with rf.use_backend("auto"):
+        table = rf.backends()
+    assert {row.op for row in table} == PUBLIC_OPS
+    assert {row.device for row in table} >= {"cpu"}
+    for row in table:
+        assert row.backend.startswith("native") or row.why_not_faster, row
+        assert row.op in str(table) and row.backend in str(table)
+    if native_is_built():
+        assert all(row.backend == f"native ({_ext.cpu_capability()})" for row in table if row.device == "cpu")
+    with rf.use_backend("torch"):
+        assert all(row.backend == "torch" and row.why_not_faster for row in rf.backends())
+
+
+def test_environment_chooses_the_backend() -> None:
+    shown = python("import rlhf_fast as rf; print({row.backend for row in rf.backends()})", RLHF_FAST_BACKEND="torch")
+    assert shown.stdout.strip() == "{'torch'}", shown.stderr
+
+
+def test_unknown_names_in_the_environment_raise_at_import() -> None:
+    refused = python("import rlhf_fast", RLHF_FAST_BACKEND="cuda")
+    assert refused.returncode != 0
+    assert (
+        "ValueError: RLHF_FAST_BACKEND: backend must be one of auto, native, triton, torch, got 'cuda'"
+        in refused.stderr
+    )
+    refused = python("import rlhf_fast", RLHF_FAST_CPU="sse9")
+    assert refused.returncode != 0
+    assert "RLHF_FAST_CPU" in refused.stderr and "default, avx2, avx512" in refused.stderr
+
+
+def test_nothing_but_torch_is_imported() -> None:
+    """`import rlhf_fast` stays light: no transformers, no numpy of its own, no build tools."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import rlhf_fast;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names);"
+        "print(sorted(new - {'rlhf_fast', 'torch'}))"
+    )
+    shown = python(code)
+    assert shown.stdout.strip() == "[]", shown.stdout + shown.stderr
+
+
+# The same calls in a fresh process under each instruction set: what a user of RLHF_FAST_CPU gets.
+BUNDLE = """
+import sys
+sys.argv, sys.path = ["", {out!r}], [{tests!r}, *sys.path]
+import torch
+from samples import SAMPLES, build
+from test_contract import run
+import rlhf_fast as rf
+from rlhf_fast import _ext
+with rf.use_backend("native"):
+    results = {{name: run(build(name, torch.float32, rows=(5, 33))) for name in SAMPLES}}
+torch.save({{"cpu": _ext.cpu_capability(), **results}}, sys.argv[1])
+"""
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", ["default", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_to_rounding(instruction_set: str, tmp_path: Path) -> None:
+    done = python(BUNDLE.format(out=str(tmp_path / "out.pt"), tests=str(ROOT / "tests")), RLHF_FAST_CPU=instruction_set)
+    assert done.returncode == 0, done.stderr
+    bundle = torch.load(tmp_path / "out.pt")
+    if bundle["cpu"] != instruction_set:
+        pytest.skip(f"this host has no {instruction_set}")
+    for name in SAMPLES:
+        with rf.use_backend("torch"):
+            assert_same(bundle[name], run(build(name, torch.float32, rows=(5, 33))), atol=1e-5)
+
+
+def test_option_codes_are_those_of_the_kernels() -> None:
+    """rlhf_fast/ops/codes.py and csrc/math.h hold the same numbers."""
+    header = (ROOT / "csrc" / "math.h").read_text()
+    numbers = {name: int(value) for name, value in re.findall(r"\bk(\w+) = (\d+)", header)}
+    for table in (codes.OUTPUTS, codes.KL_KINDS, codes.ESTIMATORS, codes.GRADIENTS):
+        for name, code in table.items():
+            assert numbers["".join(part.capitalize() for part in name.split("_"))] == code, name

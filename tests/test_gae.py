@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gae: every mask mode, flag, lambda and layout against a Python loop in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import truths
+from tolerances import assert_values
+from tools import NAN, randn, random_mask, upcast
+from torch import Tensor
+
+import rlhf_fast as rf
+
+MODES = ("carry", "zero")
+
+# One row and many, one token, odd lengths, lengths past any vector or block, rows past a lane count.
+SHAPES = [(1, 1), (1, 2), (3, 1), (2, 17), (5, 128), (9, 131), (17, 33), (33, 5), (1, 1037)]
+
+
+def check_gae(rewards: Tensor, values: Tensor, **options: Any) -> None:
+    dtype = rewards.dtype
+    got = rf.gae(rewards, values, **options)
+    true = truths.gae(upcast(rewards), upcast(values), **{k: upcast(v) for k, v in options.items()})
+    for name, ours, wanted in zip(("advantages", "returns"), got, true, strict=True):
+        assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not ours.requires_grad
+        mask = options.get("mask")
+        if mask is not None:
+            assert bool((ours[~mask] == 0).all()), f"{name} must be 0 at masked tokens"
+        assert_values(ours, wanted, dtype=dtype, what=name)
+
+
+def batch(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
+    return randn(*shape, generator=generator, dtype=dtype), randn(*shape, generator=generator, dtype=dtype)
+
+
+def padded_mask(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Left and right padding and holes, one full row and one empty one: what RLHF batches look like, and worse."""
+    mask = random_mask(rows, length, generator=generator, share=0.7)
+    for b in range(rows):
+        start, stop = sorted(torch.randint(length + 1, (2,), generator=generator).tolist())
+        mask[b, :start], mask[b, stop:] = False, False
+    mask[0] = True
+    if rows > 1:
+        mask[1] = False
+    return mask
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plain(backend: str, dtype: torch.dtype, shape: tuple[int, int], generator: torch.Generator) -> None:
+    rewards, values = batch(generator, dtype, *shape)
+    check_gae(rewards, values)
+    check_gae(rewards, values, gamma=0.9, lam=0.7)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.0), (0.0, 0.5), (0.99, 0.95)])
+def test_ends_of_the_range(
+    backend: str, dtype: torch.dtype, gamma: float, lam: float, generator: torch.Generator
+) -> None:
+    rewards, values = batch(generator, dtype, 3, 33)
+    check_gae(rewards, values, gamma=gamma, lam=lam)
+    check_gae(rewards, values, gamma=gamma, lam=lam, mask=padded_mask(3, 33, generator), mask_mode="zero")
+
+
+def test_a_case_worked_by_hand(backend: str, dtype: torch.dtype) -> None:
+    """gamma = lam = 1/2, the middle token masked away: carry skips it, zero lets it count as a step."""
+    rewards = torch.tensor([[1.0, 100.0, 2.0]], dtype=dtype)
+    values = torch.tensor([[4.0, 100.0, 8.0]], dtype=dtype)
+    mask = torch.tensor([[True, False, True]])
+    # last: 2 - 8 = -6.  first, carry: 1 + 8/2 - 4 + (-6)/4 = -0.5
+    advantages, returns = rf.gae(rewards, values, mask=mask, gamma=0.5, lam=0.5)
+    assert advantages.tolist() == [[-0.5, 0.0, -6.0]] and returns.tolist() == [[3.5, 0.0, 2.0]]
+    # middle, zero: 0 + 8/2 - 0 + (-6)/4 = 2.5.  first: 1 + 0/2 - 4 + 2.5/4 = -2.375
+    advantages, returns = rf.gae(rewards, values, mask=mask, gamma=0.5, lam=0.5, mask_mode="zero")
+    assert advantages.tolist() == [[-2.375, 0.0, -6.0]] and returns.tolist() == [[1.625, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mask(backend: str, dtype: torch.dtype, mode: str, shape: tuple[int, int], generator: torch.Generator) -> None:
+    """NaN in every masked slot of rewards and values."""
+    mask = padded_mask(*shape, generator)
+    rewards, values = (x.masked_fill(~mask, NAN) for x in batch(generator, dtype, *shape))
+    check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=0.97, lam=0.9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("flags", ["dones", "truncated", "both"])
+@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
+def test_flags(
+    backend: str, dtype: torch.dtype, masked: bool, flags: str, mode: str, generator: torch.Generator
+) -> None:
+    """A done cuts the row, a truncation cuts it and bootstraps, done wins, flags at masked tokens are ignored."""
+    shape = (9, 41)
+    rewards, values = batch(generator, dtype, *shape)
+    bootstrap = randn(*shape, generator=generator, dtype=dtype)
+    options: dict[str, Any] = {"mask_mode": mode, "gamma": 0.97, "lam": 0.9}
+    if masked:
+        mask = padded_mask(*shape, generator)
+        rewards, values = (x.masked_fill(~mask, NAN) for x in (rewards, values))
+        options["mask"] = mask
+    if flags != "truncated":
+        options["dones"] = torch.rand(shape, generator=generator) < 0.2
+    if flags != "dones":
+        truncated = torch.rand(shape, generator=generator) < 0.2
+        read = truncated & options.get("mask", True)
+        options |= {"truncated": truncated, "bootstrap_values": bootstrap.masked_fill(~read, NAN)}
+    check_gae(rewards, values, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_dones", [False, True])
+def test_flags_of_the_last_real_token(
+    backend: str, dtype: torch.dtype, with_dones: bool, mode: str, generator: torch.Generator
+) -> None:
+    """(B,) flags: the last real token of the row, wherever that is; a row without one ignores them."""
+    shape = (9, 41)
+    mask = padded_mask(*shape, generator)
+    rewards, values = (x.masked_fill(~mask, NAN) for x in batch(generator, dtype, *shape))
+    truncated = torch.rand(9, generator=generator) < 0.7
+    truncated[0], truncated[1] = True, True
+    options: dict[str, Any] = {
+        "mask": mask,
+        "mask_mode": mode,
+        "gamma": 0.97,
+        "truncated": truncated,
+        "bootstrap_values": randn(9, generator=generator, dtype=dtype).masked_fill(~truncated, NAN),
+    }
+    if with_dones:
+        options["dones"] = torch.rand(9, generator=generator) < 0.5
+    check_gae(rewards, values, **options)
+    del options["mask"]
+    check_gae(*batch(generator, dtype, *shape), **options)
+
+
+def test_flags_of_rows_when_rows_equal_tokens(backend: str, generator: torch.Generator) -> None:
+    """B == T must not make a (B,) flag look like a row of (B, T)."""
+    rewards, values = batch(generator, torch.float32, 6, 6)
+    truncated = torch.tensor([True, False, True, False, False, True])
+    check_gae(rewards, values, truncated=truncated, bootstrap_values=randn(6, generator=generator))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("which", ["lam", "value_lam", "both", "value_lam_float"])
+def test_lambdas(backend: str, dtype: torch.dtype, which: str, mode: str, generator: torch.Generator) -> None:
+    """Per-row lam; value_lam makes the returns by its own recurrence (VAPO) in the same pass."""
+    shape = (9, 41)
+    mask = padded_mask(*shape, generator)
+    rewards, values = (x.masked_fill(~mask, NAN) for x in batch(generator, dtype, *shape))
+    lam, value_lam = (torch.rand(9, generator=generator) for _ in range(2))
+    options: dict[str, Any] = {
+        "lam": {"lam": lam},
+        "value_lam": {"value_lam": value_lam},
+        "both": {"lam": lam, "value_lam": value_lam},
+        "value_lam_float": {"lam": 0.9, "value_lam": 1.0},
+    }[which]
+    check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=0.97, **options)
+    dones = torch.rand(shape, generator=generator) < 0.1
+    check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=0.97, dones=dones, **options)
+
+
+def packed(rows: list[Tensor]) -> Tensor:
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_packed_equals_padded(
+    backend: str, dtype: torch.dtype, index_dtype: torch.dtype, mode: str, generator: torch.Generator
+) -> None:
+    """Sequence by sequence what the loop gives; nothing leaks over a boundary; empty sequences are legal."""
+    lengths = [5, 1, 0, 37, 128, 2, 0, 131]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(index_dtype)
+    rows: list[dict[str, Tensor]] = []
+    lam, value_lam = (torch.rand(len(lengths), generator=generator) for _ in range(2))
+    for length in lengths:
+        mask = random_mask(length, generator=generator, share=0.8)
+        truncated = random_mask(length, generator=generator, share=0.1)
+        rows.append(
+            {
+                "rewards": randn(length, generator=generator, dtype=dtype).masked_fill(~mask, NAN),
+                "values": randn(length, generator=generator, dtype=dtype).masked_fill(~mask, NAN),
+                "mask": mask,
+                "dones": random_mask(length, generator=generator, share=0.1),
+                "truncated": truncated,
+                "bootstrap_values": randn(length, generator=generator, dtype=dtype).masked_fill(
+                    ~(truncated & mask), NAN
+                ),
+            }
+        )
+    flat = {k: packed([row[k] for row in rows]) for k in rows[0]}
+    got = rf.gae(**flat, cu_seqlens=cu_seqlens, lam=lam, value_lam=value_lam, gamma=0.97, mask_mode=mode)
+    truth_rows = [
+        truths.gae(
+            **{k: upcast(v).unsqueeze(0) for k, v in row.items()},
+            lam=lam[i : i + 1].double(),
+            value_lam=value_lam[i : i + 1].double(),
+            gamma=0.97,
+            mask_mode=mode,
+        )
+        for i, row in enumerate(rows)
+    ]
+    for which, name in enumerate(("advantages", "returns")):
+        wanted = packed([row[which].squeeze(0) for row in truth_rows])
+        assert_values(got[which], wanted, dtype=dtype, what=name)
+
+
+def test_packed_plain_and_float_lam(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    rewards, values = batch(generator, dtype, 10)
+    got = rf.gae(rewards, values, cu_seqlens=torch.tensor([0, 4, 10]), lam=0.8, gamma=0.9)
+    for start, stop in [(0, 4), (4, 10)]:
+        true = truths.gae(rewards[None, start:stop].double(), values[None, start:stop].double(), lam=0.8, gamma=0.9)
+        assert_values(got[0][start:stop], true[0][0], dtype=dtype)
+        assert_values(got[1][start:stop], true[1][0], dtype=dtype)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "unaligned"])
+def test_layouts(backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
+    def lay(x: Tensor) -> Tensor:
+        if layout == "transposed":
+            return x.t().contiguous().t()
+        if layout == "sliced":
+            return torch.cat([x[:, :1], x, x[:, :1]], dim=1)[:, 1:-1]
+        if layout == "expanded":
+            return x[:1].expand(x.shape)
+        return torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape)
+
+    shape = (7, 33)
+    mask = lay(padded_mask(*shape, generator))
+    rewards, values, bootstrap = (lay(randn(*shape, generator=generator, dtype=dtype)) for _ in range(3))
+    dones, truncated = (lay(torch.rand(shape, generator=generator) < 0.1) for _ in range(2))
+    lam = torch.rand(7, 2, generator=generator)[:, 0]
+    check_gae(rewards, values)
+    check_gae(
+        rewards,
+        values,
+        mask=mask,
+        dones=dones,
+        truncated=truncated,
+        bootstrap_values=bootstrap,
+        lam=lam,
+    )
+
+
+def test_empty_and_all_masked(backend: str, dtype: torch.dtype) -> None:
+    for shape in [(0, 4), (3, 0), (0, 0)]:
+        empty = torch.empty(shape, dtype=dtype)
+        assert [x.shape for x in rf.gae(empty, empty)] == [shape, shape]
+        mask = torch.empty(shape, dtype=torch.bool)
+        assert [x.shape for x in rf.gae(empty, empty, mask=mask)] == [shape, shape]
+    nothing = torch.empty(0, dtype=dtype)
+    for cu_seqlens in (torch.tensor([0]), torch.tensor([0, 0, 0])):
+        assert rf.gae(nothing, nothing, cu_seqlens=cu_seqlens)[0].shape == (0,)
+    holes = torch.full((2, 5), NAN, dtype=dtype)
+    for mode in MODES:
+        for out in rf.gae(holes, holes, mask=torch.zeros(2, 5, dtype=torch.bool), mask_mode=mode):
+            assert bool((out == 0).all())
+
+
+def test_more_rows_than_a_launch_dimension(backend: str, generator: torch.Generator) -> None:
+    rewards, values = batch(generator, torch.float32, 70_001, 2)
+    advantages, returns = rf.gae(rewards, values, gamma=0.9, lam=0.8)
+    last = rewards[:, 1].double() - values[:, 1].double()
+    first = rewards[:, 0].double() + 0.9 * values[:, 1].double() - values[:, 0].double() + 0.72 * last
+    assert_values(advantages, torch.stack([first, last], 1), dtype=torch.float32)
+    assert_values(returns, torch.stack([first, last], 1) + values.double(), dtype=torch.float32)
+
+
+def test_nan_in_a_real_slot_stays_in_its_row(backend: str, generator: torch.Generator) -> None:
+    rewards, values = batch(generator, torch.float32, 20, 9)
+    clean = rf.gae(rewards, values)
+    rewards[3, 4] = NAN
+    advantages, returns = rf.gae(rewards, values)
+    others = torch.arange(20) != 3
+    assert bool(advantages[3, :5].isnan().all()) and bool(advantages[3, 5:].isfinite().all())
+    assert torch.equal(advantages[others], clean[0][others]) and torch.equal(returns[others], clean[1][others])
+
+
+def test_no_gradient(backend: str, generator: torch.Generator) -> None:
+    rewards, values = batch(generator, torch.float32, 2, 5)
+    advantages, returns = rf.gae(rewards.requires_grad_(), values.requires_grad_())
+    assert not advantages.requires_grad and not returns.requires_grad
+
+
+def test_bitwise_repeatable(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    rewards, values = batch(generator, dtype, 64, 200)
+    first, second = rf.gae(rewards, values), rf.gae(rewards, values)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op means, written the plainest way there is: PyTorch's own functions, and loops for the recurrences.
+
+The tests call these with float64 copies of the inputs for the truth, and with the inputs themselves for "eager PyTorch
+in the same dtype". Nothing here is imported from rlhf_fast, so a mistake cannot be made twice in the same place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Temperature = float | Tensor
+
+
+def shaped_logits(
+    logits: Tensor,  # (..., V)
+    *,
+    temperature: Temperature = 1.0,  # float, 0-dim or (...)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The logits that the softmax sees: columns that count, then scale, then softcap, then temperature."""
+    x = logits if vocab_size is None else logits[..., :vocab_size]
+    x = x * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature.to(x.dtype).unsqueeze(-1)
+    elif isinstance(temperature, Tensor):
+        temperature = temperature.item()
+    return x / temperature
+
+
+def token_stats(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, **shaping: Any) -> dict[str, Tensor]:
+    """All five statistics of softmax(shaped logits); targets (...) or (..., K). Masked rows give 0 everywhere."""
+    x = shaped_logits(logits, **shaping)
+    logp = torch.log_softmax(x, dim=-1)
+    p = logp.exp()
+    if mask is not None:  # garbage is allowed there, so point at a column that exists
+        targets = torch.where(mask if targets.dim() < logits.dim() else mask.unsqueeze(-1), targets, 0)
+    index = targets.long() if targets.dim() == logits.dim() else targets.long().unsqueeze(-1)
+    picked = logp.gather(-1, index)
+    stats = {
+        "logprobs": picked if targets.dim() == logits.dim() else picked.squeeze(-1),
+        "entropy": -torch.where(p > 0, p * logp, 0.0).sum(-1),
+        "logsumexp": torch.logsumexp(x, dim=-1),
+        "sum_sq_probs": (p * p).sum(-1),
+        "argmax": x.argmax(-1),
+    }
+    if mask is None:
+        return stats
+    return {k: _zero_where_masked(v, mask) for k, v in stats.items()}
+
+
+def _zero_where_masked(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask if x.dim() == mask.dim() else mask.unsqueeze(-1), x, torch.zeros_like(x))
+
+
+def token_kl(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    *,
+    kind: str = "reverse",
+    beta: float = 0.5,
+    temperature: Temperature = 1.0,
+    ref_temperature: Temperature | None = None,
+    mask: Tensor | None = None,
+    **shaping: Any,
+) -> Tensor:  # (...)
+    """Divergence of two softmaxes, summed over the vocabulary."""
+    ref_temperature = temperature if ref_temperature is None else ref_temperature
+    logp = torch.log_softmax(shaped_logits(logits, temperature=temperature, **shaping), -1)
+    logq = torch.log_softmax(shaped_logits(ref_logits, temperature=ref_temperature, **shaping), -1)
+    p, q = logp.exp(), logq.exp()
+    if kind == "reverse":
+        out = _kl(p, logp, logq)
+    elif kind == "forward":
+        out = _kl(q, logq, logp)
+    elif kind == "jsd":
+        logm = ((1 - beta) * p + beta * q).log()
+        out = beta * _kl(q, logq, logm) + (1 - beta) * _kl(p, logp, logm)
+    else:
+        out = (p - q).abs().sum(-1) / 2
+    return out if mask is None else torch.where(mask, out, torch.zeros_like(out))
+
+
+def _kl(p: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    return torch.where(p > 0, p * (logp - logq), 0.0).sum(-1)
+
+
+def approx_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Schulman's estimators (http://joschu.net/blog/kl-approx.html), samples taken from the policy."""
+    d = logprobs - ref_logprobs
+    return {"k1": d, "k2": d * d / 2, "k3": (-d).exp() - 1 + d, "abs": d.abs()}[estimator]
+
+
+def gae(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T)
+    *,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float | Tensor | None = None,
+    mask_mode: str = "carry",
+) -> tuple[Tensor, Tensor]:
+    """GAE by the loop everybody writes (arXiv 1506.02438, eq. 16), a row and a token at a time, in Python floats."""
+    rows, length = rewards.shape
+    advantages, returns = torch.zeros(rows, length).double(), torch.zeros(rows, length).double()
+    if value_lam is None:
+        value_lam = lam
+    for b in range(rows):
+        real = [mask is None or bool(mask[b, t]) for t in range(length)]
+        last = max((t for t in range(length) if real[t]), default=-1)
+        lam_b, value_lam_b = _row(lam, b), _row(value_lam, b)
+        next_value = next_advantage = next_value_advantage = 0.0
+        for t in reversed(range(length)):
+            if not real[t]:
+                if mask_mode == "zero":  # a step with reward 0 and value 0
+                    next_advantage = gamma * next_value + gamma * lam_b * next_advantage
+                    next_value_advantage = gamma * next_value + gamma * value_lam_b * next_value_advantage
+                    next_value = 0.0
+                continue
+            reward, value = rewards[b, t].item(), values[b, t].item()
+            if _flag(truncated, b, t, last):
+                next_advantage = next_value_advantage = 0.0
+                next_value = _flag_value(bootstrap_values, b, t)
+            if _flag(dones, b, t, last):
+                next_value = next_advantage = next_value_advantage = 0.0
+            delta = reward + gamma * next_value - value
+            next_advantage = delta + gamma * lam_b * next_advantage
+            next_value_advantage = delta + gamma * value_lam_b * next_value_advantage
+            next_value = value
+            advantages[b, t] = next_advantage
+            returns[b, t] = next_value_advantage + value
+    return advantages, returns
+
+
+def _row(x: float | Tensor, b: int) -> float:
+    return x[b].item() if isinstance(x, Tensor) and x.dim() else float(x)
+
+
+def _flag(flags: Tensor | None, b: int, t: int, last: int) -> bool:
+    if flags is None:
+        return False
+    return bool(flags[b, t]) if flags.dim() == 2 else bool(flags[b]) and t == last
+
+
+def _flag_value(values: Tensor | None, b: int, t: int) -> float:
+    assert values is not None
+    return (values[b, t] if values.dim() == 2 else values[b]).item()
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the real tokens, variance with n - 1."""
+    x = values[mask].double()
+    if x.numel() == 0:
+        return torch.zeros(values.shape).double()
+    variance = x.var(unbiased=True) if x.numel() > 1 else torch.zeros(()).double()
+    white = (x - x.mean()) * torch.rsqrt(variance + 1e-8)
+    out = torch.zeros(values.shape).double()
+    out[mask] = white if shift_mean else white + x.mean()
+    return out
+
+
+def ppo_advantages(
+    scores: Tensor,  # (B,)
+    logprobs: Tensor,  # (B, T)
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    score_clip: float | None = None,
+    whiten: bool = True,
+) -> dict[str, Tensor]:
+    """The classic chain: KL, penalised rewards, score on the last real token, GAE, whitening."""
+    kl = approx_kl(logprobs.double(), ref_logprobs.double(), estimator)
+    kl = torch.where(mask, kl, torch.zeros_like(kl))
+    rewards = -kl_coef * kl
+    for b in range(scores.numel()):
+        real = mask[b].nonzero().flatten().tolist()
+        if real:
+            score = scores[b].item()
+            rewards[b, real[-1]] += score if score_clip is None else max(-score_clip, min(score_clip, score))
+    advantages, returns = gae(rewards, values.double(), mask=mask, gamma=gamma, lam=lam)
+    if whiten:
+        advantages = masked_whiten(advantages, mask)
+    return {"kl": kl, "rewards": rewards, "advantages": advantages, "returns": returns}
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden (..., H), weight (V, H) -> (..., V)."""
+    return torch.nn.functional.linear(hidden, weight, bias)
