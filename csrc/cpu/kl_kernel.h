@@ -10,31 +10,32 @@
 namespace rlhf_fast {
 namespace RF_ISA {
 
-// What turns a row's logits into log-probabilities.
+// What turns a row's logits into log-probabilities, and dz/dx beside them.
 struct RowNorm {
   RowTransform transform;
   float max;
   float log_sum;
 
   RowNorm(const LogitTransform& t, int64_t row, float max, float log_sum)
-      : transform(t, row), max(max), log_sum(log_sum) {}
+      : transform(t, row), max(max == -kInf ? 0.0f : max), log_sum(log_sum) {}
 
+  template <bool kCap>
   Vec logprob(Vec x, Vec* slope) const {
-    const bool cap = transform.cap > 0;
-    const Vec u = cap ? transform.operator()<true>(x) : transform.operator()<false>(x);
+    const Vec u = transform.operator()<kCap>(x);
     *slope = splat(transform.slope);
-    if (cap) *slope *= 1.0f - (u / transform.cap) * (u / transform.cap);
-    return (u - (max == -kInf ? 0.0f : max)) * transform.factor - log_sum;
+    if (kCap) *slope *= 1.0f - (u / transform.cap) * (u / transform.cap);
+    return (u - max) * transform.factor - log_sum;
   }
 };
 
 // A vector of the two distributions, and the kind's terms in them.
 struct KlTerms {
-  Vec kl;       // summand of the divergence
-  Vec slope_p;  // s_p and s_q: the gradients are p (s_p - sum p s_p), q (s_q - sum q s_q) where of that form
-  Vec slope_q;
   Vec p;
   Vec q;
+  Vec slope_p;  // s_p and s_q: the gradients are p (s_p - sum p s_p), q (s_q - sum q s_q) where of that form
+  Vec slope_q;
+  Vec distance;  // tv alone: |p - q| / 2, summed for itself, since sum p s_p + sum q s_q would cancel
+  Int infinite;  // reverse and forward: where one side has probability 0 and the divergence is +inf
 };
 
 inline Vec zero_unless(Vec weight, Vec x) { return weight == 0.0f ? Vec{} : x; }
@@ -46,66 +47,90 @@ inline KlTerms kl_terms(Vec logp, Vec logq, float beta) {
   if (kKind != kForward) t.p = exp(logp);
   if (kKind != kReverse) t.q = exp(logq);
   if (kKind == kReverse) {
-    t.kl = zero_unless(t.p, t.p * (logp - logq));
     t.slope_p = zero_unless(t.p, logp - floored(logq));
+    t.infinite = (t.p != 0.0f) & (logq == -kInf);
   } else if (kKind == kForward) {
-    t.kl = zero_unless(t.q, t.q * (logq - logp));
     t.slope_q = zero_unless(t.q, logq - floored(logp));
+    t.infinite = (t.q != 0.0f) & (logp == -kInf);
   } else if (kKind == kJsd) {
     const Vec logm = log((1.0f - beta) * t.p + beta * t.q);
     t.slope_p = zero_unless(t.p, (1.0f - beta) * (logp - logm));
     t.slope_q = zero_unless(t.q, beta * (logq - logm));
-    t.kl = t.p * t.slope_p + t.q * t.slope_q;
   } else {
     const Vec d = t.p - t.q;
-    t.kl = d > 0.0f ? 0.5f * d : -0.5f * d;
-    t.slope_p = d > 0.0f ? splat(0.5f) : (d < 0.0f ? splat(-0.5f) : Vec{});
+    t.slope_p = d > 0.0f ? splat(0.5f) : (d < 0.0f ? splat(-0.5f) : 0.0f * d);  // NaN stays NaN
     t.slope_q = -t.slope_p;
+    t.distance = d * t.slope_p;
   }
   return t;
 }
 
-// Calls body(x, y, first, count) on vectors of both rows, the last one padded.
-template <class T, class Body>
-inline void for_each_pair(const T* x, const T* y, int64_t columns, const Body& body) {
-  int64_t i = 0;
-  for (; i + kLanes <= columns; i += kLanes) body(load(x + i), load(y + i), i, kLanes);
-  if (i < columns) {
-    alignas(64) float tail_x[kLanes], tail_y[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-      tail_x[j] = i + j < columns ? to_float(x[i + j]) : -kInf;
-      tail_y[j] = i + j < columns ? to_float(y[i + j]) : -kInf;
+// Vector i of a row, padded with -inf where the row ends: probability 0, no term.
+template <class T>
+inline Vec load_padded(const T* x, int64_t i, int64_t columns) {
+  if (i + kLanes <= columns) return load(x + i);
+  Vec v = splat(-kInf);
+  for (int64_t j = i; j < columns; ++j) v[j - i] = to_float(x[j]);
+  return v;
+}
+
+// The padding again, after a softcap, which makes finite numbers of it.
+inline Vec pad_out(Vec logp, int64_t count) {
+  for (int64_t j = count; j < kLanes; ++j) logp[j] = -kInf;
+  return logp;
+}
+
+// sum p s_p and sum q s_q of a row, and the divergence, which is their sum (all kinds but tv are written that way).
+template <int kKind, bool kCap, class T>
+inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& policy, const RowNorm& ref, float beta,
+                   float* kl, float* mean_p, float* mean_q) {
+  double total_p = 0, total_q = 0, distance = 0;
+  Int infinite{};
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t end = std::min<int64_t>(columns, start + kBlock);
+    Vec sum_p{}, sum_q{}, sum_distance{};
+    for (int64_t i = start; i < end; i += kLanes) {
+      Vec slope;
+      const Vec logp = policy.logprob<kCap>(load_padded(x, i, columns), &slope);
+      const Vec logq = ref.logprob<kCap>(load_padded(y, i, columns), &slope);
+      const KlTerms t = kl_terms<kKind>(i + kLanes <= columns ? logp : pad_out(logp, columns - i),
+                                        i + kLanes <= columns ? logq : pad_out(logq, columns - i), beta);
+      if (kKind != kForward) sum_p = fma(t.p, t.slope_p, sum_p);
+      if (kKind != kReverse) sum_q = fma(t.q, t.slope_q, sum_q);
+      if (kKind == kTv) sum_distance += t.distance;
+      if (kKind == kReverse || kKind == kForward) infinite |= t.infinite;
     }
-    body(load(tail_x), load(tail_y), i, static_cast<int>(columns - i));
+    total_p += sum_of(sum_p);
+    total_q += sum_of(sum_q);
+    distance += sum_of(sum_distance);
+  }
+  bool unbounded = false;
+  for (int j = 0; j < kLanes; ++j) unbounded |= infinite[j] != 0;
+  *mean_p = static_cast<float>(total_p);
+  *mean_q = static_cast<float>(total_q);
+  const double total = kKind == kTv ? distance : total_p + total_q;
+  *kl = unbounded && total == total ? kInf : static_cast<float>(total);
+}
+
+// Calls f with the kind and the presence of a softcap as types' values: kernels are compiled for each pair.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+template <bool kCap, class F>
+inline void with_kind(int kind, const F& f) {
+  switch (kind) {
+    case kReverse: return f(Constant<kReverse>(), Constant<kCap>());
+    case kForward: return f(Constant<kForward>(), Constant<kCap>());
+    case kJsd: return f(Constant<kJsd>(), Constant<kCap>());
+    default: return f(Constant<kTv>(), Constant<kCap>());
   }
 }
 
-inline Vec keep_first(Vec x, int count) {
-  for (int j = count; j < kLanes; ++j) x[j] = 0;
-  return x;
-}
-
-template <int kKind, class T>
-inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& policy, const RowNorm& ref, float beta,
-                   float* kl, float* mean_p, float* mean_q) {
-  double totals[3] = {};
-  Vec sums[3] = {};
-  for_each_pair(x, y, columns, [&](Vec vx, Vec vy, int64_t first, int count) {
-    Vec slope;
-    const KlTerms t = kl_terms<kKind>(policy.logprob(vx, &slope), ref.logprob(vy, &slope), beta);
-    const Vec parts[3] = {t.kl, t.p * t.slope_p, t.q * t.slope_q};
-    for (int k = 0; k < 3; ++k) sums[k] += count == kLanes ? parts[k] : keep_first(parts[k], count);
-    if ((first & (kBlock - 1)) == kBlock - kLanes) {  // a block is full: on to double
-      for (int k = 0; k < 3; ++k) {
-        totals[k] += sum_of(sums[k]);
-        sums[k] = Vec{};
-      }
-    }
-  });
-  for (int k = 0; k < 3; ++k) totals[k] += sum_of(sums[k]);
-  *kl = static_cast<float>(totals[0]);
-  *mean_p = static_cast<float>(totals[1]);
-  *mean_q = static_cast<float>(totals[2]);
+template <class F>
+inline void with_kind(const TokenKlArgs& a, const F& f) {
+  a.transform.softcap > 0 ? with_kind<true>(a.kind, f) : with_kind<false>(a.kind, f);
 }
 
 template <class T>
@@ -126,44 +151,43 @@ void token_kl(const TokenKlArgs& a, int64_t begin, int64_t end) {
     parts[2] = fold_y.max;
     parts[3] = fold_y.log_sum();
     const RowNorm policy(a.transform, n, parts[0], parts[1]), ref(a.ref_transform, n, parts[2], parts[3]);
-    switch (a.kind) {
-      case kReverse: kl_row<kReverse>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5); break;
-      case kForward: kl_row<kForward>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5); break;
-      case kJsd: kl_row<kJsd>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5); break;
-      default: kl_row<kTv>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5); break;
-    }
+    with_kind(a, [&](auto kind, auto cap) {
+      kl_row<kind.value, cap.value>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5);
+    });
   }
 }
 
 // ------------------------------------------------------------------------------------------- backward
 
 template <class T>
-inline void store_some(Vec v, int count, T* to) {
-  if (count == kLanes) {
+inline void store_some(Vec v, int64_t count, T* to) {
+  if (count >= kLanes) {
     store(v, to);
   } else {
-    for (int j = 0; j < count; ++j) from_float(v[j], to + j);
+    for (int64_t j = 0; j < count; ++j) from_float(v[j], to + j);
   }
 }
 
-template <int kKind, class T>
+// Gradients of a row; grad_x or grad_y may be null.
+template <int kKind, bool kCap, class T>
 inline void kl_gradient_row(const T* x, const T* y, int64_t columns, const RowNorm& policy, const RowNorm& ref,
                             float beta, float mean_p, float mean_q, float grad_kl, T* grad_x, T* grad_y) {
-  for_each_pair(x, y, columns, [&](Vec vx, Vec vy, int64_t first, int count) {
+  for (int64_t i = 0; i < columns; i += kLanes) {
     Vec slope_x, slope_y;
-    const Vec logp = policy.logprob(vx, &slope_x), logq = ref.logprob(vy, &slope_y);
+    const Vec logp = policy.logprob<kCap>(load_padded(x, i, columns), &slope_x);
+    const Vec logq = ref.logprob<kCap>(load_padded(y, i, columns), &slope_y);
     KlTerms t = kl_terms<kKind>(logp, logq, beta);
     if (kKind == kForward) t.p = exp(logp);
     if (kKind == kReverse) t.q = exp(logq);
     if (grad_x) {
       const Vec dz = kKind == kForward ? t.p - t.q : zero_unless(t.p, t.p * (t.slope_p - mean_p));
-      store_some(grad_kl * dz * slope_x, count, grad_x + first);
+      store_some(grad_kl * dz * slope_x, columns - i, grad_x + i);
     }
     if (grad_y) {
       const Vec dy = kKind == kReverse ? t.q - t.p : zero_unless(t.q, t.q * (t.slope_q - mean_q));
-      store_some(grad_kl * dy * slope_y, count, grad_y + first);
+      store_some(grad_kl * dy * slope_y, columns - i, grad_y + i);
     }
-  });
+  }
 }
 
 template <class T>
@@ -182,17 +206,10 @@ void token_kl_backward(const TokenKlArgs& a, int64_t begin, int64_t end) {
     if (grad_y) zero_row(live_y ? grad_y + a.columns : grad_y, live_y ? a.width - a.columns : a.width);
     if (!live_x && !live_y) continue;
     const RowNorm policy(a.transform, n, parts[0], parts[1]), ref(a.ref_transform, n, parts[2], parts[3]);
-    const float g = a.grad_kl[n], mean_p = parts[4], mean_q = parts[5];
-    switch (a.kind) {
-      case kReverse:
-        kl_gradient_row<kReverse>(x, y, a.columns, policy, ref, a.beta, mean_p, mean_q, g, live_x, live_y);
-        break;
-      case kForward:
-        kl_gradient_row<kForward>(x, y, a.columns, policy, ref, a.beta, mean_p, mean_q, g, live_x, live_y);
-        break;
-      case kJsd: kl_gradient_row<kJsd>(x, y, a.columns, policy, ref, a.beta, mean_p, mean_q, g, live_x, live_y); break;
-      default: kl_gradient_row<kTv>(x, y, a.columns, policy, ref, a.beta, mean_p, mean_q, g, live_x, live_y); break;
-    }
+    with_kind(a, [&](auto kind, auto cap) {
+      kl_gradient_row<kind.value, cap.value>(x, y, a.columns, policy, ref, a.beta, parts[4], parts[5], a.grad_kl[n],
+                                             live_x, live_y);
+    });
   }
 }
 

@@ -56,10 +56,30 @@ struct RowTransform {
   }
 };
 
-// Copies up to kBlock entries, transformed, to `u`; pads with -inf to a multiple of kStep and returns that length.
+// A block of floats that need no transformation is folded where it stands.
+inline bool stands_as_is(const float*, const RowTransform& transform, int64_t count) {
+  return transform.in_scale == 1.0f && count % kStep == 0;
+}
+template <class T>
+inline bool stands_as_is(const T*, const RowTransform&, int64_t) {
+  return false;
+}
+inline const float* as_floats(const float* x) { return x; }
+template <class T>
+inline const float* as_floats(const T*) {
+  return nullptr;
+}
+
+struct Block {
+  const float* u;
+  int length;  // a multiple of kStep
+};
+
+// Up to kBlock entries, transformed into `u` and padded with -inf to a multiple of kStep.
 template <bool kCap, class T>
-inline int read_block(const T* x, int64_t count, const RowTransform& transform, float* u) {
+inline Block read_block(const T* x, int64_t count, const RowTransform& transform, float* u) {
   const int whole = static_cast<int>(std::min<int64_t>(count, kBlock));
+  if (!kCap && stands_as_is(x, transform, whole)) return {as_floats(x), whole};
   int i = 0;
   for (; i + kLanes <= whole; i += kLanes) store(transform.operator()<kCap>(load(x + i)), u + i);
   if (i < whole) {
@@ -69,7 +89,7 @@ inline int read_block(const T* x, int64_t count, const RowTransform& transform, 
   }
   const int padded = (whole + kStep - 1) / kStep * kStep;
   for (i = whole; i < padded; ++i) u[i] = -kInf;
-  return padded;
+  return {u, padded};
 }
 
 inline float block_max(const float* u, int length) {
@@ -120,8 +140,8 @@ inline RowFold fold_row(const T* x, int64_t columns, const RowTransform& transfo
   RowFold fold;
   alignas(64) float u[kBlock];
   for (int64_t start = 0; start < columns; start += kBlock) {
-    const int length = read_block<kCap>(x + start, columns - start, transform, u);
-    const float top = block_max(u, length);
+    const Block block = read_block<kCap>(x + start, columns - start, transform, u);
+    const float top = block_max(block.u, block.length);
     if (top > fold.max) {
       if (fold.max != -kInf) {
         const double rise = (static_cast<double>(top) - fold.max) * transform.factor, decay = std::exp(-rise);
@@ -132,7 +152,7 @@ inline RowFold fold_row(const T* x, int64_t columns, const RowTransform& transfo
       fold.max = top;
       fold.max_block = start;
     }
-    fold_block<kEntropy, kSquares>(u, length, transform.factor, &fold);
+    fold_block<kEntropy, kSquares>(block.u, block.length, transform.factor, &fold);
   }
   return fold;
 }
