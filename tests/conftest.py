@@ -16,22 +16,25 @@ from rlhf_fast import _ext
 # "native" takes the best instruction set of this host; the others cap it (RLHF_FAST_CPU is read at every call).
 BACKENDS = ("torch", "native", "native:avx2", "native:default")
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that ask for `backend` and `dtype` run on every pair that exists (native has no float64 kernels)."""
+    """Tests that ask for `backend` and `dtype` (or `half`) run on every pair that exists; native has no float64."""
     names = set(metafunc.fixturenames)
     for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose its own
         names -= {name.strip() for name in str(mark.args[0]).split(",")}
-    if "dtype" in names and "backend" in names:
-        pairs = [(b, d) for b in BACKENDS for d in DTYPES if b == "torch" or d != "fp64"]
-        metafunc.parametrize(
-            ("backend", "dtype"),
-            [(b, DTYPES[d]) for b, d in pairs],
-            ids=[f"{b}-{d}" for b, d in pairs],
-            indirect=["backend"],
-        )
-    elif "backend" in names:
+    for fixture, dtypes in (("dtype", DTYPES), ("half", HALVES)):
+        if {"backend", fixture} <= names:
+            pairs = [(b, d) for b in BACKENDS for d in dtypes if b == "torch" or d != "fp64"]
+            metafunc.parametrize(
+                ("backend", fixture),
+                [(b, dtypes[d]) for b, d in pairs],
+                ids=[f"{b}-{d}" for b, d in pairs],
+                indirect=["backend"],
+            )
+            return
+    if "backend" in names:
         metafunc.parametrize("backend", BACKENDS[:2], indirect=True)
 
 

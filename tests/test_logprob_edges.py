@@ -185,6 +185,27 @@ def test_padding_columns_hold_anything(backend: str, dtype: torch.dtype, generat
     assert bool((grads["logits"][:, 127:] == 0).all())
 
 
+@pytest.mark.parametrize("width", [1, 33], ids=["scalar", "vector"])
+def test_every_half_precision_number_is_read_and_written_exactly(
+    backend: str, half: torch.dtype, width: int, generator: torch.Generator
+) -> None:
+    """With all other logits -inf the logsumexp is the logit itself, and the gradient is the incoming one, rounded once.
+
+    So all finite bit patterns can be read back, subnormal ones too, and a gradient must be what `.to(half)` makes of
+    it: rounded to nearest, ties to even, past the largest number to infinity.
+    """
+    numbers = torch.arange(-(2**15), 2**15).short().view(half)
+    numbers = numbers[numbers.isfinite()]
+    logits = torch.full((numbers.numel(), width), -INF, dtype=half)
+    logits[:, width // 2] = numbers
+    leaf = logits.requires_grad_()
+    out = rf.token_stats(leaf, None, outputs=("logsumexp",)).logsumexp
+    assert out is not None and torch.equal(out, numbers.float())
+    incoming = numbers.float() * (1 + torch.randint(-4, 5, numbers.shape, generator=generator) * 2.0**-12)
+    (grad,) = torch.autograd.grad(out, leaf, incoming)
+    assert torch.equal(grad[:, width // 2], incoming.to(half))
+
+
 def test_empty_batch_and_one_token(backend: str, dtype: torch.dtype) -> None:
     for shape in [(0,), (0, 5), (4, 0)]:
         leaf = torch.empty(*shape, 11, dtype=dtype, requires_grad=True)

@@ -69,7 +69,7 @@ def token_kl(
         raise ValueError(f"rlhf_fast.{op}: beta must be strictly between 0 and 1, got {beta}")
     rows = logits.shape[:-1]
     row_temperature, scalar, cap, columns = check_row_options(
-        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits, "logits"
+        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits
     )
     ref_row_temperature, ref_scalar = row_temperature, scalar
     if ref_temperature is not None:

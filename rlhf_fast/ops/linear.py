@@ -126,14 +126,13 @@ def _linear_stats(
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"rlhf_fast.{op}: memory_budget must be at least 0 bytes, got {memory_budget}")
     rows, width = hidden.shape[:-1], weight.shape[0]
+    row_temperature, scalar, cap, columns = check_row_options(
+        op, rows, width, temperature, softcap, mask, vocab_size, hidden
+    )
     if asked & codes.LOGPROBS:
-        assert targets is not None
-        check_targets(op, targets, rows, width if vocab_size is None else vocab_size, mask, hidden)
+        check_targets(op, targets, rows, width if columns < 0 else columns, mask, hidden)
     else:
         targets = None
-    row_temperature, scalar, cap, columns = check_row_options(
-        op, rows, width, temperature, softcap, mask, vocab_size, hidden, "hidden"
-    )
     return _dispatch.select(op, hidden).linear_token_stats(
         hidden, weight, bias, targets, mask, row_temperature, scalar, float(logit_scale), cap, columns, asked,
         -1 if memory_budget is None else memory_budget,

@@ -135,14 +135,13 @@ def _token_stats(
     if logits.dim() == 0:
         raise ValueError(f"rlhf_fast.{op}: logits must be (..., V), got a tensor without dimensions")
     rows = logits.shape[:-1]
+    row_temperature, temperature, cap, columns = check_row_options(
+        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits
+    )
     if asked & codes.LOGPROBS:
-        assert targets is not None
-        check_targets(op, targets, rows, vocab_size if vocab_size is not None else logits.shape[-1], mask, logits)
+        check_targets(op, targets, rows, logits.shape[-1] if columns < 0 else columns, mask, logits)
     else:
         targets = None
-    row_temperature, temperature, cap, columns = check_row_options(
-        op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits, "logits"
-    )
     return _dispatch.select(op, logits).token_stats(
         logits, targets, mask, row_temperature, temperature, float(logit_scale), cap, columns, asked, inplace_backward
     )
@@ -160,7 +159,6 @@ def check_targets(op: str, targets: Tensor, rows: torch.Size, columns: int, mask
             f"got {tuple(targets.shape)}"
         )
     _check.on_device(op, "targets", targets, "logits", first)
-    _check.is_mask(op, "mask", mask, rows, "the rows", first)
     _check.targets_in_range(op, targets, columns, mask, k_per_row)
 
 
@@ -173,7 +171,6 @@ def check_row_options(
     mask: Tensor | None,
     vocab_size: int | None,
     first: Tensor,
-    first_name: str,
 ) -> tuple[Tensor | None, float, float, int]:
     """The options that every row op shares, as the operators take them."""
     _check.is_mask(op, "mask", mask, rows, "the rows", first)

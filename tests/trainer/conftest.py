@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the trainer's tests: the tiny task of examples/tiny, and writing small JSONL files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+WriteJsonl = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_allocations() -> None:
+    """Not here: libraries allocate memory that they never read, and deterministic mode slows them."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on several threads, and one thread repeats bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model and its data: model/ sft.jsonl feedback_prompts.jsonl heldout.jsonl. Read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    spec = importlib.util.spec_from_file_location("make_data", TINY / "make_data.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rater() -> str:
+    """The tiny task's rater, in the form that `rater` options take."""
+    return f"{TINY / 'raters.py'}:topic_share"
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> WriteJsonl:
+    """`write_jsonl("name.jsonl", row, ...)` -> path; a row that is text is written as it stands."""
+
+    def write(name: str, *rows: Any) -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def stop_at() -> Callable[[int], type]:
+    """`stop_at(n)` stands in for the class StopFlag: a Ctrl-C that comes during step n."""
+
+    def make(step: int) -> type:
+        class StopAt:
+            asked = 0
+
+            def __enter__(self) -> StopAt:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                """Nothing was installed."""
+
+            @property
+            def requested(self) -> bool:
+                """Phases ask after each step; from the n-th step on the answer is yes."""
+                self.asked += 1
+                return self.asked >= step
+
+        return StopAt
+
+    return make

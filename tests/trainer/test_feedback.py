@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feedback files, raters, and the collecting that loses nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_fast.trainer.config import CollectConfig
+from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.trainer.feedback import collect, load_rater, read_feedback
+from rlhf_fast.trainer.run import RunFolder
+
+ROW = {"prompt": "p", "completions": ["a", "b", "c"]}
+
+
+def test_ranks_and_ratings_give_the_same_pairs(write_jsonl: Any) -> None:
+    path = write_jsonl("f.jsonl", {**ROW, "ranks": [1, 3, 2]}, {**ROW, "ratings": [9.5, -1, 2]})
+    ranked, rated = read_feedback(path)
+    assert sorted(ranked.pairs()) == sorted(rated.pairs()) == [(0, 1), (0, 2), (2, 1)]
+    assert ranked.ended == [True, True, True]
+
+
+def test_ties_carry_no_pair_and_ranks_win_over_ratings(write_jsonl: Any) -> None:
+    path = write_jsonl("f.jsonl", {**ROW, "ranks": [1, 2, 2], "ratings": [0, 0, 7], "ended": [True, False, True]})
+    (ranking,) = read_feedback(path)
+    assert ranking.pairs() == [(0, 1), (0, 2)]
+    assert ranking.ended == [True, False, True]
+
+
+def test_lines_that_nobody_rated_are_left_out(write_jsonl: Any) -> None:
+    path = write_jsonl("f.jsonl", {**ROW, "ratings": None}, {**ROW, "ratings": [1, 2, 3]})
+    assert [ranking.where for ranking in read_feedback(path)] == [f"{path}:2"]
+    with pytest.raises(UserError, match="no line is rated yet"):
+        read_feedback(write_jsonl("unrated.jsonl", ROW))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"completions": ["a"]}, '"completions" must be a list of two or more texts'),
+        ({"completions": "abc"}, '"completions" must be a list of two or more texts'),
+        ({"completions": ["a", 2, "c"]}, '"completions" must be a list of two or more texts'),
+        ({"ratings": [1, 2]}, r'"ratings" must be 3 finite numbers, one for each completion, got \[1, 2\]'),
+        ({"ratings": [1, 2, "3"]}, '"ratings" must be 3 finite numbers'),
+        ({"ratings": [1, 2, float("nan")]}, '"ratings" must be 3 finite numbers'),
+        ({"ranks": [0, 1, 2]}, r'"ranks" must be whole numbers from 1 \(best\)'),
+        ({"ranks": [1, 2.5, 2]}, '"ranks" must be whole numbers from 1'),
+        ({"ratings": [1, 2, 3], "ended": [True]}, '"ended" must be 3 booleans'),
+        ({"prompt": None, "ratings": [1, 2, 3]}, '"prompt" must be text'),
+    ],
+)
+def test_a_wrong_line_is_named(write_jsonl: Any, change: dict[str, Any], message: str) -> None:
+    path = write_jsonl("f.jsonl", {**ROW, "ranks": [1, 2, 3]}, {**ROW, **change})
+    with pytest.raises(UserError, match=message) as caught:
+        read_feedback(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+@pytest.fixture
+def raters(tmp_path: Path) -> str:
+    """A file of raters, good and bad."""
+    path = tmp_path / "raters.py"
+    path.write_text(
+        "def length(prompt, completions): return [len(c) for c in completions]\n"
+        "def raises(prompt, completions): raise RuntimeError('service is down')\n"
+        "def nan(prompt, completions): return [float('nan')] * len(completions)\n"
+        "def short(prompt, completions): return [1.0]\n"
+        "calls = []\n"
+        "def fails_third(prompt, completions):\n"
+        "    calls.append(prompt)\n"
+        "    return [float('nan') if len(calls) == 3 else 1.0] * len(completions)\n"
+    )
+    return str(path)
+
+
+def test_a_rater_is_a_function_of_a_file_or_a_module(raters: str) -> None:
+    assert load_rater(f"{raters}:length")("p", ["a", "bb"]) == [1.0, 2.0]
+    assert callable(load_rater("json:dumps"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "on the prompt 'why' raised RuntimeError: service is down"),
+        ("nan", "on the prompt 'why' returned nan for 'a'; ratings must be finite"),
+        ("short", "on the prompt 'why' returned 1 ratings for 2 completions"),
+    ],
+)
+def test_a_bad_rater_is_named_with_the_prompt(raters: str, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_rater(f"{raters}:{name}")("why", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("length", "must be module:function or file.py:function"),
+        ("nowhere.py:f", "there is no file nowhere.py"),
+        ("no_such_module:f", "importing no_such_module raised ModuleNotFoundError"),
+        ("json:no_such_function", "json has no function 'no_such_function'"),
+    ],
+)
+def test_a_rater_that_cannot_be_found(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_rater(spec)
+
+
+def config(tiny: Path, folder: Path, **values: Any) -> CollectConfig:
+    """Eight prompts at a time would be one batch: two of them are."""
+    common = {
+        "model": str(tiny / "model"),
+        "output_dir": str(folder),
+        "dtype": "float32",
+        "micro_batch_size": 8,
+    }
+    return CollectConfig(**{**common, "samples_per_prompt": 4, "max_new_tokens": 6, **values})
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """What feedback.jsonl holds."""
+    return [json.loads(line) for line in (folder / "feedback.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def prompts(write_jsonl: Any) -> str:
+    """Five prompts."""
+    return write_jsonl(
+        "prompts.jsonl", *({"prompt": f"{name} wants food"} for name in ("ann", "ben", "cleo", "dan", "eve"))
+    )
+
+
+def test_collect_writes_what_read_feedback_reads(tiny: Path, tmp_path: Path, prompts: str, raters: str) -> None:
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts, rater=f"{raters}:length")
+    summary = collect(settings, RunFolder.create(settings.output_dir))
+    rows = rows_of(tmp_path / "run")
+    assert summary["prompts"] == len(rows) == 5 and summary["completions"] == 20
+    assert all(len(set(row["completions"])) > 1 and len(row["ended"]) == 4 for row in rows)
+    assert rows[0]["sampling"] == {"temperature": 1.0, "max_new_tokens": 6, "seed": 0}
+    assert rows[0]["annotator"] == f"simulated rater {raters}:length"
+    ranking = read_feedback(tmp_path / "run" / "feedback.jsonl")[0]
+    assert ranking.goodness == [len(text) for text in rows[0]["completions"]]
+
+
+def test_without_a_rater_a_person_fills_the_ratings_in(tiny: Path, tmp_path: Path, prompts: str) -> None:
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts)
+    assert collect(settings, RunFolder.create(settings.output_dir))["mean_rating"] is None
+    with pytest.raises(UserError, match="no line is rated yet"):
+        read_feedback(tmp_path / "run" / "feedback.jsonl")
+
+
+def test_nothing_is_lost_and_resume_goes_on(tiny: Path, tmp_path: Path, prompts: str, raters: str) -> None:
+    whole = config(tiny, tmp_path / "whole", prompts_file=prompts, rater=f"{raters}:length")
+    collect(whole, RunFolder.create(whole.output_dir))
+
+    broken = config(tiny, tmp_path / "run", prompts_file=prompts, rater=f"{raters}:fails_third")
+    with pytest.raises(UserError, match="on the prompt 'cleo wants food' returned nan"):
+        collect(broken, RunFolder.create(broken.output_dir))
+    assert len(rows_of(tmp_path / "run")) == 2
+    with (tmp_path / "run" / "feedback.jsonl").open("a") as file:
+        file.write('{"prompt": "cleo wants fo')  # as a kill would leave it
+
+    mended = config(tiny, tmp_path / "run", prompts_file=prompts, rater=f"{raters}:length", resume=True)
+    collect(mended, RunFolder.create(mended.output_dir, resume=True))
+    ours, theirs = rows_of(tmp_path / "run"), rows_of(tmp_path / "whole")
+    assert [row["completions"] for row in ours] == [row["completions"] for row in theirs]
+    assert [row["ratings"] for row in ours[2:]] == [row["ratings"] for row in theirs[2:]]
+
+
+def test_resume_with_another_prompts_file_is_refused(
+    tiny: Path, tmp_path: Path, prompts: str, write_jsonl: Any
+) -> None:
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts)
+    collect(settings, RunFolder.create(settings.output_dir))
+    (tmp_path / "run" / "summary.json").unlink()
+    settings.prompts_file = write_jsonl("other.jsonl", {"prompt": "kim needs animals"})
+    with pytest.raises(UserError, match=r"feedback.jsonl:1: holds another prompt than .*other.jsonl:1"):
+        collect(settings, RunFolder.create(settings.output_dir, resume=True))
+
+
+def test_a_prompt_without_room_for_the_completion_is_named(tiny: Path, tmp_path: Path, prompts: str) -> None:
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts, max_length=8)
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: the prompt has 3 tokens"):
+        collect(settings, RunFolder.create(settings.output_dir))

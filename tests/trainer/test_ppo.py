@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPO: its losses against plain Python, invariance to how a batch is cut, exact resume, and every check it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_fast.trainer import agent as agents
+from rlhf_fast.trainer import checks, models, objectives, ppo
+from rlhf_fast.trainer.batches import Batch, in_micro_batches
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.errors import Interrupted, UserError
+from rlhf_fast.trainer.evaluate import variety
+from rlhf_fast.trainer.run import RunFolder, Timer
+
+
+@pytest.fixture(scope="session")
+def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained reward model with a normaliser: enough for everything but learning something useful."""
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    model = models.load_reward_model(str(tiny / "model"), "float32", models.load_tokenizer(str(tiny / "model")))
+    model.score.weight.data.mul_(20)
+    models.set_score_normalizer(model, 0.1, 0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tiny: Path, reward_model: str) -> PPOConfig:
+    return PPOConfig(
+        model=str(tiny / "model"),
+        reward_model=reward_model,
+        prompts_file=str(tiny / "feedback_prompts.jsonl"),
+        dtype="float32",
+        max_length=32,
+        max_new_tokens=8,
+        prompts_per_step=4,
+        samples_per_prompt=4,
+        max_steps=3,
+        lr=1e-3,
+        critic_lr=1e-3,
+    )
+
+
+def replace(config: PPOConfig, **values: Any) -> PPOConfig:
+    return dataclasses.replace(config, **values)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+def random_batch() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(7) < torch.tensor([7, 3, 5, 1, 6, 2])[:, None]
+    scores = torch.randn(6, generator=generator)
+    logprobs, reference, values = (-torch.rand(6, 7, generator=generator) * mask for _ in range(3))
+    return scores, logprobs, reference, values, mask
+
+
+def test_ppo_is_gae_by_hand(config: PPOConfig) -> None:
+    scores, logprobs, reference, values, mask = random_batch()
+    config = replace(config, kl_coef=0.1, lam=0.9, gamma=0.97, score_clip=0.5)
+    made = objectives.ppo(scores, logprobs, reference, values, mask, config)
+    advantages = []
+    for b in range(6):
+        n, carry, following = int(mask[b].sum()), 0.0, 0.0
+        row = []
+        for t in reversed(range(n)):
+            reward = -0.1 * float(logprobs[b, t] - reference[b, t])
+            reward += max(-0.5, min(0.5, float(scores[b]))) if t == n - 1 else 0.0
+            carry = reward + 0.97 * following - float(values[b, t]) + 0.97 * 0.9 * carry
+            following = float(values[b, t])
+            row.insert(0, carry)
+        advantages += row
+    plain = torch.tensor(advantages)
+    torch.testing.assert_close(made.returns[mask], plain + values[mask], atol=1e-5, rtol=1e-5)
+    white = (plain - plain.mean()) / plain.std()
+    torch.testing.assert_close(made.advantages[mask], white, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_critic_free_objectives_compare_samples_of_one_prompt(config: PPOConfig, name: str) -> None:
+    scores, logprobs, reference, values, mask = random_batch()
+    config = replace(config, kl_coef=0.1, samples_per_prompt=3, score_clip=0.0)
+    made = objectives.ADVANTAGES[name](scores, logprobs, reference, values, mask, config)
+    kl = (logprobs - reference) * mask
+    totals = scores - 0.1 * kl.sum(1)
+    for b in range(6):
+        group = totals[b // 3 * 3 : b // 3 * 3 + 3]
+        others = (group.sum() - totals[b]) / 2
+        baseline, scale = (others, 1.0) if name == "rloo" else (group.mean(), group.std() + 1e-4)
+        for t in range(int(mask[b].sum())):
+            to_go = scores[b] - 0.1 * kl[b, t:].sum()
+            assert abs(made.advantages[b, t] - (to_go - baseline) / scale) < 1e-4
+    assert not made.advantages[~mask].any()
+
+
+def test_the_policy_loss_is_clipped_like_the_paper_says() -> None:
+    old, mask = torch.zeros(1, 5), torch.tensor([[True, True, True, True, False]])
+    logprobs = torch.tensor([[0.5, 0.5, -0.5, 0.1, 9.0]]).requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0, -1.0, 2.0, 9.0]])
+    loss, sums = objectives.policy_loss(logprobs, old, advantages, mask, 0.2)
+    ratio = logprobs.detach().exp()[0]
+    torch.testing.assert_close(loss, -(1.2 - ratio[1] - 0.8 + 2 * ratio[3]))
+    loss.backward()
+    assert [bool(g) for g in logprobs.grad[0]] == [False, True, False, True, False]  # type: ignore[index]
+    assert float(sums["policy/clipfrac_avg"]) == 2 and abs(float(sums["policy/ratio"]) - float(ratio[:4].sum())) < 1e-5
+
+
+def test_the_value_loss_takes_the_larger_error() -> None:
+    values, old, returns = torch.tensor([[1.0, 0.1, 5.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
+    mask = torch.tensor([[True, True, False]])
+    clipped = objectives.value_loss(values, old, returns, mask, 0.2)
+    torch.testing.assert_close(clipped, torch.tensor(0.5 * (0.8**2 + 0.9**2)))
+    torch.testing.assert_close(objectives.value_loss(values, old, returns, mask, 0.0), torch.tensor(0.5 * 0.9**2))
+
+
+# --------------------------------------------------------------------------------------------- the loop
+
+
+def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics of one step, and the norms of all gradients at its first optimizer step."""
+    agent = agents.load_agent(config)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    norms: dict[str, float] = {}
+    step = agent.policy_optimizer.step
+
+    def watched(norm: float | None = None) -> float:
+        for model in ("policy", "critic"):
+            for name, parameter in getattr(agent, model).named_parameters():
+                if parameter.grad is not None:
+                    norms.setdefault(f"{model}.{name}", float(parameter.grad.norm()))
+        return step(norm)
+
+    agent.policy_optimizer.step = watched  # type: ignore[method-assign]
+    return ppo.train_step(agent, prompts, config, 0, Timer()), norms
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_the_cut_into_micro_batches_changes_nothing(config: PPOConfig, size: int) -> None:
+    whole, norms = gradients(replace(config, micro_batch_size=64))
+    cut, cut_norms = gradients(replace(config, micro_batch_size=size))
+    assert cut == pytest.approx(whole, abs=2e-4, rel=2e-3)
+    assert cut_norms == pytest.approx(norms, rel=1e-3, abs=1e-6) and len(norms) > 30
+
+
+def test_the_first_minibatch_has_ratio_one_and_the_kl_starts_at_zero(config: PPOConfig) -> None:
+    config = replace(config, num_minibatches=1, score_clip=0.0)
+    first, _ = gradients(config)
+    assert first["policy/ratio"] == pytest.approx(1.0, abs=1e-5) and first["policy/clipfrac_avg"] == 0
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["objective/rlhf_reward"] == pytest.approx(first["objective/scores"], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_objective_runs_to_its_end(config: PPOConfig, tmp_path: Path, objective: str, dtype: str) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    config = replace(config, objective=objective, dtype=dtype, epochs=2, missing_eos_penalty=1.0)
+    summary = ppo.train_ppo(config, run)
+    assert summary["steps"] == 3 and summary["kl_final"] == metrics(run.path)[-1]["objective/kl"]
+    assert ("loss/value_avg" in metrics(run.path)[0]) == (objective == "ppo")
+    assert all(value == value for row in metrics(run.path) for value in row.values())
+
+
+def test_held_out_prompts_are_sampled_before_and_after(
+    config: PPOConfig, tiny: Path, tiny_rater: str, tmp_path: Path
+) -> None:
+    config = replace(config, eval_prompts_file=str(tiny / "heldout.jsonl"), rater=tiny_rater, max_steps=1)
+    run = RunFolder.create(tmp_path / "run")
+    summary = ppo.train_ppo(config, run)
+    rows = [json.loads(line) for line in (run.path / "samples.jsonl").read_text().splitlines()]
+    prompts = len((tiny / "heldout.jsonl").read_text().splitlines())
+    assert len(rows) == 2 * config.eval_samples * prompts and {row["when"] for row in rows} == {"before", "after"}
+    for when in ("before", "after"):
+        chosen = [row for row in rows if row["when"] == when]
+        assert summary[f"gold_{when}"] == pytest.approx(sum(row["gold"] for row in chosen) / len(chosen))
+        assert summary[f"reward_{when}"] == pytest.approx(sum(row["reward"] for row in chosen) / len(chosen))
+    assert summary["kl_before"] == pytest.approx(0.0, abs=1e-3) and summary["kl_final"] == summary["kl_after"]
+    assert json.loads((run.path / "summary.json").read_text()) == summary
+    tokens = {"distinct", "distinct_2", "ended", "length", "entropy"}
+    assert all(f"{name}_{when}" in summary for name in tokens for when in ("before", "after"))
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], Any]
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        config = replace(config, dtype=dtype)
+        straight, stopped = tmp_path / f"straight-{dtype}", tmp_path / f"stopped-{dtype}"
+        ppo.train_ppo(config, RunFolder.create(straight))
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "StopFlag", stop_at(1))
+            with pytest.raises(Interrupted, match="stopped after 1 of 3 steps; --resume goes on"):
+                ppo.train_ppo(config, RunFolder.create(stopped))
+        assert not (stopped / "model").exists() and (stopped / "checkpoints" / "step-1").is_dir()
+        summary = ppo.train_ppo(config, RunFolder.create(stopped, resume=True))
+        assert summary["steps"] == 3 and metrics(stopped) == metrics(straight)
+        ours, theirs = weights(straight), weights(stopped)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
+        assert ppo.train_ppo(config, RunFolder.create(stopped, resume=True)) == summary  # a finished run is left alone
+
+
+def test_checkpoints_come_every_save_steps_and_at_the_end(config: PPOConfig, tmp_path: Path) -> None:
+    ppo.train_ppo(replace(config, save_steps=2), RunFolder.create(tmp_path / "run"))
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-2", "step-3"}
+
+
+def test_the_time_limit_ends_the_phase_early(
+    config: PPOConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    summary = ppo.train_ppo(replace(config, max_seconds=0.01), run)
+    assert summary["steps"] == 1 and (run.path / "model" / "config.json").exists()
+    assert "ends the phase after 1 steps" in capsys.readouterr().err
+
+
+def test_prompts_come_once_before_any_comes_again(config: PPOConfig) -> None:
+    chosen = [i for step in range(6) for i in ppo.prompts_of_step(8, config, step)]
+    assert all(sorted(chosen[start : start + 8]) == list(range(8)) for start in (0, 8, 16))
+    assert chosen[:8] != chosen[8:16]
+    assert chosen != [i for step in range(6) for i in ppo.prompts_of_step(8, replace(config, seed=1), step)]
+
+
+def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
+    agent = agents.load_agent(config)
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    scores = torch.tensor([1.0, -1.0, 0.5])
+    before = (2.0 * scores[:, None] - 3.0 + 0.1 * torch.randn(3, 5)) * mask
+    weight, bias = agent.critic.score.weight.clone(), agent.critic.score.bias.clone()
+    after = agents.calibrate_critic(agent.critic, before, scores, mask)
+    targets = scores[:, None].expand(3, 5)[mask]
+    assert ((after[mask] - targets) ** 2).mean() < 0.02 and not after[~mask].any()
+    slope = (agent.critic.score.weight / weight).mean()
+    torch.testing.assert_close(after[mask], (slope * before + agent.critic.score.bias - slope * bias)[mask])
+
+
+# ------------------------------------------------------------------------------------------- what stops a run
+
+
+def test_dropout_is_noticed(config: PPOConfig) -> None:
+    agent = agents.load_agent(config)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    hidden_states = models.hidden_states
+
+    def noisy(model: Any, *args: Any) -> Tensor:
+        return torch.nn.functional.dropout(hidden_states(model, *args), 0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "hidden_states", noisy)
+        with pytest.raises(UserError, match="ratio of the first minibatch is not 1: .* at sample .* token .*dropout"):
+            ppo.train_step(agent, prompts, config, 0, Timer())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("reward", "the score is nan at sample"),
+        ("reference", "ref_logprobs is nan at sample"),
+        ("critic", "values is nan"),
+    ],
+)
+def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
+    agent = agents.load_agent(config)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    getattr(agent, model).base_model.norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match=message):
+        ppo.train_step(agent, prompts, config, 1, Timer())
+
+
+def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
+    agent = agents.load_agent(config)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
+        ppo.train_step(agent, prompts, config, 0, Timer())
+
+
+def test_logprobs_above_zero_stop_the_run() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    checks.check_logprobs("old_logprobs", torch.tensor([[-1.0, 1e-6], [0.0, 99.0]]), mask)
+    with pytest.raises(UserError, match="old_logprobs is 0.5 at sample 1 token 0; a log-probability is at most 0"):
+        checks.check_logprobs("old_logprobs", torch.tensor([[-1.0, 0.0], [0.5, 0.0]]), mask)
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+    model = models.load_reward_model(str(tiny / "model"), "float32")
+    model.resize_token_embeddings(99)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has another vocabulary than"):
+        agents.load_agent(replace(config, reward_model=str(tmp_path / "other")))
+
+
+def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
+    path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
+    with pytest.raises(UserError, match="long.jsonl.*2"):
+        agents.load_prompts(path, config, agents.load_agent(config))
+
+
+# ------------------------------------------------------------------------------------------- small parts
+
+
+def test_micro_batches_come_back_in_order() -> None:
+    mask = torch.arange(6) < torch.tensor([2, 6, 3, 5, 1])[:, None]
+    batch = Batch(torch.arange(30).view(5, 6), mask, mask)
+    plan = batch.plan(2)
+    assert [rows.tolist() for rows in plan] == [[1, 3], [2, 0], [4]]
+    assert batch.rows(plan[1]).input_ids.shape == (2, 3)
+    torch.testing.assert_close(in_micro_batches(lambda p: p.input_ids * p.mask, batch, plan), batch.input_ids * mask)
+    torch.testing.assert_close(in_micro_batches(lambda p: p.input_ids[:, 0], batch, plan), batch.input_ids[:, 0])
+
+
+def test_variety_counts_texts_and_word_pairs() -> None:
+    assert variety(["a b a", "a b a", "c"]) == {"distinct": 2 / 3, "distinct_2": 0.5}
+    assert variety(["a"]) == {"distinct": 1.0, "distinct_2": 1.0}

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.html: nothing that a model wrote becomes markup, nothing is fetched, and half a run has a report too."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.trainer.report import write_report
+
+EVIL = "<script>alert('x')</script> & \"quotes\""
+VOID = {"meta", "br", "img", "path", "use"}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> None:
+    """A JSONL file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A pipeline's folder with a few rows of everything."""
+    steps = range(1, 4)
+    write(
+        tmp_path / "sft/metrics.jsonl",
+        {"step": 0, "eval/nll": 4.0},
+        *({"step": n, "loss": 4.0 - n, "lr": 0.1} for n in steps),
+    )
+    write(
+        tmp_path / "collect/feedback.jsonl",
+        {"prompt": EVIL, "completions": [EVIL, "b"], "ratings": [1, 0], "annotator": EVIL},
+    )
+    write(tmp_path / "reward/metrics.jsonl", *({"step": n, "loss": 0.6, "pair_accuracy": 0.5} for n in steps))
+    samples = [{"prompt": "p", "completion": EVIL, "goodness": g, "score": g / 2} for g in (0, 1)]
+    write(tmp_path / "reward/samples.jsonl", *samples)
+    ppo = {"objective/scores": 0.1, "objective/kl": 2.0, "val/explained_variance": None}
+    write(tmp_path / "ppo/metrics.jsonl", *({"step": n, **ppo} for n in steps))
+    row = {"prompt": EVIL, "completion": EVIL, "reward": 1.0, "gold": 0.5, "ended": False}
+    write(tmp_path / "ppo/samples.jsonl", {"when": "before", **row}, {"when": "after", **row})
+    (tmp_path / "ppo/summary.json").write_text(
+        json.dumps({"reward_before": 0.0, "reward_after": 1.25, "seconds": 9.0, "seconds_by_part": {"generate": 5.0}})
+    )
+    (tmp_path / "config.yaml").write_text(f"model: {EVIL}\n")
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"model": EVIL, "seconds": {"total": 99}, "backend": {"gae": "native"}})
+    )
+    return tmp_path
+
+
+class Balance(HTMLParser):
+    """Counts what is open; raises if a tag closes what another opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        """Remember it."""
+        self.seen.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        """It closes itself."""
+
+    def handle_endtag(self, tag: str) -> None:
+        """Must close the innermost."""
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_self_contained_and_escaped(run: Path) -> None:
+    page = write_report(run).read_text()
+    assert EVIL not in page and "&lt;script&gt;alert" in page
+    balance = Balance()
+    balance.feed(page)
+    assert not balance.open and "script" not in balance.seen and "link" not in balance.seen
+    assert not re.search(r"(src|href)=[\"'](?!#)", page) and "url(http" not in page
+    assert page.count("<svg") >= 8 and "0.00</s> 1.25" in page
+    for heading in (
+        "Supervised fine-tuning",
+        "Feedback",
+        "Reward model",
+        "PPO",
+        "before and after",
+        "config.yaml",
+    ):
+        assert heading in page
+
+
+def test_half_a_run_has_a_report_too(run: Path) -> None:
+    (run / "summary.json").unlink()
+    with (run / "sft/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    for phase in ("collect", "reward", "ppo"):
+        for file_of_phase in (run / phase).iterdir():
+            file_of_phase.unlink()
+    (run / "collect").rmdir()
+    page = write_report(run).read_text()
+    assert "Supervised fine-tuning" in page and "Feedback" not in page
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no run: wanted one of the folders sft, collect, reward, ppo"):
+        write_report(tmp_path)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward model: its loss by hand, its split, its normalisation, and a run that was stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_fast.trainer import reward
+from rlhf_fast.trainer.config import RewardConfig
+from rlhf_fast.trainer.data import encode_completion, pad_right
+from rlhf_fast.trainer.errors import Interrupted, UserError
+from rlhf_fast.trainer.feedback import Ranking, read_feedback
+from rlhf_fast.trainer.models import load_reward_model, load_tokenizer, sequence_scores
+from rlhf_fast.trainer.run import RunFolder
+
+COMPLETIONS = ["cat dog", "red blue green pink", "rain", "egg salt soup"]
+
+
+def ranked(goodness: list[float], prompt: str = "p") -> reward.EncodedRanking:
+    """A ranking without tokens, for what looks at pairs only."""
+    size = len(goodness)
+    ranking = Ranking(prompt, [""] * size, [True] * size, goodness, "f:1")
+    return reward.EncodedRanking([[0]] * size, ranking.pairs(), ranking)
+
+
+def test_the_loss_is_the_mean_over_all_pairs_and_ties_count_for_nothing() -> None:
+    scores = torch.tensor([1.0, -0.5, 2.0])
+
+    def term(better: int, worse: int) -> float:
+        return math.log1p(math.exp(float(scores[worse] - scores[better])))
+
+    whole = reward.ranking_loss([scores], [ranked([3, 2, 1])])
+    assert float(whole) == pytest.approx((term(0, 1) + term(0, 2) + term(1, 2)) / 3)
+    tied = reward.ranking_loss([scores, scores], [ranked([3, 1, 1]), ranked([1, 1, 1])])
+    assert float(tied) == pytest.approx((term(0, 1) + term(0, 2)) / 3)
+    nothing = reward.ranking_loss([scores.requires_grad_()], [ranked([1, 1, 1])])
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and scores.grad is not None and not scores.grad.any()
+
+
+def test_pair_accuracy_counts_pairs_and_a_draw_is_wrong() -> None:
+    rankings = [ranked([2, 1, 0]), ranked([1, 1])]
+    assert reward.pair_accuracy(rankings, [torch.tensor([3.0, 1.0, 2.0]), torch.zeros(2)]) == pytest.approx(2 / 3)
+    assert reward.pair_accuracy(rankings, [torch.zeros(3), torch.zeros(2)]) == 0
+    assert reward.pair_accuracy([ranked([1, 1])], [torch.zeros(2)]) is None
+
+
+def test_no_prompt_is_on_both_sides_of_the_split() -> None:
+    rankings = [ranked([1, 0], f"prompt {i % 10}") for i in range(40)]
+    train, held_out = reward.split(rankings, RewardConfig(eval_fraction=0.25))
+    prompts = [{ranking.source.prompt for ranking in side} for side in (train, held_out)]
+    assert not prompts[0] & prompts[1] and len(prompts[1]) == 3 and len(train) + len(held_out) == 40
+    assert len(reward.split(rankings, RewardConfig(eval_fraction=0.0))[1]) == 0
+    with pytest.raises(UserError, match="1 different prompts are too few to hold out 25%"):
+        reward.split(rankings[:1], RewardConfig(eval_fraction=0.25))
+
+
+def test_micro_batches_keep_rankings_whole() -> None:
+    rankings = [ranked([1.0] * size) for size in (4, 4, 2, 9, 1)]
+    sizes = [[len(r.sequences) for r in batch] for batch in reward.micro_batches(rankings, 8)]
+    assert sizes == [[4, 4], [2], [9], [1]]
+    assert reward.micro_batches([], 8) == []
+
+
+@pytest.fixture
+def feedback(write_jsonl: Any, tiny: Path) -> str:
+    """24 rankings of four completions of different lengths; more words are better, with a tie each."""
+    prompts = [json.loads(line)["prompt"] for line in (tiny / "feedback_prompts.jsonl").read_text().splitlines()]
+    prompts = sorted(set(prompts))[:24]
+    return write_jsonl(
+        "feedback.jsonl", *({"prompt": p, "completions": COMPLETIONS, "ranks": [3, 1, 4, 2]} for p in prompts)
+    )
+
+
+def train(tiny: Path, folder: Path, feedback: str, **values: Any) -> dict[str, Any]:
+    """In a run folder of its own."""
+    common = {
+        "model": str(tiny / "model"),
+        "dtype": "float32",
+        "lr": 1e-3,
+        "head_lr": 1e-2,
+        "epochs": 4,
+        "batch_size": 4,
+    }
+    config = RewardConfig(**{**common, "output_dir": str(folder), "feedback_file": feedback, **values})
+    run = RunFolder.create(folder, resume=config.resume)
+    try:
+        return reward.train_reward(config, run)
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_learns_and_its_scores_are_normalised_wherever_it_is_loaded(
+    tiny: Path, tmp_path: Path, feedback: str, dtype: str
+) -> None:
+    summary = train(tiny, tmp_path / "run", feedback, dtype=dtype)
+    assert summary["heldout_pair_accuracy"] > 0.9 and summary["pairs"] == 6 * summary["rankings"]
+    folder = str(tmp_path / "run" / "model")
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, getattr(torch, dtype), tokenizer)
+    scores = torch.cat(
+        reward.score_all(model, [reward.encode(tokenizer, r, 64) for r in read_feedback(feedback)], 0, 8)
+    )
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(tiny: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer)
+    sequences = [encode_completion(tokenizer, text) for text in COMPLETIONS]
+    with torch.no_grad():
+        alone = torch.cat(
+            [sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool()) for ids in sequences]
+        )
+        right = sequence_scores(model, *pad_right(sequences, tokenizer.eos_token_id))  # pads look like the end
+    torch.testing.assert_close(alone, right, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_batches_do_not_change_the_result(tiny: Path, tmp_path: Path, feedback: str) -> None:
+    train(tiny, tmp_path / "whole", feedback, epochs=1, micro_batch_size=64)
+    train(tiny, tmp_path / "parts", feedback, epochs=1, micro_batch_size=4)
+    whole, parts = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    tiny: Path, tmp_path: Path, feedback: str, dtype: str, monkeypatch: pytest.MonkeyPatch, stop_at: Any
+) -> None:
+    first = train(tiny, tmp_path / "whole", feedback, dtype=dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "StopFlag", stop_at(8))
+        with pytest.raises(Interrupted, match="reward model stopped at step 8 of 20"):
+            train(tiny, tmp_path / "run", feedback, dtype=dtype)
+    assert not (tmp_path / "run" / "model").exists()
+    resumed = train(tiny, tmp_path / "run", feedback, dtype=dtype, resume=True)
+    assert resumed["heldout_pair_accuracy"] == first["heldout_pair_accuracy"]
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("run", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_only_ties_are_refused(tiny: Path, tmp_path: Path, write_jsonl: Any) -> None:
+    rows = [{"prompt": f"ann wants {t}", "completions": ["cat", "dog"], "ranks": [1, 1]} for t in ("food", "colors")]
+    with pytest.raises(UserError, match="every rated line is a tie"):
+        train(tiny, tmp_path / "run", write_jsonl("ties.jsonl", *rows))
+
+
+def test_a_prompt_longer_than_the_model_reads_is_named(tiny: Path, tmp_path: Path, write_jsonl: Any) -> None:
+    row = {"prompt": "cat " * 70, "completions": ["cat", "dog"], "ranks": [1, 2]}
+    with pytest.raises(UserError, match=r"long.jsonl:1: the prompt has 70 tokens .* in a context of 64"):
+        train(tiny, tmp_path / "run", write_jsonl("long.jsonl", row))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny: Path, tmp_path: Path, feedback: str) -> None:
+    with pytest.raises(UserError, match="the reward model's loss is nan"):
+        train(tiny, tmp_path / "run", feedback, lr=1e30, head_lr=1e30)
