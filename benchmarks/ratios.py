@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,15 +136,14 @@ def linear_cases() -> Iterator[Case]:
         mine = hidden.clone().requires_grad_()
         theirs, their_targets = hidden[mask].clone().requires_grad_(), targets[mask]
         moved = weight.nbytes + theirs.nbytes
+        ours = partial(rf.linear_token_logprobs, mine, weight, targets, mask=mask)
+        eager = partial(eager_linear_logprobs, theirs, weight, their_targets)
+        matmul = partial(torch.nn.functional.linear, theirs, weight)
         for direction, wrap in (("forward", no_grad), ("forward + backward", backward)):
-            head = [theirs, weight]
             providers = {
-                "native": on(
-                    "native",
-                    wrap(lambda m=mask, h=mine: rf.linear_token_logprobs(h, weight, targets, mask=m), [mine, weight]),
-                ),
-                "eager": wrap(lambda h=theirs, t=their_targets: eager_linear_logprobs(h, weight, t), head),
-                "bare matmul": wrap(lambda h=theirs: torch.nn.functional.linear(h, weight), head),
+                "native": on("native", wrap(ours, [mine, weight])),
+                "eager": wrap(eager, [theirs, weight]),
+                "bare matmul": wrap(matmul, [theirs, weight]),
             }
             name = f"linear_token_logprobs {direction} {rows} x {hidden_size} x {width} float32, {share:.0%} real rows"
             yield Case(name, moved, providers)

@@ -151,12 +151,13 @@ def test_lambdas(backend: str, dtype: torch.dtype, which: str, mode: str, genera
     mask = padded_mask(*shape, generator)
     rewards, values = (x.masked_fill(~mask, NAN) for x in batch(generator, dtype, *shape))
     lam, value_lam = (torch.rand(9, generator=generator) for _ in range(2))
-    options: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "lam": {"lam": lam},
         "value_lam": {"value_lam": value_lam},
         "both": {"lam": lam, "value_lam": value_lam},
         "value_lam_float": {"lam": 0.9, "value_lam": 1.0},
-    }[which]
+    }
+    options = choices[which]
     check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=0.97, **options)
     dones = torch.rand(shape, generator=generator) < 0.1
     check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=0.97, dones=dones, **options)

@@ -21,6 +21,7 @@ from tools import (
     with_gradients,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
 
@@ -82,12 +83,13 @@ def test_options(backend: str, dtype: torch.dtype, kind: str, name: str, generat
 @pytest.mark.parametrize("which", ["temperature", "ref_temperature", "both", "zero_dim"])
 def test_temperature_tensor(backend: str, dtype: torch.dtype, which: str, generator: torch.Generator) -> None:
     rows, ref_rows = (0.5 + torch.rand(ROWS, generator=generator) for _ in range(2))
-    options: dict[str, Any] = {
+    choices: dict[str, dict[str, Any]] = {
         "temperature": {"temperature": rows},
         "ref_temperature": {"temperature": 0.9, "ref_temperature": ref_rows},
         "both": {"temperature": rows, "ref_temperature": ref_rows},
         "zero_dim": {"temperature": torch.tensor(0.6), "ref_temperature": torch.tensor(1.4)},
-    }[which]
+    }
+    options = choices[which]
     logits = randn(*ROWS, 127, generator=generator, dtype=dtype, scale=2)
     check_kl(logits, randn(*ROWS, 127, generator=generator, dtype=dtype, scale=2), kind="reverse", **options)
     check_kl(logits, randn(*ROWS, 127, generator=generator, dtype=dtype, scale=2), kind="forward", **options)
@@ -258,6 +260,16 @@ def test_empty_and_one_and_all_masked(backend: str, dtype: torch.dtype, kind: st
     out = rf.token_kl(leaf, leaf.detach(), mask=torch.zeros(2, dtype=torch.bool), **KINDS[kind])
     out.sum().backward()
     assert out.tolist() == [0.0, 0.0] and leaf.grad is not None and bool((leaf.grad == 0).all())
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("layout", ["sliced", "first_dims_transposed", "padded_columns"])
+def test_memory(backend: str, layout: str, generator: torch.Generator) -> None:
+    """The forward copies neither side, however the rows lie in memory."""
+    logits, ref_logits = (LAYOUTS[layout](randn(16, 32, 2000, generator=generator)) for _ in range(2))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        rf.token_kl(logits, ref_logits)
+    assert 0 < max(event.cpu_memory_usage for event in seen.events()) <= logits.nbytes // 100
 
 
 def test_more_rows_than_a_launch_dimension(backend: str, generator: torch.Generator) -> None:

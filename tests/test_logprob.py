@@ -23,6 +23,7 @@ from tools import (
     with_gradients,
 )
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
 
@@ -317,6 +318,22 @@ def test_inplace_backward_of_rows_that_share_memory(backend: str, generator: tor
         return
     _, true = with_gradients(lambda x: truths.token_stats(x.expand(4, 33), targets)["logprobs"], {"x": x.double()})
     assert_gradient(grad, true["x"], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["native"], indirect=True)
+@pytest.mark.parametrize("layout", ["plain", "sliced", "first_dims_transposed", "padded_columns"])
+def test_memory(backend: str, layout: str, generator: torch.Generator) -> None:
+    """Forward and in-place backward allocate nothing of the logits' size, however the rows lie in memory."""
+    base = randn(16, 32, 2000, generator=generator)
+    logits = base if layout == "plain" else LAYOUTS[layout](base)
+    targets = randint(2000, *logits.shape[:2], generator=generator)
+    mask = random_mask(*logits.shape[:2], generator=generator)
+    leaf = logits.requires_grad_()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        stats = rf.token_stats(leaf, targets, mask=mask, outputs=ALL_OUTPUTS, inplace_backward=True)
+        torch.autograd.grad([stats.logprobs, stats.entropy], leaf, [torch.ones(mask.shape)] * 2)
+    largest = max(event.cpu_memory_usage for event in seen.events())
+    assert 0 < largest <= base.nbytes // 100
 
 
 def test_half_logits_within_the_promise(backend: str, generator: torch.Generator) -> None:

@@ -147,7 +147,9 @@ def _token_stats(
     )
 
 
-def check_targets(op: str, targets: Tensor, rows: torch.Size, columns: int, mask: Tensor | None, first: Tensor) -> None:
+def check_targets(
+    op: str, targets: Tensor | None, rows: torch.Size, columns: int, mask: Tensor | None, first: Tensor
+) -> None:
     """Targets are integers of the rows' shape, or of that and K; in range where looking is free."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__

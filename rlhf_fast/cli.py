@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `rlhf-fast`: one subcommand a phase, `run` for all of them, `chat` and `info`.
+
+Only torch is needed for `info`; the other subcommands import what they need when they start. What the user can put
+right is shown as one message without a traceback (exit code 2); an interrupted run that was saved exits with 130.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_fast.trainer.errors import Interrupted, UserError
+
+USAGE = """\
+usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
+
+  run      all phases, one after the other, from one YAML file
+  sft      fine-tune a language model on demonstrations
+  collect  sample several completions of each prompt and have them rated
+  reward   train a reward model on rankings or ratings
+  ppo      improve the model against the reward model by PPO
+  chat     talk to a model, or to the result of a run folder
+  info     versions, what serves each op, and why not something faster
+
+`rlhf-fast COMMAND --help` lists the options of a command.
+"""
+PHASES = ("sft", "collect", "reward", "ppo", "run")
+LIBRARIES = ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Threads that wait for work sleep instead of spinning: most passes here are short, and spinning steals the core
+    # from Python and from anything else on the machine. Too late for this process's OpenMP, in time for its children.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        return _command(arguments[0], arguments[1:])
+    except UserError as error:
+        print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as error:
+        print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in LIBRARIES:
+            print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[trainer]'", file=sys.stderr)
+            return 2
+        raise
+
+
+def _command(command: str, arguments: list[str]) -> int:
+    if command == "info":
+        print(info())
+        return 0
+    if command == "chat":
+        from rlhf_fast.trainer.chat import main as chat
+
+        return chat(arguments)
+    if command in PHASES:
+        return _phase(command, arguments)
+    import difflib
+
+    near = difflib.get_close_matches(command, [*PHASES, "chat", "info"], n=1)
+    raise UserError(
+        f"there is no such command; did you mean {near[0]!r}?" if near else f"there is no such command\n{USAGE}"
+    )
+
+
+def _phase(command: str, arguments: list[str]) -> int:
+    """Parse the options of a phase, make its run folder, run it, and print its summary."""
+    import transformers  # noqa: F401  (its absence is reported before a run folder is made)
+
+    from rlhf_fast import trainer
+    from rlhf_fast.trainer.run import RunFolder
+
+    classes: dict[str, Any] = {
+        "sft": trainer.SFTConfig,
+        "collect": trainer.CollectConfig,
+        "reward": trainer.RewardConfig,
+        "ppo": trainer.PPOConfig,
+        "run": trainer.PipelineConfig,
+    }
+    config = parse(classes[command], arguments, f"rlhf-fast {command}")
+    config.validate()
+    if command == "run":
+        summary = trainer.run_pipeline(config)
+    else:
+        functions = {"sft": "train_sft", "collect": "collect", "reward": "train_reward", "ppo": "train_ppo"}
+        function = getattr(trainer, functions[command])
+        run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+        try:
+            summary = function(config, run)
+        finally:
+            run.close()
+    show(summary, config.output_dir)
+    return 0
+
+
+def parse(cls: type[Any], arguments: list[str], program: str) -> Any:
+    """An instance of `cls`: its defaults, then the file after --config, then the flags."""
+    import tyro
+
+    from rlhf_fast.trainer.config import load_config
+
+    path, rest = _take_config(arguments)
+    try:
+        return tyro.cli(cls, args=rest, default=load_config(cls, path), prog=program, description=cls.__doc__)
+    except SystemExit as exit_:  # tyro has printed its own message, with the nearest option
+        if exit_.code:
+            raise UserError("the options above were not understood") from None
+        raise
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, wherever it stands, and the other arguments."""
+    rest: list[str] = []
+    path = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise UserError("--config wants the name of a YAML file after it")
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return path, rest
+
+
+def show(summary: dict[str, Any], folder: str) -> None:
+    """Print the figures of a summary as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=folder, show_header=False)
+    for name, value in _flat(summary, ""):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        if prefix + name in ("backend", "seconds_by_part"):
+            continue
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def info() -> str:
+    """Versions, the CPU, and the table of `rf.backends()`."""
+    import importlib.metadata
+
+    import torch
+
+    import rlhf_fast as rf
+    from rlhf_fast import _ext
+
+    lines = [f"rlhf_fast {rf.__version__}, Python {platform.python_version()}, torch {torch.__version__}"]
+    for name in ("transformers", "datasets", "accelerate", "tyro"):
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} is not installed: the trainer needs pip install 'rlhf-fast[trainer]'")
+    capability = _ext.cpu_capability() or "no compiled kernels"
+    features = [
+        name
+        for name, test in (("AVX512_BF16", "_is_avx512_bf16_supported"), ("AMX", "_is_amx_tile_supported"))
+        if getattr(torch.cpu, test, lambda: False)()
+    ]
+    fast = ", ".join(features) or "none (bfloat16 is slow here)"
+    lines.append(f"CPU: {torch.get_num_threads()} threads, kernels for {capability}, bfloat16 by {fast}")
+    lines.append(f"GPU: {torch.cuda.get_device_name(0) if torch.cuda.is_available() else 'none'}")
+    lines += [f"build: {key} {value}" for key, value in _ext.build_info().items()]
+    return "\n".join([*lines, "", str(rf.backends())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

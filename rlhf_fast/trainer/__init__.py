@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three phases of RLHF on plain Hugging Face models: SFT, reward model, PPO.
+
+`rlhf-fast` is the command; from Python each phase is a configuration and a function:
+
+    from rlhf_fast.trainer import PPOConfig, RunFolder, train_ppo
+    summary = train_ppo(PPOConfig(model="runs/sft/model", ...), RunFolder.create("runs/ppo"))
+
+The heavy libraries (transformers and what it brings) are imported when a phase starts, not here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from .config import CollectConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig, load_config
+from .errors import Interrupted, UserError
+from .run import RunFolder
+
+_LAZY = {
+    "train_sft": ".sft",
+    "collect": ".feedback",
+    "train_reward": ".reward",
+    "train_ppo": ".ppo",
+    "run_pipeline": ".pipeline",
+    "write_report": ".report",
+}
+
+__all__ = [
+    "CollectConfig",
+    "Interrupted",
+    "PPOConfig",
+    "PipelineConfig",
+    "RewardConfig",
+    "RunFolder",
+    "SFTConfig",
+    "UserError",
+    "load_config",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

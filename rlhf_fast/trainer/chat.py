@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rlhf-fast chat RUN_OR_MODEL`: type a prompt, read what the model makes of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .data import encode_prompt
+from .errors import UserError
+from .models import context_length, load_causal_lm, load_tokenizer
+from .rollout import generate
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Parse the options of the subcommand and talk until an empty line or the end of the input."""
+    parser = argparse.ArgumentParser("rlhf-fast chat", description="Talk to a model, or to the result of a run folder.")
+    parser.add_argument("model", help="run folder, model folder, or Hugging Face id")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling (default 0.8)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first answer (default 0)")
+    options = parser.parse_args(list(arguments))
+    if options.temperature <= 0 or options.max_new_tokens <= 0:
+        raise UserError("--temperature and --max-new-tokens must be greater than 0")
+    path = find_model(options.model)
+    tokenizer, model = load_tokenizer(path), load_causal_lm(path, "auto")
+    print(f"{path}: an empty line ends it")
+    for turn in range(1_000_000_000):
+        try:
+            prompt = input("> ")
+        except EOFError:
+            break
+        if not prompt.strip():
+            break
+        print(answer(model, tokenizer, prompt, options.max_new_tokens, options.temperature, options.seed + turn))
+    return 0
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """One sampled completion of `prompt`."""
+    ids = encode_prompt(tokenizer, prompt, max_length=context_length(model) - max_new_tokens, where="the prompt")
+    made = generate(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return made.texts[0].strip()
+
+
+def find_model(name: str) -> str:
+    """The newest model of a run folder (ppo/model, sft/model or model), or `name` itself."""
+    for inside in ("ppo/model", "sft/model", "model"):
+        if (Path(name) / inside / "config.json").exists():
+            return str(Path(name) / inside)
+    return name

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing that survives a kill: files and folders are made aside, synced, and renamed into place.
+
+Training state is a nested dict of tensors and plain JSON values; tensors go to `state.safetensors`, the rest to
+`state.json`. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+_TENSOR = "__tensor__"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON by `write_text`."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder to fill, renamed to `path` (replacing it) when the block ends; removed if the block fails."""
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            shutil.rmtree(path)
+        aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Save nested dicts and lists of tensors and JSON values in `folder`."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    plain = _take_tensors(state, "state", tensors)
+    save_file(tensors, folder / "state.safetensors")
+    write_json(folder / "state.json", plain)
+
+
+def load_state(folder: str | Path) -> dict[str, Any]:
+    """What `save_state` saved; UserError if a file is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "state.safetensors")
+        return _put_tensors(plain, tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {folder} cannot be read ({error}); remove it to resume from an older one"
+        ) from None
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` with every tensor moved into `tensors` and its name left in its place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _take_tensors(item, f"{name}.{key}", tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_put_tensors(item, tensors) for item in value]
+    return value
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator: python, numpy, torch, CUDA."""
+    import numpy
+
+    version, keys, gauss = random.getstate()
+    generator = numpy.random.get_state(legacy=True)
+    assert isinstance(generator, tuple)  # legacy=True
+    kind, words, position, has_gauss, cached = generator
+    return {
+        "python": [version, list(keys), gauss],
+        "numpy": [kind, torch.from_numpy(words.astype("int64")), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    import numpy
+
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, *rest = state["numpy"]
+    numpy.random.set_state((kind, words.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch (all devices)."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the largest step in `folder/checkpoints`, or None."""
+    found = {
+        int(m[1]): p for p in (folder / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
+    }
+    return found[max(found)] if found else None
+
+
+def remove_old_checkpoints(folder: Path, keep: int) -> None:
+    """Leave the `keep` newest checkpoints of `folder/checkpoints`."""
+    paths = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    for path in sorted(paths, key=lambda p: int(p.name.removeprefix("step-")))[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)

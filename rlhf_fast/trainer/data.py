@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading prompts and demonstrations from JSONL, and turning them into token ids.
+
+One example a line, UTF-8. Prompts are text or chat messages; demonstrations come in three forms:
+
+    {"prompt": "The new job"}
+    {"prompt": "The new job", "completion": " pays well."}      (the prompt may also be a list of messages)
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    {"text": "Once upon a time."}
+
+Text is used as it stands: prompt and completion are simply joined, so a completion begins with its own space.
+Whatever is wrong with a line is a UserError that names the file and the line.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+Prompt = str | list[dict[str, str]]  # text, or chat messages [{"role": ..., "content": ...}]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """A prompt and where it was read, "file:line", for messages."""
+
+    prompt: Prompt
+    where: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt, the completion to learn, and where they were read. Text without a prompt has prompt ""."""
+
+    prompt: Prompt
+    completion: str
+    where: str
+
+
+def read_prompts(path: str | Path) -> list[PromptLine]:
+    """The prompts of a JSONL file: `{"prompt": text or messages}` on each line; other keys are left alone."""
+    return read_lines(path, lambda row, where: PromptLine(check_prompt(row.get("prompt"), where), where))
+
+
+def read_sft(path: str | Path) -> list[Demonstration]:
+    """The demonstrations of a JSONL file, in any of the three forms of the module's docstring."""
+    return read_lines(path, _demonstration)
+
+
+def read_lines(path: str | Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
+    """`parse(row, "file:line")` of each line of a JSONL file that is not blank; an empty file is an error."""
+    rows = [parse(row, where) for row, where in _rows(path)]
+    if not rows:
+        raise UserError(f"{path} holds no data: wanted one JSON object on each line")
+    return rows
+
+
+def _rows(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: wanted a JSON object such as {{"prompt": "..."}}, got {line.strip()[:60]!r}')
+        yield row, where
+
+
+def _demonstration(row: dict[str, Any], where: str) -> Demonstration:
+    if "messages" in row:
+        messages = check_prompt(row["messages"], where, name="messages")
+        if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+            raise UserError(f'{where}: "messages" must be a list that ends with an assistant message, which is learned')
+        return Demonstration(messages[:-1], messages[-1]["content"], where)
+    if "text" in row:
+        return Demonstration("", _check_text(row["text"], "text", where), where)
+    if "prompt" in row and "completion" in row:
+        prompt = check_prompt(row["prompt"], where)
+        return Demonstration(prompt, _check_text(row["completion"], "completion", where), where)
+    keys = ", ".join(map(repr, row)) or "none"
+    raise UserError(f'{where}: wanted the keys "prompt" and "completion", or "messages", or "text"; got {keys}')
+
+
+def check_prompt(value: Any, where: str, name: str = "prompt") -> Prompt:
+    """`value` if it is text that is not empty or a list of chat messages, else a UserError."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list) and value and all(_is_message(message) for message in value):
+        return value
+    shown = "nothing" if value is None else repr(value)[:60]
+    raise UserError(
+        f'{where}: "{name}" must be text or a list of {{"role": ..., "content": ...}} messages, got {shown}'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _check_text(value: Any, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f'{where}: "{name}" must be text that is not empty, got {repr(value)[:60]}')
+    return value
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, max_length: int, where: str) -> list[int]:
+    """Token ids of a prompt, ready for a completion to follow; `where` ("file:line") is for messages.
+
+    Text gets the special tokens that the tokenizer puts in front, messages go through its chat template.
+    Raises UserError if there is no template, or if no room for a single completion token is left in
+    `max_length`.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
+            ids.pop()
+    elif tokenizer.chat_template is None:
+        raise UserError(
+            f"{where}: the prompt is a list of messages, but the model's tokenizer has no chat template; "
+            "give the prompt as text, or take a model that was tuned for chat"
+        )
+    else:
+        ids = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+    if not ids:  # "text" demonstrations: the first token needs something to be predicted from
+        ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+    if len(ids) >= max_length:
+        raise UserError(
+            f"{where}: the prompt has {len(ids)} tokens and leaves no room for a completion "
+            f"in a context of {max_length}; shorten it or raise max_length (the model sets the upper limit)"
+        )
+    return ids
+
+
+def encode_completion(tokenizer: Any, completion: str, *, ended: bool = True) -> list[int]:
+    """Token ids of a completion; the end-of-sequence token is there if the completion `ended` by itself."""
+    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    return [*ids, tokenizer.eos_token_id] if ended else ids
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one string for raters and reports: text as it is, messages as "role: content" lines."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token lists as `input_ids (B, T)` int64 and `attention_mask (B, T)` bool, padded on the right."""
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        attention_mask[row, : len(ids)] = True
+    return input_ids, attention_mask

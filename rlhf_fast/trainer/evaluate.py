@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good a policy is on held-out prompts: reward, simulated rater, distance from the reference, variety."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Batch, in_micro_batches
+from .models import sequence_scores, token_logprobs, token_logprobs_entropy
+from .rollout import Rollout, generate
+
+Rater = Callable[[Any, list[str]], list[float]]
+EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
+
+
+def evaluate(
+    policy: Any,
+    reference: Any,
+    reward: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    encoded: list[list[int]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    micro_batch_size: int,
+    rater: Rater | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures and one row for each sample: prompt, completion, reward, gold (if a rater is given), kl, tokens, ended.
+
+    reward: mean normalised score. gold: mean of the simulated rater. kl: nats per sequence, log p - log p_ref summed
+    over the tokens the policy sampled. entropy: nats per token. distinct: share of different texts among the samples.
+    distinct_2: different word pairs by all word pairs. ended: share that ended by themselves.
+    """
+    rows: list[dict[str, Any]] = []
+    together = max(1, SAMPLES_AT_ONCE // samples)
+    for start in range(0, len(prompts), together):
+        made = generate(
+            policy,
+            tokenizer,
+            encoded[start : start + together],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=EVAL_SEED + start,
+            samples_per_prompt=samples,
+        )
+        rows += _measure(policy, reference, reward, made, temperature, micro_batch_size)
+    for place in range(0, len(rows), samples):
+        prompt, group = prompts[place // samples], rows[place : place + samples]
+        ratings = rater(prompt, [row["completion"] for row in group]) if rater is not None else []
+        for i, row in enumerate(group):
+            row["prompt"] = prompt
+            if ratings:
+                row["gold"] = ratings[i]
+    figures = {shown: _mean(rows, name) for name, shown in SHOWN_AS.items() if name in rows[0]}
+    figures["entropy"] = sum(row.pop("entropy") for row in rows) / sum(row["tokens"] for row in rows)
+    return {**figures, **variety([row["completion"] for row in rows])}, rows
+
+
+SAMPLES_AT_ONCE = 128  # sampled together; bounds the memory of the KV cache
+SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", "ended": "ended"}
+
+
+def _measure(
+    policy: Any, reference: Any, reward: Any, made: Rollout, temperature: float, micro_batch_size: int
+) -> list[dict[str, Any]]:
+    """One row for each sample; its entropy is the sum over its tokens."""
+    batch = Batch(made.input_ids, made.attention_mask, made.response_mask)
+    plan = batch.plan(micro_batch_size)
+
+    def with_entropy(part: Batch) -> Tensor:
+        return torch.stack(token_logprobs_entropy(policy, *part, temperature), -1)
+
+    own, entropy = in_micro_batches(with_entropy, batch, plan).unbind(-1)
+    ref_own = in_micro_batches(lambda part: token_logprobs(reference, *part, temperature), batch, plan)
+    scores = in_micro_batches(lambda part: sequence_scores(reward, *part[:2]), batch, plan)
+    columns = {
+        "completion": made.texts,
+        "reward": scores.tolist(),
+        "kl": (own - ref_own).sum(1).tolist(),
+        "entropy": entropy.sum(1).tolist(),
+        "tokens": made.response_mask.sum(1).tolist(),
+        "ended": made.ended.tolist(),
+    }
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def variety(texts: list[str]) -> dict[str, float]:
+    """Share of distinct texts, and of distinct word pairs among all word pairs of all texts (1 where there is none)."""
+    pairs = Counter(pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False))
+    return {
+        "distinct": len({text.strip() for text in texts}) / len(texts),
+        "distinct_2": len(pairs) / pairs.total() if pairs else 1.0,
+    }

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW whose arithmetic is float32 whatever the weights are.
+
+A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e-5 would change nothing. The optimizer
+therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class AdamW:
+    """Fused `torch.optim.AdamW` on float32 masters; plain fused AdamW where the weights are float32 already.
+
+    `groups` are parameters or dicts like those of torch.optim ({"params": ..., "lr": ...}).
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Parameter] | Sequence[dict[str, Any]],
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Copy low-precision weights; parameters that need no gradient are left out."""
+        listed = list(groups)
+        dicts = [dict(g) for g in listed if isinstance(g, dict)] or [{"params": listed}]
+        self.pairs: list[tuple[Parameter, Tensor]] = []  # (weight of the model, what the optimizer steps)
+        for group in dicts:
+            weights = [p for p in group["params"] if p.requires_grad]
+            masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in weights]
+            self.pairs += zip(weights, masters, strict=True)
+            group["params"] = masters
+        self.optimizer = torch.optim.AdamW(dicts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the torch optimizer, for learning-rate schedules."""
+        return self.optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, max_norm: float | None = None) -> float:
+        """Clip the gradients to `max_norm`, step, and clear them; returns the norm before clipping.
+
+        A norm that is not finite is returned and nothing is stepped: the caller stops the run.
+        """
+        for weight, master in self.pairs:
+            if master is not weight:
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+        masters = [master for _, master in self.pairs]
+        norm = torch.nn.utils.clip_grad_norm_(masters, float("inf") if max_norm is None else max_norm)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            low = [(weight, master) for weight, master in self.pairs if master is not weight]
+            if low:
+                torch._foreach_copy_([weight for weight, _ in low], [master for _, master in low])
+        self.zero_grad()
+        return float(norm)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for weight, master in self.pairs:
+            weight.grad = None
+            master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and float32 weights (masters, or the weights themselves), in a form that `save_state` can hold."""
+        inner = self.optimizer.state_dict()
+        return {
+            "moments": {str(i): dict(moments) for i, moments in inner["state"].items()},
+            "weights": {str(i): master for i, (_, master) in enumerate(self.pairs)},
+            "lrs": [group["lr"] for group in self.param_groups],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave, the model's weights included."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, lr in zip(groups, state["lrs"], strict=True):
+            group["lr"] = lr
+        moments = {int(i): m for i, m in state["moments"].items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for i, (weight, master) in enumerate(self.pairs):
+            master.copy_(state["weights"][str(i)])
+            if master is not weight:
+                weight.copy_(master)

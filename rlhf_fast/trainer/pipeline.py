@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All phases one after the other in one run folder: sft/ collect/ reward/ ppo/, summary.json and report.html."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rlhf_fast as rf
+
+from .config import CollectConfig, PipelineConfig, PPOConfig, RewardConfig, RunOptions, SFTConfig
+from .run import RunFolder, Timer, notice
+
+P = TypeVar("P", bound=RunOptions)
+PHASES = ("sft", "collect", "reward", "ppo")
+PPO_KEYS = (
+    "steps",
+    "reward_before",
+    "reward_after",
+    "gold_before",
+    "gold_after",
+    "kl_final",
+    "entropy_before",
+    "entropy_after",
+)
+
+
+def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
+    """Run what `config` describes and return the summary, also in summary.json of the run folder.
+
+    With `resume` finished phases are taken as they are and an unfinished one goes on. Raises UserError for wrong
+    input, before anything is loaded where it can be known, and Interrupted after a Ctrl-C or SIGTERM.
+    """
+    from .feedback import collect
+    from .ppo import train_ppo
+    from .report import write_report
+    from .reward import train_reward
+    from .sft import train_sft
+
+    config.validate()
+    check_files(config)
+    run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    run.save_config(config)
+    timer = Timer()
+    folder = run.path
+    sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")
+    feedback = config.reward.feedback_file or str(folder / "collect" / "feedback.jsonl")
+
+    phases: dict[str, dict[str, Any]] = {}
+    phases["sft"] = _phase("sft", train_sft, _config(SFTConfig, config, config.sft), run)
+    if not config.reward.feedback_file:
+        phases["collect"] = _phase(
+            "collect", collect, _config(CollectConfig, config, config.collect, model=sft_model), run
+        )
+    reward = _config(RewardConfig, config, config.reward, model=sft_model, feedback_file=feedback)
+    phases["reward"] = _phase("reward", train_reward, reward, run)
+    ppo = _config(
+        PPOConfig,
+        config,
+        config.ppo,
+        model=sft_model,
+        reward_model=config.ppo.reward_model or reward_model,
+        rater=config.ppo.rater or config.collect.rater,
+    )
+    phases["ppo"] = _phase("ppo", train_ppo, ppo, run)
+
+    summary = summarise(config, phases, timer.elapsed())
+    run.write_json("summary.json", summary)
+    notice(f"report: {write_report(folder)}")
+    return summary
+
+
+def check_files(config: PipelineConfig) -> None:
+    """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
+    from .data import read_prompts, read_sft
+    from .feedback import load_rater, read_feedback
+
+    read_sft(config.sft.train_file)
+    if config.sft.eval_file:
+        read_sft(config.sft.eval_file)
+    if config.reward.feedback_file:
+        read_feedback(config.reward.feedback_file)
+    else:
+        read_prompts(config.collect.prompts_file)
+    read_prompts(config.ppo.prompts_file)
+    if config.ppo.eval_prompts_file:
+        read_prompts(config.ppo.eval_prompts_file)
+    for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
+        load_rater(str(rater))
+
+
+def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:
+    """The configuration of one phase: what all share, the phase's section, and what earlier phases made."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunOptions)}
+    shared["overwrite"] = False  # the pipeline's folder was emptied as a whole
+    return cls(**{**shared, **dataclasses.asdict(section), **values})
+
+
+def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config: Any, run: RunFolder) -> dict[str, Any]:
+    """Run one phase in its folder, or read the summary of one that had finished; adds the `seconds` it took."""
+    config.output_dir = str(run.path / name)
+    if run.resume and (Path(config.output_dir) / "summary.json").exists():
+        return run.read_json(f"{name}/summary.json")
+    timer = Timer()
+    child = run.child(name)
+    try:
+        summary = phase(config, child)
+    finally:
+        child.close()
+        gc.collect()  # the models of a phase are gone before the next one loads its own
+    summary["seconds"] = timer.elapsed()
+    child.write_json("summary.json", summary)
+    return summary
+
+
+def summarise(config: PipelineConfig, phases: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The figures that other tools read; keys as documented in docs/demo.md."""
+    return {
+        "seconds": {"total": seconds, **{name: phases.get(name, {}).get("seconds", 0.0) for name in PHASES}},
+        "sft": {key: phases["sft"].get(key) for key in ("loss_before", "loss_after")},
+        "reward": {key: phases["reward"].get(key) for key in ("heldout_pair_accuracy", "pairs")},
+        "ppo": {**{key: phases["ppo"].get(key) for key in PPO_KEYS}, **_extra(phases["ppo"])},
+        "backend": {f"{row.op}/{row.device}": row.backend for row in rf.backends()},
+        "model": config.model,
+    }
+
+
+def _extra(ppo: dict[str, Any]) -> dict[str, Any]:
+    """Everything else that is measured before and after."""
+    return {key: value for key, value in ppo.items() if key.endswith(("_before", "_after")) and key not in PPO_KEYS}

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.html: a whole pipeline run on one self-contained page, readable on a phone, in light and dark.
+
+Everything is read back from the run folder (metrics.jsonl, samples.jsonl, summary.json of each phase), so
+that a report can be written again later, or for a run that stopped on the way: what is not there is left out.
+Whatever a model, a file or a person wrote is escaped.
+"""
+
+import html
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .checkpoint import write_text
+from .data import prompt_text
+from .errors import UserError
+from .plots import BLUE, GREEN, GREY, ORANGE, Line
+
+PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}
+SHOWN_SAMPLES = 12
+
+
+class Phase:
+    """What one phase left in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read it; missing files count as empty."""
+        self.name = folder.name
+        self.folder = folder
+        self.metrics = _read_jsonl(folder / "metrics.jsonl")
+        self.summary: dict[str, Any] = _read_json(folder / "summary.json")
+
+    def line(self, metric: str, label: str = "", color: str = BLUE, marks: bool = False) -> Line:
+        """The metric over the steps."""
+        rows = [row for row in self.metrics if row.get(metric) is not None]
+        return Line(label or metric, [row["step"] for row in rows], [row[metric] for row in rows], color, marks)
+
+    def chart(self, title: str, caption: str, *curves: Line, zero: bool = False) -> str:
+        """A card with the curves that have points; nothing if none has."""
+        drawn = [curve for curve in curves if curve.x]
+        return _card(title, caption, plots.lines(drawn, zero=zero)) if drawn else ""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a pipeline run and return its path; UserError if it holds none."""
+    folder = Path(folder)
+    phases = {name: Phase(folder / name) for name in PHASES if (folder / name).is_dir()}
+    if not phases:
+        raise UserError(f"{folder} holds no run: wanted one of the folders {', '.join(PHASES)}")
+    summary = _read_json(folder / "summary.json")
+    sections = {"sft": _sft, "collect": _collect, "reward": _reward, "ppo": _ppo}
+    body = [
+        _header(folder, phases, summary),
+        *(_section(name, PHASES[name], sections[name](phase)) for name, phase in phases.items()),
+        _section("time", "Where the time went", _time(phases)),
+        _section("setup", "Configuration, backend, versions", _setup(folder, summary)),
+    ]
+    page = PAGE.format(title=_text(f"{folder.name}: rlhf_fast report"), style=STYLE, body="\n".join(body))
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _header(folder: Path, phases: dict[str, Phase], summary: dict[str, Any]) -> str:
+    sft, reward, ppo = (phases[n].summary if n in phases else {} for n in ("sft", "reward", "ppo"))
+    seconds = summary.get("seconds", {}).get("total")
+    tiles = [
+        _tile("held-out loss", sft.get("loss_before"), sft.get("loss_after"), "nats per token, SFT"),
+        _tile("pair accuracy", None, reward.get("heldout_pair_accuracy"), "reward model, held-out prompts"),
+        _tile("reward", ppo.get("reward_before"), ppo.get("reward_after"), "held-out prompts, normalised"),
+        _tile("gold", ppo.get("gold_before"), ppo.get("gold_after"), "held-out prompts, simulated rater"),
+        _tile("KL", None, ppo.get("kl_final"), "nats per sequence from the SFT model"),
+        _tile("time", None, seconds, "seconds in all", digits=0),
+    ]
+    model = f"<p class='lead'>{_text(summary['model'])}</p>" if "model" in summary else ""
+    return f"<header><h1>{_text(folder.name)}</h1>{model}<div class='tiles'>{''.join(tiles)}</div></header>"
+
+
+def _sft(phase: Phase) -> str:
+    held_out = phase.line("eval/nll", "held out", ORANGE, marks=True)
+    loss = phase.line("loss", "training")
+    caption = "Nats per completion token, the end-of-sequence token included."
+    return _cards(phase.chart("Loss", caption, loss, held_out))
+
+
+def _collect(phase: Phase) -> str:
+    rows = _read_jsonl(phase.folder / "feedback.jsonl")
+    ratings = [rating for row in rows for rating in row.get("ratings") or []]
+    if not rows:
+        return ""
+    count = sum(len(row["completions"]) for row in rows)
+    rater = rows[0].get("annotator") or "nobody yet"
+    ended = [e for row in rows for e in row.get("ended") or []]
+    text = f"{count} completions of {len(rows)} prompts, rated by {rater}."
+    if ended:
+        text += f" {sum(ended) / len(ended):.0%} ended by themselves."
+    chart = _card(
+        "Ratings",
+        "How the rater sees the fine-tuned model.",
+        plots.histogram([("", ratings, BLUE)], "rating"),
+    )
+    return f"<p>{_text(text)}</p>" + _cards(chart if ratings else "")
+
+
+def _reward(phase: Phase) -> str:
+    rows = _read_jsonl(phase.folder / "samples.jsonl")
+    cards = [
+        phase.chart("Loss", "Logistic loss over the pairs of a ranking; 0.693 is a coin.", phase.line("loss")),
+        phase.chart(
+            "Pair accuracy",
+            "How often the better completion scores higher.",
+            phase.line("pair_accuracy", "training batch"),
+            phase.line("eval/pair_accuracy", "held out", ORANGE, marks=True),
+        ),
+    ]
+    if rows:
+        scores, goodness = [row["score"] for row in rows], [row["goodness"] for row in rows]
+        cards.append(
+            _card("Scores", "Held-out completions, normalised.", plots.histogram([("", scores, BLUE)], "score"))
+        )
+        margins = _margins(rows)
+        if margins:
+            caption = "Score of the better less the worse one, held-out pairs; left of the line the model is wrong."
+            cards.append(_card("Margins", caption, plots.histogram([("", margins, GREEN)], "margin", split=0.0)))
+        caption = "Each point is a held-out completion (ratings, or ranks turned upside down)."
+        cards.append(_card("Score against feedback", caption, plots.scatter(goodness, scores, "feedback", "score")))
+    return _cards(*cards)
+
+
+def _margins(rows: list[dict[str, Any]]) -> list[float]:
+    """Score of the better less that of the worse completion for every pair of one prompt that is no tie."""
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
+    return [
+        a["score"] - b["score"]
+        for group in by_prompt.values()
+        for a in group
+        for b in group
+        if a["goodness"] > b["goodness"]
+    ]
+
+
+def _ppo(phase: Phase) -> str:
+    last = max((row["step"] for row in phase.metrics), default=0)
+    before, after = (_read_json(phase.folder / f"eval_{when}.json") for when in ("before", "after"))
+
+    def held_out(name: str, label: str, color: str) -> Line:
+        points = [(x, figures[name]) for x, figures in ((0, before), (last, after)) if name in figures]
+        return Line(label, [x for x, _ in points], [y for _, y in points], color, marks=True)
+
+    line, chart = phase.line, phase.chart
+    gold = held_out("gold", "simulated rater", GREEN)
+    reward, kl = line("objective/scores"), line("objective/kl")
+    cards = [
+        chart(
+            "Reward",
+            "Normalised score of the samples of each step, without and with the price of the KL.",
+            line("objective/scores", "score"),
+            line("objective/rlhf_reward", "score - KL price", GREY),
+            held_out("reward", "held out", ORANGE),
+            zero=True,
+        ),
+        chart("Gold", "The simulated rater on held-out prompts; never trained on.", gold, zero=True),
+        chart(
+            "KL",
+            "Nats per sequence from the frozen SFT model.",
+            line("objective/kl", "samples"),
+            held_out("kl", "held out", ORANGE),
+        ),
+        chart("Entropy", "Nats per token.", line("objective/entropy")),
+        chart("Length", "Tokens in a completion.", line("sample/length")),
+        chart("Clip fraction", "Share of tokens whose ratio was clipped.", line("policy/clipfrac_avg")),
+        chart(
+            "Explained variance",
+            "Of the returns, by the critic; 1 is perfect.",
+            line("val/explained_variance"),
+            zero=True,
+        ),
+    ]
+    if reward.x and len(reward.x) == len(kl.x):
+        caption = "The path of training, dark to bright: what each nat of divergence bought."
+        cards.append(
+            _card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
+        )
+    return _cards(*cards) + _samples(_read_jsonl(phase.folder / "samples.jsonl"))
+
+
+def _samples(rows: Sequence[dict[str, Any]]) -> str:
+    """Completions of held-out prompts before and after, side by side: the first sample of each prompt."""
+    first: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        first.setdefault(prompt_text(row["prompt"]), {}).setdefault(row["when"], row)
+    pairs = [(prompt, both) for prompt, both in first.items() if "before" in both]
+    if not pairs:
+        return ""
+    entries = [
+        f"<tr><th scope='row'>{_text(prompt)}</th>{_sample(both.get('before'))}{_sample(both.get('after'))}</tr>"
+        for prompt, both in pairs
+    ]
+    table = _sample_table(entries[:SHOWN_SAMPLES])
+    if rest := entries[SHOWN_SAMPLES:]:
+        table += f"<details><summary>{len(rest)} more</summary>{_sample_table(rest)}</details>"
+    return f"<h3>Held-out samples, before and after</h3>{table}"
+
+
+def _sample_table(entries: list[str]) -> str:
+    head = "<thead><tr><th>prompt</th><th>before</th><th>after</th></tr></thead>"
+    return f"<table class='samples'>{head}<tbody>{''.join(entries)}</tbody></table>"
+
+
+def _sample(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "<td></td>"
+    figures = [f"reward {row['reward']:+.2f}"] + ([f"gold {row['gold']:+.2f}"] if "gold" in row else [])
+    end = "" if row["ended"] else "<span class='cut' title='cut at max_new_tokens'> ...</span>"
+    return f"<td>{_text(row['completion'].strip())}{end}<small>{', '.join(figures)}</small></td>"
+
+
+def _time(phases: dict[str, Phase]) -> str:
+    """One bar a phase, cut into its parts."""
+    totals = {name: float(phase.summary.get("seconds", 0.0)) for name, phase in phases.items()}
+    longest = max([*totals.values(), 1e-9])
+    bars = []
+    for name, phase in phases.items():
+        parts = sorted(phase.summary.get("seconds_by_part", {}).items(), key=lambda part: -part[1])
+        pieces = "".join(
+            f"<i style='width:{100 * seconds / longest:.2f}%;opacity:{max(0.25, 1 - 0.13 * i):.2f}'></i>"
+            for i, (_, seconds) in enumerate(parts)
+        )
+        listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
+        bars.append(
+            f"<div class='time'><b>{name}</b><span>{totals[name]:.1f} s</span><div class='bar'>{pieces}</div>"
+            f"<small>{_text(listed)}</small></div>"
+        )
+    return "".join(bars)
+
+
+def _setup(folder: Path, summary: dict[str, Any]) -> str:
+    config = folder / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.exists() else ""
+    rows = {**_versions(), **{f"op {op}": backend for op, backend in summary.get("backend", {}).items()}}
+    table = "".join(f"<tr><th scope='row'>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in rows.items())
+    details = f"<details><summary>config.yaml</summary><pre>{_text(text)}</pre></details>" if text else ""
+    return f"<table class='facts'><tbody>{table}</tbody></table>{details}"
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    import rlhf_fast
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "rlhf_fast": rlhf_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {device}",
+    }
+
+
+def _section(key: str, title: str, content: str) -> str:
+    return f"<section id='{key}'><h2>{title}</h2>{content}</section>" if content else ""
+
+
+def _cards(*cards: str) -> str:
+    return f"<div class='cards'>{''.join(cards)}</div>" if any(cards) else ""
+
+
+def _card(title: str, caption: str, svg: str) -> str:
+    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _tile(name: str, before: float | None, after: float | None, note: str, digits: int = 2) -> str:
+    """A headline figure, "before -> after" where there is a before; nothing if it was not measured."""
+    if after is None:
+        return ""
+    shown = f"{after:.{digits}f}" if before is None else f"<s>{before:.{digits}f}</s> {after:.{digits}f}"
+    return f"<div><span>{name}</span><b>{shown}</b><small>{note}</small></div>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none if it is missing, without a last line that a kill cut short."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
+initial-scale=1"> <title>{title}</title><style>{style}</style></head><body><main> {body} </main></body></html>
+"""
+
+STYLE = """
+:root{color-scheme:light
+dark;--bg:#f6f7f9;--card:#fff;--ink:#1b1f27;--soft:#5f6876;--line:#e3e6eb;--blue:#3b82f6}
+@media(prefers-color-scheme:dark){:root{--bg:#0f1217;--card:#171b22;--ink:#e6e9ef;--soft:#98a1b0;--line:#2a303a}}
+*{box-sizing:border-box} body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5
+system-ui,-apple-system,"Segoe UI",sans-serif} main{max-width:1120px;margin:0 auto;padding:2rem 1rem 4rem}
+h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.6rem 0 .9rem}h3{font-size:.95rem;margin:0 0 .4rem}
+.lead,small,figcaption{color:var(--soft)}.lead{margin:.2rem 0 0}small,figcaption{font-size:.8rem}
+.tiles,.cards{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
+.tiles{grid-template-columns:repeat(auto-fill,minmax(160px,1fr));margin-top:1.2rem} .tiles
+div,figure,details,.samples,.facts,.time{background:var(--card);border:1px solid
+var(--line);border-radius:10px} .tiles div{padding:.7rem .9rem}.tiles span,.tiles small{display:block}.tiles
+span{color:var(--soft);font-size:.85rem} .tiles b{font-size:1.35rem;font-variant-numeric:tabular-nums} .tiles
+s{color:var(--soft);font-weight:400;font-size:1.05rem;text-decoration:none}.tiles s:after{content:" \\2192"}
+figure{margin:0;padding:.9rem}figure svg{width:100%;height:auto;display:block}
+table{border-collapse:separate;border-spacing:0;width:100%}
+th,td{text-align:left;vertical-align:top;padding:.55rem .8rem;border-bottom:1px solid var(--line)}
+tr:last-child>*{border-bottom:0}th{font-weight:600}thead th{color:var(--soft);font-size:.85rem}
+h3+.samples{margin-top:.3rem}section>h3{margin-top:1.6rem}td small{display:block}.samples td,.samples
+th{width:38%} .samples th:first-child{width:24%}.facts
+th{width:14rem;font-weight:500;color:var(--soft)}.cut{color:var(--soft)}
+details{margin-top:.8rem;padding:.6rem .9rem}summary{cursor:pointer}details table{border:0;margin-top:.5rem}
+pre{overflow:auto;font-size:.82rem} .time{padding:.7rem .9rem;margin-bottom:.6rem}.time
+span{float:right;font-variant-numeric:tabular-nums} .bar{display:flex;height:10px;margin:.35rem
+0;border-radius:5px;overflow:hidden}.bar i{background:var(--blue)} @media(max-width:640px){.samples
+thead{display:none}.samples tr,.samples td,.samples th{display:block;width:100%!important} .samples
+tr>*{border:0;padding:.3rem .8rem}.samples tr{border-bottom:1px solid var(--line);padding:.4rem 0} .samples
+td:before{color:var(--soft);font-size:.8rem;display:block} .samples
+td:nth-child(2):before{content:"before"}.samples td:nth-child(3):before{content:"after"}}
+"""

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 2b: a reward model learned from rankings.
+
+The language model with a scalar head scores each completion at its last real token. For a ranking of K
+completions with scores s, every pair that is not a tie gives one logistic (Bradley-Terry) term, weighted so
+that each ranking counts once however many pairs it has (Ouyang et al. 2022, "Training language models to
+follow instructions", equation 1):
+
+    loss = 1 / C(K, 2)  sum over pairs  -log sigmoid(s_better - s_worse)
+
+A completion is read once, not once for each of its pairs. Prompts are held out to measure how often the
+better one of a pair gets the higher score. Scores are then normalised to mean 0 and standard deviation 1 on
+the completions of the feedback file, which the fine-tuned model sampled, and both figures are kept in the
+model's config.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .config import RewardConfig
+from .data import encode_completion, encode_prompt, pad_right
+from .errors import Interrupted, UserError
+from .feedback import Ranking, read_feedback
+from .models import (
+    context_length,
+    device,
+    load_reward_model,
+    load_tokenizer,
+    resolve_dtype,
+    sequence_scores,
+    set_score_normalizer,
+)
+from .optim import AdamW
+from .run import (
+    Progress,
+    RunFolder,
+    StopFlag,
+    Timer,
+    load_state,
+    rng_state,
+    save_state,
+    seed_everything,
+    set_rng_state,
+)
+
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class EncodedRanking:
+    """Token ids of a prompt with each of its K completions, and the (better, worse) pairs among them."""
+
+    sequences: list[list[int]]
+    pairs: list[tuple[int, int]]
+    source: Ranking
+
+
+def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
+    """Train a reward model on `config.feedback_file` into `run`'s folder `model/`; returns the summary.
+
+    Raises UserError for bad data, Interrupted after a Ctrl-C that was saved.
+    """
+    config.validate()
+    if run.resume and (run.path / "summary.json").exists():
+        return run.read_json("summary.json")
+    timer = Timer()
+    rankings = read_feedback(config.feedback_file)
+    seed_everything(config.seed)
+    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over denormals, and Adam makes them
+    with timer("load"):
+        tokenizer = load_tokenizer(config.model)
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer)
+    room = min(config.max_length, context_length(model))
+    train, held_out = split([encode(tokenizer, ranking, room) for ranking in rankings], config)
+    if not any(ranking.pairs for ranking in train):
+        raise UserError(f"{config.feedback_file}: every rated line is a tie, so there is no pair to learn from")
+
+    with timer("train"):
+        steps = _train(config, run, model, tokenizer.pad_token_id, train)
+    with timer("evaluate"):
+        train_scores = score_all(model, train, tokenizer.pad_token_id, config.micro_batch_size)
+        held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, config.micro_batch_size)
+    every = torch.cat(train_scores + held_out_scores)
+    mean, std = float(every.mean()), max(float(every.std(correction=0)), 1e-6)
+    set_score_normalizer(model, mean, std)
+    with timer("save"):
+        with run.folder("model") as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
+
+    summary = {
+        "steps": steps,
+        "rankings": len(train),
+        "pairs": sum(len(ranking.pairs) for ranking in train),
+        "heldout_rankings": len(held_out),
+        "heldout_pairs": sum(len(ranking.pairs) for ranking in held_out),
+        "train_pair_accuracy": pair_accuracy(train, train_scores),
+        "heldout_pair_accuracy": pair_accuracy(held_out, held_out_scores),
+        "score_mean": mean,
+        "score_std": std,
+        "seconds": timer.elapsed(),
+        "seconds_by_part": timer.totals,
+    }
+    if (accuracy := pair_accuracy(held_out, held_out_scores)) is not None:
+        run.log({"eval/pair_accuracy": accuracy}, steps)
+    run.write_json("summary.json", summary)
+    return summary
+
+
+def encode(tokenizer: Any, ranking: Ranking, max_length: int) -> EncodedRanking:
+    """Token ids of each completion behind its prompt; too long a completion is cut at `max_length`."""
+    prompt = encode_prompt(tokenizer, ranking.prompt, max_length=max_length, where=ranking.where)
+    sequences = [
+        (prompt + encode_completion(tokenizer, completion, ended=ended))[:max_length]
+        for completion, ended in zip(ranking.completions, ranking.ended, strict=True)
+    ]
+    return EncodedRanking(sequences, ranking.pairs(), ranking)
+
+
+def split(
+    rankings: Sequence[EncodedRanking], config: RewardConfig
+) -> tuple[list[EncodedRanking], list[EncodedRanking]]:
+    """(train, held out) by prompt, so that no prompt is in both; the choice depends on the seed alone."""
+    prompts = sorted({str(ranking.source.prompt) for ranking in rankings})
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    count = math.ceil(config.eval_fraction * len(prompts))
+    if config.eval_fraction and count >= len(prompts):
+        raise UserError(
+            f"{config.feedback_file}: {len(prompts)} different prompts are too few to hold out "
+            f"{config.eval_fraction:.0%} of them; add prompts or set eval_fraction to 0"
+        )
+    chosen = {prompts[i] for i in order[:count]}
+    train = [ranking for ranking in rankings if str(ranking.source.prompt) not in chosen]
+    return train, [ranking for ranking in rankings if str(ranking.source.prompt) in chosen]
+
+
+def ranking_loss(scores: Sequence[Tensor], rankings: Sequence[EncodedRanking]) -> Tensor:
+    """Sum over rankings of the pairwise loss; `scores` holds one (K,) tensor for each."""
+    losses = []
+    for score, ranking in zip(scores, rankings, strict=True):
+        if ranking.pairs:
+            better, worse = torch.tensor(ranking.pairs, device=score.device).T
+            losses.append(-logsigmoid(score[better] - score[worse]).sum() / math.comb(len(score), 2))
+    return torch.stack(losses).sum() if losses else scores[0].sum() * 0.0
+
+
+def pair_accuracy(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> float | None:
+    """Share of the pairs whose better completion has the higher score; None without pairs."""
+    right = [
+        float(score[better] > score[worse])
+        for ranking, score in zip(rankings, scores, strict=True)
+        for better, worse in ranking.pairs
+    ]
+    return sum(right) / len(right) if right else None
+
+
+def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
+    """One (K,) float32 tensor of scores for each ranking, from one forward pass over all of them."""
+    sequences = [ids for ranking in rankings for ids in ranking.sequences]
+    input_ids, attention_mask = pad_right(sequences, pad_id)
+    scores = sequence_scores(model, input_ids.to(device()), attention_mask.to(device()))
+    return list(scores.split([len(ranking.sequences) for ranking in rankings]))
+
+
+def micro_batches(rankings: Sequence[EncodedRanking], size: int) -> list[list[EncodedRanking]]:
+    """Cut into runs of at most `size` sequences (one ranking at least)."""
+    batches: list[list[EncodedRanking]] = [[]]
+    count = 0
+    for ranking in rankings:
+        if batches[-1] and count + len(ranking.sequences) > size:
+            batches.append([])
+            count = 0
+        batches[-1].append(ranking)
+        count += len(ranking.sequences)
+    return batches if batches[0] else []
+
+
+@torch.no_grad()
+def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, size: int) -> list[Tensor]:
+    """Scores (K,) of every ranking, on the CPU."""
+    model.eval()
+    batches = micro_batches(rankings, size)
+    return [score.cpu() for batch in batches for score in forward_scores(model, batch, pad_id)]
+
+
+def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankings: Sequence[EncodedRanking]) -> int:
+    """Train `model` in place; returns the number of steps."""
+    head = list(model.score.parameters())
+    trunk = [p for p in model.parameters() if all(p is not h for h in head)]
+    optimizer = AdamW([{"params": trunk, "lr": config.lr}, {"params": head, "lr": config.head_lr}], lr=config.lr)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    per_epoch = math.ceil(len(rankings) / config.batch_size)
+    total = max(1, round(config.epochs * per_epoch))
+    step = 0
+    if (checkpoint := run.latest_checkpoint()) is not None:
+        state = load_state(checkpoint)
+        optimizer.load_state_dict(state["optimizer"])
+        set_rng_state(state["rng"])
+        step = int(state["step"])
+        run.truncate_metrics(step)
+
+    model.train()
+    with StopFlag() as stop, Progress("reward", total) as bar:
+        while step < total:
+            epoch, place = divmod(step, per_epoch)
+            order = torch.randperm(len(rankings), generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
+            batch = [rankings[i] for i in order[place * config.batch_size : (place + 1) * config.batch_size]]
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * (1 - step / total)
+            metrics = _step(model, optimizer, batch, pad_id, config.micro_batch_size)
+            step += 1
+            run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
+            bar.update(step, **metrics)
+            stopping = stop.requested  # read once: a signal between save and raise would lose the step
+            if stopping or (config.save_steps and step % config.save_steps == 0):
+                state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()}
+                with run.checkpoint(step) as folder:
+                    save_state(folder, state)
+            if stopping and step < total:
+                raise Interrupted(f"reward model stopped at step {step} of {total}; --resume goes on from there")
+    return step
+
+
+def _step(
+    model: Any, optimizer: AdamW, batch: Sequence[EncodedRanking], pad_id: int, micro_batch_size: int
+) -> dict[str, float]:
+    """One optimizer step on the mean loss of `batch`, in micro-batches."""
+    loss, right, pairs = 0.0, 0.0, 0
+    for part in micro_batches(batch, micro_batch_size):
+        scores = forward_scores(model, part, pad_id)
+        part_loss = ranking_loss(scores, part) / len(batch)
+        part_loss.backward()
+        loss += float(part_loss.detach())
+        count = sum(len(ranking.pairs) for ranking in part)
+        right += (pair_accuracy(part, scores) or 0.0) * count
+        pairs += count
+    norm = optimizer.step(MAX_GRAD_NORM)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(f"the reward model's loss is {loss} and its gradient norm {norm}; lower lr or head_lr")
+    return {"loss": loss, "pair_accuracy": right / max(pairs, 1), "grad_norm": norm}
+
+
+def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> None:
+    """samples.jsonl: the held-out completions with how they were rated and the normalised score they got."""
+    (run.path / "samples.jsonl").unlink(missing_ok=True)
+    rows = [
+        {
+            "prompt": ranking.source.prompt,
+            "completion": completion,
+            "goodness": goodness,
+            "score": float(score[k]),
+        }
+        for ranking, score in zip(rankings, scores, strict=True)
+        for k, (completion, goodness) in enumerate(
+            zip(ranking.source.completions, ranking.source.goodness, strict=True)
+        )
+    ]
+    run.append_jsonl("samples.jsonl", rows)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 1: supervised fine-tuning on demonstrations, on `transformers.Trainer`.
+
+The loss is the mean negative log-likelihood of a completion's tokens, the end-of-sequence token included,
+which is how the model learns to stop; prompt tokens are context only. Full logits are never made: the trunk's
+hidden states at the predicting positions go to `rf.linear_token_logprobs`. The mean is over the real tokens
+of the whole optimizer step, so the result does not depend on how the step is cut into micro-batches.
+
+Weights and optimizer stay in float32 while learning; with dtype bfloat16 the matmuls run in it (autocast),
+and the model is written in it at the end.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import remove_old_checkpoints
+from .config import SFTConfig
+from .data import Demonstration, encode_completion, encode_prompt, pad_right, read_sft
+from .errors import Interrupted, UserError
+from .models import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype, token_logprobs
+from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
+
+Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
+IGNORED = -100
+
+
+def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
+    """Fine-tune `config.model` on `config.train_file` into `run`'s folder `model/`; returns the summary.
+
+    Raises UserError for bad data or a model that does not fit it, Interrupted after a Ctrl-C that was saved.
+    """
+    config.validate()
+    if run.resume and (run.path / "summary.json").exists():
+        return run.read_json("summary.json")
+    timer = Timer()
+    demonstrations = read_sft(config.train_file)
+    held_out = read_sft(config.eval_file) if config.eval_file else []
+    seed_everything(config.seed)
+    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over denormals, and Adam makes them
+    dtype = resolve_dtype(config.dtype)
+    with timer("load"):
+        tokenizer = load_tokenizer(config.model)
+        model = load_causal_lm(config.model, torch.float32)
+    room = min(config.max_length, context_length(model))
+    examples = encode(tokenizer, demonstrations, room)
+    eval_examples = encode(tokenizer, held_out, room)
+
+    with timer("evaluate"):
+        before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
+    if run.latest_checkpoint() is None and eval_examples:
+        run.log({"eval/nll": before}, 0)
+    with timer("train"):
+        steps = _train(config, run, model, tokenizer, examples, dtype)
+    with timer("evaluate"):
+        after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
+    with timer("save"), run.folder("model") as folder:
+        model.to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    summary = {
+        "steps": steps,
+        "demonstrations": len(examples),
+        "loss_before": before if eval_examples else None,
+        "loss_after": after if eval_examples else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": timer.elapsed(),
+        "seconds_by_part": timer.totals,
+    }
+    if eval_examples:
+        run.log({"eval/nll": after}, steps)
+    run.write_json("summary.json", summary)
+    return summary
+
+
+def encode(tokenizer: Any, demonstrations: Sequence[Demonstration], max_length: int) -> list[Example]:
+    """Token ids and labels of each demonstration; a completion that does not fit is cut and has no end."""
+    examples, cut = [], 0
+    for demonstration in demonstrations:
+        prompt = encode_prompt(tokenizer, demonstration.prompt, max_length=max_length, where=demonstration.where)
+        ids = prompt + encode_completion(tokenizer, demonstration.completion)
+        cut += len(ids) > max_length
+        labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    if cut:
+        notice(f"{cut} of {len(examples)} demonstrations were longer than max_length {max_length} and were cut")
+    return examples
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, dtype: torch.dtype) -> float:
+    """Mean negative log-likelihood, in nats per completion token; NaN without examples."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for start in range(0, len(examples), batch_size):
+        batch = collate(examples[start : start + batch_size], pad_id)
+        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+        with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
+            logprobs = _completion_logprobs(model, batch)
+        total -= float(logprobs.sum(dtype=torch.float64))
+        tokens += int((batch["labels"] != IGNORED).sum())
+    return total / tokens if tokens else math.nan
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (B, T), padded on the right."""
+    input_ids, attention_mask = pad_right([example["input_ids"] for example in examples], pad_id)
+    labels, _ = pad_right([example["labels"] for example in examples], IGNORED)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _completion_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) log-probs of the labelled tokens, 0 elsewhere."""
+    return token_logprobs(model, batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED)
+
+
+def _train(
+    config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, examples: list[Example], dtype: torch.dtype
+) -> int:
+    """Run the Trainer over `examples`, changing `model` in place; returns the number of optimizer steps."""
+    from transformers import PrinterCallback, Trainer
+
+    class CompletionTrainer(Trainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Tensor | int | None = None,
+        ) -> Any:
+            assert num_items_in_batch is not None  # the labels of the whole optimizer step, counted by the Trainer
+            with self.accelerator.autocast():
+                logprobs = _completion_logprobs(self.model, inputs)
+            return -logprobs.sum() / num_items_in_batch
+
+    with StopFlag() as stop:
+        trainer = CompletionTrainer(
+            model=model,
+            args=_arguments(config, run, dtype),
+            train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
+            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        )
+        if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
+            raise UserError("SFT runs in one process on one device; set CUDA_VISIBLE_DEVICES to one GPU")
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(bridge := _callback(run, stop))
+        checkpoint = run.latest_checkpoint()
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            bridge.close()
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(f"SFT stopped at step {trainer.state.global_step}; --resume goes on from there")
+    return int(trainer.state.global_step)
+
+
+def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
+    """Our options in the Trainer's words; whatever it would print, draw or upload by itself is off."""
+    from transformers import TrainingArguments
+
+    micro = max(
+        n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0 and n <= config.micro_batch_size
+    )
+    return TrainingArguments(
+        output_dir=str(run.path / "checkpoints"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type="linear",
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=dtype == torch.bfloat16,
+        seed=config.seed,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device().type == "cuda",
+        use_cpu=device().type == "cpu",
+    )
+
+
+def _callback(run: RunFolder, stop: StopFlag) -> Any:
+    """What joins the Trainer to our run folder: metrics, progress bar, stop signal, checkpoints' names."""
+    from transformers import TrainerCallback
+
+    class Bridge(TrainerCallback):
+        bar: Progress | None = None
+
+        def close(self) -> None:
+            """Give the terminal back, whatever ended the training."""
+            if self.bar is not None:
+                self.bar.__exit__(None, None, None)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            run.truncate_metrics(state.global_step)
+            self.bar = Progress("sft", state.max_steps).__enter__()
+
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+        ) -> None:
+            if not logs or "loss" not in logs:
+                return  # the Trainer's own closing summary
+            if not math.isfinite(logs["loss"]):
+                raise UserError(f"the SFT loss is {logs['loss']} at step {state.global_step}; lower lr")
+            row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+            run.log(row, state.global_step)
+            if self.bar is not None:
+                self.bar.update(state.global_step, loss=logs["loss"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if stop.requested:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            # Until it has this name, no resume looks at it: a kill while it is written costs nothing.
+            folder = run.path / "checkpoints"
+            (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
+            remove_old_checkpoints(run.path, keep=2)
+
+    return Bridge()
