@@ -35,8 +35,7 @@ LIBRARIES = ("transformers", "datasets", "accelerate", "safetensors", "rich", "t
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Threads that wait for work sleep instead of spinning: most passes here are short, and spinning steals the core
-    # from Python and from anything else on the machine. Too late for this process's OpenMP, in time for its children.
+    # The tokenizer works before data loaders fork, and would warn about its threads at each one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")

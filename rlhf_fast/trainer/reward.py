@@ -48,6 +48,7 @@ from .run import (
     seed_everything,
     set_rng_state,
 )
+from .runtime import tune_process
 
 MAX_GRAD_NORM = 1.0
 
@@ -72,7 +73,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     timer = Timer()
     rankings = read_feedback(config.feedback_file)
     seed_everything(config.seed)
-    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over denormals, and Adam makes them
+    tune_process()
     with timer("load"):
         tokenizer = load_tokenizer(config.model)
         model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer)

@@ -23,6 +23,7 @@ from .data import Demonstration, encode_completion, encode_prompt, pad_right, re
 from .errors import Interrupted, UserError
 from .models import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype, token_logprobs
 from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
+from .runtime import tune_process
 
 Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
 IGNORED = -100
@@ -40,7 +41,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     demonstrations = read_sft(config.train_file)
     held_out = read_sft(config.eval_file) if config.eval_file else []
     seed_everything(config.seed)
-    torch.set_flush_denormal(True)  # CPUs take a hundred times as long over denormals, and Adam makes them
+    tune_process()
     dtype = resolve_dtype(config.dtype)
     with timer("load"):
         tokenizer = load_tokenizer(config.model)
