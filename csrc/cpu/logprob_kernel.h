@@ -117,12 +117,14 @@ struct RowFold {
   }
 };
 
-template <bool kEntropy, bool kSquares>
-inline void fold_block(const float* u, int length, float factor, RowFold* fold) {
+// `next` is what will be read after this block: memory brings it while the exponentials keep the core busy.
+template <bool kEntropy, bool kSquares, class T>
+inline void fold_block(const float* u, int length, float factor, const T* next, RowFold* fold) {
   const float shift = fold->safe_max();
   Vec sum[kUnroll] = {}, weighted[kUnroll] = {}, squares[kUnroll] = {};
   for (int i = 0; i < length; i += kStep) {
     for (int j = 0; j < kUnroll; ++j) {
+      __builtin_prefetch(next + i + j * kLanes);
       const Vec s = (load(u + i + j * kLanes) - shift) * factor;
       const Vec e = exp(s);
       sum[j] += e;
@@ -152,7 +154,7 @@ inline RowFold fold_row(const T* x, int64_t columns, const RowTransform& transfo
       fold.max = top;
       fold.max_block = start;
     }
-    fold_block<kEntropy, kSquares>(block.u, block.length, transform.factor, &fold);
+    fold_block<kEntropy, kSquares>(block.u, block.length, transform.factor, x + start + kBlock, &fold);
   }
   return fold;
 }
