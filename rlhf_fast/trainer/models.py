@@ -192,6 +192,18 @@ def logit_options(model: Any) -> LogitOptions:
     return LogitOptions(float(scale), getattr(config, "final_logit_softcapping", None))
 
 
+def _head_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
+    """The head's weight (V, H), and the rest of what turns hidden states into the sampling law."""
+    weight, bias = head(model)
+    options = logit_options(model)
+    return weight, {
+        "bias": bias,
+        "temperature": temperature,
+        "logit_scale": options.logit_scale,
+        "softcap": options.softcap,
+    }
+
+
 def _predicting_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden states (N, H) that predict the tokens of `mask` (B, T), and the flat indices (N,) of those tokens.
 
@@ -210,17 +222,8 @@ def token_logprobs(
     `mask` (B, T) bool must be False in the first column. The law is softmax(logits / temperature).
     """
     rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
-    weight, bias = head(model)
-    options = logit_options(model)
-    logprobs = rf.linear_token_logprobs(
-        rows,
-        weight,
-        input_ids.flatten()[tokens],
-        bias=bias,
-        temperature=temperature,
-        logit_scale=options.logit_scale,
-        softcap=options.softcap,
-    )
+    weight, options = _head_options(model, temperature)
+    logprobs = rf.linear_token_logprobs(rows, weight, input_ids.flatten()[tokens], **options)
     return _scatter(logprobs, tokens, mask)
 
 
@@ -229,17 +232,8 @@ def token_logprobs_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of the law each token was drawn from."""
     rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
-    weight, bias = head(model)
-    options = logit_options(model)
-    stats = rf.linear_token_stats(
-        rows,
-        weight,
-        input_ids.flatten()[tokens],
-        bias=bias,
-        temperature=temperature,
-        logit_scale=options.logit_scale,
-        softcap=options.softcap,
-    )
+    weight, options = _head_options(model, temperature)
+    stats = rf.linear_token_stats(rows, weight, input_ids.flatten()[tokens], **options)
     assert stats.logprobs is not None and stats.entropy is not None  # both are asked for by default
     return _scatter(stats.logprobs, tokens, mask), _scatter(stats.entropy, tokens, mask)
 

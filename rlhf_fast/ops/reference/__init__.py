@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The definition of correctness: every op in plain PyTorch, no tricks.
+
+Each function here is the kernel of the op of the same name in the torch backend, and the fallback of the
+native one. The arguments are those of the op's schema (see the family's file), so shapes and ranges were
+checked before; mathematics and sources stand in the docstrings of the public functions.
+
+Arithmetic is float32, or float64 where the inputs are. Masked rows never reach a result: they are replaced,
+not multiplied, so a NaN in a masked slot stays there.
+"""
+
+from rlhf_fast.ops.reference.common import accumulate_dtype
+from rlhf_fast.ops.reference.gae import gae, ppo_advantages, whiten, whiten_moments
+from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_backward
+from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward
+
+__all__ = [
+    "accumulate_dtype",
+    "approx_kl",
+    "approx_kl_backward",
+    "gae",
+    "ppo_advantages",
+    "token_kl",
+    "token_kl_backward",
+    "token_stats",
+    "token_stats_backward",
+    "whiten",
+    "whiten_moments",
+]

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reference of every family shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed and returned in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zero_where_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
