@@ -215,18 +215,31 @@ void token_kl_backward(const TokenKlArgs& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------- estimators
 
+// Calls f with the estimator as a constant: the loops of all but k3, which calls expm1, become vector loops.
+template <class F>
+inline void with_estimator(int estimator, const F& f) {
+  switch (estimator) {
+    case kK1: return f(Constant<kK1>());
+    case kK2: return f(Constant<kK2>());
+    case kK3: return f(Constant<kK3>());
+    default: return f(Constant<kAbs>());
+  }
+}
+
 template <class T>
 void approx_kl(const ApproxKlArgs& a, int64_t begin, int64_t end) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref = static_cast<const T*>(a.ref_logprobs);
   const T* ratio = static_cast<const T*>(a.importance_ratio);
-  for (int64_t i = begin; i < end; ++i) {
-    if (a.mask && !a.mask[i]) {
-      a.kl[i] = 0;
-      continue;
+  const bool* mask = a.mask;  // locals: a store to kl might change a field of `a`, for all the compiler knows
+  const float clamp = a.clamp;
+  float* kl = a.kl;
+  with_estimator(a.estimator, [&](auto estimator) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float d = to_float(logprobs[i]) - to_float(ref[i]);
+      const float value = clamp_to(kl_estimate(d, estimator.value), clamp);
+      kl[i] = mask && !mask[i] ? 0.0f : (ratio ? value * to_float(ratio[i]) : value);
     }
-    const float value = clamp_to(kl_estimate(to_float(logprobs[i]) - to_float(ref[i]), a.estimator), a.clamp);
-    a.kl[i] = ratio ? value * to_float(ratio[i]) : value;
-  }
+  });
 }
 
 template <class T>
