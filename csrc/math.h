@@ -19,7 +19,8 @@ enum KlKind : int { kReverse = 0, kForward = 1, kJsd = 2, kTv = 3 };
 enum Estimator : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
 enum Gradient : int { kValue = 0, kStraightThrough = 1 };
 
-// What a log-probability of -inf counts as in the gradient of a KL that is +inf; see LOG_FLOOR in rlhf_fast/ops/reference/kl.py.
+// What a log-probability of -inf counts as in the gradient of a KL that is +inf; see LOG_FLOOR in
+// rlhf_fast/ops/reference/kl.py.
 constexpr float kLogFloor = -104.0f;
 
 // Functions are static: each instruction set's object file keeps its own copy (see csrc/README.md).
