@@ -12,14 +12,16 @@ except ModuleNotFoundError as error:
         "    pip install torch"
     ) from error
 
+from rlhf_fast import _triton
 from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
 from rlhf_fast._version import __version__
 from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
-from rlhf_fast.ops.kl import approx_kl, token_kl
+from rlhf_fast.ops.kl import approx_kl, token_kl, token_kl_and_grad
 from rlhf_fast.ops.linear import linear_token_logprobs, linear_token_stats
 from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
 
 find_native_kernels()
+_triton.register()
 
 __all__ = [
     "Advantages",
@@ -33,6 +35,7 @@ __all__ = [
     "masked_whiten",
     "ppo_advantages",
     "token_kl",
+    "token_kl_and_grad",
     "token_logprobs",
     "token_stats",
     "use_backend",

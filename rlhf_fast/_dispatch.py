@@ -2,8 +2,9 @@
 """Which backend serves a call: auto | native | triton | torch.
 
 A backend is an operator namespace with the same schemas (see `ops/_register.py`), so choosing one is choosing
-`torch.ops.rlhf_fast` (native: C++ and CUDA), or `torch.ops.rlhf_fast_torch` (the reference in PyTorch).
-`auto` takes the fastest that serves the op, device and dtype; a backend asked for by name serves or raises.
+`torch.ops.rlhf_fast` (native: C++ and CUDA), `torch.ops.rlhf_fast_triton`, or `torch.ops.rlhf_fast_torch` (the
+reference in PyTorch). `auto` takes the fastest that serves the op, device and dtype, in this order; a backend asked
+for by name serves or raises.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_fast import _ext
+from rlhf_fast import _ext, _triton
 
-BACKENDS = ("auto", "native", "triton", "torch")
-NAMESPACES = {"native": "rlhf_fast", "torch": "rlhf_fast_torch"}
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "rlhf_fast_torch"}
+BY_SPEED = tuple(NAMESPACES)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Public op -> the operator whose kernels decide who serves it. linear_* multiply with BLAS and use token_stats' rows.
 KERNEL_OF = {
     "token_logprobs": "token_stats",
     "token_stats": "token_stats",
     "token_kl": "token_kl",
+    "token_kl_and_grad": "token_kl_and_grad",
     "approx_kl": "approx_kl",
     "gae": "gae",
     "ppo_advantages": "ppo_advantages",
@@ -47,8 +49,8 @@ def find_native_kernels() -> None:
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name != "auto" and name not in NAMESPACES:
+        raise ValueError(f"{source}: backend must be one of auto, {', '.join(NAMESPACES)}, got {name!r}")
     return name
 
 
@@ -70,29 +72,27 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def why_not_native(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """Empty when the compiled kernels serve this, else the reason that they do not."""
-    if _ext.why_not:
-        return _ext.why_not
-    if (KERNEL_OF[op], device_type) not in _native:
-        return f"this build holds no {device_type} kernels"
-    if dtype not in NATIVE_DTYPES:
-        return f"{dtype} is served by PyTorch alone"
-    return ""
+def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """Empty when the backend serves this, else the reason that it does not."""
+    if backend == "torch":
+        return ""
+    if backend == "native":
+        if _ext.why_not:
+            return _ext.why_not
+        if (KERNEL_OF[op], device_type) not in _native:
+            return f"this build holds no {device_type} kernels"
+    if backend == "triton" and (reason := _triton.why_not(device_type)):
+        return reason
+    return "" if dtype in KERNEL_DTYPES else f"{dtype} is served by PyTorch alone"
 
 
 def select(op: str, tensor: torch.Tensor) -> Any:
     """The operator namespace that serves `op` on tensors like this one (the return type is torch.ops' own)."""
-    if _requested == "torch":
-        return torch.ops.rlhf_fast_torch
-    reason = why_not_native(op, tensor.device.type, tensor.dtype)
-    if _requested == "triton":
-        raise RuntimeError(f"rlhf_fast.{op}: the triton backend was asked for, but has no kernels yet; use 'auto'")
-    if not reason:
-        return torch.ops.rlhf_fast
-    if _requested == "native":
-        raise RuntimeError(f"rlhf_fast.{op}: the native backend was asked for, but {reason}; use 'auto' or 'torch'")
-    return torch.ops.rlhf_fast_torch
+    for backend in BY_SPEED if _requested == "auto" else (_requested,):
+        reason = why_not(backend, op, tensor.device.type, tensor.dtype)
+        if not reason:
+            return getattr(torch.ops, NAMESPACES[backend])
+    raise RuntimeError(f"rlhf_fast.{op}: the {_requested} backend was asked for, but {reason}; use 'auto' or 'torch'")
 
 
 class Served(NamedTuple):
@@ -115,16 +115,20 @@ class BackendTable(tuple[Served, ...]):
 
 
 def backends() -> BackendTable:
-    """Which backend serves each op on each device, and why not the faster one."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    """Which backend serves each op on each device, and why not a faster one."""
+    devices = ["cpu"] + [name for name in ("cuda", "xpu") if getattr(torch, name).is_available()]
     return BackendTable(_served(op, device) for op in KERNEL_OF for device in devices)
 
 
 def _served(op: str, device: str) -> Served:
-    reason = why_not_native(op, device)
-    if _requested == "torch":
-        return Served(op, device, "torch", "asked for by use_backend or RLHF_FAST_BACKEND")
-    if reason:
-        return Served(op, device, "torch", reason)
-    capability = _ext.cpu_capability() if device == "cpu" else None
-    return Served(op, device, f"native ({capability})" if capability else "native", "")
+    if _requested != "auto":
+        reason = why_not(_requested, op, device)
+        asked = "asked for by use_backend or RLHF_FAST_BACKEND"
+        return Served(op, device, "none" if reason else _requested, f"{asked}, but {reason}" if reason else asked)
+    reasons = {}
+    for backend in BY_SPEED:
+        if not (reason := why_not(backend, op, device)):
+            break
+        reasons[backend] = reason
+    detail = f" ({_ext.cpu_capability()})" if backend == "native" and device == "cpu" else ""
+    return Served(op, device, backend + detail, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -6,48 +6,69 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
+import interpreter  # first: it must set TRITON_INTERPRET before anything looks at it
 import pytest
 import torch
+from emulator import build as emulator
+from on_gpu import run_ops_on
 from tools import native_is_built
 
 import rlhf_fast as rf
 from rlhf_fast import _ext
 
 # "native" takes the best instruction set of this host; the others cap it (RLHF_FAST_CPU is read at every call).
-BACKENDS = ("torch", "native", "native:avx2", "native:default")
+# "triton" is Triton's interpreter, "emulated" the CUDA kernels in tests/emulator: both on the CPU, neither sees races.
+BACKENDS = ("torch", "native", "native:avx2", "native:default", "triton", "emulated")
+ON_GPU = ("torch@cuda", "native@cuda", "triton@cuda") if torch.cuda.is_available() else ()
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def serves(backend: str, dtype: str) -> bool:
+    """Only the reference has float64. The interpreter is slow, and one half is as good as the other there."""
+    return {"torch": True, "triton": dtype in ("fp32", "bf16")}.get(backend.split("@")[0], dtype != "fp64")
+
+
+def marked(backend: str, *more: object, name: str) -> object:
+    return pytest.param(backend, *more, id=name, marks=pytest.mark.gpu if "@" in backend else ())
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that ask for `backend` and `dtype` (or `half`) run on every pair that exists; native has no float64."""
+    """Tests that ask for `backend` and `dtype` (or `half`) run on every pair that exists."""
     names = set(metafunc.fixturenames)
     for mark in metafunc.definition.iter_markers("parametrize"):  # a test may choose its own
         names -= {name.strip() for name in str(mark.args[0]).split(",")}
     for fixture, dtypes in (("dtype", DTYPES), ("half", HALVES)):
         if {"backend", fixture} <= names:
-            pairs = [(b, d) for b in BACKENDS for d in dtypes if b == "torch" or d != "fp64"]
+            pairs = [(b, d) for b in BACKENDS + ON_GPU for d in dtypes if serves(b, d)]
             metafunc.parametrize(
                 ("backend", fixture),
-                [(b, dtypes[d]) for b, d in pairs],
-                ids=[f"{b}-{d}" for b, d in pairs],
+                [marked(b, dtypes[d], name=f"{b}-{d}") for b, d in pairs],
                 indirect=["backend"],
             )
             return
     if "backend" in names:
-        metafunc.parametrize("backend", BACKENDS[:2], indirect=True)
+        once = [b for b in BACKENDS + ON_GPU if ":" not in b]
+        metafunc.parametrize("backend", [marked(b, name=b) for b in once], indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every rlhf_fast call of the test runs on this backend, forced."""
-    name, _, instruction_set = request.param.partition(":")
+    name, _, device = request.param.partition("@")
+    name, _, instruction_set = name.partition(":")
     if name == "native" and not native_is_built():
         pytest.skip("extension not built; tests/test_dispatch.py::test_native_backend_is_built says so once")
+    if name == "triton" and not device and not interpreter.usable:
+        pytest.skip(interpreter.why_not)
+    if name == "emulated":
+        emulator.load()
     if instruction_set:
         monkeypatch.setenv("RLHF_FAST_CPU", instruction_set)
         if _ext.cpu_capability() != instruction_set:
             pytest.skip(f"this host has no {instruction_set}")
+    if device:
+        run_ops_on(device, monkeypatch)
     with rf.use_backend(name):
         yield name
 

@@ -15,6 +15,8 @@ import torch
 
 from rlhf_fast._dispatch import NAMESPACES
 
+_definitions: list[Callable[[str], None]] = []  # each defines one op in a namespace
+
 
 def define(
     name: str,
@@ -30,7 +32,8 @@ def define(
     reference: the kernel in PyTorch; one with a parameter `ops` is handed the namespace it runs in.
     backward(ops, ctx, *grads): as for an autograd.Function; calls the namespace's own `..._backward` op.
     """
-    for namespace in NAMESPACES.values():
+
+    def define_in(namespace: str) -> None:
         ops = getattr(torch.ops, namespace)
         qualified = f"{namespace}::{name}"
         torch.library.define(qualified, schema)
@@ -40,6 +43,20 @@ def define(
             torch.library.register_fake(qualified, fake)
         if backward is not None:
             torch.library.register_autograd(qualified, partial(backward, ops), setup_context=setup_context)
+
+    _definitions.append(define_in)
+    for namespace in NAMESPACES.values():
+        define_in(namespace)
+
+
+def add_backend(name: str, namespace: str) -> None:
+    """Defines every op once more, in `namespace`, and lets `use_backend(name)` choose it.
+
+    For kernels that live elsewhere (the tests' emulator of a GPU is one). `auto` never takes it.
+    """
+    for define_in in _definitions:
+        define_in(namespace)
+    NAMESPACES[name] = namespace
 
 
 def define_backward(

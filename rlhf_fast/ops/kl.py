@@ -58,6 +58,66 @@ def token_kl(
         counts the forbidden side's log-probability as -104 nats, about float32's smallest.
     """
     op = "token_kl"
+    tensors, options = _checked_pair(
+        op, logits, ref_logits, kind, beta, temperature, ref_temperature, logit_scale, softcap, mask, vocab_size
+    )
+    kl, _ = _dispatch.select(op, logits).token_kl(*tensors, *options)
+    return kl
+
+
+def token_kl_and_grad(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    grad_kl: Tensor,  # (...)
+    *,
+    kind: str = "reverse",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    ref_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_kl` and its gradient at once, for a loss whose gradient in each token's KL is known beforehand.
+
+    That is the case of every weighted sum of the KL, such as `kl_coef * (kl * mask).sum() / mask.sum()`: the rows are
+    then still near the core when the gradient reads them again. Nothing is recorded for autograd.
+
+    Args:
+        grad_kl: `(...)`, the loss' gradient in each token's KL, here `kl_coef / mask.sum()` everywhere; float.
+        Others as for `token_kl`.
+
+    Returns:
+        `(kl, grad_logits)`: kl as from `token_kl`, and `(..., V)` in the dtype of logits, what its backward would give
+        for `grad_kl`; 0 at masked rows.
+    """
+    op = "token_kl_and_grad"
+    tensors, options = _checked_pair(
+        op, logits, ref_logits, kind, beta, temperature, ref_temperature, logit_scale, softcap, mask, vocab_size
+    )
+    _check.is_float(op, "grad_kl", grad_kl)
+    _check.shape_is(op, "grad_kl", grad_kl, logits.shape[:-1], "the rows")
+    _check.on_device(op, "grad_kl", grad_kl, "logits", logits)
+    weights = grad_kl.detach().to(reference.accumulate_dtype(logits.dtype))
+    with torch.no_grad():
+        return _dispatch.select(op, logits).token_kl_and_grad(weights, *tensors, *options)
+
+
+def _checked_pair(
+    op: str,
+    logits: Tensor,
+    ref_logits: Tensor,
+    kind: str,
+    beta: float,
+    temperature: float | Tensor,
+    ref_temperature: float | Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    mask: Tensor | None,
+    vocab_size: int | None,
+) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
+    """The tensors and options that both operators take."""
     _check.is_float(op, "logits", logits)
     _check.same_dtype(op, "ref_logits", ref_logits, "logits", logits)
     if logits.dim() == 0:
@@ -74,11 +134,8 @@ def token_kl(
     ref_row_temperature, ref_scalar = row_temperature, scalar
     if ref_temperature is not None:
         ref_row_temperature, ref_scalar = _check.temperature(op, "ref_temperature", ref_temperature, rows, logits, mask)
-    kl, _ = _dispatch.select(op, logits).token_kl(
-        logits, ref_logits, mask, row_temperature, ref_row_temperature, scalar, ref_scalar,
-        float(logit_scale), cap, columns, kind_code, float(beta),
-    )  # fmt: skip
-    return kl
+    options = (scalar, ref_scalar, float(logit_scale), cap, columns, kind_code, float(beta))
+    return (logits, ref_logits, mask, row_temperature, ref_row_temperature), options
 
 
 def approx_kl(
@@ -161,6 +218,11 @@ def _token_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor | None, _: Tensor | N
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
+def _fake_token_kl_and_grad(grad_kl: Tensor, logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    kl = logits.new_empty(logits.shape[:-1], dtype=reference.accumulate_dtype(logits.dtype))
+    return kl, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 def _fake_approx_kl(logprobs: Tensor, *_: Any) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=reference.accumulate_dtype(logprobs.dtype))
 
@@ -198,6 +260,10 @@ define_backward(
     "token_kl_backward",
     f"(Tensor grad_kl, {PAIR}, Tensor parts, {PAIR_OPTIONS}, bool needs_grad, bool needs_ref_grad) -> (Tensor, Tensor)",
     reference=reference.token_kl_backward, fake=_fake_token_kl_backward, of="token_kl",
+)  # fmt: skip
+define_backward(
+    "token_kl_and_grad", f"(Tensor grad_kl, {PAIR}, {PAIR_OPTIONS}) -> (Tensor kl, Tensor grad_logits)",
+    reference=reference.token_kl_and_grad, fake=_fake_token_kl_and_grad, of="token_kl_and_grad",
 )  # fmt: skip
 define(
     "approx_kl", f"({ESTIMATE}) -> Tensor",

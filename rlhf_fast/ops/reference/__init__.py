@@ -11,7 +11,7 @@ not multiplied, so a NaN in a masked slot stays there.
 
 from rlhf_fast.ops.reference.common import accumulate_dtype
 from rlhf_fast.ops.reference.gae import gae, ppo_advantages, whiten, whiten_moments
-from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_backward
+from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_and_grad, token_kl_backward
 from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "gae",
     "ppo_advantages",
     "token_kl",
+    "token_kl_and_grad",
     "token_kl_backward",
     "token_stats",
     "token_stats_backward",

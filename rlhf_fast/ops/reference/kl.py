@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,6 +118,20 @@ def token_kl_backward(
         finish(wrt_z, dz, parts[..., 0], logits) if needs_grad else logits.new_empty(0),
         finish(wrt_y, dy, parts[..., 2], ref_logits) if needs_ref_grad else logits.new_empty(0),
     )
+
+
+def token_kl_and_grad(
+    grad_kl: Tensor,  # (...)
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    mask: Tensor | None,  # (...)
+    row_temperature: Tensor | None,  # (...)
+    ref_row_temperature: Tensor | None,  # (...)
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    pair = (logits, ref_logits, mask, row_temperature, ref_row_temperature)
+    kl, parts = token_kl(*pair, *options)
+    return kl, token_kl_backward(grad_kl, *pair, parts, *options, True, False)[0]  # type: ignore[call-arg]
 
 
 def _estimate(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
