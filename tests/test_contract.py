@@ -52,8 +52,8 @@ def test_opcheck(backend: str, name: str) -> None:
 
 
 def _keeping_nothing(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Kept tiles are an output of which masked rows write no part and which an eager backward overwrites: opcheck, which
-    compares outputs after the backward, would take that for a wrong trace."""
+    """Kept tiles are an output that masked rows leave unwritten in part and that an eager backward overwrites: opcheck,
+    which compares outputs after the backward, would take that for a wrong trace."""
     return (*args[:-1], 0) if func._schema.arguments[-1].name == "budget" else args
 
 

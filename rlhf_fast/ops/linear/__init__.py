@@ -10,6 +10,8 @@ rows and some columns, the row kernels fold it, and in the backward turn it into
     stats.py kl.py policy_loss.py sampled.py    the ops
 """
 
+from rlhf_fast.ops.linear.kl import linear_token_kl
+from rlhf_fast.ops.linear.policy_loss import PolicyLoss, linear_policy_loss
 from rlhf_fast.ops.linear.stats import linear_token_logprobs, linear_token_stats
 
-__all__ = ["linear_token_logprobs", "linear_token_stats"]
+__all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_kl", "linear_token_logprobs", "linear_token_stats"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ Lora = tuple[Tensor, Tensor, float]
 
 # A head in the operators' schemas: tensors among the tensors, the LoRA scale among the numbers.
 HEAD = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_lora_a, bool needs_lora_b"
+HEAD_GRADIENTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor lora_a, Tensor lora_b"
 
 
 class HeadInputs(NamedTuple):
@@ -114,3 +117,17 @@ def _under_autocast(*tensors: Any) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def tile_dtype(hidden: Tensor, float_logits: bool) -> torch.dtype:
+    return torch.float32 if float_logits else hidden.dtype
+
+
+def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As the tensors where they are wanted, (0,) elsewhere."""
+    first = tensors[0]
+    assert first is not None
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else first.new_empty(0)
+        for x, needed in zip(tensors, needs, strict=True)
+    )

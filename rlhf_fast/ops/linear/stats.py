@@ -16,11 +16,19 @@ from rlhf_fast import _dispatch
 from rlhf_fast.ops import codes
 from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
-from rlhf_fast.ops.linear.inputs import HEAD, Lora, check_head
+from rlhf_fast.ops.linear.inputs import (
+    HEAD,
+    HEAD_GRADIENTS,
+    NEEDS,
+    Lora,
+    check_head,
+    fake_gradients,
+    tile_dtype,
+)
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
-from rlhf_fast.ops.linear.tiles import Tiles, kept_elements
+from rlhf_fast.ops.linear.tiles import Tiles, kept_elements, tile_shape
 from rlhf_fast.ops.logprob import (
     ROW_OPTIONS,
     TokenStats,
@@ -166,7 +174,9 @@ class _Loop:
         return taken if taken is None or self.k else taken.unsqueeze(-1)
 
     def tiles(self, kept: Tensor, budget: int) -> Tiles:
-        return Tiles(self.rows.real, self.head.weight.shape[0], kept, budget)
+        rows, columns = self.rows.real, self.head.weight.shape[0]
+        shape = tile_shape(rows, columns, kept.element_size(), kept.device.type, budget)
+        return Tiles(rows, columns, kept, *shape)
 
     def fill(self, tile: Tensor, rows: slice, columns: slice) -> None:
         self.head.fill(tile, self.hidden[rows], None if self.low is None else self.low[rows], columns)
@@ -183,10 +193,8 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     hidden, weight = inputs[0], inputs[1]
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
         loop = _Loop(*inputs)
-        tile_dtype = _tile_dtype(hidden, inputs[-2])
-        kept = hidden.new_empty(
-            kept_elements(loop.rows.count, weight.shape[0], tile_dtype.itemsize, budget), dtype=tile_dtype
-        )
+        dtype = tile_dtype(hidden, inputs[-2])
+        kept = hidden.new_empty(kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget), dtype=dtype)
         tiles = loop.tiles(kept, budget)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
@@ -244,46 +252,31 @@ def _reference_backward(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     return _reference_backward_(ops, *copied)
 
 
-def _tile_dtype(hidden: Tensor, float_logits: bool) -> torch.dtype:
-    return torch.float32 if float_logits else hidden.dtype
-
-
 # ----------------------------------------------------------------------------------------------- registration
 
 INPUTS = f"Tensor hidden, {HEAD}, Tensor? targets, Tensor? mask, Tensor? row_temperature"
 OPTIONS = f"float lora_scale, {ROW_OPTIONS}, bool float_logits, int group"
 GRADIENTS = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp"
-NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_lora_a, bool needs_lora_b"
-HEAD_GRADIENTS = "(Tensor hidden, Tensor weight, Tensor bias, Tensor lora_a, Tensor lora_b)"
 
 
 def _backward_schema(kept: str) -> str:
     return (
         f"({GRADIENTS}, {INPUTS}, {OPTIONS}, Tensor? entropy, Tensor parts, {kept} kept, int budget, bool fresh, "
-        f"{NEEDS}) -> {HEAD_GRADIENTS}"
+        f"{NEEDS}) -> ({HEAD_GRADIENTS})"
     )
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     targets, float_logits, outputs, budget = rest[3], rest[-4], rest[-2], rest[-1]
     rows = hidden.shape[:-1]
-    dtype = _tile_dtype(hidden, float_logits)
+    dtype = tile_dtype(hidden, float_logits)
     elements = torch.sym_min(rows.numel() * weight.shape[0], budget // dtype.itemsize)
     stats = fake_stats(hidden, targets, rows, accumulate_dtype(hidden.dtype), outputs)
     return *stats, hidden.new_empty(elements, dtype=dtype)
 
 
-def fake_head_gradients(tensors: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    hidden = tensors[0]
-    assert hidden is not None
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else hidden.new_empty(0)
-        for x, needed in zip(tensors, needs, strict=True)
-    )
-
-
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    return fake_head_gradients(args[3:8], args[-5:])
+    return fake_gradients(args[3:8], args[-5:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

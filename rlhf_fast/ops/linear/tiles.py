@@ -45,11 +45,11 @@ class Tile(NamedTuple):
 class Tiles:
     """All tiles of `(rows, columns)` logits, one column of them after the other; the first ones lie in `kept`."""
 
-    def __init__(self, rows: int, columns: int, kept: Tensor, budget: int) -> None:
+    def __init__(self, rows: int, columns: int, kept: Tensor, height: int, width: int) -> None:
         self.rows, self.columns, self.kept = rows, columns, kept
-        self.height, self.width = _tile_shape(rows, columns, kept.element_size(), kept.device.type, budget)
-        self.row_blocks = -(-rows // self.height)
-        self.column_blocks = -(-columns // self.width)
+        self.height, self.width = height, width
+        self.row_blocks = -(-rows // height)
+        self.column_blocks = -(-columns // width)
 
     def __iter__(self) -> Iterator[Tile]:
         used, scratch = 0, None
@@ -67,7 +67,8 @@ class Tiles:
                     yield Tile(rows, columns, scratch[:size].view(shape), False)
 
 
-def _tile_shape(rows: int, columns: int, element_size: int, device: str, budget: int) -> tuple[int, int]:
+def tile_shape(rows: int, columns: int, element_size: int, device: str, budget: int) -> tuple[int, int]:
+    """Rows and columns of a tile where any shape will do."""
     if device == "cpu":
         elements = CPU_TILE // element_size
         height = min(rows, CPU_ROWS)
@@ -83,7 +84,7 @@ def kept_elements(rows: int, columns: int, element_size: int, budget: int) -> in
     return min(rows * columns, budget // element_size)
 
 
-def whole_row_blocks(rows: int, row_bytes: int, spare: int, device: str, budget: int) -> int:
+def whole_rows(rows: int, row_bytes: int, spare: int, device: str, budget: int) -> int:
     """How many whole rows of `row_bytes` an op takes at a time.
 
     spare: bytes that the op saves if it takes all rows at once (a float32 sum of the weight gradient).
