@@ -20,6 +20,7 @@ from rlhf_fast.ops.kl import approx_kl, token_kl, token_kl_and_grad
 from rlhf_fast.ops.linear import (
     PolicyLoss,
     linear_policy_loss,
+    linear_sampled_logprobs,
     linear_token_kl,
     linear_token_logprobs,
     linear_token_stats,
@@ -38,6 +39,7 @@ __all__ = [
     "backends",
     "gae",
     "linear_policy_loss",
+    "linear_sampled_logprobs",
     "linear_token_kl",
     "linear_token_logprobs",
     "linear_token_stats",

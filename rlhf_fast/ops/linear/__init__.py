@@ -12,6 +12,14 @@ rows and some columns, the row kernels fold it, and in the backward turn it into
 
 from rlhf_fast.ops.linear.kl import linear_token_kl
 from rlhf_fast.ops.linear.policy_loss import PolicyLoss, linear_policy_loss
+from rlhf_fast.ops.linear.sampled import linear_sampled_logprobs
 from rlhf_fast.ops.linear.stats import linear_token_logprobs, linear_token_stats
 
-__all__ = ["PolicyLoss", "linear_policy_loss", "linear_token_kl", "linear_token_logprobs", "linear_token_stats"]
+__all__ = [
+    "PolicyLoss",
+    "linear_policy_loss",
+    "linear_sampled_logprobs",
+    "linear_token_kl",
+    "linear_token_logprobs",
+    "linear_token_stats",
+]

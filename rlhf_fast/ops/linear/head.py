@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class HeadGradients:
             if self.once:
                 product(dlogits.t(), self.of[rows], self.weight[columns])
             else:
-                add_product(dlogits.t(), self.of[rows], self._weight_sum(columns))
+                add_product(dlogits.t(), self.of[rows], self.weight_sum(columns))
         if self.needs.bias:
             self.bias[columns] += dlogits.sum(0, dtype=self.bias.dtype)
         if self.low is not None:
@@ -96,7 +97,8 @@ class HeadGradients:
             if self.needs.lora_b:
                 add_product(dlogits.t(), self.low[rows], self.lora_b[columns])
 
-    def _weight_sum(self, columns: slice) -> Tensor:
+    def weight_sum(self, columns: slice) -> Tensor:
+        """Where the weight gradient at these columns is summed."""
         assert self.weight is not None
         if self.weight.dtype == self.hidden.dtype:
             return self.weight[columns]
@@ -112,10 +114,12 @@ class HeadGradients:
             self.weight[slice(*self._sum_at)] = self._sum
         self._sum = None
 
-    def finish(self, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def finish(
+        self, vocabulary: int, over_ranks: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients to hidden (N, H), weight, bias, lora_a and lora_b, (0,) where nobody wants them.
 
-        hidden's is not yet rounded: ranks may have to be summed first. Columns beyond the head's, up to
+        over_ranks sums what every rank has a part of: hidden's and lora_a's. Columns beyond the head's, up to
         `vocabulary`, are 0.
         """
         self._flush()
@@ -128,12 +132,15 @@ class HeadGradients:
             if self.needs.lora_a:
                 lora_a = torch.zeros_like(self.head.lora_a, dtype=self.hidden.dtype)
                 add_product(scaled.t(), self.of, lora_a)
+                over_ranks(lora_a)
         elif self.needs.lora_a and self.head.lora_a is not None:
             lora_a = torch.zeros_like(self.head.lora_a)
         dtype = self.of.dtype
         weight = self.of.new_empty(0) if self.weight is None else _padded(self.weight, vocabulary)
-        bias, lora_b = (_padded(x, vocabulary) if x.numel() else x.new_empty(0) for x in (self.bias, self.lora_b))
-        return self.hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
+        lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
+        hidden = over_ranks(self.hidden).to(dtype) if self.needs.hidden else self.of.new_empty(0)
+        return hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -178,13 +178,11 @@ def _reference_backward(ops: Any, grad_kl: Tensor, *args: Any) -> tuple[Tensor, 
                 sums.add(grad, tile.rows, everything)
             if any(ref_needs):
                 ref_sums.add(ref_grad, tile.rows, everything)
-        grads, ref_grads = list(sums.finish(weight.shape[0])), list(ref_sums.finish(weight.shape[0]))[:3]
-        for found, like, needed in ((grads, hidden, needs.hidden), (ref_grads, ref_hidden, ref_needs.hidden)):
-            if needed:
-                found[0] = loop.rows.put(loop.shard.sum(found[0]).to(hidden.dtype), (like.shape[-1],))
-            else:
-                found[0] = hidden.new_empty(0)
-    return (*grads, *ref_grads)
+        vocabulary, over_ranks = weight.shape[0], loop.shard.sum
+        grads, ref_grads = sums.finish(vocabulary, over_ranks), ref_sums.finish(vocabulary, over_ranks)
+    hidden_grad = loop.rows.put(grads[0], (hidden.shape[-1],)) if needs.hidden else grads[0]
+    ref_hidden_grad = loop.rows.put(ref_grads[0], (ref_hidden.shape[-1],)) if ref_needs.hidden else ref_grads[0]
+    return (hidden_grad, *grads[1:], ref_hidden_grad, *ref_grads[1:3])
 
 
 # ----------------------------------------------------------------------------------------------- registration

@@ -116,14 +116,14 @@ def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
             dlogits, per_token[:, rows], clipped[rows] = _block(ops, loop, settings, rows, tiles, any(needs))
             if any(needs):
                 sums.add(dlogits, rows, loop.columns)
-        grad_hidden, *grads = sums.finish(weight.shape[0])
+        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
         if needs.hidden:
-            grad_hidden = loop.rows.put(loop.shard.sum(grad_hidden).to(hidden.dtype), (hidden.shape[-1],))
+            grad_hidden = loop.rows.put(grad_hidden, (hidden.shape[-1],))
     loss = (per_token[3] * loop.tokens.share).sum()
     counted = torch.ones_like(clipped) if loop.rows.masked is None else ~loop.rows.masked
     fraction = ((clipped & counted).sum() / counted.sum().clamp(min=1)).to(loop.dtype)
     outputs = [loop.rows.put(x.clone()) for x in per_token[:3]]
-    return (loss, *outputs, fraction, grad_hidden if needs.hidden else hidden.new_empty(0), *grads)
+    return (loss, *outputs, fraction, grad_hidden, *grads)
 
 
 def _block(

@@ -44,7 +44,7 @@ class Shard:
         fields = [None if x is None or x is mine.target else x for x in mine]
         packed = torch.cat([x.double() for x in fields if x is not None] + ([] if target is None else [target]))
         gathered = packed.new_empty((self.ranks, *packed.shape))
-        dist.all_gather_into_tensor(gathered, packed.contiguous(), group=self.group)
+        dist.all_gather(list(gathered.unbind()), packed.contiguous(), group=self.group)
         columns = iter(gathered.unbind(1))  # (ranks, n) each; ids are exact in float64 too
         whole = [None if x is None else next(columns).to(x.dtype) for x in fields]
         if target is not None:

@@ -240,10 +240,8 @@ def _reference_backward_(ops: Any, *args: Any) -> tuple[Tensor, ...]:
             local, here = loop.own_targets(tile.rows, tile.columns)
             wanted.turn(ops, tile.logits, tile.rows, local, here, loop.options)
             sums.add(tile.logits, tile.rows, tile.columns)
-        grad_hidden, *grads = sums.finish(weight.shape[0])
-        if needs.hidden:
-            grad_hidden = loop.rows.put(loop.shard.sum(grad_hidden).to(hidden.dtype), (hidden.shape[-1],))
-    return (grad_hidden if needs.hidden else hidden.new_empty(0), *grads)
+        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
+    return (loop.rows.put(grad_hidden, (hidden.shape[-1],)) if needs.hidden else grad_hidden, *grads)
 
 
 def _reference_backward(ops: Any, *args: Any) -> tuple[Tensor, ...]:
