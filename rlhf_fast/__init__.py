@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         "    pip install torch"
     ) from error
 
-from rlhf_fast import _triton
+from rlhf_fast import _triton, hf
 from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
 from rlhf_fast._version import __version__
 from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
@@ -38,6 +38,7 @@ __all__ = [
     "approx_kl",
     "backends",
     "gae",
+    "hf",
     "linear_policy_loss",
     "linear_sampled_logprobs",
     "linear_token_kl",

@@ -167,8 +167,8 @@ def test_double_backward_raises(backend: str, name: str) -> None:
 
 @every_differentiable_sample
 def test_backward_twice_with_a_retained_graph(backend: str, name: str) -> None:
-    if name.endswith("inplace"):
-        return  # raises instead: test_logprob.py::test_second_backward_after_inplace_raises
+    if name.endswith("inplace") or name == "linear_policy_loss":
+        return  # raises instead: test_second_backward_after_inplace_raises, test_a_second_backward_raises
     sample = build(name, torch.float32)
     leaves = {k: v.clone().requires_grad_() for k, v in sample.inputs.items()}
     loss = sum((x.sum() for x in named_outputs(sample.call(**leaves)).values() if x.requires_grad), torch.zeros(()))

@@ -164,7 +164,8 @@ def _share(op: str, normalizer: float | Tensor | None, mask: Tensor, dtype: torc
         normalizer = mask.sum().clamp(min=1)
     elif not isinstance(normalizer, Tensor):
         normalizer = torch.full((), _check.positive(op, "normalizer", normalizer), dtype=dtype, device=mask.device)
-    if torch.broadcast_shapes(normalizer.shape, mask.shape) != mask.shape:
+    sizes = zip(reversed(normalizer.shape), reversed(mask.shape), strict=False)
+    if normalizer.dim() > mask.dim() or any(n not in (1, m) for n, m in sizes):
         raise ValueError(
             f"rlhf_fast.{op}: normalizer must broadcast to the rows {tuple(mask.shape)}, got {tuple(normalizer.shape)}"
         )
