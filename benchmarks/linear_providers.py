@@ -101,11 +101,9 @@ def eager_policy_loss(hidden: Tensor, weight: Tensor, targets: Tensor, old: Tens
 
 def policy_providers(p: Problem) -> dict[str, Call]:
     """PPO's loss and its gradients: in one op, as a loss on our log-probs, and eagerly."""
-    ours = lambda: (
-        rf.linear_policy_loss(  # noqa: E731
-            p.hidden, p.weight, p.targets, p.old, p.advantages, mask=p.mask
-        ).loss
-    )
+
+    def ours() -> Tensor:
+        return rf.linear_policy_loss(p.hidden, p.weight, p.targets, p.old, p.advantages, mask=p.mask).loss
 
     def two_phase() -> Tensor:
         ratio = (rf.linear_token_logprobs(p.hidden, p.weight, p.targets, mask=p.mask) - p.old).exp()

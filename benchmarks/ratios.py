@@ -132,9 +132,7 @@ def linear_cases() -> Iterator[Case]:
     shape = Shape()
     sizes = " x ".join(map(str, shape))
     for dtype, share in itertools.product((torch.float32, torch.bfloat16), (1.0, 0.5)):
-        size = (
-            f"{shape.rows} x {shape.hidden} x {shape.vocabulary} {str(dtype).removeprefix('torch.')}, {share:.0%} real"
-        )
+        size = f"{sizes} {str(dtype).removeprefix('torch.')}, {share:.0%} real"
         problem, frozen = Problem(shape, dtype, share), Problem(shape, dtype, share, frozen_head=True)
         for direction in ("forward", "forward + backward"):
             providers = logprob_providers(problem, direction)
@@ -146,9 +144,7 @@ def linear_cases() -> Iterator[Case]:
         yield Case(f"linear_policy_loss forward + backward {size}", problem.bytes, policy_providers(problem))
     problem = Problem(shape, torch.float32, 1.0)
     for kept in (32, 512):
-        name = (
-            f"linear_sampled_logprobs forward, {kept} kept, {shape.rows} x {shape.hidden} x {shape.vocabulary} float32"
-        )
+        name = f"linear_sampled_logprobs forward, {kept} kept, {sizes} float32"
         yield Case(name, problem.bytes, sampled_providers(problem, kept))
 
 

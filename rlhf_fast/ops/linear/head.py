@@ -63,7 +63,10 @@ class Needs(NamedTuple):
 class HeadGradients:
     """The gradients of hidden and head, summed over tiles in float32 (float64 for float64)."""
 
-    def __init__(self, head: Head, hidden: Tensor, low: Tensor | None, needs: Needs, row_blocks: int) -> None:
+    def __init__(
+        self, head: Head, hidden: Tensor, low: Tensor | None, needs: Needs, row_blocks: int, revisits: bool = True
+    ) -> None:
+        """row_blocks: how many tiles lie below one another; revisits: columns come again after others have come."""
         self.head, self.of, self.low, self.needs = head, hidden, low, needs
         self.once = row_blocks == 1
         rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
@@ -74,8 +77,11 @@ class HeadGradients:
         self.bias = hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
         self.lora_b = hidden.new_zeros((columns if needs.lora_b else 0, rank), dtype=dtype)
         make = torch.empty_like if self.once else torch.zeros_like
-        self.weight = make(head.weight, memory_format=torch.contiguous_format) if needs.weight else None
-        self._sum: Tensor | None = None  # float32 sum of the weight gradient at these columns, if it has other dtype
+        whole_sum = dtype if revisits and not self.once else hidden.dtype
+        self.weight: Tensor | None = None
+        if needs.weight:
+            self.weight = make(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
+        self._sum: Tensor | None = None  # float32 sum of the weight gradient at the current columns
         self._sum_at: tuple[int, int] = (0, 0)
 
     def add(self, dlogits: Tensor, rows: slice, columns: slice) -> None:
@@ -136,7 +142,7 @@ class HeadGradients:
         elif self.needs.lora_a and self.head.lora_a is not None:
             lora_a = torch.zeros_like(self.head.lora_a)
         dtype = self.of.dtype
-        weight = self.of.new_empty(0) if self.weight is None else _padded(self.weight, vocabulary)
+        weight = self.of.new_empty(0) if self.weight is None else _padded(self.weight.to(dtype), vocabulary)
         bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
         lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
         hidden = over_ranks(self.hidden).to(dtype) if self.needs.hidden else self.of.new_empty(0)

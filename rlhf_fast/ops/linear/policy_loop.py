@@ -15,7 +15,7 @@ from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
-from rlhf_fast.ops.linear.tiles import budget_of, whole_rows
+from rlhf_fast.ops.linear.tiles import Tile, Tiles, budget_of, tile_shape, whole_rows
 from rlhf_fast.ops.objectives import OBJECTIVES, Clip
 from rlhf_fast.ops.reference import accumulate_dtype
 
@@ -73,24 +73,37 @@ class _Loop:
         self.tokens = Tokens(*(take(x) for x in per_token))  # type: ignore[arg-type]
         self.dtype = accumulate_dtype(hidden.dtype)
         self.tile_dtype = tile_dtype(hidden, float_logits)
-        self.columns = slice(0, columns)
 
-    def tile(self, head: Head, hidden: Tensor, low: Tensor | None, out: Tensor) -> Tensor:
-        return head.fill(out.view(hidden.shape[0], -1), hidden, low, self.columns)
+    def block(self, rows: slice, memory: Tensor) -> Tiles:
+        """The tiles of a block of rows, all in `memory`; one of whole rows where a KL over the vocabulary is wanted."""
+        height, columns = rows.stop - rows.start, self.head.weight.shape[0]
+        width = tile_shape(height, columns, memory.element_size(), memory.device.type, memory.nbytes)[1]
+        width = columns if self.ref_head is not None else width
+        return Tiles(height, columns, memory[: height * columns], height, max(1, width))
 
-    def statistics(self, ops: Any, tile: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log-probs (n,), entropy (n,) and parts of a block; its targets on this rank, and where they are."""
-        asked = codes.LOGPROBS | codes.ENTROPY
-        first = self.shard.first
+    def own_targets(self, rows: slice, tile: Tile) -> tuple[Tensor, Tensor]:
+        columns, first = tile.columns, self.shard.first
         targets = self.tokens.targets[rows].unsqueeze(-1)
-        local, here = own_targets(targets, slice(first, first + self.columns.stop))
-        slices = Slices.dead(1, tile.shape[0], 1, asked, tile, self.dtype)
-        options = self.options.at(rows)
-        fold(ops, slices, 0, slice(0, tile.shape[0]), tile, local, here, options, asked, 0)
+        return own_targets(targets, slice(columns.start + first, columns.stop + first))
+
+    def statistics(self, ops: Any, rows: slice, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
+        """Fills the tiles of a block; its log-probs (n,), entropy (n,) and parts (n, 2)."""
+        asked = codes.LOGPROBS | codes.ENTROPY
+        options, low = self.options.at(rows), None if self.low is None else self.low[rows]
+        slices = Slices.dead(max(1, tiles.column_blocks), tiles.rows, 1, asked, self.hidden, self.dtype)
+        for at, tile in enumerate(tiles):
+            self.head.fill(tile.logits, self.hidden[rows], low, tile.columns)
+            fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), options, asked, 0)
         unit = options.max_unit(ops, self.hidden.dtype)
         logprobs, entropy, _, _, _, parts = self.shard.merge(slices, unit).results(unit, self.dtype, False)
         assert logprobs is not None and entropy is not None and parts is not None
-        return logprobs.squeeze(-1), entropy, parts, local, here
+        return logprobs.squeeze(-1), entropy, parts
+
+    def reference_tile(self, rows: slice, memory: Tensor) -> Tensor:
+        assert self.ref_head is not None and self.ref_hidden is not None
+        height, columns = rows.stop - rows.start, self.head.weight.shape[0]
+        tile = memory[: height * columns].view(height, columns)
+        return self.ref_head.fill(tile, self.ref_hidden[rows], None, slice(0, columns))
 
 
 def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -101,7 +114,7 @@ def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     hidden, weight = inputs[0], inputs[1]
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
         loop = _Loop(*inputs)
-        real, width = loop.rows.real, loop.columns.stop
+        real, width = loop.rows.real, loop.head.weight.shape[0]
         spare = 0 if hidden.dtype == loop.dtype or not needs.weight else weight.numel() * loop.dtype.itemsize
         bytes_of_row = max(1, width) * loop.tile_dtype.itemsize * (1 if loop.ref_head is None else 3)
         limit = budget_of(None if budget < 0 else budget, hidden.device)
@@ -112,10 +125,7 @@ def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
         memory = hidden.new_empty((1 if loop.ref_head is None else 2, height * width), dtype=loop.tile_dtype)
         for top in range(0, real, height):
             rows = slice(top, min(top + height, real))
-            tiles = memory[:, : (rows.stop - top) * width]
-            dlogits, per_token[:, rows], clipped[rows] = _block(ops, loop, settings, rows, tiles, any(needs))
-            if any(needs):
-                sums.add(dlogits, rows, loop.columns)
+            per_token[:, rows], clipped[rows] = _block(ops, loop, settings, rows, memory, sums if any(needs) else None)
         grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
         if needs.hidden:
             grad_hidden = loop.rows.put(grad_hidden, (hidden.shape[-1],))
@@ -127,36 +137,37 @@ def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _block(
-    ops: Any, loop: _Loop, settings: Settings, rows: slice, tiles: Tensor, needed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one block of rows: dloss/dlogits, in its tile; logprobs, entropy, kl and loss (4, n); which were clipped."""
-    low = None if loop.low is None else loop.low[rows]
-    tile = loop.tile(loop.head, loop.hidden[rows], low, tiles[0])
-    logprobs, entropy, parts, local, here = loop.statistics(ops, tile, rows)
-    tokens = loop.tokens.at(rows)
+    ops: Any, loop: _Loop, settings: Settings, rows: slice, memory: Tensor, sums: HeadGradients | None
+) -> tuple[Tensor, Tensor]:
+    """Of one block of rows: logprobs, entropy, kl and loss (4, n), and which were clipped; its gradients go to sums."""
+    tiles = loop.block(rows, memory[0])
+    logprobs, entropy, parts = loop.statistics(ops, rows, tiles)
+    tokens, options = loop.tokens.at(rows), loop.options.at(rows)
     objective = BY_CODE[settings.objective](logprobs, tokens.old_logprobs, tokens.advantages, settings.clip)
     slope = objective.slope
     kl, exact_grad = torch.zeros_like(logprobs), None
-    if loop.ref_head is not None and loop.ref_hidden is not None:
-        ref_tile = loop.tile(loop.ref_head, loop.ref_hidden[rows], None, tiles[1])
-        wanted = settings.kl_coef * tokens.share if needed and settings.kl_coef != 0 else None
-        kl, exact_grad = _exact_kl(ops, tile, ref_tile, loop.options.at(rows), loop.shard, wanted)
+    if loop.ref_head is not None:
+        tile = memory[0, : tiles.rows * tiles.columns].view(tiles.rows, tiles.columns)
+        wanted = settings.kl_coef * tokens.share if sums is not None and settings.kl_coef != 0 else None
+        kl, exact_grad = _exact_kl(ops, tile, loop.reference_tile(rows, memory[1]), options, loop.shard, wanted)
     elif tokens.ref_logprobs is not None:
         kl, kl_slope = _estimated_kl(ops, logprobs, tokens, settings)
         slope = slope + settings.kl_coef * kl_slope
     loss = objective.loss - settings.entropy_coef * entropy
     if settings.kl_coef != 0:  # a KL that is only watched may be infinite
         loss = loss + settings.kl_coef * kl
-    if needed:
+    if sums is not None:
         grad_entropy = None if settings.entropy_coef == 0 else -settings.entropy_coef * tokens.share
         gradients = RowGradients(
             (slope * tokens.share).unsqueeze(-1), grad_entropy, None, None,
             None if grad_entropy is None else entropy, parts,
         )  # fmt: skip
-        gradients.turn(ops, tile, slice(0, tile.shape[0]), local, here, loop.options.at(rows))
-        if exact_grad is not None:
-            tile += exact_grad
-    return tile, torch.stack([logprobs, entropy, kl, loss]), objective.clipped
+        for part in tiles:
+            gradients.turn(ops, part.logits, part.rows, *loop.own_targets(rows, part), options)
+            if exact_grad is not None:
+                part.logits.add_(exact_grad)
+            sums.add(part.logits, rows, part.columns)
+    return torch.stack([logprobs, entropy, kl, loss]), objective.clipped
 
 
 def _exact_kl(

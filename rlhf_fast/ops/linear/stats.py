@@ -233,7 +233,7 @@ def _reference_backward_(ops: Any, *args: Any) -> tuple[Tensor, ...]:
             taken_parts,
         )  # fmt: skip
         tiles = loop.tiles(kept, budget)
-        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, tiles.row_blocks)
+        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, tiles.row_blocks, revisits=False)
         for tile in tiles:
             if not (tile.kept and fresh):
                 loop.fill(tile.logits, tile.rows, tile.columns)

@@ -24,7 +24,7 @@ GPU_ROWS = 4096
 
 # Ops that need whole rows (a KL, a policy loss) take tiles of about so many bytes, and at least so many rows if the
 # budget has room for them: with fewer, reading the weight would cost as much as multiplying by it.
-CPU_ROW_TILE = 64 * 2**20
+CPU_ROW_TILE = 48 * 2**20
 CPU_MIN_ROWS = 256
 
 
@@ -92,7 +92,9 @@ def whole_rows(rows: int, row_bytes: int, spare: int, device: str, budget: int) 
     if device == "cpu":
         if rows * row_bytes <= min(budget, CPU_ROW_TILE + spare):
             return max(1, rows)
-        wanted = max(CPU_ROW_TILE, min(budget, CPU_MIN_ROWS * row_bytes))
+        wanted = min(max(CPU_ROW_TILE, CPU_MIN_ROWS * row_bytes), max(budget, 2 * CPU_TILE))
     else:
         wanted = max(budget, GPU_TILE)
-    return max(1, min(rows, wanted // max(1, row_bytes)))
+    most = max(1, min(rows, wanted // max(1, row_bytes)))
+    blocks = max(1, -(-rows // most))
+    return max(1, -(-rows // blocks))  # equal ones: a small last block would read the whole weight for little
