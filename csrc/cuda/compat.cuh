@@ -48,7 +48,23 @@ __device__ __forceinline__ To bit_cast(From from) {
 
 #ifdef RF_EMULATE
 
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t,
+                     const Arguments&... arguments) {
+  emulator::launch(blocks, threads, [=] { kernel(arguments...); }, size);
+}
+inline void cluster_barrier() { emulator::wait_at(emulator::block().cluster); }
+template <class Kernel>
+int64_t cluster_cache(Kernel*) {
+  return 256 * 1024;
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
+inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
+inline void publish(unsigned* flag) { *flag = 1; }
+inline void wait_for(const unsigned* flag) {
+  if (*flag != 1) emulator::fail("a block waits for what no block before it has published");
+}
 inline float to_float(Half x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
 inline void from_float(float x, Half* to) { to->bits = bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline void from_float(float x, BFloat16* to) {
@@ -59,11 +75,65 @@ inline void from_float(float x, BFloat16* to) {
 
 #else
 
+// Launches clusters of `size` neighbouring blocks (at most 8), which run at the same time and meet at cluster_barrier().
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t stream,
+                     const Arguments&... arguments) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(size);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched without
+// a cluster is one by itself.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Bytes of the current device's L2 cache; 0 where `kernel` must not run in clusters. The device alone does not tell:
+// code compiled for an older one has no barrier for them.
+template <class Kernel>
+int64_t cluster_cache(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) == cudaSuccess ? bytes : 0;
+}
+
 // One instruction; 2 ulp; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+// One instruction, which a plain store of a struct sometimes is not.
+__device__ __forceinline__ void store_16_bytes(uint4 value, void* to) { __stwb(static_cast<uint4*>(to), value); }
+// What a thread wrote before publish(flag) is seen by every thread that comes out of wait_for(flag), of any block. A
+// block may wait for blocks of lower index alone: they start first, so none waits for one that has no room to start.
+__device__ __forceinline__ void publish(unsigned* flag) {
+  asm volatile("st.release.gpu.u32 [%0], %1;" : : "l"(flag), "r"(1u) : "memory");
+}
+__device__ __forceinline__ void wait_for(const unsigned* flag) {
+  unsigned value;
+  do {
+    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  } while (value == 0);
 }
 __device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ __forceinline__ void from_float(float x, Half* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }

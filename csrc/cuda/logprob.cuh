@@ -133,7 +133,8 @@ struct RowGradient {
   float grad_entropy;
   float entropy;
 
-  __device__ __forceinline__ float at(float x, float extra = 0.0f) const {
+  __device__ __forceinline__ float at(float x,
+                                      float extra = -0.0f) const {  // adding -0 changes nothing, and costs nothing
     const float u = transform.apply<kCap>(x);
     const float logp2 = (u - shift) * transform.factor2 - log_sum2, p = exp2_fast(logp2);
     float weight = constant;
@@ -161,10 +162,10 @@ __device__ __forceinline__ float gradient_at_target(const TokenStatsBackwardArgs
   return g.at(to_float(x[target]), total);
 }
 
-template <class T, class Gradient>
+template <int kLoads, class T, class Gradient>
 __device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t begin, int64_t end, const Gradient& g) {
   const bool packs = same_phase(x, grad);
-  for_each_column(x, begin, end, [&](const auto& values, int64_t column) {
+  for_each_column<kLoads>(x, begin, end, [&](const auto& values, int64_t column) {
     constexpr int kCount = sizeof(values) / sizeof(float), kStep = kCount < kPack<T> ? 1 : kPack<T>;
 #pragma unroll
     for (int first = 0; first < kCount; first += kStep) {
@@ -213,7 +214,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     if (is_mine(target)) a.at_targets[n * a.k + k] = gradient_at_target(a, n, target, x, g);
   }
   if (a.k > 0) __syncthreads();
-  write_gradients(x, grad, begin, end, g);
+  constexpr int kLoads = kCap ? 2 : kUnroll;  // tanh takes the registers that two more loads would need
+  write_gradients<kLoads>(x, grad, begin, end, g);
   if (a.k > 0) __syncthreads();
   for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {
     const int64_t target = a.targets[n * a.k + k];

@@ -46,16 +46,18 @@ __device__ __forceinline__ T reduce_warp(T value, const Merge& merge) {
 template <int kThreads, class T, class Merge>
 __device__ __forceinline__ T reduce_block(T value, const Merge& merge, T* scratch) {
   constexpr int kWarps = kThreads / kWarp;
+  static_assert(kWarps <= kWarp && (kWarps & (kWarps - 1)) == 0, "a power of two");
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   value = reduce_warp(value, merge);
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < kWarps; ++w) value = merge(value, scratch[w]);
-    scratch[0] = value;
+  value = scratch[lane % kWarps];  // every warp merges them all, in the same order
+#pragma unroll
+  for (int distance = kWarps / 2; distance > 0; distance /= 2) {
+    const T other = shuffle_down(value, distance);
+    value = merge(value, other);
   }
-  __syncthreads();
-  return scratch[0];
+  return broadcast_warp(value);
 }
 
 }  // namespace cuda

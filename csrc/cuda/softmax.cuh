@@ -51,8 +51,8 @@ struct RowTransform {
 };
 
 // Calls add(floats, column) for what this thread has of the columns [begin, end), floats being an array of one entry,
-// of one pack, or of kUnroll packs that stand kRowThreads packs apart; columns rise from call to call.
-template <class T, class Add>
+// of one pack, or of kLoads packs that stand kRowThreads packs apart; columns rise from call to call.
+template <int kLoads = kUnroll, class T, class Add>
 __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64_t end, const Add& add) {
   const Span span = span_of(x, begin, end);
   const auto one = [&](int64_t i) {
@@ -62,13 +62,13 @@ __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64
   if (span.begin + threadIdx.x < span.head) one(span.begin + threadIdx.x);  // a head is shorter than a pack
   constexpr int64_t kStride = int64_t{kRowThreads} * kPack<T>;
   int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
-  for (; i + (kUnroll - 1) * kStride < span.tail; i += kUnroll * kStride) {
-    Pack<T> packs[kUnroll];
+  for (; i + (kLoads - 1) * kStride < span.tail; i += kLoads * kStride) {
+    Pack<T> packs[kLoads];
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) packs[j] = load_pack(x + i + j * kStride);
-    float floats[kUnroll * kPack<T>];
+    for (int j = 0; j < kLoads; ++j) packs[j] = load_pack(x + i + j * kStride);
+    float floats[kLoads * kPack<T>];
 #pragma unroll
-    for (int j = 0; j < kUnroll * kPack<T>; ++j) floats[j] = to_float(packs[j / kPack<T>].values[j % kPack<T>]);
+    for (int j = 0; j < kLoads * kPack<T>; ++j) floats[j] = to_float(packs[j / kPack<T>].values[j % kPack<T>]);
     add(floats, i);
   }
   for (; i < span.tail; i += kStride) {

@@ -24,7 +24,7 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from) {
 
 template <class T>
 __device__ __forceinline__ void store_pack(const Pack<T>& pack, T* to) {
-  *reinterpret_cast<uint4*>(to) = bit_cast<uint4>(pack);
+  store_16_bytes(bit_cast<uint4>(pack), to);
 }
 
 template <class T>
@@ -87,7 +87,7 @@ __device__ __forceinline__ void zero_range(T* row, int64_t begin, int64_t end) {
   const Span span = span_of(row, begin, end);
   for (int64_t i = span.begin + threadIdx.x; i < span.head; i += blockDim.x) from_float(0.0f, row + i);
   for (int64_t i = span.head + threadIdx.x * kPack<T>; i < span.tail; i += blockDim.x * kPack<T>) {
-    store_pack(Pack<T>{}, row + i);
+    *reinterpret_cast<uint4*>(row + i) = uint4{0, 0, 0, 0};
   }
   for (int64_t i = span.tail + threadIdx.x; i < span.end; i += blockDim.x) from_float(0.0f, row + i);
 }
