@@ -15,22 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast._triton import INTERPRETED
+from rlhf_fast import _triton
 
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # How a logit x becomes u, of which z = factor * u: u = x, u = -x (a negative scale), or u = cap * tanh(in_scale * x).
 AS_IS, NEGATED, CAPPED = (tl.constexpr(i) for i in range(3))
 
-# 256 threads of two vectors each keep enough bytes in flight. The interpreter gets blocks and programs so few and so
-# small that the tests' rows have several of each.
-MAX_LANES = 64 if INTERPRETED else 512
+# The interpreter, whose programs are slow and whose rows are the tests', gets small blocks and many narrow rows at
+# once, and pretends that a few programs fill it.
+NARROW_LANES = 4096
+PRETENDED_PROGRAMS = 5
+
 MAX_SPLITS = tl.constexpr(64)
 BLOCKS_PER_SPLIT = 1 if INTERPRETED else 4
 BLOCKS_PER_SPAN = 3 if INTERPRETED else 8
 PROGRAMS_PER_PROCESSOR = 32  # about eight waves of four: the last, ragged one then costs little
-PRETENDED_PROGRAMS = 5
 
 
 # ------------------------------------------------------------------------------------------- on the host
@@ -55,27 +57,39 @@ class Tile(NamedTuple):
         return {"ROWS": self.rows, "BLOCK": self.block, "num_warps": self.warps}
 
 
-def tile_for(logits: Tensor, vectors_per_thread: int) -> Tile:
-    """One wide row, or several narrow ones."""
-    max_lanes = MAX_LANES * vectors_per_thread // 2
+def tile_for(logits: Tensor, lanes: int, vectors_per_thread: int) -> Tile:
+    """One wide row in blocks of `lanes` vectors, or several narrow rows."""
+    narrow_lanes = lanes
+    if INTERPRETED:
+        lanes, narrow_lanes = lanes // 4, NARROW_LANES
     vec = 16 // logits.element_size()
-    lanes = min(max_lanes, triton.next_power_of_2(triton.cdiv(logits.shape[-1], vec)))
-    return Tile(max_lanes // lanes, lanes, vec, max(1, max_lanes // (32 * vectors_per_thread)))
+    needed = triton.next_power_of_2(triton.cdiv(logits.shape[-1], vec))
+    rows = 1 if needed >= lanes else narrow_lanes // needed
+    lanes = min(lanes, needed)
+    return Tile(rows, lanes, vec, max(1, rows * lanes // (32 * vectors_per_thread)))
 
 
 def splits_for(tiles: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
     """Into how many programs a tile's columns are cut so that few rows fill the device, and the blocks of each."""
-    wanted = PRETENDED_PROGRAMS if INTERPRETED else PROGRAMS_PER_PROCESSOR * processors(device)
     blocks = triton.cdiv(columns, block)
-    splits = max(1, min(triton.cdiv(wanted, tiles), blocks // BLOCKS_PER_SPLIT, MAX_SPLITS.value))
-    per_split = triton.cdiv(blocks, splits)
+    wanted = triton.cdiv(_programs(device), tiles)
+    return _evenly(blocks, min(wanted, blocks // BLOCKS_PER_SPLIT, MAX_SPLITS.value))
+
+
+def spans_for(tiles: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
+    """The same for work without sums to merge: no program goes through many blocks."""
+    blocks = triton.cdiv(columns, block)
+    wanted = triton.cdiv(_programs(device), tiles)
+    return _evenly(blocks, max(min(wanted, blocks), triton.cdiv(blocks, BLOCKS_PER_SPAN)))
+
+
+def _evenly(blocks: int, splits: int) -> tuple[int, int]:
+    per_split = triton.cdiv(blocks, max(1, splits))
     return triton.cdiv(blocks, per_split), per_split
 
 
-def spans_for(columns: int, block: int) -> tuple[int, int]:
-    """The same for work without sums to merge: a program goes through a few blocks, however many rows there are."""
-    blocks = triton.cdiv(columns, block)
-    return triton.cdiv(blocks, BLOCKS_PER_SPAN), BLOCKS_PER_SPAN
+def _programs(device: torch.device) -> int:
+    return PRETENDED_PROGRAMS if INTERPRETED else PROGRAMS_PER_PROCESSOR * processors(device)
 
 
 @functools.cache
@@ -101,7 +115,7 @@ def shaping(temperature: float, logit_scale: float, softcap: float) -> Shaping:
 
 
 def dense_rows(*tensors: Tensor) -> tuple[Sequence[Tensor], int, list[int]]:
-    """The tensors (..., V), `inner`, and two strides of each: row n begins at (n // inner) * outer + (n % inner) * step.
+    """The tensors (..., V), `inner`, and two strides of each: row n is at (n // inner) * outer + (n % inner) * step.
 
     That covers `logits[:, :-1]` and transposed batches as they lie. What it does not cover is copied, as is a strided
     last dimension.
@@ -195,12 +209,30 @@ def load_logits(pointers, in_range, SHAPE: tl.constexpr):
 def shaped(x, in_range, in_scale, cap, SHAPE: tl.constexpr):
     """u of logits from `load_logits`, in float32. Its maximum is taken and subtracted before `factor` multiplies: a
     common offset of the logits costs no digits, and factor > 0 keeps their order."""
-    u = x.to(tl.float32)
+    u = widen(x)
     if SHAPE == NEGATED:
         u = -u
     if SHAPE == CAPPED:
         u = tl.where(in_range, cap * tanh(u * in_scale), float("-inf"))
     return u
+
+
+@triton.jit
+def widen(x):
+    """x in float32. The interpreter's own conversion loses subnormal bfloat16 numbers."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, rounded to nearest, ties to even. The interpreter's own conversion to bf16 truncates."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -210,7 +242,7 @@ def tanh(x):
     series = 2.06390887954e-2 - 5.70498872745e-3 * square
     series = 1.33314422036e-1 + square * (-5.37397155531e-2 + square * series)
     small = x + x * square * (-3.33332819422e-1 + square * series)
-    decay = tl.exp2(-2.0 * LOG2E * size)
+    decay = tl.exp2(size * (-2.0 * LOG2E))
     large = (1.0 - decay) / (1.0 + decay)
     return tl.where(size < 0.625, small, tl.where(x < 0, -large, large))
 
@@ -223,5 +255,6 @@ def finite_max(top):
 
 @triton.jit
 def fall(old, new, factor2):
-    """By how much, in powers of two, exponents relative to a maximum fall when it rises; 0 before there was one."""
-    return tl.where(old == float("-inf"), 0.0, (old - new) * factor2)
+    """By how much, in powers of two, exponents relative to a maximum fall when that rises. More than 200 is all the
+    same: what was summed so far vanishes, and from -inf there was nothing."""
+    return tl.maximum((old - new) * factor2, -200.0)

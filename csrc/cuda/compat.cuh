@@ -29,6 +29,7 @@ constexpr float kInf = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr uint64_t kUnpublished = ~uint64_t{0};  // what a word holds before publish(); no value may look like it
 
 // 16-bit floats as their bits, so that the emulator needs nothing of CUDA's headers.
 struct alignas(2) BFloat16 {
@@ -61,9 +62,10 @@ int64_t cluster_cache(Kernel*) {
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
-inline void publish(unsigned* flag) { *flag = 1; }
-inline void wait_for(const unsigned* flag) {
-  if (*flag != 1) emulator::fail("a block waits for what no block before it has published");
+inline void publish(uint64_t value, uint64_t* word) { *word = value; }
+inline uint64_t wait_for(const uint64_t* word) {
+  if (*word == kUnpublished) emulator::fail("a block waits for what no block before it has published");
+  return *word;
 }
 inline float to_float(Half x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
 inline void from_float(float x, Half* to) { to->bits = bit_cast<uint16_t>(static_cast<_Float16>(x)); }
@@ -75,7 +77,8 @@ inline void from_float(float x, BFloat16* to) {
 
 #else
 
-// Launches clusters of `size` neighbouring blocks (at most 8), which run at the same time and meet at cluster_barrier().
+// Launches clusters of `size` neighbouring blocks (at most 8), which run at the same time and meet at
+// cluster_barrier().
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t stream,
                      const Arguments&... arguments) {
@@ -92,8 +95,8 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads,
   cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched without
-// a cluster is one by itself.
+// All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched
+// without a cluster is one by itself.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -123,17 +126,23 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 // One instruction, which a plain store of a struct sometimes is not.
-__device__ __forceinline__ void store_16_bytes(uint4 value, void* to) { __stwb(static_cast<uint4*>(to), value); }
-// What a thread wrote before publish(flag) is seen by every thread that comes out of wait_for(flag), of any block. A
-// block may wait for blocks of lower index alone: they start first, so none waits for one that has no room to start.
-__device__ __forceinline__ void publish(unsigned* flag) {
-  asm volatile("st.release.gpu.u32 [%0], %1;" : : "l"(flag), "r"(1u) : "memory");
+__device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
 }
-__device__ __forceinline__ void wait_for(const unsigned* flag) {
-  unsigned value;
+// A word from one block to others, whole or not at all; it orders nothing else. A block may wait for blocks of lower
+// index alone: they start first, so none waits for one that has no room to start.
+__device__ __forceinline__ void publish(uint64_t value, uint64_t* word) {
+  asm volatile("st.relaxed.gpu.u64 [%0], %1;" : : "l"(word), "l"(value));
+}
+__device__ __forceinline__ uint64_t wait_for(const uint64_t* word) {
+  uint64_t value;
   do {
-    asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  } while (value == 0);
+    asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(value) : "l"(word));
+  } while (value == kUnpublished);
+  return value;
 }
 __device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ __forceinline__ void from_float(float x, Half* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }

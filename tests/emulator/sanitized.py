@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs op tests on the emulated GPU with AddressSanitizer and UBSan watching the kernels: `python sanitized.py pytest-arguments`.
+"""Runs op tests on the emulated GPU with AddressSanitizer and UBSan watching the kernels.
 
 The emulated library is built once more with both; the sanitizer's runtime must be loaded before Python, hence a
 process of its own.
