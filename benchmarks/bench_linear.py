@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_token_logprobs against the whole logits at once, and against the bare matmul that neither can do without.
+"""The linear family against the whole logits at once, the peers, and the bare matmul that nobody can do without.
 
 Bytes: the weight once and the hidden states once, forward. These ops are bound by the matmul, so read the ratio to
-`matmul`, not the share of the bandwidth.
+`bare matmul`, not the share of the bandwidth. A quarter of the rows that `ratios.py --only linear` has.
 """
 
 from __future__ import annotations
@@ -11,51 +11,55 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import backward, compiled, eager_linear_logprobs, on
-from torch import Tensor
+from linear_providers import Problem, Shape, logprob_providers, policy_providers, sampled_providers
 
-import rlhf_fast as rf
-
-ROWS, HIDDEN, VOCABULARY = 256, 576, 49152
-PROVIDERS = ("matmul", "eager", "compile", "torch", "native")
+SHAPE = Shape(rows=256)
+PROVIDERS = ("bare matmul", "eager", "torch", "native", "F.linear_cross_entropy", "TRL", "CCE")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 masks = pytest.mark.parametrize("share", [1.0, 0.5], ids=["all_rows", "half_masked"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-def inputs(share: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden = torch.randn(ROWS, HIDDEN, generator=generator)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).mul_(0.05)
-    return hidden, weight, torch.randint(VOCABULARY, (ROWS,), generator=generator), torch.arange(ROWS) < share * ROWS
+def name(op: str, dtype: str, share: float) -> str:
+    return f"{op} {SHAPE.rows} x {SHAPE.hidden} x {SHAPE.vocabulary} {dtype} {share:.0%} real"
 
 
 @masks
+@dtypes
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_linear_token_logprobs(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, direction: str, share: float
+    measure: Callable[..., None], provider: str, direction: str, dtype: str, share: float
 ) -> None:
-    """Baselines get the real rows alone."""
-    hidden, weight, targets, mask = inputs(share, generator)
-    real_hidden, real_targets = hidden[mask].contiguous(), targets[mask]
-    calls: dict[str, Callable[[], Tensor]] = {
-        "matmul": lambda: torch.nn.functional.linear(real_hidden, weight),
-        "eager": lambda: eager_linear_logprobs(real_hidden, weight, real_targets),
-        "torch": lambda: rf.linear_token_logprobs(hidden, weight, targets, mask=mask),
-        "native": lambda: rf.linear_token_logprobs(hidden, weight, targets, mask=mask),
-    }
-    if provider == "compile":
-        function = compiled(eager_linear_logprobs)
-        call = lambda: function(real_hidden, weight, real_targets)  # noqa: E731
-    else:
-        call = calls[provider]
-    if direction != "forward":
-        leaves = [real_hidden if provider in ("matmul", "eager", "compile") else hidden, weight]
-        for leaf in leaves:
-            leaf.requires_grad_()
-        call = backward(call, leaves)
-    if provider in ("torch", "native"):
-        call = on(provider, call)
-    moved = (weight.numel() + hidden.numel()) * 4
-    measure(
-        call, group=f"linear_token_logprobs {direction} {ROWS} x {HIDDEN} x {VOCABULARY} {share:.0%} real", moved=moved
-    )
+    problem = Problem(SHAPE, DTYPES[dtype], share)
+    calls = logprob_providers(problem, direction)
+    if provider not in calls:
+        pytest.skip(f"{provider} is not installed")
+    group = name(f"linear_token_logprobs {direction}", dtype, share)
+    measure(calls[provider], group=group, moved=problem.bytes)
+
+
+@dtypes
+@pytest.mark.parametrize("provider", ["native", "eager"])
+def test_frozen_head(measure: Callable[..., None], provider: str, dtype: str) -> None:
+    problem = Problem(SHAPE, DTYPES[dtype], 1.0, frozen_head=True)
+    calls = logprob_providers(problem, "forward + backward")
+    measure(calls[provider], group=name("frozen head", dtype, 1.0), moved=problem.bytes)
+
+
+@masks
+@dtypes
+@pytest.mark.parametrize("provider", ["native", "loss on linear_token_logprobs", "eager"])
+def test_linear_policy_loss(measure: Callable[..., None], provider: str, dtype: str, share: float) -> None:
+    problem = Problem(SHAPE, DTYPES[dtype], share)
+    measure(policy_providers(problem)[provider], group=name("linear_policy_loss", dtype, share), moved=problem.bytes)
+
+
+@pytest.mark.parametrize("kept", [8, 32, 128, 512])
+@pytest.mark.parametrize("provider", ["native", "eager"])
+def test_linear_sampled_logprobs(measure: Callable[..., None], provider: str, kept: int) -> None:
+    """The break-even that `DENSE_FROM` in sampled.py states."""
+    problem = Problem(SHAPE, torch.float32, 1.0)
+    group = name(f"linear_sampled_logprobs {kept} kept", "float32", 1.0)
+    measure(sampled_providers(problem, kept)[provider], group=group, moved=problem.bytes)

@@ -8,10 +8,10 @@ lose are in the list on purpose and stay in it. Writes benchmarks/results/<machi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from common import (
     compiled,
     eager_gae,
     eager_kl,
-    eager_linear_logprobs,
     eager_logprobs,
     eager_logprobs_entropy,
     eager_ppo_advantages,
@@ -32,6 +31,7 @@ from common import (
     machine_slug,
     on,
 )
+from linear_providers import Problem, Shape, logprob_providers, policy_providers, sampled_providers
 from torch import Tensor
 
 import rlhf_fast as rf
@@ -128,29 +128,28 @@ def gae_cases() -> Iterator[Case]:
 
 
 def linear_cases() -> Iterator[Case]:
-    rows, width, hidden_size = 512, 49152, 576
-    weight = torch.randn(width, hidden_size).mul_(0.05).requires_grad_()
-    hidden, targets = torch.randn(rows, hidden_size), torch.randint(width, (rows,))
-    for share in (1.0, 0.5):
-        mask = torch.arange(rows) < share * rows
-        mine = hidden.clone().requires_grad_()
-        theirs, their_targets = hidden[mask].clone().requires_grad_(), targets[mask]
-        moved = weight.nbytes + theirs.nbytes
-        ours = partial(rf.linear_token_logprobs, mine, weight, targets, mask=mask)
-        eager = partial(eager_linear_logprobs, theirs, weight, their_targets)
-        matmul = partial(torch.nn.functional.linear, theirs, weight)
-        for direction, wrap in (("forward", no_grad), ("forward + backward", backward)):
-            providers = {
-                "native": on("native", wrap(ours, [mine, weight])),
-                "eager": wrap(eager, [theirs, weight]),
-                "bare matmul": wrap(matmul, [theirs, weight]),
-            }
-            name = f"linear_token_logprobs {direction} {rows} x {hidden_size} x {width} float32, {share:.0%} real rows"
-            yield Case(name, moved, providers)
-
-
-def no_grad(call: Call, leaves: list[Tensor]) -> Call:
-    return torch.no_grad()(call)
+    """The head of SmolLM2-135M. Read `bare matmul` for the limit; a second line has the head frozen."""
+    shape = Shape()
+    sizes = " x ".join(map(str, shape))
+    for dtype, share in itertools.product((torch.float32, torch.bfloat16), (1.0, 0.5)):
+        size = (
+            f"{shape.rows} x {shape.hidden} x {shape.vocabulary} {str(dtype).removeprefix('torch.')}, {share:.0%} real"
+        )
+        problem, frozen = Problem(shape, dtype, share), Problem(shape, dtype, share, frozen_head=True)
+        for direction in ("forward", "forward + backward"):
+            providers = logprob_providers(problem, direction)
+            del providers["torch"]
+            if direction != "forward":
+                providers["native, budget 0"] = logprob_providers(problem, direction, 0)["native"]
+                providers["native, frozen head"] = logprob_providers(frozen, direction)["native"]
+            yield Case(f"linear_token_logprobs {direction} {size}", problem.bytes, providers)
+        yield Case(f"linear_policy_loss forward + backward {size}", problem.bytes, policy_providers(problem))
+    problem = Problem(shape, torch.float32, 1.0)
+    for kept in (32, 512):
+        name = (
+            f"linear_sampled_logprobs forward, {kept} kept, {shape.rows} x {shape.hidden} x {shape.vocabulary} float32"
+        )
+        yield Case(name, problem.bytes, sampled_providers(problem, kept))
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Case]]] = {

@@ -12,12 +12,19 @@ except ModuleNotFoundError as error:
         "    pip install torch"
     ) from error
 
-from rlhf_fast import _triton
+from rlhf_fast import _triton, hf
 from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
 from rlhf_fast._version import __version__
 from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
 from rlhf_fast.ops.kl import approx_kl, token_kl, token_kl_and_grad
-from rlhf_fast.ops.linear import linear_token_logprobs, linear_token_stats
+from rlhf_fast.ops.linear import (
+    PolicyLoss,
+    linear_policy_loss,
+    linear_sampled_logprobs,
+    linear_token_kl,
+    linear_token_logprobs,
+    linear_token_stats,
+)
 from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
 
 find_native_kernels()
@@ -25,11 +32,16 @@ _triton.register()
 
 __all__ = [
     "Advantages",
+    "PolicyLoss",
     "TokenStats",
     "__version__",
     "approx_kl",
     "backends",
     "gae",
+    "hf",
+    "linear_policy_loss",
+    "linear_sampled_logprobs",
+    "linear_token_kl",
     "linear_token_logprobs",
     "linear_token_stats",
     "masked_whiten",

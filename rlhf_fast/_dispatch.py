@@ -22,7 +22,7 @@ NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "r
 BY_SPEED = tuple(NAMESPACES)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Public op -> the operator whose kernels decide who serves it. linear_* multiply with BLAS and use token_stats' rows.
+# Public op -> the operator whose kernels decide who serves it. linear_* multiply with BLAS and use the row operators.
 KERNEL_OF = {
     "token_logprobs": "token_stats",
     "token_stats": "token_stats",
@@ -34,6 +34,9 @@ KERNEL_OF = {
     "masked_whiten": "whiten",
     "linear_token_logprobs": "token_stats",
     "linear_token_stats": "token_stats",
+    "linear_token_kl": "token_kl",
+    "linear_policy_loss": "token_stats",
+    "linear_sampled_logprobs": "token_stats",
 }
 
 

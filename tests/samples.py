@@ -169,6 +169,52 @@ def _linear(masked: bool) -> Callable[[torch.Generator, torch.dtype, tuple[int, 
     return make
 
 
+def _head(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int], side: str = "") -> dict[str, Tensor]:
+    return {
+        f"{side}hidden": randn(*rows, HIDDEN, generator=g, dtype=dtype),
+        f"{side}weight": randn(WIDTH, HIDDEN, generator=g, dtype=dtype, scale=0.5),
+    }
+
+
+def _linear_lora(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    targets = randint(WIDTH, *rows, 2, generator=g)
+    factors = {"a": randn(3, HIDDEN, generator=g, dtype=dtype), "b": randn(WIDTH, 3, generator=g, dtype=dtype)}
+
+    def call(a: Tensor, b: Tensor, **x: Tensor) -> Tensor:
+        return rf.linear_token_logprobs(**x, targets=targets, lora=(a, b, 0.5), softcap=5.0)
+
+    return Sample("linear_token_logprobs", {**_head(g, dtype, rows), **factors}, call)
+
+
+def _linear_kl(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    mask = random_mask(*rows, generator=g)
+    inputs = {**_head(g, dtype, rows), **_head(g, dtype, rows, "ref_")}
+    return Sample("linear_token_kl", inputs, lambda **x: rf.linear_token_kl(**x, mask=mask, temperature=0.8))
+
+
+def _policy_loss(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    targets, mask = randint(WIDTH, *rows, generator=g), random_mask(*rows, generator=g)
+    old, advantages, ref = (randn(*rows, generator=g) for _ in range(3))
+    sampled = {"targets": targets, "old_logprobs": old - 3, "advantages": advantages, "mask": mask}
+    options: dict[str, Any] = {"ref_logprobs": ref - 3, "kl_coef": 0.1, "entropy_coef": 0.01}
+
+    def call(**x: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(rf.linear_policy_loss(**x, **sampled, **options))
+
+    return Sample("linear_policy_loss", _head(g, dtype, rows), call)
+
+
+def _sampled(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    targets, count = randint(WIDTH, *rows, generator=g), rows[0] * rows[1]
+    ids = ((targets.view(-1, 1) + torch.tensor([5, 0, 11])) % WIDTH).flatten()
+    offsets = torch.arange(count + 1) * 3
+    return Sample(
+        "linear_sampled_logprobs",
+        _head(g, dtype, rows),
+        lambda **x: rf.linear_sampled_logprobs(**x, targets=targets, support_ids=ids, support_offsets=offsets),
+    )
+
+
 SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sample]] = {
     "token_logprobs": _logprobs,
     "token_logprobs_inplace": _logprobs_inplace,
@@ -188,4 +234,8 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "masked_whiten": _masked_whiten,
     "linear_token_logprobs": _linear(masked=False),
     "linear_token_stats": _linear(masked=True),
+    "linear_token_logprobs_lora": _linear_lora,
+    "linear_token_kl": _linear_kl,
+    "linear_policy_loss": _policy_loss,
+    "linear_sampled_logprobs": _sampled,
 }

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from samples import SAMPLES, Sample, build
-from tools import HALF, named_outputs, with_gradients
+from tools import HALF, Recorder, named_outputs, with_gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_fast as rf
 
@@ -36,20 +35,6 @@ def assert_same(left: tuple[dict[str, Tensor], ...], right: tuple[dict[str, Tens
             torch.testing.assert_close(a[name], b[name], rtol=0 if atol == 0 else 1e-5, atol=atol, equal_nan=True)
 
 
-class Recorder(TorchDispatchMode):
-    """Notes every call of an rlhf_fast operator, with copies of its arguments, on its way to the kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace.startswith("rlhf_fast"):
-            copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
-            self.calls.append((func, copies, dict(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-
 @every_sample
 def test_opcheck(backend: str, name: str) -> None:
     """Every operator that a forward and backward reach: schema, fake tensor, autograd registration, tracing."""
@@ -59,10 +44,17 @@ def test_opcheck(backend: str, name: str) -> None:
     assert recorder.calls, "no rlhf_fast operator was called"
     forward = recorder.calls[0][0]
     for func, args, kwargs in recorder.calls:
+        args = _keeping_nothing(func, args)
         torch.library.opcheck(func, args, kwargs)
         if func is forward and sample.differentiable:
             leaves = [_leaf_like(x, sample) for x in args]
             torch.library.opcheck(func, tuple(leaves), kwargs)
+
+
+def _keeping_nothing(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Kept tiles are an output that masked rows leave unwritten in part and that an eager backward overwrites: opcheck,
+    which compares outputs after the backward, would take that for a wrong trace."""
+    return (*args[:-1], 0) if func._schema.arguments[-1].name == "budget" else args
 
 
 def _leaf_like(x: Any, sample: Sample) -> Any:
@@ -175,8 +167,8 @@ def test_double_backward_raises(backend: str, name: str) -> None:
 
 @every_differentiable_sample
 def test_backward_twice_with_a_retained_graph(backend: str, name: str) -> None:
-    if name.endswith("inplace"):
-        return  # raises instead: test_logprob.py::test_second_backward_after_inplace_raises
+    if name.endswith("inplace") or name == "linear_policy_loss":
+        return  # raises instead: test_second_backward_after_inplace_raises, test_a_second_backward_raises
     sample = build(name, torch.float32)
     leaves = {k: v.clone().requires_grad_() for k, v in sample.inputs.items()}
     loss = sum((x.sum() for x in named_outputs(sample.call(**leaves)).values() if x.requires_grad), torch.zeros(()))

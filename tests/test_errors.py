@@ -57,6 +57,15 @@ def linear_stats(hidden: Any = H, weight: Any = W, targets: Any = T, **options: 
     return rf.linear_token_stats(hidden, weight, targets, **options)
 
 
+def linear_kl(hidden: Any = H, weight: Any = W, ref_hidden: Any = H, ref_weight: Any = W, **options: Any) -> Any:
+    return rf.linear_token_kl(hidden, weight, ref_hidden, ref_weight, **options)
+
+
+def policy(hidden: Any = H, weight: Any = W, targets: Any = T, **options: Any) -> Any:
+    given = {"old_logprobs": R, "advantages": R, "mask": M, **options}
+    return rf.linear_policy_loss(hidden, weight, targets, **given)
+
+
 # (call, op, argument, error) - the message must begin "rlhf_fast.<op>: <argument> ".
 ErrorCases = list[tuple[str, dict[str, Any], type[Exception] | tuple[type[Exception], ...]]]
 
@@ -177,6 +186,44 @@ LINEAR_ERRORS: ErrorCases = [
     ("bias", {"bias": torch.zeros(4)}, ValueError),
     ("bias", {"bias": torch.zeros(7).half()}, TypeError),
     ("memory_budget", {"memory_budget": -1}, ValueError),
+    ("logits_dtype", {"logits_dtype": torch.bfloat16}, ValueError),
+]
+LORA_ERRORS: ErrorCases = [
+    ("lora", {"lora": (torch.ones(2, 4), torch.ones(7, 2))}, TypeError),
+    ("lora", {"lora": (torch.ones(2, 5), torch.ones(7, 2), 1.0)}, ValueError),
+    ("lora", {"lora": (torch.ones(2, 4), torch.ones(6, 2), 1.0)}, ValueError),
+    ("lora", {"lora": (torch.ones(2, 4), torch.ones(7, 3), 1.0)}, ValueError),
+    ("lora", {"lora": (torch.ones(2, 4).half(), torch.ones(7, 2), 1.0)}, TypeError),
+]
+LINEAR_KL_ERRORS: ErrorCases = [
+    ("ref_hidden", {"ref_hidden": H[:1]}, ValueError),
+    ("ref_hidden", {"ref_hidden": H.bfloat16(), "ref_weight": W.bfloat16()}, TypeError),
+    ("ref_weight", {"ref_weight": W[:5]}, ValueError),
+    ("ref_weight", {"ref_weight": W.t()}, ValueError),
+    ("ref_bias", {"ref_bias": torch.zeros(3)}, ValueError),
+    ("ref_temperature", {"ref_temperature": 0.0}, ValueError),
+    ("ref_softcap", {"ref_softcap": -1.0}, ValueError),
+    ("kind", {"kind": "backward"}, ValueError),
+    ("beta", {"kind": "jsd", "beta": 1.0}, ValueError),
+]
+POLICY_ERRORS: ErrorCases = [
+    ("mask", {"mask": None}, TypeError),
+    ("targets", {"targets": T.unsqueeze(-1)}, ValueError),
+    ("old_logprobs", {"old_logprobs": R[:, :2]}, ValueError),
+    ("old_logprobs", {"old_logprobs": T}, TypeError),
+    ("advantages", {"advantages": R[0]}, ValueError),
+    ("ref_logprobs", {"kl_coef": 0.1}, ValueError),
+    ("ref_logprobs", {"kl_coef": 0.1, "ref_logprobs": R[:1]}, ValueError),
+    ("ref_hidden", {"kl_coef": 0.1, "estimator": "exact"}, ValueError),
+    ("ref_weight", {"kl_coef": 0.1, "estimator": "exact", "ref_hidden": H}, ValueError),
+    ("ref_weight", {"kl_coef": 0.1, "estimator": "exact", "ref_hidden": H, "ref_weight": W[:3]}, ValueError),
+    ("estimator", {"estimator": "k5"}, ValueError),
+    ("kl_gradient", {"kl_gradient": "k2"}, ValueError),
+    ("objective", {"objective": "gspo"}, ValueError),
+    ("clip", {"clip": -0.1}, ValueError),
+    ("dual_clip", {"dual_clip": 0.9}, ValueError),
+    ("normalizer", {"normalizer": 0.0}, ValueError),
+    ("normalizer", {"normalizer": torch.ones(5)}, ValueError),
 ]
 
 CASES: list[tuple[Callable[..., Any], str, str, dict[str, Any], Any]] = [
@@ -189,8 +236,10 @@ CASES: list[tuple[Callable[..., Any], str, str, dict[str, Any], Any]] = [
         (gae, "gae", GAE_ERRORS),
         (packed, "gae", PACKED_ERRORS),
         (ppo, "ppo_advantages", PPO_ERRORS),
-        (linear, "linear_token_logprobs", LINEAR_ERRORS + TARGET_ERRORS + SHARED_ROW_ERRORS),
+        (linear, "linear_token_logprobs", LINEAR_ERRORS + LORA_ERRORS + TARGET_ERRORS + SHARED_ROW_ERRORS),
         (linear_stats, "linear_token_stats", LINEAR_ERRORS + TARGET_ERRORS + SHARED_ROW_ERRORS + OUTPUT_ERRORS),
+        (linear_kl, "linear_token_kl", LINEAR_ERRORS + LORA_ERRORS + LINEAR_KL_ERRORS + SHARED_ROW_ERRORS),
+        (policy, "linear_policy_loss", LINEAR_ERRORS + LORA_ERRORS + POLICY_ERRORS + TARGET_ERRORS + SHARED_ROW_ERRORS),
     ]
     for case in cases
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast import _ext
 
@@ -103,3 +104,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every_other_column": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
     "padded_columns": lambda x: torch.cat([x, torch.full_like(x[..., :3], NAN)], dim=-1)[..., :-3],
 }
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of an rlhf_fast operator, with copies of its arguments, on its way to the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace.startswith("rlhf_fast"):
+            copies = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
+            self.calls.append((func, copies, dict(kwargs or {})))
+        return func(*args, **(kwargs or {}))

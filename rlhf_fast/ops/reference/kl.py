@@ -38,20 +38,25 @@ def token_kl(
     row_max, log_sum, logp = softmax_parts(z)
     ref_max, ref_log_sum, logq = softmax_parts(y)
     p, q = logp.exp(), logq.exp()
-    if kind == codes.REVERSE:
-        kl = times(p, _log_ratio(logp, logq)).sum(-1)
-    elif kind == codes.FORWARD:
-        kl = times(q, _log_ratio(logq, logp)).sum(-1)
-    elif kind == codes.JSD:
-        logm = ((1 - beta) * p + beta * q).log()
-        kl = (beta * times(q, logq - logm) + (1 - beta) * times(p, logp - logm)).sum(-1)
-    else:
-        kl = 0.5 * (p - q).abs().sum(-1)
-    slope_p, slope_q = _kl_slopes(logp, logq, kind, beta)
+    kl = kl_terms(logp, logq, kind, beta).sum(-1)
+    slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
     parts = torch.stack(
         [row_max, log_sum, ref_max, ref_log_sum, times(p, slope_p).sum(-1), times(q, slope_q).sum(-1)], -1
     )
     return zero_where_masked(kl, mask), zero_where_masked(parts, None if mask is None else mask.unsqueeze(-1))
+
+
+def kl_terms(logp: Tensor, logq: Tensor, kind: int, beta: float) -> Tensor:
+    """What each entry of the vocabulary adds to the divergence."""
+    p, q = logp.exp(), logq.exp()
+    if kind == codes.REVERSE:
+        return times(p, _log_ratio(logp, logq))
+    if kind == codes.FORWARD:
+        return times(q, _log_ratio(logq, logp))
+    if kind == codes.JSD:
+        logm = ((1 - beta) * p + beta * q).log()
+        return beta * times(q, logq - logm) + (1 - beta) * times(p, logp - logm)
+    return 0.5 * (p - q).abs()
 
 
 def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -59,7 +64,7 @@ def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     return torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
 
 
-def _kl_slopes(logp: Tensor, logq: Tensor, kind: int, beta: float) -> tuple[Tensor, Tensor]:
+def kl_slopes(logp: Tensor, logq: Tensor, kind: int, beta: float) -> tuple[Tensor, Tensor]:
     """The s_p and s_q of the gradients p * (s_p - sum p s_p) and q * (s_q - sum q s_q); 0 where not of that form."""
     p, q, zero = logp.exp(), logq.exp(), torch.zeros_like(logp)
     if kind == codes.REVERSE:
@@ -103,7 +108,7 @@ def token_kl_backward(
         logp = from_parts(z, parts[..., 0], parts[..., 1])
         logq = from_parts(y, parts[..., 2], parts[..., 3])
     p, q = logp.exp(), logq.exp()
-    slope_p, slope_q = _kl_slopes(logp, logq, kind, beta)
+    slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
     wrt_z = p - q if kind == codes.FORWARD else p * (slope_p - parts[..., 4:5])
     wrt_y = q - p if kind == codes.REVERSE else q * (slope_q - parts[..., 5:6])
 

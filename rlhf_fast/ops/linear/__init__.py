@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear family: the row ops straight from hidden states and a head's weight, without ever holding all the logits.
+
+A head is many logits tiles. Rows that the mask drops leave before the matmul; of the rest, BLAS makes a tile of some
+rows and some columns, the row kernels fold it, and in the backward turn it into its own gradient, which BLAS consumes.
+
+    rows.py     which rows are real          head.py    weight, bias, LoRA: a tile, and the sums of gradients
+    tiles.py    which tile comes when, and which are kept for the backward (the memory budget)
+    slices.py   statistics of one slice of the vocabulary; merging those of tiles, and of ranks (shards.py)
+    stats.py kl.py policy_loss.py sampled.py    the ops
+"""
+
+from rlhf_fast.ops.linear.kl import linear_token_kl
+from rlhf_fast.ops.linear.policy_loss import PolicyLoss, linear_policy_loss
+from rlhf_fast.ops.linear.sampled import linear_sampled_logprobs
+from rlhf_fast.ops.linear.stats import linear_token_logprobs, linear_token_stats
+
+__all__ = [
+    "PolicyLoss",
+    "linear_policy_loss",
+    "linear_sampled_logprobs",
+    "linear_token_kl",
+    "linear_token_logprobs",
+    "linear_token_stats",
+]

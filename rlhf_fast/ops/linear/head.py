@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language-model head: tiles of its logits, and the sums of what their gradients give. All matmuls are here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops.reference import accumulate_dtype
+
+CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
+
+
+class Head(NamedTuple):
+    """logits = hidden @ (weight + lora_scale * lora_b @ lora_a).T + bias, without forming that sum."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_a: Tensor | None  # (r, H)
+    lora_b: Tensor | None  # (V, r)
+    lora_scale: float
+
+    def first(self, columns: int) -> Head:
+        """The head of the first so many columns, when V is padded."""
+        if columns == self.weight.shape[0]:
+            return self
+        cut = (None if x is None else x[:columns] for x in (self.bias, self.lora_b))
+        bias, lora_b = cut
+        return self._replace(weight=self.weight[:columns], bias=bias, lora_b=lora_b)
+
+    def low_rank(self, hidden: Tensor) -> Tensor | None:
+        """(N, r): what lora_b is multiplied by, its scale included."""
+        return None if self.lora_a is None else (hidden @ self.lora_a.t()) * self.lora_scale
+
+    def fill(self, tile: Tensor, hidden: Tensor, low: Tensor | None, columns: slice) -> Tensor:
+        """Writes the logits of hidden (n, H) and low (n, r) at `columns` into tile (n, columns)."""
+        weight, bias = self.weight[columns].t(), None if self.bias is None else self.bias[columns]
+        if bias is not None and tile.dtype == hidden.dtype:
+            torch.addmm(bias, hidden, weight, out=tile)  # one rounding, as a model's own head has
+        else:
+            product(hidden, weight, tile)
+            if bias is not None:
+                tile.add_(bias)
+        if low is not None:
+            assert self.lora_b is not None
+            add_product(low, self.lora_b[columns].t(), tile)
+        return tile
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody wants."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+class HeadGradients:
+    """The gradients of hidden and head, summed over tiles in float32 (float64 for float64)."""
+
+    def __init__(self, head: Head, hidden: Tensor, low: Tensor | None, needs: Needs, row_blocks: int) -> None:
+        self.head, self.of, self.low, self.needs = head, hidden, low, needs
+        self.once = row_blocks == 1
+        rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
+        columns = head.weight.shape[0]
+        rank = 0 if low is None else low.shape[1]
+        self.hidden = hidden.new_zeros((rows if needs.hidden else 0, hidden.shape[1]), dtype=dtype)
+        self.low_grad = hidden.new_zeros((rows if needs.hidden or needs.lora_a else 0, rank), dtype=dtype)
+        self.bias = hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
+        self.lora_b = hidden.new_zeros((columns if needs.lora_b else 0, rank), dtype=dtype)
+        make = torch.empty_like if self.once else torch.zeros_like
+        self.weight = make(head.weight, memory_format=torch.contiguous_format) if needs.weight else None
+        self._sum: Tensor | None = None  # float32 sum of the weight gradient at these columns, if it has other dtype
+        self._sum_at: tuple[int, int] = (0, 0)
+
+    def add(self, dlogits: Tensor, rows: slice, columns: slice) -> None:
+        """Takes in the gradient of one tile."""
+        dlogits = dlogits.to(self.of.dtype)
+        if self.needs.hidden:
+            add_product(dlogits, self.head.weight[columns], self.hidden[rows])
+        if self.weight is not None:
+            if self.once:
+                product(dlogits.t(), self.of[rows], self.weight[columns])
+            else:
+                add_product(dlogits.t(), self.of[rows], self.weight_sum(columns))
+        if self.needs.bias:
+            self.bias[columns] += dlogits.sum(0, dtype=self.bias.dtype)
+        if self.low is not None:
+            assert self.head.lora_b is not None
+            if self.low_grad.numel():
+                add_product(dlogits, self.head.lora_b[columns], self.low_grad[rows])
+            if self.needs.lora_b:
+                add_product(dlogits.t(), self.low[rows], self.lora_b[columns])
+
+    def weight_sum(self, columns: slice) -> Tensor:
+        """Where the weight gradient at these columns is summed."""
+        assert self.weight is not None
+        if self.weight.dtype == self.hidden.dtype:
+            return self.weight[columns]
+        at = (columns.start, columns.stop)
+        if self._sum is None or self._sum_at != at:
+            self._flush()
+            self._sum = torch.zeros_like(self.weight[columns], dtype=self.hidden.dtype)
+            self._sum_at = at
+        return self._sum
+
+    def _flush(self) -> None:
+        if self._sum is not None and self.weight is not None:
+            self.weight[slice(*self._sum_at)] = self._sum
+        self._sum = None
+
+    def finish(
+        self, vocabulary: int, over_ranks: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients to hidden (N, H), weight, bias, lora_a and lora_b, (0,) where nobody wants them.
+
+        over_ranks sums what every rank has a part of: hidden's and lora_a's. Columns beyond the head's, up to
+        `vocabulary`, are 0.
+        """
+        self._flush()
+        lora_a = self.low_grad.new_empty(0)
+        if self.low is not None and self.low_grad.numel():
+            assert self.head.lora_a is not None
+            scaled = (self.low_grad * self.head.lora_scale).to(self.of.dtype)
+            if self.needs.hidden:
+                add_product(scaled, self.head.lora_a, self.hidden)
+            if self.needs.lora_a:
+                lora_a = torch.zeros_like(self.head.lora_a, dtype=self.hidden.dtype)
+                add_product(scaled.t(), self.of, lora_a)
+                over_ranks(lora_a)
+        elif self.needs.lora_a and self.head.lora_a is not None:
+            lora_a = torch.zeros_like(self.head.lora_a)
+        dtype = self.of.dtype
+        weight = self.of.new_empty(0) if self.weight is None else _padded(self.weight, vocabulary)
+        bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
+        lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
+        hidden = over_ranks(self.hidden).to(dtype) if self.needs.hidden else self.of.new_empty(0)
+        return hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    return x if x.shape[0] == rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, in the dtype of out: exact products of half-precision operands where out is float32."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
+        torch.mm(a, b, out.dtype, out=out)
+    else:
+        wide = a.to(out.dtype)
+        for left in range(0, b.shape[1], CPU_PRODUCT_ROWS):
+            block = slice(left, left + CPU_PRODUCT_ROWS)
+            torch.mm(wide, b[:, block].to(out.dtype), out=out[:, block])
+
+
+def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
+    """total += a @ b, the sum in the dtype of total. On a CPU half-precision products are rounded once before it."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, total.dtype, out=total)
+    else:
+        for top in range(0, a.shape[0], CPU_PRODUCT_ROWS):
+            block = slice(top, top + CPU_PRODUCT_ROWS)
+            total[block] += a[block] @ b

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op of the linear family asks of its hidden states, its head and its budget, before any kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import _check
+from rlhf_fast.ops.linear import shards
+from rlhf_fast.ops.linear.tiles import budget_of
+
+Lora = tuple[Tensor, Tensor, float]
+
+# A head in the operators' schemas: tensors among the tensors, the LoRA scale among the numbers.
+HEAD = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
+NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_lora_a, bool needs_lora_b"
+HEAD_GRADIENTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor lora_a, Tensor lora_b"
+
+
+class HeadInputs(NamedTuple):
+    """Hidden states and head as the operators take them."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H), or this rank's slice
+    bias: Tensor | None  # (V,)
+    lora_a: Tensor | None  # (r, H)
+    lora_b: Tensor | None  # (V, r)
+    lora_scale: float
+    float_logits: bool  # tiles in float32 whatever the operands
+    group: int
+    vocabulary: int  # of all ranks
+    budget: int  # 0 where no gradient will be asked for
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora: Lora | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    process_group: Any = None,
+    side: str = "",
+) -> HeadInputs:
+    """side: prefix of the names in messages, such as "ref_"."""
+    names = {x: f"{side}{x}" for x in ("hidden", "weight", "bias")}
+    _check.is_float(op, names["hidden"], hidden)
+    if hidden.dim() == 0:
+        raise ValueError(f"rlhf_fast.{op}: {names['hidden']} must be (..., H), got a tensor without dimensions")
+    weight, group = shards.local_part(op, names["weight"], weight, process_group)
+    bias, _ = shards.local_part(op, names["bias"], bias, process_group)
+    lora_a, lora_b, lora_scale = _lora_parts(op, lora, process_group)
+    hidden, weight, bias, lora_a, lora_b = _under_autocast(hidden, weight, bias, lora_a, lora_b)
+    _check.same_dtype(op, names["weight"], weight, names["hidden"], hidden)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"rlhf_fast.{op}: {names['weight']} must be (V, H) with H = {hidden.shape[-1]} as {names['hidden']}, "
+            f"got {tuple(weight.shape)}"
+        )
+    _check.on_device(op, names["weight"], weight, names["hidden"], hidden)
+    if bias is not None:
+        _check.same_dtype(op, names["bias"], bias, names["hidden"], hidden)
+        _check.shape_is(op, names["bias"], bias, weight.shape[:1], "the vocabulary")
+    if lora_a is not None and lora_b is not None:
+        _check_lora(op, lora_a, lora_b, hidden, weight)
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise ValueError(f"rlhf_fast.{op}: logits_dtype must be None, torch.float32 or hidden's, got {logits_dtype}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ValueError(f"rlhf_fast.{op}: memory_budget must be at least 0 bytes, got {memory_budget}")
+    float_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float64
+    handle = shards.handle_of(op, group, weight)
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    tensors = (hidden, weight, bias, lora_a, lora_b)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    budget = budget_of(memory_budget, hidden.device) if keep else 0
+    return HeadInputs(*tensors, lora_scale, float_logits, handle, weight.shape[0] * ranks, budget)
+
+
+def _lora_parts(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, Any, float]:
+    if lora is None:
+        return None, None, 0.0
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"rlhf_fast.{op}: lora must be (A (r, H), B (V, r), scale), got {type(lora).__name__}")
+    b, _ = shards.local_part(op, "lora", lora[1], process_group)
+    return lora[0], b, float(lora[2])
+
+
+def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    for x in (lora_a, lora_b):
+        _check.same_dtype(op, "lora", x, "hidden", hidden)
+        _check.on_device(op, "lora", x, "hidden", hidden)
+    wanted = (weight.shape[1], weight.shape[0])
+    if lora_a.dim() != 2 or lora_b.dim() != 2 or (lora_a.shape[1], lora_b.shape[0]) != wanted:
+        raise ValueError(
+            f"rlhf_fast.{op}: lora must be (A (r, {wanted[0]}), B ({wanted[1]}, r), scale), "
+            f"got A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}"
+        )
+    if lora_a.shape[0] != lora_b.shape[1]:
+        raise ValueError(
+            f"rlhf_fast.{op}: lora must have one rank, got A {tuple(lora_a.shape)}, B {tuple(lora_b.shape)}"
+        )
+
+
+def _under_autocast(*tensors: Any) -> list[Any]:
+    """The tensors in autocast's dtype, as the model's own head would take them; float64 stays."""
+    device = tensors[0].device.type
+    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def tile_dtype(hidden: Tensor, float_logits: bool) -> torch.dtype:
+    return torch.float32 if float_logits else hidden.dtype
+
+
+def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """As the tensors where they are wanted, (0,) elsewhere."""
+    first = tensors[0]
+    assert first is not None
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and needed else first.new_empty(0)
+        for x, needed in zip(tensors, needs, strict=True)
+    )

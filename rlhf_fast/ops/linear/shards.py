@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A head whose vocabulary is cut into equal slices over the ranks of a process group, rank 0 having the first ids.
+
+Every rank has all rows of hidden and the same targets. One gather of a few floats per token merges the statistics; the
+gradient of hidden is summed over ranks, that of the weight stays where its slice is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf_fast.ops.linear.slices import Slices
+
+NO_GROUP = -1
+
+# Operators cannot take a process group, so it travels as its place in this list; and what was agreed on in it.
+_groups: list[Any] = []
+_agreed: set[tuple[int, int, int, str]] = set()
+
+
+class Shard:
+    """This rank's slice of the vocabulary; of all of it where there is no group."""
+
+    def __init__(self, handle: int, columns: int) -> None:
+        self.group = None if handle == NO_GROUP else _groups[handle]
+        self.ranks = 1 if self.group is None else dist.get_world_size(self.group)
+        self.first = 0 if self.group is None else dist.get_rank(self.group) * columns
+        self.columns = columns
+
+    def counting(self, vocab_size: int) -> int:
+        """How many of this rank's columns count when only the first `vocab_size` of all do (-1: all)."""
+        return self.columns if vocab_size < 0 else max(0, min(self.columns, vocab_size - self.first))
+
+    def merge(self, slices: Slices, unit: Tensor | float) -> Slices:
+        """One slice (1, n) of all slices of all ranks."""
+        mine = slices.merge(unit)
+        if self.group is None:
+            return mine
+        target = mine.target[0].t().double() if mine.target is not None else None
+        fields = [None if x is None or x is mine.target else x for x in mine]
+        packed = torch.cat([x.double() for x in fields if x is not None] + ([] if target is None else [target]))
+        gathered = packed.new_empty((self.ranks, *packed.shape))
+        dist.all_gather(list(gathered.unbind()), packed.contiguous(), group=self.group)
+        columns = iter(gathered.unbind(1))  # (ranks, n) each; ids are exact in float64 too
+        whole = [None if x is None else next(columns).to(x.dtype) for x in fields]
+        if target is not None:
+            whole[Slices._fields.index("target")] = torch.stack(list(columns), -1)
+        return Slices(*whole).merge(unit)  # type: ignore[arg-type]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over ranks, in place."""
+        if self.group is not None and x.numel():
+            dist.all_reduce(x, group=self.group)
+        return x
+
+
+def local_part(op: str, name: str, x: Any, process_group: Any) -> tuple[Any, Any]:
+    """The tensor on this rank, and its group, of a DTensor sharded on dim 0; anything else as it is."""
+    if x is None or not hasattr(x, "placements"):
+        return x, process_group
+    mesh, placements = x.device_mesh, x.placements
+    if all(p.is_replicate() for p in placements):
+        return x.to_local(), process_group
+    if mesh.ndim != 1 or not placements[0].is_shard(0):
+        raise ValueError(
+            f"rlhf_fast.{op}: {name} as a DTensor must be sharded on dim 0 over a mesh of one dimension, "
+            f"got placements {placements} over a mesh of shape {tuple(mesh.shape)}"
+        )
+    return x.to_local(), mesh.get_group()
+
+
+def handle_of(op: str, process_group: Any, weight: Tensor) -> int:
+    """The group as a number. The first time a shape is seen, the ranks agree that their slices are equal."""
+    if process_group is None:
+        return NO_GROUP
+    if process_group not in _groups:
+        _groups.append(process_group)
+    handle = _groups.index(process_group)
+    shape = (handle, weight.shape[0], weight.shape[1], str(weight.dtype))
+    if shape not in _agreed:
+        seen: list[Any] = [None] * dist.get_world_size(process_group)
+        dist.all_gather_object(seen, shape[1:], group=process_group)
+        if any(other != shape[1:] for other in seen):
+            raise ValueError(
+                f"rlhf_fast.{op}: weight must be an equal slice of the vocabulary on every rank of process_group, "
+                f"got (V / ranks, H, dtype) by rank {seen}"
+            )
+        _agreed.add(shape)
+    return handle

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile of the logits comes when, how large it is, and which ones the memory budget keeps for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Bytes of logits kept for the backward when the caller says nothing.
+DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+
+# On a CPU a tile shares the last-level cache with the slices of the operands it is made of. On a GPU it is made as
+# large as the budget allows, and this is for a budget smaller than that.
+CPU_TILE = 16 * 2**20
+GPU_TILE = 256 * 2**20
+
+# Rows of a tile. The hidden gradient is read and written once per column of tiles, the weight gradient once per row of
+# them: about as many rows as columns cost least on a CPU; on a GPU these rows hide the float32 sums of the weight's.
+CPU_ROWS = 2048
+GPU_ROWS = 4096
+
+# Ops that need whole rows (a KL, a policy loss) take tiles of about so many bytes, and at least so many rows if the
+# budget has room for them: with fewer, reading the weight would cost as much as multiplying by it.
+CPU_ROW_TILE = 64 * 2**20
+CPU_MIN_ROWS = 256
+
+
+def budget_of(memory_budget: int | None, device: torch.device) -> int:
+    """The caller's budget in bytes, or the device's default."""
+    if memory_budget is not None:
+        return memory_budget
+    return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cuda"])
+
+
+class Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    logits: Tensor  # (rows, columns), dense
+    kept: bool  # lies in the buffer that lives until the backward
+
+
+class Tiles:
+    """All tiles of `(rows, columns)` logits, one column of them after the other; the first ones lie in `kept`."""
+
+    def __init__(self, rows: int, columns: int, kept: Tensor, height: int, width: int) -> None:
+        self.rows, self.columns, self.kept = rows, columns, kept
+        self.height, self.width = height, width
+        self.row_blocks = -(-rows // height)
+        self.column_blocks = -(-columns // width)
+
+    def __iter__(self) -> Iterator[Tile]:
+        used, scratch = 0, None
+        for left in range(0, self.columns if self.rows else 0, self.width):
+            columns = slice(left, min(left + self.width, self.columns))
+            for top in range(0, self.rows, self.height):
+                rows = slice(top, min(top + self.height, self.rows))
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                size = shape[0] * shape[1]
+                if used + size <= self.kept.numel():
+                    yield Tile(rows, columns, self.kept[used : used + size].view(shape), True)
+                    used += size
+                else:
+                    scratch = self.kept.new_empty(self.height * self.width) if scratch is None else scratch
+                    yield Tile(rows, columns, scratch[:size].view(shape), False)
+
+
+def tile_shape(rows: int, columns: int, element_size: int, device: str, budget: int) -> tuple[int, int]:
+    """Rows and columns of a tile where any shape will do."""
+    if device == "cpu":
+        elements = CPU_TILE // element_size
+        height = min(rows, CPU_ROWS)
+    else:
+        elements = max(budget, GPU_TILE) // element_size
+        height = min(rows, max(GPU_ROWS, elements // max(1, columns)))
+    height = max(1, height)
+    return height, max(1, min(columns, elements // height))
+
+
+def kept_elements(rows: int, columns: int, element_size: int, budget: int) -> int:
+    """Length of the buffer of kept tiles; static, so it counts masked rows too (memory that is never touched)."""
+    return min(rows * columns, budget // element_size)
+
+
+def whole_rows(rows: int, row_bytes: int, spare: int, device: str, budget: int) -> int:
+    """How many whole rows of `row_bytes` an op takes at a time.
+
+    spare: bytes that the op saves if it takes all rows at once (a float32 sum of the weight gradient).
+    """
+    if device == "cpu":
+        if rows * row_bytes <= min(budget, CPU_ROW_TILE + spare):
+            return max(1, rows)
+        wanted = max(CPU_ROW_TILE, min(budget, CPU_MIN_ROWS * row_bytes))
+    else:
+        wanted = max(budget, GPU_TILE)
+    return max(1, min(rows, wanted // max(1, row_bytes)))

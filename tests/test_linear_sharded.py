@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads whose vocabulary is cut over two processes (gloo): every op gives what one process with all of it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "ranks_linear.py"
+
+
+@pytest.mark.parametrize("case", ["stats", "offset", "kl", "policy", "sampled", "unequal", "dtensor", "fsdp"])
+def test_two_ranks(case: str, tmp_path: Path) -> None:
+    script = [sys.executable, str(WORKER)]
+    args = [str(tmp_path / "store"), case]
+    ranks = [
+        subprocess.Popen([*script, str(r), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in range(2)
+    ]
+    results = [rank.communicate(timeout=300) for rank in ranks]
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors for _, errors in results)
+    assert [out.strip() for out, _ in results] == ["done", "done"]
