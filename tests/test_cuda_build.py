@@ -21,10 +21,17 @@ pytestmark = pytest.mark.skipif(not WANTED, reason="no nvcc here, or RLHF_FAST_C
 
 OPERATORS = [name for names in _triton.FAMILIES.values() for name in names]
 
-# Kernels that stream rows, and the 16-byte accesses that their main loop holds at least: several loads in flight.
+# Kernels that stream rows or tokens, and the 16-byte accesses that each holds at least.
 HOT = {
     "token_stats_kernel": {"LDG.E.128": 4},
     "token_stats_backward_kernel": {"LDG.E.128": 2, "STG.E.128": 2},
+    "token_kl_kernel": {"LDG.E.128": 4, "STG.E.128": 2},
+    "approx_kl_kernel": {"LDG.E.128": 3, "STG.E.128": 2},
+    "approx_kl_backward_kernel": {"LDG.E.128": 3, "STG.E.128": 2},
+    "gae_kernel": {"LDG.E.128": 2, "STG.E.128": 4},
+    "ppo_advantages_kernel": {"LDG.E.128": 3, "STG.E.128": 8},
+    "whiten_kernel": {"LDG.E.128": 1, "STG.E.128": 2},
+    "whiten_moments_kernel": {"LDG.E.128": 1},
 }
 
 
