@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test bench lint format clean
+.PHONY: help setup build demo demo-tiny test bench gpu-check lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   benchmarks, tables in benchmarks/results"
+	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -54,7 +55,12 @@ bench: $(VENV)/built
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
 	$(BIN)/python benchmarks/ratios.py
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+# With the Python that has a PyTorch with CUDA: nothing is installed, no network is needed. PYTHON=... chooses another.
+RESULTS ?= benchmarks/results
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py --results $(RESULTS)
+
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h')
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

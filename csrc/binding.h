@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The boundary between PyTorch's stable ABI and the kernels: checks with messages, allocation, dtype switch. Only
 // bindings include it. Python has checked what users pass; here stands what memory safety needs, for direct callers.
+//
+// A family's binding (<family>_binding.h) is written once, for a `Device` that says which tensors are its own and
+// launches the kernels: Cpu (cpu/device.h) or Cuda (cuda/device.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +14,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "args.h"
 
 namespace rlhf_fast {
 
@@ -51,16 +54,18 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// A tensor with one entry per row (or a fixed number of them), dense, of the given dtype; checked against `count`.
-inline Tensor row_tensor(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t count) {
-  RF_CHECK(x.is_cpu(), op, ": ", name, " must be on the CPU");
+// A tensor with one entry per row (or a fixed number of them), dense, of the given dtype; checked against `count` and
+// against the place of `like`, the op's first tensor.
+inline Tensor row_tensor(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t count,
+                         const Tensor& like) {
+  RF_CHECK(x.device() == like.device(), op, ": ", name, " must be on the device of the other tensors");
   RF_CHECK(x.numel() == count, op, ": ", name, " must have ", count, " entries, got ", x.numel());
   return dense(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
 }
 
 inline OptionalTensor row_tensor(const char* op, const char* name, const OptionalTensor& x, ScalarType dtype,
-                                 int64_t count) {
-  return x ? OptionalTensor(row_tensor(op, name, *x, dtype, count)) : std::nullopt;
+                                 int64_t count, const Tensor& like) {
+  return x ? OptionalTensor(row_tensor(op, name, *x, dtype, count, like)) : std::nullopt;
 }
 
 template <class T>
@@ -97,9 +102,16 @@ inline RowIndex row_index(const char* op, const Tensor& x) {
   return index;
 }
 
+template <class Device>
+const Tensor& on_device(const char* op, const char* name, const Tensor& x) {
+  RF_CHECK(Device::owns(x), op, ": ", name, " must be on ", Device::kName);
+  return x;
+}
+
 // The logits with a dense last dimension: leading dimensions stay strided, only a strided vocabulary is copied.
-inline Tensor with_dense_rows(const char* op, const char* name, const Tensor& logits) {
-  RF_CHECK(logits.is_cpu(), op, ": ", name, " must be on the CPU");
+template <class Device>
+Tensor with_dense_rows(const char* op, const char* name, const Tensor& logits) {
+  on_device<Device>(op, name, logits);
   RF_CHECK(logits.dim() >= 1, op, ": ", name, " must be (..., V)");
   const int64_t last = logits.dim() - 1;
   return logits.size(last) <= 1 || logits.stride(last) == 1 ? logits : torch::stable::contiguous(logits);
@@ -115,14 +127,6 @@ inline int64_t counted_columns(const char* op, const Tensor& logits, int64_t voc
   const int64_t width = logits.size(logits.dim() - 1);
   RF_CHECK(vocab_size <= width, op, ": vocab_size must be at most V = ", width, ", got ", vocab_size);
   return vocab_size < 0 ? width : vocab_size;
-}
-
-// Runs kernel(args, begin, end) over `rows` rows that cost `work` entries each, on PyTorch's threads.
-template <class Args>
-void run_rows(Kernel<Args> kernel, const Args& args, int64_t rows, int64_t work) {
-  constexpr int64_t kGrain = 32768;  // entries a thread should have to be worth waking
-  const int64_t grain = work >= kGrain ? 1 : kGrain / (work > 0 ? work : 1) + 1;
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace rlhf_fast

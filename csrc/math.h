@@ -51,4 +51,19 @@ static inline RF_HOST_DEVICE float clamp_to(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
+// Whitening is (x - mean) * scale + shift.
+struct Whitening {
+  double mean;
+  double scale;
+  double shift;
+};
+
+// From the count, the sum and the sum of squares of the real entries; the variance is unbiased.
+static inline RF_HOST_DEVICE Whitening whitening(const double* moments, bool shift_mean) {
+  const double count = moments[0], mean = count > 0 ? moments[1] / count : 0.0;
+  const double spread = count > 1 ? (moments[2] - count * mean * mean) / (count - 1) : 0.0;
+  const double variance = spread < 0 ? 0.0 : spread;  // NaN stays NaN
+  return {mean, 1.0 / sqrt(variance + 1e-8), shift_mean ? 0.0 : mean};
+}
+
 }  // namespace rlhf_fast

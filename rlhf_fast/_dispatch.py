@@ -47,7 +47,8 @@ _native: frozenset[tuple[str, str]] = frozenset()
 def find_native_kernels() -> None:
     """Asks the dispatcher once, so that `select` is plain Python that torch.compile can trace."""
     global _native
-    pairs = {(kernel, device) for kernel in KERNEL_OF.values() for device in ("cpu", "cuda")}
+    devices = ("cpu", "cuda") if torch.version.hip is None else ("cpu",)  # ROCm's tensors call themselves cuda
+    pairs = {(kernel, device) for kernel in KERNEL_OF.values() for device in devices}
     _native = frozenset(pair for pair in pairs if _ext.has_kernel(*pair))
 
 
@@ -84,6 +85,8 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
             return _ext.why_not
         if (KERNEL_OF[op], device_type) not in _native:
             return f"this build holds no {device_type} kernels"
+        if reason := _ext.why_not_gpu(device_type):
+            return reason
     if backend == "triton" and (reason := _triton.why_not(device_type)):
         return reason
     return "" if dtype in KERNEL_DTYPES else f"{dtype} is served by PyTorch alone"

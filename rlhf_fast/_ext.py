@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 NAMESPACE = "rlhf_fast"
+OLDEST_GPU = (8, 0)  # compute capability: bfloat16 came with it
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 
 if os.environ.get("RLHF_FAST_CPU", "default") not in CPU_CAPABILITIES:
@@ -39,6 +40,22 @@ def has_kernel(op: str, device_type: str) -> bool:
     if _C is None or key is None:
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
+_gpu_refused: str | None = None  # asked once, and never while torch.compile traces, which cannot follow the question
+
+
+def why_not_gpu(device_type: str) -> str:
+    """Empty when the current GPU can run the compiled kernels, native and Triton alike, else the reason."""
+    global _gpu_refused
+    if device_type != "cuda" or torch.version.hip is not None:
+        return ""
+    if _gpu_refused is None and not torch.compiler.is_compiling():
+        major, minor = torch.cuda.get_device_capability()
+        wanted = "{}.{}".format(*OLDEST_GPU)
+        old = f"the GPU has compute capability {major}.{minor}, and the kernels need {wanted}"
+        _gpu_refused = old if (major, minor) < OLDEST_GPU else ""
+    return _gpu_refused or ""
 
 
 def cpu_capability() -> str | None:

@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 
+from rlhf_fast import _ext
+
 NAMESPACE = "rlhf_fast_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")  # ROCm's tensors call themselves cuda
-OLDEST = (8, 0)  # compute capability
 
 # Operators by the file that launches them; functions there have the operators' names and arguments.
 FAMILIES = {
     "logprob": ("token_stats", "token_stats_backward", "token_stats_backward_"),
     "kl": ("token_kl", "token_kl_backward", "token_kl_and_grad", "approx_kl", "approx_kl_backward"),
-    "gae": ("gae", "ppo_advantages", "whiten_moments", "whiten"),
+    "gae": ("gae",),
+    "ppo": ("ppo_advantages",),
+    "whiten": ("whiten_moments", "whiten"),
 }
 
 installed = importlib.util.find_spec("triton") is not None
@@ -53,7 +56,4 @@ def why_not(device_type: str) -> str:
         return "Triton is not installed (pip install 'rlhf-fast[triton]')"
     if device_type not in DEVICES:
         return f"Triton kernels run on GPUs, not on {device_type}"
-    if device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST:
-        found = "{}.{}".format(*torch.cuda.get_device_capability())
-        return f"the GPU has compute capability {found}, and the kernels need {OLDEST[0]}.{OLDEST[1]}"
-    return ""
+    return _ext.why_not_gpu(device_type)

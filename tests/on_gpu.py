@@ -44,6 +44,8 @@ def _map(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 def _there_and_back(op: Callable[..., Any], device: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         def there(x: Tensor) -> Tensor:
+            if torch.compiler.is_compiling():  # which cannot follow storages
+                return x.to(device)
             return _There.apply(x, device) if x.device.type == "cpu" else x
 
         moved = {name: _map(value, there) for name, value in kwargs.items()}

@@ -78,6 +78,17 @@ def _kl(kind: str) -> Callable[[torch.Generator, torch.dtype, tuple[int, int]], 
     return make
 
 
+def _kl_and_grad(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    mask, grad_kl = random_mask(*rows, generator=g), randn(*rows, generator=g)
+    inputs = {k: randn(*rows, WIDTH, generator=g, dtype=dtype) for k in ("logits", "ref_logits")}
+    return Sample(
+        "token_kl_and_grad",
+        inputs,
+        lambda **x: rf.token_kl_and_grad(**x, grad_kl=grad_kl, mask=mask, softcap=5.0)[0],  # the other is of x's dtype
+        differentiable=False,
+    )
+
+
 def _approx_kl(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
     mask = random_mask(*rows, generator=g)
     names = ("logprobs", "ref_logprobs", "importance_ratio")
@@ -213,6 +224,7 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "token_kl_forward": _kl("forward"),
     "token_kl_jsd": _kl("jsd"),
     "token_kl_tv": _kl("tv"),
+    "token_kl_and_grad": _kl_and_grad,
     "approx_kl": _approx_kl,
     "approx_kl_straight_through": _straight_through,
     "gae": _gae,

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +18,14 @@ from test_contract import Recorder, assert_same, run
 from tools import native_is_built, native_is_wanted
 
 import rlhf_fast as rf
-from rlhf_fast import _ext
+from rlhf_fast import _dispatch, _ext, _triton
 from rlhf_fast.ops import codes
 
 PUBLIC_OPS = {
     "token_logprobs",
     "token_stats",
     "token_kl",
+    "token_kl_and_grad",
     "approx_kl",
     "gae",
     "ppo_advantages",
@@ -80,11 +83,11 @@ def test_auto_gives_float64_to_the_reference() -> None:
 
 
 def test_a_forced_backend_that_cannot_serve_raises() -> None:
-    for name, sample in ((name, build(name, torch.float64)) for name in SAMPLES):
+    for sample in (build(name, torch.float64) for name in SAMPLES):
         with rf.use_backend("native"), pytest.raises(RuntimeError, match=rf"^rlhf_fast\.{sample.op}: .*native"):
             run(sample)
         with rf.use_backend("triton"), pytest.raises(RuntimeError, match=rf"^rlhf_fast\.{sample.op}: .*[tT]riton"):
-            run(build(name, torch.float32))
+            run(sample)
 
 
 def test_use_backend_nests_and_restores() -> None:
@@ -129,6 +132,71 @@ def test_backends_lists_every_op_and_says_why() -> None:
         assert all(row.backend == f"native ({_ext.cpu_capability()})" for row in table if row.device == "cpu")
     with rf.use_backend("torch"):
         assert all(row.backend == "torch" and row.why_not_faster for row in rf.backends())
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """pretended_gpu(native=..., triton=..., capability=...): what a machine with such a GPU would answer."""
+
+    def pretend(native: bool = True, triton: bool = True, capability: tuple[int, int] = (9, 0)) -> None:
+        kernels = {(kernel, "cuda") for kernel in _dispatch.KERNEL_OF.values()}
+        monkeypatch.setattr(_dispatch, "_native", frozenset(kernels if native else ()))
+        monkeypatch.setattr(_ext, "why_not", "")
+        monkeypatch.setattr(_ext, "_gpu_refused", None)
+        monkeypatch.setattr(_triton, "installed", triton)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    return pretend
+
+
+class OnGpu:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+
+def test_auto_on_a_gpu_goes_by_speed_and_says_why_not_faster(pretended_gpu: Callable[..., None]) -> None:
+    def served() -> tuple[str, str, str]:
+        with rf.use_backend("auto"):
+            row = next(row for row in rf.backends() if (row.op, row.device) == ("token_kl", "cuda"))
+            return _dispatch.select("token_kl", OnGpu()).name, row.backend, row.why_not_faster  # type: ignore[arg-type]
+
+    pretended_gpu()
+    assert served() == ("rlhf_fast", "native", "")
+    pretended_gpu(native=False)
+    assert served() == ("rlhf_fast_triton", "triton", "native: this build holds no cuda kernels")
+    pretended_gpu(native=False, triton=False)
+    namespace, backend, reason = served()
+    assert (namespace, backend) == ("rlhf_fast_torch", "torch")
+    assert "no cuda kernels" in reason and "Triton is not installed" in reason
+    pretended_gpu(capability=(7, 5))
+    namespace, backend, reason = served()
+    assert (namespace, backend) == ("rlhf_fast_torch", "torch")
+    assert reason.count("compute capability 7.5, and the kernels need 8.0") == 2
+
+
+def test_a_gpu_backend_by_name_serves_or_raises(pretended_gpu: Callable[..., None]) -> None:
+    gpu: Any = OnGpu()
+    pretended_gpu()
+    with rf.use_backend("triton"):
+        assert _dispatch.select("gae", gpu).name == "rlhf_fast_triton"
+    pretended_gpu(capability=(7, 0))
+    for backend in ("native", "triton"):
+        with rf.use_backend(backend), pytest.raises(RuntimeError, match=r"^rlhf_fast\.gae: .*capability 7\.0"):
+            _dispatch.select("gae", gpu)
+
+
+def test_rocm_and_xpu_take_triton(pretended_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnXpu(OnGpu):
+        device = torch.device("xpu")
+
+    xpu: Any = OnXpu()
+    pretended_gpu(capability=(0, 0))
+    assert _dispatch.select("gae", xpu).name == "rlhf_fast_triton"
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(_ext, "has_kernel", lambda op, device: True)
+    _dispatch.find_native_kernels()
+    gpu: Any = OnGpu()
+    assert _dispatch.select("gae", gpu).name == "rlhf_fast_triton"
 
 
 def test_environment_chooses_the_backend() -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 import truths
 from tolerances import assert_values
-from tools import NAN, randn, random_mask, upcast
+from tools import INF, NAN, randn, random_mask, upcast
 from torch import Tensor
 
 import rlhf_fast as rf
 
 MODES = ("carry", "zero")
+ON_GPU = ("native@cuda", "triton@cuda") if torch.cuda.is_available() else ()
 
 # One row and many, one token, odd lengths, lengths past any vector or block, rows past a lane count.
 SHAPES = [(1, 1), (1, 2), (3, 1), (2, 17), (5, 128), (9, 131), (17, 33), (33, 5), (1, 1037)]
@@ -218,6 +219,27 @@ def test_packed_plain_and_float_lam(backend: str, dtype: torch.dtype, generator:
         assert_values(got[1][start:stop], true[1][0], dtype=dtype)
 
 
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("bounds", [
+    [0, 400, 5000], [0, 400, -7], [900, 20, 400], [2**62, -(2**62), 5], [-(2**63), 2**63 - 1], [7] * 9, [-5, 0, 0, 3],
+], ids=str)  # fmt: skip
+def test_bounds_that_no_host_has_seen(backend: str, bounds: list[int], generator: torch.Generator) -> None:
+    """On a GPU cu_seqlens cannot be checked: whatever it holds, nothing outside of the tensors is read or written."""
+    rewards, values = batch(generator, torch.float32, 1300)
+    lam = torch.rand(len(bounds) - 1, generator=generator)
+
+    def run(cu_seqlens: list[int]) -> Tensor:
+        none = (None,) * 4
+        return torch.ops.rlhf_fast_emulated.gae(
+            rewards, values, *none, torch.tensor(cu_seqlens), lam, lam, 0.97, 0.0, 0.0, True
+        )[0]
+
+    got = run(bounds)
+    assert got.shape == rewards.shape
+    if bounds == [0, 400, 5000]:
+        assert torch.equal(got, run([0, 400, 1300]))
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "unaligned"])
 def test_layouts(backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
     def lay(x: Tensor) -> Tensor:
@@ -268,6 +290,64 @@ def test_more_rows_than_a_launch_dimension(backend: str, generator: torch.Genera
     first = rewards[:, 0].double() + 0.9 * values[:, 1].double() - values[:, 0].double() + 0.72 * last
     assert_values(advantages, torch.stack([first, last], 1), dtype=torch.float32)
     assert_values(returns, torch.stack([first, last], 1) + values.double(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "backend, length",
+    [
+        ("torch", 2_000),
+        ("native", 17_500),
+        ("emulated", 17_500),
+        *(pytest.param(name, 150_000, marks=pytest.mark.gpu) for name in ON_GPU),
+    ],
+    indirect=["backend"],
+)
+def test_a_row_as_long_as_a_book(backend: str, length: int, mode: str, generator: torch.Generator) -> None:
+    """The state comes through a long stretch without a real token, and through every tile where rows are cut up.
+
+    Eighths, undiscounted, are summed without rounding: a token that is lost or counted twice shows.
+    """
+    rewards, values = (torch.randint(-16, 17, (1, length), generator=generator) / 8 for _ in range(2))
+    mask = random_mask(1, length, generator=generator, share=0.8)
+    mask[0, length // 6 : length // 3] = False
+    rewards, values = (x.masked_fill(~mask, NAN) for x in (rewards, values))
+    check_gae(rewards, values, mask=mask, mask_mode=mode, gamma=1.0, lam=1.0)
+
+
+def test_many_packed_sequences(backend: str, generator: torch.Generator) -> None:
+    """Sequences of every length below 60 and empty ones between them, each with its own lam and value_lam."""
+    lengths = torch.randint(60, (40,), generator=generator)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    total = int(cu_seqlens[-1])
+    rewards, values = batch(generator, torch.float32, total)
+    mask = random_mask(total, generator=generator, share=0.8)
+    lam, value_lam = (torch.rand(40, generator=generator) for _ in range(2))
+    options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens, "gamma": 0.97}
+    got = rf.gae(rewards, values, **options, lam=lam, value_lam=value_lam)
+    for s, (start, stop) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        row = [x[None, start:stop] for x in (rewards.double(), values.double(), mask)]
+        true = truths.gae(*row[:2], mask=row[2], lam=lam[s].double(), value_lam=value_lam[s].double(), gamma=0.97)
+        for ours, wanted in zip(got, true, strict=True):
+            assert_values(ours[start:stop], wanted[0], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.9, 0.1), (0.9, 1e-6), (0.9, 0.0), (0.0, 0.9), (0.99, 0.95)])
+@pytest.mark.parametrize("where", ["rewards", "values", "bootstrap"])
+def test_infinities(backend: str, where: str, gamma: float, lam: float, generator: torch.Generator) -> None:
+    """They go as far to the left as the loop carries them, which is to a done, however small the discount gets."""
+    shape = (4, 300)
+    rewards, values = batch(generator, torch.float32, *shape)
+    dones = torch.zeros(shape, dtype=torch.bool)
+    dones[1, 40], dones[2, 290] = True, True
+    options: dict[str, Any] = {"dones": dones, "gamma": gamma, "lam": lam}
+    if where == "bootstrap":
+        truncated = torch.zeros(shape, dtype=torch.bool)
+        truncated[:, 280] = True
+        options |= {"truncated": truncated, "bootstrap_values": torch.full(shape, INF)}
+    else:
+        (rewards if where == "rewards" else values)[:3, 280] = INF
+    check_gae(rewards, values, **options)
 
 
 def test_nan_in_a_real_slot_stays_in_its_row(backend: str, generator: torch.Generator) -> None:

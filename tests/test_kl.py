@@ -49,6 +49,9 @@ def check_kl(logits: Tensor, ref_logits: Tensor, **options: Any) -> None:
     assert_values(got["out"], true["out"], eager["out"], dtype=dtype)
     for side in inputs:
         assert_gradient(grads[side], true_grads[side], eager_grads[side], dtype=dtype, what=f"gradient to {side}")
+    kl, grad = rf.token_kl_and_grad(**inputs, grad_kl=incoming("out", got["out"]), **options)
+    assert_values(kl, true["out"], eager["out"], dtype=dtype, what="value of token_kl_and_grad")
+    assert_gradient(grad, true_grads["logits"], eager_grads["logits"], dtype=dtype, what="gradient of the same")
 
 
 @pytest.mark.parametrize("width", WIDTHS)

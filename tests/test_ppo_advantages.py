@@ -80,6 +80,21 @@ def test_score_lands_on_the_last_real_token(backend: str) -> None:
     assert got.rewards.tolist() == [[0, 0, 3, 0], [0, 0, 0, -4], [0, 0, 0, 0]]
 
 
+def test_prompts_and_padding(backend: str, generator: torch.Generator) -> None:
+    """A response somewhere in a long row: the score crosses the padding behind it, and no row's end."""
+    scores, logprobs, ref_logprobs, values, mask = batch(generator, torch.float32, 5, 1300)
+    for row, (start, stop) in enumerate([(0, 3), (700, 701), (5, 5), (600, 1200), (1299, 1300)]):
+        mask[row, :start], mask[row, stop:] = False, False
+    check(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.2, gamma=0.99, whiten=False)
+
+
+def test_infinite_score_stays_in_its_row(backend: str, generator: torch.Generator) -> None:
+    scores, *rest = batch(generator, torch.float32, 5, 300)
+    scores[2], scores[3] = float("inf"), -float("inf")
+    check(scores, *rest, kl_coef=0.1, gamma=0.9, lam=0.1, whiten=False)
+    check(scores, *rest, kl_coef=0.1, score_clip=3.0)
+
+
 def test_nan_score_of_an_empty_row_is_dropped(backend: str, generator: torch.Generator) -> None:
     scores, *rest = batch(generator, torch.float32, 5, 9)
     scores[1] = NAN  # row 1 has no real token

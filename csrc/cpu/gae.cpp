@@ -1,163 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU bindings of the family gae: gae, ppo_advantages and the two halves of whitening.
-#include <cmath>
-#include <tuple>
-
-#include "../binding.h"
-#include "capability.h"
+// The family gae on the CPU.
+#include "../gae_binding.h"
+#include "device.h"
 
 namespace rlhf_fast {
 
 namespace {
 
-std::tuple<Tensor, Tensor> gae(const Tensor& rewards,  // (B, T) or (total,)
-                               const Tensor& values, const OptionalTensor& mask, const OptionalTensor& dones,
-                               const OptionalTensor& truncated, const OptionalTensor& bootstrap_values,
-                               const OptionalTensor& cu_seqlens,  // (S + 1,)
-                               const OptionalTensor& row_lam,     // (B,) or (S,)
-                               const OptionalTensor& row_value_lam, double gamma, double lam, double value_lam,
-                               bool carry) {
-  constexpr const char* op = "gae";
-  const Dtype dtype = dtype_of(op, rewards);
-  const ScalarType type = rewards.scalar_type();
-  const int64_t total = rewards.numel();
-  RF_CHECK(rewards.dim() == (cu_seqlens ? 1 : 2), op, ": rewards must be (B, T), or (total,) with cu_seqlens");
-  RF_CHECK(!truncated || bootstrap_values, op, ": truncated needs bootstrap_values");
-  const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : rewards.size(0);
-  const Tensor dense_rewards = row_tensor(op, "rewards", rewards, type, total);
-  const Tensor dense_values = row_tensor(op, "values", values, type, total);
-  const OptionalTensor dense_mask = row_tensor(op, "mask", mask, ScalarType::Bool, total);
-  const OptionalTensor dense_dones = row_tensor(op, "dones", dones, ScalarType::Bool, total);
-  const OptionalTensor dense_truncated = row_tensor(op, "truncated", truncated, ScalarType::Bool, total);
-  const OptionalTensor dense_bootstrap = row_tensor(op, "bootstrap_values", bootstrap_values, type, total);
-  const OptionalTensor bounds = row_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Long, sequences + 1);
-  const OptionalTensor lams = row_tensor(op, "lam", row_lam, ScalarType::Float, sequences);
-  const OptionalTensor value_lams = row_tensor(op, "value_lam", row_value_lam, ScalarType::Float, sequences);
-  if (bounds) {
-    const int64_t* b = data_of<int64_t>(bounds);
-    RF_CHECK(b[0] == 0 && b[sequences] == total, op, ": cu_seqlens must rise from 0 to ", total);
-    for (int64_t s = 0; s < sequences; ++s) RF_CHECK(b[s] <= b[s + 1], op, ": cu_seqlens must not fall");
-  }
-  const Tensor advantages = empty_of(rewards, shape_of(rewards), ScalarType::Float);
-  const Tensor returns = empty_of(rewards, shape_of(rewards), ScalarType::Float);
-
-  GaeArgs args{};
-  args.rewards = dense_rewards.const_data_ptr();
-  args.values = dense_values.const_data_ptr();
-  args.mask = data_of<bool>(dense_mask);
-  args.dones = data_of<bool>(dense_dones);
-  args.truncated = data_of<bool>(dense_truncated);
-  args.bootstrap_values = data_of<void>(dense_bootstrap);
-  args.cu_seqlens = data_of<int64_t>(bounds);
-  args.length = cu_seqlens ? 0 : rewards.size(1);
-  args.row_lam = data_of<float>(lams);
-  args.row_value_lam = data_of<float>(value_lams);
-  args.gamma = static_cast<float>(gamma);
-  args.lam = static_cast<float>(lam);
-  args.value_lam = static_cast<float>(value_lam);
-  args.carry = carry;
-  args.advantages = mutable_data_of<float>(advantages);
-  args.returns = mutable_data_of<float>(returns);
-  run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? 4 * total / sequences : 1);
-  return {advantages, returns};
-}
-
-// Rows' moments -> one triple of count, sum and sum of squares, added in row order: the same on any thread count.
-Tensor add_moments(const Tensor& like, const Tensor& row_moments, int64_t rows) {
-  const Tensor moments = empty_of(like, {3}, ScalarType::Double);
-  const double* from = data_of<double>(row_moments);
-  double* to = mutable_data_of<double>(moments);
-  for (int k = 0; k < 3; ++k) to[k] = 0;
+// In row order: the same on any number of threads.
+void add_moments(const double* row_moments, int64_t rows, double* moments) {
+  for (int k = 0; k < 3; ++k) moments[k] = 0;
   for (int64_t n = 0; n < rows; ++n) {
-    for (int k = 0; k < 3; ++k) to[k] += from[3 * n + k];
+    for (int k = 0; k < 3; ++k) moments[k] += row_moments[3 * n + k];
   }
-  return moments;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ppo_advantages(const Tensor& scores,    // (B,)
-                                                                  const Tensor& logprobs,  // (B, T), as the next three
-                                                                  const Tensor& ref_logprobs, const Tensor& values,
-                                                                  const Tensor& mask, double kl_coef, int64_t estimator,
-                                                                  double gamma, double lam, double score_clip) {
-  constexpr const char* op = "ppo_advantages";
-  RF_CHECK(logprobs.dim() == 2, op, ": logprobs must be (B, T)");
-  const ScalarType type = logprobs.scalar_type();
-  const int64_t batch = logprobs.size(0), length = logprobs.size(1), total = batch * length;
-  const Tensor inputs[] = {
-      row_tensor(op, "scores", scores, type, batch), row_tensor(op, "logprobs", logprobs, type, total),
-      row_tensor(op, "ref_logprobs", ref_logprobs, type, total), row_tensor(op, "values", values, type, total),
-      row_tensor(op, "mask", mask, ScalarType::Bool, total)};
-  const auto result = [&] { return empty_of(logprobs, {batch, length}, ScalarType::Float); };
-  const Tensor kl = result(), rewards = result(), advantages = result(), returns = result();
-  const Tensor row_moments = empty_of(logprobs, {batch, 3}, ScalarType::Double);
-
-  PpoAdvantagesArgs args{};
-  args.scores = inputs[0].const_data_ptr();
-  args.logprobs = inputs[1].const_data_ptr();
-  args.ref_logprobs = inputs[2].const_data_ptr();
-  args.values = inputs[3].const_data_ptr();
-  args.mask = data_of<bool>(inputs[4]);
-  args.length = length;
-  args.kl_coef = static_cast<float>(kl_coef);
-  args.estimator = static_cast<int>(estimator);
-  args.gamma = static_cast<float>(gamma);
-  args.lam = static_cast<float>(lam);
-  args.score_clip = static_cast<float>(score_clip);
-  args.kl = mutable_data_of<float>(kl);
-  args.rewards = mutable_data_of<float>(rewards);
-  args.advantages = mutable_data_of<float>(advantages);
-  args.returns = mutable_data_of<float>(returns);
-  args.row_moments = mutable_data_of<double>(row_moments);
-  run_rows(kernels().ppo_advantages[dtype_of(op, logprobs)], args, batch, 8 * length);
-  return {kl, rewards, advantages, returns, add_moments(logprobs, row_moments, batch)};
-}
-
-// Any shape as rows of at most a few thousand entries: the last dimension, or all of a vector.
-int64_t row_length(const Tensor& x) { return x.dim() == 0 ? 1 : x.size(x.dim() - 1); }
-int64_t row_count(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel() / row_length(x); }
-
-Tensor whiten_moments(const Tensor& values, const Tensor& mask) {
-  constexpr const char* op = "masked_whiten";
-  const Tensor x = row_tensor(op, "values", values, values.scalar_type(), values.numel());
-  const Tensor real = row_tensor(op, "mask", mask, ScalarType::Bool, values.numel());
-  const Tensor row_moments = empty_of(values, {row_count(x), 3}, ScalarType::Double);
-  WhitenArgs args{};
-  args.values = x.const_data_ptr();
-  args.mask = data_of<bool>(real);
-  args.length = row_length(x);
-  args.row_moments = mutable_data_of<double>(row_moments);
-  run_rows(kernels().whiten_moments[dtype_of(op, x)], args, row_count(x), 4 * args.length);
-  return add_moments(values, row_moments, row_count(x));
-}
-
-Tensor whiten(const Tensor& values, const Tensor& mask, const Tensor& moments, bool shift_mean) {
-  constexpr const char* op = "masked_whiten";
-  const Tensor x = row_tensor(op, "values", values, values.scalar_type(), values.numel());
-  const Tensor real = row_tensor(op, "mask", mask, ScalarType::Bool, values.numel());
-  const Tensor sums = row_tensor(op, "moments", moments, ScalarType::Double, 3);
-  const double *m = data_of<double>(sums), count = m[0], mean = count > 0 ? m[1] / count : 0.0;
-  const double spread = count > 1 ? (m[2] - count * mean * mean) / (count - 1) : 0.0;
-  const double variance = spread < 0 ? 0.0 : spread;  // NaN stays NaN
-  const Tensor whitened = empty_of(values, shape_of(values), ScalarType::Float);
-  WhitenArgs args{};
-  args.values = x.const_data_ptr();
-  args.mask = data_of<bool>(real);
-  args.length = row_length(x);
-  args.mean = mean;
-  args.scale = 1.0 / std::sqrt(variance + 1e-8);
-  args.shift = shift_mean ? 0.0 : mean;
-  args.whitened = mutable_data_of<float>(whitened);
-  run_rows(kernels().whiten[dtype_of(op, x)], args, row_count(x), 2 * args.length);
-  return whitened;
-}
+struct CpuGae : Cpu {
+  static void gae(Dtype dtype, const GaeArgs& args, int64_t sequences, int64_t total, const Tensor& /*like*/) {
+    run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? 4 * total / sequences : 1);
+  }
+  static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& /*like*/) {
+    run_rows(kernels().ppo_advantages[dtype], args, rows, 8 * args.length);
+    add_moments(args.row_moments, rows, args.moments);
+  }
+  static void whiten_moments(Dtype dtype, const WhitenArgs& args, int64_t rows, const Tensor& /*like*/) {
+    run_rows(kernels().whiten_moments[dtype], args, rows, 4 * args.length);
+    add_moments(args.row_moments, rows, args.moments);
+  }
+  static void whiten(Dtype dtype, const WhitenArgs& args, int64_t rows, const Tensor& /*like*/) {
+    run_rows(kernels().whiten[dtype], args, rows, 2 * args.length);
+  }
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
-  m.impl("gae", TORCH_BOX(&gae));
-  m.impl("ppo_advantages", TORCH_BOX(&ppo_advantages));
-  m.impl("whiten_moments", TORCH_BOX(&whiten_moments));
-  m.impl("whiten", TORCH_BOX(&whiten));
-}
+STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) { GaeBinding<CpuGae>::register_in(m); }
 
 }  // namespace rlhf_fast

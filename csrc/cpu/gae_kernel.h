@@ -110,9 +110,10 @@ void whiten_moments(const WhitenArgs& a, int64_t begin, int64_t end) {
 
 template <class T>
 void whiten(const WhitenArgs& a, int64_t begin, int64_t end) {
+  const Whitening w = whitening(a.moments, a.shift_mean);
   for (int64_t i = begin * a.length; i < end * a.length; ++i) {
-    const double x = a.mask[i] ? to_float(static_cast<const T*>(a.values)[i]) : a.mean;
-    a.whitened[i] = a.mask[i] ? static_cast<float>((x - a.mean) * a.scale + a.shift) : 0.0f;
+    const double x = a.mask[i] ? to_float(static_cast<const T*>(a.values)[i]) : w.mean;
+    a.whitened[i] = a.mask[i] ? static_cast<float>((x - w.mean) * w.scale + w.shift) : 0.0f;
   }
 }
 

@@ -17,6 +17,7 @@ const KernelTable kTable = {
     RF_FOR_DTYPES(token_stats_backward),
     RF_FOR_DTYPES(token_kl),
     RF_FOR_DTYPES(token_kl_backward),
+    RF_FOR_DTYPES(token_kl_and_grad),
     RF_FOR_DTYPES(approx_kl),
     RF_FOR_DTYPES(approx_kl_backward),
     RF_FOR_DTYPES(gae),

@@ -213,6 +213,15 @@ void token_kl_backward(const TokenKlArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Row by row, so that the gradient finds both rows in cache.
+template <class T>
+void token_kl_and_grad(const TokenKlArgs& a, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    token_kl<T>(a, n, n + 1);
+    token_kl_backward<T>(a, n, n + 1);
+  }
+}
+
 // ------------------------------------------------------------------------------------------- estimators
 
 // Calls f with the estimator as a constant: the loops of all but k3, which calls expm1, become vector loops.

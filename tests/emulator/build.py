@@ -8,6 +8,7 @@ place of the CUDA runtime, and register under the namespace `rlhf_fast_emulated`
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +17,23 @@ import torch
 
 from rlhf_fast.ops import _register
 
-ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
 
 
-def build(folder: Path = BUILD, *flags: str) -> Path:
-    """Compiles what changed; returns the shared object."""
+def build() -> Path:
+    """Compiles what changed; returns the shared object. sanitized.py sets the two variables."""
+    folder = Path(os.environ.get("RLHF_FAST_EMULATED_BUILD") or BUILD)
+    flags = os.environ.get("RLHF_FAST_EMULATED_FLAGS", "")
     programs = Path(sys.executable).parent
     configure = [str(programs / "cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DRLHF_FAST_CUDA=OFF"]
     make = [str(programs / "cmake"), "--build", str(folder), "--target", "_emulated"]
     options = ["-DRLHF_FAST_EMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in ([*configure, *options, f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}", *flags], make):
-        done = subprocess.run(command, capture_output=True, text=True)
+    options += [f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}", f"-DCMAKE_CXX_FLAGS={flags}"]
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    for command in ([*configure, *options], make):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
     return folder / "_emulated.so"

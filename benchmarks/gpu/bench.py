@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row and token ops on a GPU against their limits and against PyTorch: writes gpu.json and gpu.md.
+
+`python benchmarks/gpu/bench.py --out benchmarks/results`; part of `make gpu-check`. Peers are timed where they can be
+imported. A case that fails is written down with its error and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import compiled, eager_kl, eager_logprobs, eager_logprobs_entropy  # noqa: E402
+from gpu.timing import Call, as_graph, limits, milliseconds, rotating  # noqa: E402
+
+import rlhf_fast as rf  # noqa: E402
+
+ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
+BF16 = torch.bfloat16
+
+
+class Case(NamedTuple):
+    """`moved`: bytes that any implementation must move. `target`: milliseconds we want on an H100, if any."""
+
+    name: str
+    moved: int
+    providers: dict[str, Call]
+    target: float | None = None
+    launches: int = 1
+
+
+def on(backend: str, call: Call) -> Call:
+    def run(i: int) -> object:
+        with rf.use_backend(backend):
+            return call(i)
+
+    return run
+
+
+def ours(call: Call) -> dict[str, Call]:
+    return {backend: on(backend, call) for backend in ("native", "triton")}
+
+
+def peer(module: str, function: str) -> Callable[..., Any] | None:
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception:  # not installed, or not importable beside this PyTorch
+        return None
+
+
+def logits(rows: int, width: int, copies: int = 2) -> Callable[[int], tuple[torch.Tensor, ...]]:
+    def make() -> tuple[torch.Tensor, ...]:
+        return (
+            torch.randn(rows, width, device="cuda", dtype=BF16),
+            torch.randint(width, (rows,), device="cuda"),
+        )
+
+    return rotating(make, copies)
+
+
+def logprob_cases() -> Iterator[Case]:
+    for rows, width, target in ((8192, 151936, 0.83), (8192, 32000, None), (64, 262144, None)):
+        inputs = logits(rows, width, 2 if rows * width > 2**28 else 6)
+        moved = rows * width * 2
+        providers = ours(lambda i, inputs=inputs: rf.token_stats(*inputs(i), outputs=ALL_OUTPUTS))
+        if rows * width < 2**29:  # eager makes float32 copies
+            providers["eager"] = lambda i, inputs=inputs: eager_logprobs_entropy(*inputs(i))
+        function = compiled(eager_logprobs_entropy)
+        providers["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
+        yield Case(f"token_stats forward, all outputs, {rows} x {width} bf16", moved, providers, target)
+        logprobs = ours(lambda i, inputs=inputs: rf.token_logprobs(*inputs(i)))
+        if (trl := peer("trl.trainer.utils", "selective_log_softmax")) is not None:
+            logprobs["TRL"] = lambda i, inputs=inputs, trl=trl: trl(*inputs(i))
+        if (quack := peer("quack.cross_entropy", "cross_entropy_fwd")) is not None:
+            logprobs["quack"] = lambda i, inputs=inputs, quack=quack: quack(*inputs(i))
+        function = compiled(eager_logprobs)
+        logprobs["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
+        yield Case(f"token_logprobs forward {rows} x {width} bf16", moved, logprobs)
+    yield backward_case(8192, 151936, 1.75)
+    yield backward_case(8192, 32000, None)
+
+
+def backward_case(rows: int, width: int, target: float | None) -> Case:
+    """The gradient alone, in place. It leaves garbage in the logits for the next round, which takes the same time."""
+    inputs = logits(rows, width)
+
+    def backward(backend: str) -> Call:
+        saved = []
+        for i in range(2):
+            x, targets = inputs(i)
+            ops = torch.ops.rlhf_fast if backend == "native" else torch.ops.rlhf_fast_triton
+            out = ops.token_stats(x, targets, None, None, 1.0, 1.0, 0.0, -1, 3, False)
+            saved.append((x, targets, out[1], out[5]))
+        ones = torch.ones(rows, device="cuda")
+
+        def run(i: int) -> object:
+            x, targets, entropy, parts = saved[i % 2]
+            return ops.token_stats_backward_(
+                ones, ones, None, x, targets, None, None, entropy, parts, 1.0, 1.0, 0.0, -1
+            )
+
+        return run
+
+    providers = {backend: backward(backend) for backend in ("native", "triton")}
+    return Case(f"token_stats backward, in place, {rows} x {width} bf16", 4 * rows * width, providers, target)
+
+
+def kl_cases() -> Iterator[Case]:
+    rows, width = 4096, 131072
+    ones = torch.full((rows,), 1e-3, device="cuda")
+    pair = rotating(lambda: tuple(torch.randn(rows, width, device="cuda", dtype=BF16) for _ in range(2)), 2)
+    function = compiled(eager_kl)
+    for kind, target in (("reverse", 0.80), ("forward", 0.80), ("jsd", None), ("tv", None)):
+        providers = ours(lambda i, kind=kind: rf.token_kl(*pair(i), kind=kind))
+        if kind == "reverse":
+            providers["compile"] = lambda i: function(*pair(i))
+        yield Case(f"token_kl {kind} forward {rows} x {width} bf16", 4 * rows * width, providers, target)
+
+    def step(loss: Callable[..., torch.Tensor]) -> Call:
+        def run(i: int) -> object:
+            x, y = pair(i)
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad((loss(leaf, y) * ones).sum(), leaf)
+
+        return run
+
+    providers = ours(lambda i: rf.token_kl_and_grad(*pair(i), ones))
+    providers |= {f"{name}, two steps": call for name, call in ours(step(rf.token_kl)).items()}
+    providers["compile"] = step(compiled(eager_kl))
+    yield Case(f"token_kl reverse, loss and gradient, {rows} x {width} bf16", 6 * rows * width, providers, 2.0)
+
+
+def gae_cases() -> Iterator[Case]:
+    for rows, length, target, launches in ((256, 131072, 0.25, 1), (256, 8192, 0.025, 20), (64, 1024, 0.010, 50)):
+        # With few copies the small ones stay in L2, as they do in a trainer, where they have just been made.
+        inputs = rotating(lambda s=(rows, length): tuple(torch.randn(s, device="cuda") for _ in range(2)), 2)
+        call = lambda i, inputs=inputs: rf.gae(*inputs(i), lam=0.95)  # noqa: E731
+        providers = ours(call)
+        moved = 16 * rows * length
+        yield Case(f"gae {rows} x {length} fp32", moved, providers, target, launches)
+        if launches > 1:
+            graphs = {f"{name}, graph": as_graph(p, launches) for name, p in providers.items()}
+            replays = {name: (lambda i, g=graph: g(i)) for name, graph in graphs.items()}
+            yield Case(f"gae {rows} x {length} fp32, {launches} calls in a graph", moved * launches, replays)
+    row = rotating(lambda: tuple(torch.randn(1, 131072, device="cuda") for _ in range(2)), 2)
+    yield Case("gae 1 x 131072 fp32", 16 * 131072, ours(lambda i: rf.gae(*row(i))), None, 20)
+    for rows, length in ((64, 1024), (512, 8192)):
+        shape = (rows, length)
+        scores, mask = torch.randn(rows, device="cuda"), torch.rand(shape, device="cuda") < 0.9
+        three = rotating(lambda s=shape: tuple(torch.randn(s, device="cuda") for _ in range(3)), 2)
+        call = lambda i, s=scores, m=mask, t=three: rf.ppo_advantages(s, *t(i), m, kl_coef=0.1)  # noqa: E731
+        yield Case(f"ppo_advantages {rows} x {length} fp32", 38 * rows * length, ours(call), None, 20)
+
+
+FAMILIES = (logprob_cases, kl_cases, gae_cases)
+
+
+def measure(case: Case, copy_rate: float) -> dict[str, Any]:
+    times, errors = {}, {}
+    working = {}
+    for name, call in case.providers.items():
+        try:
+            call(0)
+            torch.cuda.synchronize()
+            working[name] = call
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {error}"[:300]
+    if working:
+        times = milliseconds(working, launches=case.launches)
+    limit = case.moved / copy_rate * 1e3
+    return {"case": case.name, "ms": times, "limit_ms": limit, "target_ms": case.target, "errors": errors}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    facts = report["machine"]
+    lines = [
+        f"{facts['gpu']}, PyTorch {facts['torch']}, Triton {facts['triton']}; measured: copy "
+        f"{report['limits']['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product "
+        f"{report['limits']['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s. {report['date']}.",
+        "",
+        "| op, shape | limit, ms | target, ms | native, ms | of limit | triton, ms | others, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in report["rows"]:
+        ms = dict(row["ms"])
+        first = next((name for name in ms if name.startswith("native")), None)
+        second = next((name for name in ms if name.startswith("triton")), None)
+        native, triton = ms.pop(first, None) if first else None, ms.pop(second, None) if second else None
+        others = ", ".join([f"{k} {v:.3f}" for k, v in ms.items()] + [f"{k}: {v}" for k, v in row["errors"].items()])
+        cells = [
+            row["case"],
+            f"{row['limit_ms']:.3f}",
+            "-" if row["target_ms"] is None else f"{row['target_ms']:.3f}",
+            "-" if native is None else f"{native:.3f}",
+            "-" if native is None else f"{row['limit_ms'] / native:.0%}",
+            "-" if triton is None else f"{triton:.3f}",
+            others.replace("|", "/").replace("\n", " "),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results")
+    parser.add_argument("--seconds", type=float, default=240, help="start no new case after this long")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    triton = peer("triton", "__version__")
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton}
+    report: dict[str, Any] = {"machine": machine, "limits": limits(), "date": time.strftime("%Y-%m-%d"), "rows": []}
+    for family in FAMILIES:
+        try:
+            for case in family():
+                if time.monotonic() - begin > options.seconds:
+                    report["rows"].append({"case": case.name, "ms": {}, "limit_ms": 0.0, "target_ms": None,
+                                           "errors": {"-": "no time left"}})  # fmt: skip
+                    continue
+                report["rows"].append(measure(case, report["limits"]["copy_bytes_per_s"]))
+                print(case.name, report["rows"][-1]["ms"], report["rows"][-1]["errors"], flush=True)
+        except Exception:
+            traceback.print_exc()
+        torch.cuda.empty_cache()
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "gpu.md").write_text(markdown(report))
+    print("\n" + markdown(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one header that kernels take CUDA from. With RF_EMULATE it is the tests' emulator instead, and the same kernels
+// run on a CPU; whatever names an instruction of the GPU stands here, beside its plain equivalent.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef RF_EMULATE
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+// RF_LAUNCH(kernel<T>, blocks, threads, stream, arguments...): an error shows in cudaGetLastError().
+#define RF_LAUNCH(kernel, blocks, threads, stream, ...) \
+  (kernel)<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(__VA_ARGS__)
+#endif
+
+#include "../args.h"
+#include "../math.h"
+
+namespace rlhf_fast {
+namespace cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarp = 32;
+constexpr float kInf = __builtin_inff();
+constexpr float kNan = __builtin_nanf("");
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr uint64_t kUnpublished = ~uint64_t{0};  // what a word holds before publish(); no value may look like it
+
+// 16-bit floats as their bits, so that the emulator needs nothing of CUDA's headers.
+struct alignas(2) BFloat16 {
+  uint16_t bits;
+};
+struct alignas(2) Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+__device__ __forceinline__ To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+#ifdef RF_EMULATE
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t,
+                     const Arguments&... arguments) {
+  emulator::launch(blocks, threads, [=] { kernel(arguments...); }, size);
+}
+inline void cluster_barrier() { emulator::wait_at(emulator::block().cluster); }
+template <class Kernel>
+int64_t cluster_cache(Kernel*) {
+  return 256 * 1024;
+}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
+inline void publish(uint64_t value, uint64_t* word) { *word = value; }
+inline uint64_t wait_for(const uint64_t* word) {
+  if (*word == kUnpublished) emulator::fail("a block waits for what no block before it has published");
+  return *word;
+}
+inline float to_float(Half x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
+inline void from_float(float x, Half* to) { to->bits = bit_cast<uint16_t>(static_cast<_Float16>(x)); }
+inline void from_float(float x, BFloat16* to) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  to->bits = static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
+}
+
+#else
+
+// Launches clusters of `size` neighbouring blocks (at most 8), which run at the same time and meet at
+// cluster_barrier().
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t stream,
+                     const Arguments&... arguments) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(size);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched
+// without a cluster is one by itself.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Bytes of the current device's L2 cache; 0 where `kernel` must not run in clusters. The device alone does not tell:
+// code compiled for an older one has no barrier for them.
+template <class Kernel>
+int64_t cluster_cache(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) == cudaSuccess ? bytes : 0;
+}
+
+// One instruction; 2 ulp; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// One instruction, which a plain store of a struct sometimes is not.
+__device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+// A word from one block to others, whole or not at all; it orders nothing else. A block may wait for blocks of lower
+// index alone: they start first, so none waits for one that has no room to start.
+__device__ __forceinline__ void publish(uint64_t value, uint64_t* word) {
+  asm volatile("st.relaxed.gpu.u64 [%0], %1;" : : "l"(word), "l"(value));
+}
+__device__ __forceinline__ uint64_t wait_for(const uint64_t* word) {
+  uint64_t value;
+  do {
+    asm volatile("ld.relaxed.gpu.u64 %0, [%1];" : "=l"(value) : "l"(word));
+  } while (value == kUnpublished);
+  return value;
+}
+__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ void from_float(float x, Half* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ void from_float(float x, BFloat16* to) {
+  to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+#endif
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
+
+// The type that a Dtype names, for launchers: with_dtype(dtype, [&](auto zero) { using T = decltype(zero); ... }).
+template <class F>
+auto with_dtype(Dtype dtype, const F& f) {
+  if (dtype == kFloat32) return f(float{});
+  if (dtype == kBFloat16) return f(BFloat16{});
+  return f(Half{});
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// A GPU as a device of the bindings: its stream, how many multiprocessors it has, and launches that say who failed.
+#pragma once
+
+#include <atomic>
+
+#include "../binding.h"
+#include "softmax.cuh"
+
+#ifndef RF_EMULATE
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// The one symbol that lives in PyTorch's CUDA library. Weak, so that a build with CUDA kernels loads beside a PyTorch
+// without CUDA; such a PyTorch has no CUDA tensors, and nothing here is ever called.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace rlhf_fast {
+
+struct Cuda {
+#ifdef RF_EMULATE
+  static constexpr const char* kName = "the CPU (emulated GPU)";
+  static bool owns(const Tensor& x) { return x.is_cpu(); }
+#else
+  static constexpr const char* kName = "a CUDA device";
+  static bool owns(const Tensor& x) { return x.is_cuda(); }
+#endif
+  static constexpr bool kHostMemory = false;
+};
+
+// While it lives, the tensor's device is the current one; launches go to PyTorch's current stream there.
+class Launch {
+ public:
+#ifdef RF_EMULATE
+  Launch(const char* op, const Tensor& /*like*/) : op_(op) {}
+  int multiprocessors() const { return 4; }  // few, so that small tests split rows over blocks
+#else
+  Launch(const char* op, const Tensor& like) : op_(op), device_(like.get_device_index()), guard_(device_) {
+    RF_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this PyTorch has no CUDA");
+    void* stream = nullptr;
+    RF_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, op, ": PyTorch gave no CUDA stream");
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  int multiprocessors() const {
+    constexpr int kMaxDevices = 64;
+    static std::atomic<int> known[kMaxDevices];
+    int count = device_ < kMaxDevices ? known[device_].load() : 0;
+    if (count == 0) {
+      check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
+      if (device_ < kMaxDevices) known[device_].store(count);
+    }
+    return count;
+  }
+#endif
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Raises what the launch of `kernel` reported, with its name.
+  void check(cudaError_t error, const char* kernel) const {
+    RF_CHECK(error == cudaSuccess, op_, ": the CUDA kernel ", kernel, " failed: ", cudaGetErrorString(error));
+  }
+
+ private:
+  const char* op_;
+#ifndef RF_EMULATE
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_ = nullptr;
+};
+
+// Blocks to a row of logits (see softmax.cuh), having checked what a launch can count.
+inline int row_parts(const char* op, const Launch& launch, int64_t rows, int64_t columns, const Tensor& logits) {
+  constexpr int64_t kMost = 0x7fffffff;
+  RF_CHECK(columns <= kMost, op, ": logits must have at most ", kMost, " columns, got ", columns);
+  const int64_t parts = cuda::parts_of_row(rows, columns, launch.multiprocessors(), logits.element_size());
+  RF_CHECK(rows <= kMost / parts, op, ": logits must have at most ", kMost / parts, " rows, got ", rows);
+  return static_cast<int>(parts);
+}
+
+}  // namespace rlhf_fast
+
+// Where a family registers: the CUDA kernels of the op's namespace, or the tests' own namespace.
+#ifdef RF_EMULATE
+#define RF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(rlhf_fast_emulated, CPU, m)
+#else
+#define RF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CUDA, m)
+#endif

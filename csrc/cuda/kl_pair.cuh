@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two rows of logits side by side: a pass over both at once, and the online fold that gives KL(p, q) in one read.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace rlhf_fast {
+namespace cuda {
+
+// From a thread's pack to its next.
+template <class T>
+constexpr int64_t kPairStride = int64_t{kRowThreads} * kPack<T>;
+
+template <int kCount>
+struct Count {
+  static constexpr int value = kCount;
+};
+
+// Calls add(values, others, column) for what this thread has of the columns [begin, end) of x and y: arrays of a pack's
+// floats, or of one. kLoads packs of each row are loaded before the first is used. Rows that do not reach their 16-byte
+// boundaries together go entry by entry.
+template <int kLoads, class T, class Add>
+__device__ __forceinline__ void for_each_pair(const T* x, const T* y, int64_t begin, int64_t end, const Add& add) {
+  Span span = span_of(x, begin, end);
+  if (!same_phase(x, y)) span.head = span.tail = end;
+  const auto one = [&](int64_t i) {
+    const float value[1] = {to_float(x[i])}, other[1] = {to_float(y[i])};
+    add(value, other, i);
+  };
+  const auto some = [&](int64_t i, auto count) {
+    Pack<T> packs[count.value], other_packs[count.value];
+#pragma unroll
+    for (int j = 0; j < count.value; ++j) {
+      packs[j] = load_pack(x + i + j * kPairStride<T>);
+      other_packs[j] = load_pack(y + i + j * kPairStride<T>);
+    }
+#pragma unroll
+    for (int j = 0; j < count.value; ++j) {
+      float values[kPack<T>], others[kPack<T>];
+      unpack(packs[j], values);
+      unpack(other_packs[j], others);
+      add(values, others, i + j * kPairStride<T>);
+    }
+  };
+  for (int64_t i = span.begin + threadIdx.x; i < span.head; i += kRowThreads) one(i);
+  int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
+  for (; i + (kLoads - 1) * kPairStride<T> < span.tail; i += kLoads * kPairStride<T>) some(i, Count<kLoads>());
+  for (; kLoads > 1 && i < span.tail; i += kPairStride<T>) some(i, Count<1>());
+  if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
+}
+
+// Writes what became of the entries that for_each_pair gave with `column`; `packs`: the row begins as those read do.
+template <class T, int kCount>
+__device__ __forceinline__ void store_entries(const float (&values)[kCount], int64_t column, bool packs, T* row) {
+  if constexpr (kCount > 1) {
+    if (packs) return store_pack(pack_of<T>(values), row + column);
+  }
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) from_float(values[j], row + column + j);
+}
+
+// Below this a log-probability counts as -inf: a mask of the dtype's lowest number is one, and no sum overflows.
+constexpr float kLowest = -1e30f;
+
+// Of the row that weighs, u, and the other, v, with a = (u - max) factor and b = (v - other_max) other_factor in base
+// 2, p = 2^a / sum 2^a and q = 2^b / sum 2^b:
+//   KL(p, q) = ln 2 (sum 2^a (a - b)) / (sum 2^a) + log(sum 2^b / sum 2^a).
+// Entries where q = 0 would make it +inf. They are kept apart, for the gradient gives their log q a finite value.
+struct PairFold {
+  float max = -kInf;
+  float other_max = -kInf;
+  float covered = 0;    // sum of 2^a where q > 0
+  float forbidden = 0;  // sum of 2^a where q = 0
+  float other_sum = 0;  // sum of 2^b
+  float cross = 0;      // sum of 2^a (a - b), b counting as 0 where q = 0
+};
+
+// The sums as if taken relative to `top` and `other_top`, at least the fold's own maxima. The limits keep infinite
+// rises from making NaN: 2^-1000 is 0, and so is 0 times -kLowest.
+__device__ __forceinline__ void raise_to(float top, float other_top, float factor, float other_factor, PairFold* fold) {
+  if (fold->max != -kInf) {
+    const float rise = fminf((top - fold->max) * factor, 1000.0f), decay = exp2_fast(-rise);
+    fold->cross = (fold->cross - rise * (fold->covered + fold->forbidden)) * decay;
+    fold->covered *= decay;
+    fold->forbidden *= decay;
+  }
+  if (fold->other_max != -kInf) {
+    const float rise = fminf((other_top - fold->other_max) * other_factor, -kLowest);
+    fold->cross += rise * fold->covered;
+    fold->other_sum *= exp2_fast(-rise);
+  }
+  fold->max = top;
+  fold->other_max = other_top;
+}
+
+template <int kCount>
+__device__ __forceinline__ void fold_entries(const float (&u)[kCount], const float (&v)[kCount], float factor,
+                                             float other_factor, PairFold* fold) {
+  float top = fold->max, other_top = fold->other_max;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    top = fmaxf(top, u[j]);  // passes NaN over; the sums will show it
+    other_top = fmaxf(other_top, v[j]);
+  }
+  if (top > fold->max || other_top > fold->other_max) raise_to(top, other_top, factor, other_factor, fold);
+  const float shift = top == -kInf ? 0.0f : top, other_shift = other_top == -kInf ? 0.0f : other_top;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const float a = (u[j] - shift) * factor, b = (v[j] - other_shift) * other_factor, e = exp2_fast(a);
+    const bool forbidden = b < kLowest;
+    if (forbidden) {
+      fold->forbidden += e;
+    } else {
+      fold->covered += e;
+    }
+    fold->other_sum += exp2_fast(b);
+    fold->cross = fmaf(e, fmaxf(a, -150.0f) - (forbidden ? 0.0f : b), fold->cross);  // 0 * (-inf) must be 0
+  }
+}
+
+__device__ __forceinline__ PairFold merge_folds(PairFold a, PairFold b, float factor, float other_factor) {
+  const float top = fmaxf(a.max, b.max), other_top = fmaxf(a.other_max, b.other_max);
+  raise_to(top, other_top, factor, other_factor, &a);
+  raise_to(top, other_top, factor, other_factor, &b);
+  a.covered += b.covered;
+  a.forbidden += b.forbidden;
+  a.other_sum += b.other_sum;
+  a.cross += b.cross;
+  return a;
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+// Row statistics of a softmax, and their gradient, on a GPU: see rlhf_fast/ops/logprob.py for the mathematics.
+//
+// A block folds a row, or a part of one where rows are few; the parts are merged by a second kernel.
+#pragma once
+
+#include "softmax.cuh"
+
+namespace rlhf_fast {
+namespace cuda {
+
+// ------------------------------------------------------------------------------------------- forward
+
+__device__ __forceinline__ void write_masked_row(const TokenStatsArgs& a, int64_t n, int thread, int threads) {
+  for (int64_t k = thread; a.logprobs && k < a.k; k += threads) a.logprobs[n * a.k + k] = 0;
+  if (thread != 0) return;
+  if (a.entropy) a.entropy[n] = 0;
+  if (a.logsumexp) a.logsumexp[n] = 0;
+  if (a.sum_sq_probs) a.sum_sq_probs[n] = 0;
+  if (a.argmax) a.argmax[n] = 0;
+  a.parts[2 * n] = a.parts[2 * n + 1] = 0;
+}
+
+template <class T, bool kCap, bool kFull>
+__device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, const RowTransform& transform,
+                                          const Fold<kFull>& fold, int thread, int threads) {
+  const bool dead = is_dead(fold);
+  const float log_sum = dead ? 0.0f : logf(fold.sum);
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
+  for (int64_t k = thread; a.logprobs && k < a.k; k += threads) {
+    const int64_t target = a.targets[n * a.k + k];
+    a.logprobs[n * a.k + k] =
+        target < 0 || target >= a.columns
+            ? kNan
+            : (transform.apply<kCap>(to_float(x[target])) - safe_max(fold)) * transform.factor - log_sum;
+  }
+  if (thread != 0) return;
+  a.parts[2 * n] = fold.max;
+  a.parts[2 * n + 1] = log_sum;
+  if (a.logsumexp) a.logsumexp[n] = fold.max * transform.factor + log_sum;
+  if constexpr (kFull) {
+    const float nats = dead ? 0.0f : log_sum - kLn2 * (fold.weighted / fold.sum);
+    if (a.entropy) a.entropy[n] = nats < 0 ? 0.0f : nats;  // rounding below 0 goes; NaN stays
+    if (a.sum_sq_probs) a.sum_sq_probs[n] = dead ? 0.0f : fold.squares / fold.sum / fold.sum;
+    if (a.argmax) a.argmax[n] = fold.index;
+  }
+}
+
+// Block b has part b % parts of row b / parts.
+template <class T, bool kCap, bool kFull>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    token_stats_kernel(const __grid_constant__ TokenStatsArgs a, int parts, Fold<kFull>* partial) {
+  __shared__ Fold<kFull> scratch[kRowThreads / kWarp];
+  const int64_t n = blockIdx.x / parts;
+  const int part = blockIdx.x % parts, thread = threadIdx.x;
+  if (a.mask && !a.mask[n]) {
+    if (part == 0) write_masked_row(a, n, thread, kRowThreads);
+    return;
+  }
+  const RowTransform transform(a.transform, n);
+  int64_t begin, end;
+  slice_of(a.columns, part, parts, &begin, &end);
+  Fold<kFull> fold;
+  for_each_column(static_cast<const T*>(a.logits) + row_offset(a.rows, n), begin, end,
+                  [&](const auto& x, int64_t column) {
+                    constexpr int kCount = sizeof(x) / sizeof(float);
+                    float u[kCount];
+#pragma unroll
+                    for (int j = 0; j < kCount; ++j) u[j] = transform.apply<kCap>(x[j]);
+                    fold_entries<T>(u, column, transform.factor2, &fold);
+                  });
+  const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
+  fold = reduce_block<kRowThreads>(fold, merge, scratch);
+  if (parts == 1) {
+    write_row<T, kCap>(a, n, transform, fold, thread, kRowThreads);
+  } else if (thread == 0) {
+    partial[blockIdx.x] = fold;
+  }
+}
+
+// One warp a row.
+template <class T, bool kCap, bool kFull>
+__global__ void __launch_bounds__(kWarp)
+    token_stats_merge_kernel(const __grid_constant__ TokenStatsArgs a, int parts, const Fold<kFull>* partial) {
+  const int64_t n = blockIdx.x;
+  if (a.mask && !a.mask[n]) return;
+  const RowTransform transform(a.transform, n);
+  const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
+  Fold<kFull> fold;
+  for (int part = threadIdx.x; part < parts; part += kWarp) fold = merge(fold, partial[n * parts + part]);
+  fold = broadcast_warp(reduce_warp(fold, merge));
+  write_row<T, kCap>(a, n, transform, fold, threadIdx.x, kWarp);
+}
+
+template <class T, bool kCap, bool kFull>
+void launch_token_stats(const TokenStatsArgs& a, int64_t rows, int parts, void* partial, cudaStream_t stream) {
+  const auto kernel = token_stats_kernel<T, kCap, kFull>;
+  Fold<kFull>* folds = static_cast<Fold<kFull>*>(partial);
+  RF_LAUNCH(kernel, rows * parts, kRowThreads, stream, a, parts, folds);
+  if (parts == 1) return;
+  const auto merge = token_stats_merge_kernel<T, kCap, kFull>;
+  RF_LAUNCH(merge, rows, kWarp, stream, a, parts, folds);
+}
+
+// `partial` has room for rows * parts folds of kFoldSize bytes; unused with one part.
+constexpr int64_t kFoldSize = sizeof(Fold<true>);
+
+inline cudaError_t token_stats(Dtype dtype, const TokenStatsArgs& a, int64_t rows, int parts, void* partial,
+                               cudaStream_t stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const bool full = a.entropy || a.sum_sq_probs || a.argmax;
+    if (a.transform.softcap > 0) {
+      full ? launch_token_stats<T, true, true>(a, rows, parts, partial, stream)
+           : launch_token_stats<T, true, false>(a, rows, parts, partial, stream);
+    } else {
+      full ? launch_token_stats<T, false, true>(a, rows, parts, partial, stream)
+           : launch_token_stats<T, false, false>(a, rows, parts, partial, stream);
+    }
+  });
+  return cudaGetLastError();
+}
+
+// ------------------------------------------------------------------------------------------- backward
+
+// dz = p (g_logsumexp - sum g_logprobs - g_entropy (log p + entropy)), and dx = dz dz/dx. Targets add theirs.
+template <bool kCap, bool kEntropy>
+struct RowGradient {
+  RowTransform transform;
+  float shift;     // the row's max
+  float log_sum2;  // base 2
+  float constant;  // g_logsumexp - sum g_logprobs
+  float grad_entropy;
+  float entropy;
+
+  __device__ __forceinline__ float at(float x,
+                                      float extra = -0.0f) const {  // adding -0 changes nothing, and costs nothing
+    const float u = transform.apply<kCap>(x);
+    const float logp2 = (u - shift) * transform.factor2 - log_sum2, p = exp2_fast(logp2);
+    float weight = constant;
+    if (kEntropy) weight -= grad_entropy * (fmaxf(-150.0f, logp2) * kLn2 + entropy);
+    return ((p == 0.0f ? 0.0f : p * weight) + extra) * transform.slope_at<kCap>(u);
+  }
+};
+
+// sum of the gradients that reach the row's targets, NaN where a target is not of the vocabulary; in every thread.
+__device__ __forceinline__ float sum_of_target_gradients(const TokenStatsBackwardArgs& a, int64_t n, float* scratch) {
+  float total = 0;
+  for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {
+    const int64_t target = a.targets[n * a.k + k];
+    total += target >= 0 && target < a.columns ? a.grad_logprobs[n * a.k + k] : kNan;
+  }
+  return reduce_block<kRowThreads>(total, [](float x, float y) { return x + y; }, scratch);
+}
+
+// The gradient at a target, of which the row may hold several equal ones.
+template <class T, class Gradient>
+__device__ __forceinline__ float gradient_at_target(const TokenStatsBackwardArgs& a, int64_t n, int64_t target,
+                                                    const T* x, const Gradient& g) {
+  float total = 0;
+  for (int64_t k = 0; k < a.k; ++k) total += a.targets[n * a.k + k] == target ? a.grad_logprobs[n * a.k + k] : 0.0f;
+  return g.at(to_float(x[target]), total);
+}
+
+template <int kLoads, class T, class Gradient>
+__device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t begin, int64_t end, const Gradient& g) {
+  const bool packs = same_phase(x, grad);
+  for_each_column<kLoads>(x, begin, end, [&](const auto& values, int64_t column) {
+    constexpr int kCount = sizeof(values) / sizeof(float), kStep = kCount < kPack<T> ? 1 : kPack<T>;
+#pragma unroll
+    for (int first = 0; first < kCount; first += kStep) {
+      T* to = grad + column_of<T>(column, first);
+      if (kStep > 1 && packs) {
+        Pack<T> pack;
+#pragma unroll
+        for (int j = 0; j < kStep; ++j) from_float(g.at(values[first + j]), &pack.values[j]);
+        store_pack(pack, to);
+      } else {
+#pragma unroll
+        for (int j = 0; j < kStep; ++j) from_float(g.at(values[first + j]), to + j);
+      }
+    }
+  });
+}
+
+// Block b has part b % parts of row b / parts. `grad_logits` may be `logits`: every entry is read before it is written,
+// and those at targets are made before the pass and written after it.
+template <class T, bool kCap, bool kEntropy>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    token_stats_backward_kernel(const __grid_constant__ TokenStatsBackwardArgs a, int parts) {
+  __shared__ float scratch[kRowThreads / kWarp];
+  const int64_t n = blockIdx.x / parts;
+  const int part = blockIdx.x % parts;
+  const T* x = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
+  T* grad = static_cast<T*>(a.grad_logits) + row_offset(a.grad_rows, n);
+  int64_t begin, end;
+  slice_of(a.columns, part, parts, &begin, &end);
+  if (part == parts - 1) zero_range(grad, a.columns, a.width);
+  const float row_max = a.parts[2 * n], log_sum = a.parts[2 * n + 1];
+  if ((a.mask && !a.mask[n]) || row_max == -kInf) {
+    zero_range(grad, begin, end);
+    return;
+  }
+  RowGradient<kCap, kEntropy> g{RowTransform(a.transform, n),
+                                row_max,
+                                static_cast<float>(static_cast<double>(log_sum) * kLog2e),
+                                a.grad_logsumexp ? a.grad_logsumexp[n] : 0.0f,
+                                kEntropy ? a.grad_entropy[n] : 0.0f,
+                                kEntropy ? a.entropy[n] : 0.0f};
+  if (a.k > 0) g.constant -= sum_of_target_gradients(a, n, scratch);
+  const auto is_mine = [&](int64_t target) { return target >= begin && target < end; };
+  for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {
+    const int64_t target = a.targets[n * a.k + k];
+    if (is_mine(target)) a.at_targets[n * a.k + k] = gradient_at_target(a, n, target, x, g);
+  }
+  if (a.k > 0) __syncthreads();
+  constexpr int kLoads = kCap ? 2 : kUnroll;  // tanh takes the registers that two more loads would need
+  write_gradients<kLoads>(x, grad, begin, end, g);
+  if (a.k > 0) __syncthreads();
+  for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {
+    const int64_t target = a.targets[n * a.k + k];
+    if (is_mine(target)) from_float(a.at_targets[n * a.k + k], grad + target);
+  }
+}
+
+template <class T, bool kCap, bool kEntropy>
+void launch_token_stats_backward(const TokenStatsBackwardArgs& a, int64_t rows, int parts, cudaStream_t stream) {
+  const auto kernel = token_stats_backward_kernel<T, kCap, kEntropy>;
+  RF_LAUNCH(kernel, rows * parts, kRowThreads, stream, a, parts);
+}
+
+inline cudaError_t token_stats_backward(Dtype dtype, const TokenStatsBackwardArgs& a, int64_t rows, int parts,
+                                        cudaStream_t stream) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.transform.softcap > 0) {
+      a.grad_entropy ? launch_token_stats_backward<T, true, true>(a, rows, parts, stream)
+                     : launch_token_stats_backward<T, true, false>(a, rows, parts, stream);
+    } else {
+      a.grad_entropy ? launch_token_stats_backward<T, false, true>(a, rows, parts, stream)
+                     : launch_token_stats_backward<T, false, false>(a, rows, parts, stream);
+    }
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// First-order recurrences from right to left as an associative scan: over a thread's tokens, a warp, a tile, all tiles.
+//
+// Rows lie end to end in flat arrays, cut into tiles of kTile tokens, a block each. It is one pass over the data: a
+// tile tells the tiles to its left what it does to the state, and joins, always in the same order, what the tiles
+// between it and the end of its sequence do to theirs.
+#pragma once
+
+#include "reduce.cuh"
+#include "tokens.cuh"
+
+namespace rlhf_fast {
+namespace cuda {
+
+// As a scale: the state behind does not count, not even an infinite one.
+constexpr float kCut = -1.0f;
+
+// What a stretch of tokens makes of the state behind it, for each of kChains recurrences: constant + scale * state.
+template <int kChains>
+struct Stretch {
+  float constant[kChains];
+  float scale[kChains];
+
+  // No token.
+  static __device__ __forceinline__ Stretch nothing() { return filled(0.0f, 1.0f); }
+  // The end of a sequence.
+  static __device__ __forceinline__ Stretch end() { return filled(0.0f, kCut); }
+
+ private:
+  static __device__ __forceinline__ Stretch filled(float constant, float scale) {
+    Stretch s;
+    for (float& x : s.constant) x = constant;
+    for (float& x : s.scale) x = scale;
+    return s;
+  }
+};
+
+// The product of factors in [0, 1], 0 only where one of them is: over many tokens it would underflow, and an infinite
+// state must come through all the same.
+__device__ __forceinline__ float product(float a, float b) {
+  return fmaxf(a * b, fminf(fminf(a, b), __FLT_DENORM_MIN__));
+}
+
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> join(const Stretch<kChains>& left, const Stretch<kChains>& right) {
+  Stretch<kChains> both = left;
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) {
+    if (left.scale[c] == kCut) continue;
+    both.constant[c] = fmaf(left.scale[c], right.constant[c], left.constant[c]);
+    both.scale[c] = right.scale[c] == kCut ? kCut : product(left.scale[c], right.scale[c]);
+  }
+  return both;
+}
+
+// Lane l gets lanes l to 31 joined.
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> scan_warp(Stretch<kChains> s) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const Stretch<kChains> right = shuffle_down(s, distance);
+    if (lane + distance < kWarp) s = join(s, right);
+  }
+  return s;
+}
+
+// From lanes l to 31 joined: those after lane l.
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> after_lane(const Stretch<kChains>& from_lane) {
+  const Stretch<kChains> next = shuffle_down(from_lane, 1);
+  return threadIdx.x % kWarp == kWarp - 1 ? Stretch<kChains>::nothing() : next;
+}
+
+// Sequence s is [begin_of(s), begin_of(s + 1)) of the flat arrays. Bounds that the device brings are not to be trusted:
+// they decide what is computed, never what is read or written.
+struct Sequences {
+  const int64_t* bounds;  // cu_seqlens, or null:
+  int64_t length;         // all are of this length
+  int64_t count;
+  int64_t total;  // tokens
+
+  __device__ __forceinline__ int64_t begin_of(int64_t s) const { return bounds ? bounds[s] : s * length; }
+
+  // The sequence that `token` is of; `count` behind the last.
+  __device__ __forceinline__ int64_t of(int64_t token) const {
+    if (!bounds) {
+      const int64_t s = token / length;
+      return s < count ? s : count;
+    }
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = low + (high - low + 1) / 2;
+      if (bounds[middle] <= token) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    return low;
+  }
+};
+
+// Goes along a thread's tokens from right to left, by the sequences that they are of: walk(tokens) has a bit for each
+// token of one, enter(sequence) comes before each but the first. `behind` is the sequence of the token behind the
+// thread's last.
+template <class Enter, class Walk>
+__device__ __forceinline__ void for_each_sequence(const Sequences& sequences, int64_t first, int64_t behind,
+                                                  const Enter& enter, const Walk& walk) {
+  int64_t sequence = behind;
+  for (int end = kTokens;;) {
+    const int64_t begins = sequences.begin_of(sequence);
+    const int begin = begins <= first ? 0 : (begins < first + end ? static_cast<int>(begins - first) : end);
+    walk(bits_between(begin, end));
+    if (begin == 0 || sequence == 0) return;
+    enter(--sequence);
+    end = begin;
+  }
+}
+
+// Whether tiles need to hear of those on their right, because not all of them end with a sequence.
+inline bool needs_links(const Sequences& s) { return s.total > kTile && (s.bounds || kTile % s.length != 0); }
+
+// Where they do: for each tile and chain, a word of constant and scale, the scale never being a NaN as kUnpublished is.
+inline int64_t link_bytes(const Sequences& s, int chains) {
+  return needs_links(s) ? tiles_of(s.total) * chains * static_cast<int64_t>(sizeof(uint64_t)) : 0;
+}
+
+inline cudaError_t clear_links(const Sequences& s, int chains, uint64_t* links, cudaStream_t stream) {
+  const int64_t bytes = link_bytes(s, chains);
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(links, 0xff, static_cast<size_t>(bytes), stream);
+}
+
+struct LinkWord {
+  float constant;
+  float scale;
+};
+
+template <int kChains>
+__device__ __forceinline__ void publish_stretch(const Stretch<kChains>& s, int64_t tile, uint64_t* links) {
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) {
+    publish(bit_cast<uint64_t>(LinkWord{s.constant[c], s.scale[c]}), links + tile * kChains + c);
+  }
+}
+
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const uint64_t* links) {
+  Stretch<kChains> s;
+#pragma unroll
+  for (int c = 0; c < kChains; ++c) {
+    const auto word = bit_cast<LinkWord>(wait_for(links + tile * kChains + c));
+    s.constant[c] = word.constant;
+    s.scale[c] = word.scale;
+  }
+  return s;
+}
+
+// The state behind a tile, whose own stretch lane 0 holds; by the whole of one warp. `links` is null where none is
+// needed.
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Stretch<kChains>& own,
+                                                         const Sequences& sequences, uint64_t* links) {
+  const Stretch<kChains> end = Stretch<kChains>::end();
+  if (!links) return end;
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) publish_stretch(own, tile, links);
+  const int64_t next = (tile + 1) * kTile, sequence = sequences.of(next);
+  if (sequence == sequences.count || sequences.begin_of(sequence) == next) return end;
+  const int64_t bound = sequences.begin_of(sequence + 1);
+  const int64_t stop = bound < sequences.total ? bound : sequences.total;
+  Stretch<kChains> between = Stretch<kChains>::nothing();
+  for (int64_t first = tile + 1; first * kTile < stop; first += kWarp) {
+    Stretch<kChains> mine = Stretch<kChains>::nothing();
+    if ((first + lane) * kTile < stop) mine = wait_for_stretch<kChains>(first + lane, links);
+    between = join(between, broadcast_warp(scan_warp(mine)));
+  }
+  return join(between, end);
+}
+
+// From every thread's stretch, the state that its last token finds: a stretch that cuts.
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> scan_tile(const Stretch<kChains>& own, int64_t tile,
+                                                      const Sequences& sequences, uint64_t* links) {
+  constexpr int kWarps = kTileThreads / kWarp;
+  __shared__ Stretch<kChains> warps[kWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Stretch<kChains> from_lane = scan_warp(own), after = after_lane(from_lane);
+  if (lane == 0) warps[warp] = from_lane;
+  __syncthreads();
+  if (warp == 0) {
+    const Stretch<kChains> from_warp = scan_warp(lane < kWarps ? warps[lane] : Stretch<kChains>::nothing());
+    const Stretch<kChains> behind = state_behind(tile, from_warp, sequences, links);
+    const Stretch<kChains> after_warp = join(after_lane(from_warp), behind);
+    if (lane < kWarps) warps[lane] = after_warp;
+  }
+  __syncthreads();
+  return join(after, warps[warp]);
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

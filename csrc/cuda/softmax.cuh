@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a row of logits becomes before the softmax, and the online softmax that folds it (the maths of math.h's CPU
+// twin, cpu/logprob_kernel.h, in base 2: the GPU's exponential is 2^x).
+#pragma once
+
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace rlhf_fast {
+namespace cuda {
+
+#ifdef RF_EMULATE
+constexpr int kRowThreads = 64;  // two warps show what sixteen would
+#else
+constexpr int kRowThreads = 512;
+#endif
+constexpr int kRowBlocks = 2;  // blocks that should fit on a multiprocessor: leaves 64 registers a thread
+constexpr int kUnroll = 4;     // loads of 16 bytes in flight a thread
+
+// z = u * factor, with u = x * in_scale, or cap * tanh(x * in_scale). The maximum is taken over u and subtracted before
+// factor multiplies: a common offset of the logits costs no digits, and factor > 0 keeps the order.
+struct RowTransform {
+  float in_scale;
+  float cap;      // 0: none
+  float factor;   // nats
+  float factor2;  // base 2
+  float slope;    // dz/dx, without the cap's (1 - tanh^2)
+
+  __device__ RowTransform(const LogitTransform& t, int64_t row) {
+    const float temperature = t.row_temperature ? t.row_temperature[row] : t.temperature;
+    cap = t.softcap;
+    in_scale = cap > 0 ? t.scale / cap : (t.scale < 0 ? -1.0f : 1.0f);
+    factor = (cap > 0 ? 1.0f : fabsf(t.scale)) / temperature;
+    factor2 = static_cast<float>(static_cast<double>(factor) * kLog2e);
+    slope = t.scale / temperature;
+  }
+
+  template <bool kCap>
+  __device__ __forceinline__ float apply(float x) const {
+    const float scaled = x * in_scale;
+    return kCap ? cap * tanhf(scaled) : scaled;
+  }
+
+  // dz/dx at the x that became u.
+  template <bool kCap>
+  __device__ __forceinline__ float slope_at(float u) const {
+    if (!kCap) return slope;
+    const float capped = u / cap;
+    return slope * (1.0f - capped * capped);
+  }
+};
+
+// Calls add(floats, column) for what this thread has of the columns [begin, end), floats being an array of one entry,
+// of one pack, or of kLoads packs that stand kRowThreads packs apart; columns rise from call to call.
+template <int kLoads = kUnroll, class T, class Add>
+__device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64_t end, const Add& add) {
+  const Span span = span_of(x, begin, end);
+  const auto one = [&](int64_t i) {
+    const float value[1] = {to_float(x[i])};
+    add(value, i);
+  };
+  if (span.begin + threadIdx.x < span.head) one(span.begin + threadIdx.x);  // a head is shorter than a pack
+  constexpr int64_t kStride = int64_t{kRowThreads} * kPack<T>;
+  int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
+  for (; i + (kLoads - 1) * kStride < span.tail; i += kLoads * kStride) {
+    Pack<T> packs[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) packs[j] = load_pack(x + i + j * kStride);
+    float floats[kLoads * kPack<T>];
+#pragma unroll
+    for (int j = 0; j < kLoads * kPack<T>; ++j) floats[j] = to_float(packs[j / kPack<T>].values[j % kPack<T>]);
+    add(floats, i);
+  }
+  for (; i < span.tail; i += kStride) {
+    float floats[kPack<T>];
+    unpack(load_pack(x + i), floats);
+    add(floats, i);
+  }
+  if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
+}
+
+// The column of entry j of an array that for_each_column handed over with `column`.
+template <class T>
+__device__ __forceinline__ int64_t column_of(int64_t column, int j) {
+  return column + (j / kPack<T>)*(int64_t{kRowThreads} * kPack<T>)+j % kPack<T>;
+}
+
+// The online softmax: sums of e = 2^((u - max) factor2) over what was seen. Full also has what entropy, squared
+// probabilities and argmax need.
+template <bool kFull>
+struct Fold;
+
+template <>
+struct Fold<false> {
+  float max = -kInf;
+  float sum = 0;
+
+  __device__ __forceinline__ void rescale(float rise, float decay) { sum *= decay; }
+  __device__ __forceinline__ void add_term(float e, float s) { sum += e; }
+  __device__ __forceinline__ void add_sums(const Fold& other) { sum += other.sum; }
+};
+
+template <>
+struct Fold<true> {
+  float max = -kInf;
+  float sum = 0;
+  float weighted = 0;  // sum of e log2 e
+  float squares = 0;   // sum of e^2
+  int32_t index = 0;   // lowest column where u = max
+
+  __device__ __forceinline__ void rescale(float rise, float decay) {
+    weighted = (weighted - rise * sum) * decay;
+    sum *= decay;
+    squares *= decay * decay;
+  }
+  __device__ __forceinline__ void add_term(float e, float s) {
+    sum += e;
+    weighted = fmaf(e, fmaxf(-150.0f, s), weighted);  // 0 * (-inf) must be 0
+    squares = fmaf(e, e, squares);
+  }
+  __device__ __forceinline__ void add_sums(const Fold& other) {
+    sum += other.sum;
+    weighted += other.weighted;
+    squares += other.squares;
+  }
+};
+
+template <bool kFull>
+__device__ __forceinline__ float safe_max(const Fold<kFull>& fold) {
+  return fold.max == -kInf ? 0.0f : fold.max;
+}
+
+// All -inf: a NaN would have made the sum NaN.
+template <bool kFull>
+__device__ __forceinline__ bool is_dead(const Fold<kFull>& fold) {
+  return fold.max == -kInf && fold.sum == 0;
+}
+
+// The sums as if taken relative to `top`, at least the fold's own maximum.
+template <bool kFull>
+__device__ __forceinline__ void raise_to(float top, float factor2, Fold<kFull>* fold) {
+  if (fold->max != -kInf) {
+    const float rise = fminf((top - fold->max) * factor2, 1000.0f);  // 2^-1000 is 0: an infinite rise must not make NaN
+    fold->rescale(rise, exp2_fast(-rise));
+  }
+  fold->max = top;
+}
+
+template <class T, bool kFull, int kCount>
+__device__ __forceinline__ void fold_entries(const float (&u)[kCount], int64_t column, float factor2,
+                                             Fold<kFull>* fold) {
+  float top = u[0];
+#pragma unroll
+  for (int j = 1; j < kCount; ++j) top = fmaxf(top, u[j]);  // passes NaN over; the sums will show it
+  if (top > fold->max) {
+    raise_to(top, factor2, fold);
+    if constexpr (kFull) {
+#pragma unroll
+      for (int j = kCount - 1; j >= 0; --j) {
+        if (u[j] == top) fold->index = static_cast<int32_t>(column_of<T>(column, j));
+      }
+    }
+  }
+  const float shift = safe_max(*fold);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const float s = (u[j] - shift) * factor2;
+    fold->add_term(exp2_fast(s), s);
+  }
+}
+
+template <bool kFull>
+__device__ __forceinline__ Fold<kFull> merge_folds(Fold<kFull> a, Fold<kFull> b, float factor2) {
+  if constexpr (kFull) {
+    if (b.max > a.max || (b.max == a.max && b.index < a.index)) a.index = b.index;
+  }
+  const float top = fmaxf(a.max, b.max);
+  raise_to(top, factor2, &a);
+  raise_to(top, factor2, &b);
+  a.add_sums(b);
+  return a;
+}
+
+// How many blocks share a row, so that few long rows fill the GPU: each has at least one round of full loads.
+inline int64_t parts_of_row(int64_t rows, int64_t columns, int multiprocessors, int64_t entry_size) {
+  const int64_t wanted = (int64_t{kRowBlocks} * multiprocessors + rows - 1) / rows;
+  const int64_t possible = columns * entry_size / (int64_t{kRowThreads} * 16 * kUnroll);
+  const int64_t parts = wanted < possible ? wanted : possible;
+  return parts < 1 ? 1 : (parts > 64 ? 64 : parts);
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Flat arrays of tokens, eight consecutive ones a thread: rows need no alignment of their own, whatever their length.
+#pragma once
+
+#include "vec.cuh"
+
+namespace rlhf_fast {
+namespace cuda {
+
+constexpr int kTokens = 8;
+#ifdef RF_EMULATE
+constexpr int kTileThreads = 64;  // small, so that small tests have many tiles
+#else
+constexpr int kTileThreads = 256;
+#endif
+constexpr int kTileBlocks = 4;  // that should fit on a multiprocessor: leaves 64 registers a thread
+constexpr int64_t kTile = int64_t{kTileThreads} * kTokens;
+
+inline int64_t tiles_of(int64_t total) { return (total + kTile - 1) / kTile; }
+
+// Whether all of these begin on 16-byte boundaries (null does).
+template <class... Pointers>
+bool aligned(const Pointers*... pointers) {
+  return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
+}
+
+// A thread's place in arrays of `total` tokens.
+struct Place {
+  int64_t first;  // its first token, which may lie past the last of all
+  int count;      // how many of its kTokens exist
+  bool packs;  // 16 bytes at a time: the tile is whole and the arrays are aligned; the same in all threads of a block
+};
+
+__device__ __forceinline__ Place place_in_tile(int64_t tile, int64_t total, bool arrays_aligned) {
+  const int64_t first = tile * kTile + static_cast<int64_t>(threadIdx.x) * kTokens, left = total - first;
+  return {first, static_cast<int>(left < 0 ? 0 : (left < kTokens ? left : kTokens)),
+          arrays_aligned && (tile + 1) * kTile <= total};
+}
+
+template <class T>
+struct Eight {
+  T values[kTokens];
+};
+
+// Loads leave conversions to the caller, so that all arrays of a tile are on their way before the first is waited for.
+template <class T>
+__device__ __forceinline__ Eight<T> load_tokens(const T* x, const Place& place) {
+  Eight<T> eight;
+  if (place.packs) {
+#pragma unroll
+    for (int i = 0; i < kTokens; i += kPack<T>) {
+      const Pack<T> pack = load_pack(x + place.first + i);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) eight.values[i + j] = pack.values[j];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) eight.values[j] = j < place.count ? x[place.first + j] : T{};
+  }
+  return eight;
+}
+
+// A byte a token; those that do not exist are 0.
+__device__ __forceinline__ uint64_t load_flags(const bool* flags, const Place& place) {
+  const uint8_t* x = reinterpret_cast<const uint8_t*>(flags) + place.first;
+  if (place.packs) return *reinterpret_cast<const uint64_t*>(x);
+  uint64_t bytes = 0;
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    if (j < place.count) bytes |= static_cast<uint64_t>(x[j]) << 8 * j;
+  }
+  return bytes;
+}
+
+// Of four bytes, a bit for each that is not 0.
+__device__ __forceinline__ unsigned bits_of(uint32_t bytes) {
+  const uint32_t high = ((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes;  // in the highest bit of each
+  return (high >> 7 & 0x01010101u) * 0x01020408u >> 24;                 // moved together by the product
+}
+
+// A bit a token.
+__device__ __forceinline__ unsigned bits_of(uint64_t bytes) {
+  return bits_of(static_cast<uint32_t>(bytes)) | bits_of(static_cast<uint32_t>(bytes >> 32)) << 4;
+}
+
+// Tokens [begin, end), a bit each.
+__device__ __forceinline__ unsigned bits_between(int begin, int end) { return (1u << end) - (1u << begin); }
+
+// Neighbouring lanes swap halves, so that each store of a warp fills whole sectors of 32 bytes: first those of the even
+// lane, then those of the odd one.
+__device__ __forceinline__ void store_tokens(const float (&x)[kTokens], const Place& place, float* to) {
+  if (!place.packs) {
+#pragma unroll
+    for (int j = 0; j < kTokens; ++j) {
+      if (j < place.count) to[place.first + j] = x[j];
+    }
+    return;
+  }
+  constexpr int kHalf = kTokens / 2;
+  const int lane = threadIdx.x % kWarp;
+  const bool odd = lane % 2 == 1;
+  Pack<float> even_lane, odd_lane;
+#pragma unroll
+  for (int k = 0; k < kHalf; ++k) {
+    const float given = odd ? x[k] : x[kHalf + k];
+    const float got = bit_cast<float>(__shfl_sync(kFullWarp, bit_cast<uint32_t>(given), lane ^ 1));
+    even_lane.values[k] = odd ? got : x[k];
+    odd_lane.values[k] = odd ? x[kHalf + k] : got;
+  }
+  float* pair = to + place.first - (odd ? kHalf : 0);
+  store_pack(even_lane, pair);
+  store_pack(odd_lane, pair + kTokens);
+}
+
+}  // namespace cuda
+}  // namespace rlhf_fast

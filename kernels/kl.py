@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family kl in Triton: token_kl, its gradient, and both at once; see rlhf_fast/ops/kl.py for the mathematics.
+
+reverse and forward read each logits tensor once (kernels/kl_ratio.py). jsd and tv need normalised probabilities: each
+side is folded as for token_stats, then both are read a second time (kernels/kl_gradient.py). The gradient reads both
+and writes what is asked for. approx_kl is in kernels/kl_estimators.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from rlhf_fast.kernels import logprob
+from rlhf_fast.kernels.common import Tile, dense, dense_rows, launch, shaping, spans_for, splits_for, tile_for
+from rlhf_fast.kernels.kl_estimators import approx_kl, approx_kl_backward
+from rlhf_fast.kernels.kl_gradient import TERMS, token_kl_gradient, token_kl_terms
+from rlhf_fast.kernels.kl_ratio import PARTIALS, token_kl_combine, token_kl_fold
+from rlhf_fast.ops import codes
+
+__all__ = ["approx_kl", "approx_kl_backward", "token_kl", "token_kl_and_grad", "token_kl_backward"]
+
+LANES = 256  # vectors of each side in a block, one a thread
+LANES_FUSED = 512  # with the gradient in the same program: fewer rows at once, so that more of them stay in the cache
+
+
+class _Pair(NamedTuple):
+    """Sides a and b of KL(a, b) as the kernels take them: forward is reverse with policy and reference swapped."""
+
+    sides: tuple[Tensor | None, ...]  # a, b, mask, both row temperatures
+    layout: tuple[int, ...]  # rows, inner, strides, columns
+    width: int
+    factors: tuple[float, ...]  # both factors, in_scale, cap
+    shape: Any
+    swapped: int  # 1 for forward
+
+    @property
+    def rows(self) -> int:
+        return self.layout[0]
+
+    @property
+    def columns(self) -> int:
+        return self.layout[-1]
+
+    def tiles(self, lanes: int) -> tuple[Tile, int]:
+        """The tile, and how many there are."""
+        assert self.sides[0] is not None
+        tile = tile_for(self.sides[0], lanes, vectors_per_thread=1)
+        return tile, triton.cdiv(self.rows, tile.rows)
+
+    def in_order(self, policys: Any, references: Any) -> tuple[Any, Any]:
+        return (references, policys) if self.swapped else (policys, references)
+
+
+def _pair(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None,
+    row_temperature: Tensor | None,
+    ref_row_temperature: Tensor | None,
+    temperature: float,
+    ref_temperature: float,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    kind: int,
+    beta: float,
+) -> _Pair:
+    swapped = int(kind == codes.FORWARD)
+    width = logits.shape[-1]
+    columns = width if vocab_size < 0 else vocab_size
+    policy, reference = shaping(temperature, logit_scale, softcap), shaping(ref_temperature, logit_scale, softcap)
+    sides, temperatures = (logits, ref_logits), (dense(row_temperature), dense(ref_row_temperature))
+    factors = (policy.factor, reference.factor)
+    if swapped:
+        sides, temperatures, factors = sides[::-1], temperatures[::-1], factors[::-1]
+    (a, b), inner, strides = dense_rows(*sides)
+    layout = (a.numel() // width, inner, *strides, columns)
+    return _Pair(
+        (a, b, dense(mask), *temperatures), layout, width, (*factors, *policy[1:3]), policy.shape, swapped
+    )  # fmt: skip
+
+
+def token_kl(
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    *tensors_and_options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The divergence (...) and its parts (..., 6); `tensors_and_options` as `_pair` has them."""
+    rows = logits.shape[:-1]
+    kl, parts = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in (rows, (*rows, 6)))
+    if logits.numel() == 0:
+        return kl.zero_(), parts.zero_()
+    kind, beta = tensors_and_options[-2:]
+    pair = _pair(logits, ref_logits, *tensors_and_options)
+    if kind in (codes.JSD, codes.TV):
+        _by_terms(pair, kind, beta, kl, parts, logits, ref_logits, *tensors_and_options)
+        return kl, parts
+    tile, tiles = pair.tiles(LANES)
+    splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
+    partials = kl.new_empty((pair.rows, splits, PARTIALS.value)) if splits > 1 else None
+    _fold(pair, tile, tiles, splits, blocks, kl, parts, partials)
+    if splits > 1:
+        launch(
+            token_kl_combine, pair.rows, logits, *pair.sides[2:], kl, parts, partials, pair.rows, splits,
+            *pair.factors[:2], SWAPPED=pair.swapped, num_warps=2,
+        )  # fmt: skip
+    return kl, parts
+
+
+def _fold(
+    pair: _Pair, tile: Tile, tiles: int, splits: int, blocks: int, kl: Tensor, parts: Tensor | None,
+    partials: Tensor | None, grad_kl: Tensor | None = None, grad: Tensor | None = None,
+) -> None:  # fmt: skip
+    """reverse or forward in one reading, per split, or with the gradient in `logits` in a second reading."""
+    launch(
+        token_kl_fold, tiles * splits, kl, *pair.sides, kl, parts, partials, grad_kl, *pair.in_order(grad, None),
+        *pair.layout, pair.width, splits, blocks, *pair.factors,
+        SWAPPED=pair.swapped, SHAPE=pair.shape, PADDED=pair.columns < pair.width, **tile.constants(),
+    )  # fmt: skip
+
+
+def _by_terms(
+    pair: _Pair, kind: int, beta: float, kl: Tensor, parts: Tensor,
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, row_temperature: Tensor | None,
+    ref_row_temperature: Tensor | None, temperature: float, ref_temperature: float, *options: Any,
+) -> None:  # fmt: skip
+    """jsd and tv into `kl` and `parts`: normalise each side, read both again, and sum over the splits."""
+    logit_scale, softcap, vocab_size = options[:3]
+    norms = [
+        logprob.token_stats(x, None, mask, rows, scalar, logit_scale, softcap, vocab_size, 0, False)[-1].view(-1, 2)
+        for x, rows, scalar in (
+            (logits, row_temperature, temperature), (ref_logits, ref_row_temperature, ref_temperature),
+        )
+    ]  # fmt: skip
+    tile, tiles = pair.tiles(LANES)
+    splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
+    sums = kl.new_empty((pair.rows, splits, TERMS.value))
+    launch(
+        token_kl_terms, tiles * splits, kl, *pair.sides, *norms, sums, *pair.layout, splits, blocks,
+        *pair.factors, beta, KIND=kind, SHAPE=pair.shape, **tile.constants(),
+    )  # fmt: skip
+    totals = sums.sum(1)
+    parts.view(-1, 6).copy_(torch.cat((*norms, totals[:, :2]), 1))
+    kl.view(-1).copy_(totals[:, 2])
+
+
+def token_kl_backward(
+    grad_kl: Tensor,  # (...)
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    mask: Tensor | None,  # (...)
+    row_temperature: Tensor | None,  # (...)
+    ref_row_temperature: Tensor | None,  # (...)
+    parts: Tensor,  # (..., 6): max, log-sum, ref max, ref log-sum, sum p s_p, sum q s_q
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in logits and in ref_logits, each (..., V), empty where not needed (the last two options)."""
+    *options, kind, beta, needs_grad, needs_ref_grad = options
+    grads = [
+        torch.empty(x.shape if needed else 0, dtype=x.dtype, device=x.device)
+        for x, needed in ((logits, needs_grad), (ref_logits, needs_ref_grad))
+    ]
+    if logits.numel() == 0 or not (needs_grad or needs_ref_grad):
+        return grads[0], grads[1]
+    pair = _pair(logits, ref_logits, mask, row_temperature, ref_row_temperature, *options, kind, beta)
+    tile, tiles = pair.tiles(LANES)
+    splits, blocks = spans_for(tiles, pair.width, tile.block, logits.device)
+    launch(
+        token_kl_gradient, tiles * splits, logits, *pair.sides, dense(parts), dense(grad_kl),
+        *pair.in_order(grads[0] if needs_grad else None, grads[1] if needs_ref_grad else None),
+        *pair.layout, pair.width, splits, blocks, *pair.factors, beta,
+        KIND=codes.REVERSE if pair.swapped else kind, SWAPPED=pair.swapped, SHAPE=pair.shape,
+        PADDED=pair.columns < pair.width, **tile.flat_constants(),
+    )  # fmt: skip
+    return grads[0], grads[1]
+
+
+def token_kl_and_grad(
+    grad_kl: Tensor,  # (...)
+    logits: Tensor,  # (..., V)
+    ref_logits: Tensor,  # (..., V)
+    mask: Tensor | None,  # (...)
+    row_temperature: Tensor | None,  # (...)
+    ref_row_temperature: Tensor | None,  # (...)
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The divergence (...) and the gradient in logits (..., V).
+
+    A program that has folded its row goes back over it, from the end, of which the cache still holds the most. Rows too
+    few for that, jsd and tv, take the forward and the backward one after the other.
+    """
+    tensors = (logits, ref_logits, mask, row_temperature, ref_row_temperature)
+    if logits.numel() > 0 and options[-2] in (codes.REVERSE, codes.FORWARD):
+        pair = _pair(*tensors, *options)
+        tile, tiles = pair.tiles(LANES_FUSED)
+        splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
+        if splits == 1:
+            kl = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+            _fold(pair, tile, tiles, 1, blocks, kl, None, None, dense(grad_kl), grad)
+            return kl, grad
+    kl, parts = token_kl(*tensors, *options)
+    return kl, token_kl_backward(grad_kl, *tensors, parts, *options, True, False)[0]

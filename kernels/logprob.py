@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The family logprob in Triton: token_stats and its gradient; see rlhf_fast/ops/logprob.py for the mathematics.
+
+Forward: one reading of the logits (kernels/logprob_fold.py). Rows too few to fill the device are cut into splits, whose
+sums a second kernel merges in a fixed order. Backward: one reading and one writing (kernels/logprob_gradient.py).
+Exponents are in powers of two, and what is stored is in nats.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from rlhf_fast.kernels.common import dense, dense_rows, launch, shaping, spans_for, splits_for, tile_for
+from rlhf_fast.kernels.logprob_fold import PARTIALS, token_stats_combine, token_stats_fold
+from rlhf_fast.kernels.logprob_gradient import token_stats_gradient
+from rlhf_fast.ops.logprob import fake_stats
+
+LANES, VECTORS_PER_THREAD = 512, 2  # 256 threads that keep 32 bytes each in flight
+
+
+def token_stats(
+    logits: Tensor,  # (..., V)
+    targets: Tensor | None,  # (...) or (..., K)
+    mask: Tensor | None,  # (...)
+    row_temperature: Tensor | None,  # (...)
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+    outputs: int,
+    inplace_backward: bool,
+) -> tuple[Tensor, ...]:
+    """logprobs, entropy, logsumexp, sum_sq_probs, argmax (empty if not asked for) and parts (..., 2)."""
+    results = fake_stats(logits, targets, logits.shape[:-1], torch.float32, outputs)
+    if logits.numel() == 0:
+        return tuple(x.zero_() for x in results)
+    (x,), inner, strides = dense_rows(logits)
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    columns = width if vocab_size < 0 else vocab_size
+    tile = tile_for(x, LANES, VECTORS_PER_THREAD)
+    tiles = triton.cdiv(n_rows, tile.rows)
+    splits, blocks = splits_for(tiles, columns, tile.block, x.device)
+    shape = shaping(temperature, logit_scale, softcap)
+    asked = [y if outputs & (1 << bit) else None for bit, y in enumerate(results[:5])]
+    parts = results[5]
+    partials = parts.new_empty((n_rows, splits, PARTIALS.value)) if splits > 1 else None
+    pointers = (x, dense(targets), dense(mask), dense(row_temperature), *asked, parts, partials)
+    layout = (n_rows, inner, *strides, columns, _targets_per_row(targets, n_rows), splits)
+    launch(
+        token_stats_fold, tiles * splits, x, *pointers, *layout, blocks, *shape[:3],
+        SHAPE=shape.shape, **tile.constants(),
+    )  # fmt: skip
+    if splits > 1:
+        launch(
+            token_stats_combine, n_rows, x, *pointers, *layout, *shape[:3],
+            SHAPE=shape.shape, VEC=tile.vec, num_warps=2,
+        )  # fmt: skip
+    return results
+
+
+def _targets_per_row(targets: Tensor | None, n_rows: int) -> int:
+    return 0 if targets is None else targets.numel() // n_rows
+
+
+def token_stats_backward(
+    grad_logprobs: Tensor | None,  # as targets
+    grad_entropy: Tensor | None,  # (...)
+    grad_logsumexp: Tensor | None,  # (...)
+    logits: Tensor,  # (..., V)
+    *saved_and_options: Any,
+) -> Tensor:
+    """The gradient (..., V); `saved_and_options` as `_write_gradient` has them."""
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(grad, grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved_and_options)
+    return grad
+
+
+def token_stats_backward_(
+    grad_logprobs: Tensor | None,  # as targets
+    grad_entropy: Tensor | None,  # (...)
+    grad_logsumexp: Tensor | None,  # (...)
+    logits: Tensor,  # (..., V), overwritten
+    *saved_and_options: Any,
+) -> None:
+    """The same, over the logits."""
+    _write_gradient(logits, grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved_and_options)
+
+
+def _write_gradient(
+    grad_logits: Tensor,  # (..., V), may be logits
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_logsumexp: Tensor | None,
+    logits: Tensor,
+    targets: Tensor | None,  # (...) or (..., K)
+    mask: Tensor | None,  # (...)
+    row_temperature: Tensor | None,  # (...)
+    entropy: Tensor | None,  # (...)
+    parts: Tensor,  # (..., 2)
+    temperature: float,
+    logit_scale: float,
+    softcap: float,
+    vocab_size: int,
+) -> None:
+    if logits.numel() == 0:
+        return
+    (x, out), inner, strides = dense_rows(logits, grad_logits)
+    width = x.shape[-1]
+    n_rows = x.numel() // width
+    columns = width if vocab_size < 0 else vocab_size
+    tile = tile_for(x, LANES, VECTORS_PER_THREAD)
+    tiles = triton.cdiv(n_rows, tile.rows)
+    splits, blocks = spans_for(tiles, width, tile.block, x.device)
+    shape = shaping(temperature, logit_scale, softcap)
+    launch(
+        token_stats_gradient, tiles * splits, x,
+        dense(grad_logprobs), dense(grad_entropy), dense(grad_logsumexp), x, out,
+        dense(targets), dense(mask), dense(row_temperature), dense(entropy), dense(parts),
+        n_rows, inner, *strides, columns, width, _targets_per_row(targets, n_rows), splits, blocks, *shape[:3],
+        SHAPE=shape.shape, PADDED=columns < width, **tile.flat_constants(),
+    )  # fmt: skip
+    if out is not grad_logits:  # its layout had to be copied
+        grad_logits.copy_(out)

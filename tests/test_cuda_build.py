@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels as nvcc builds them, on a machine without a GPU: they link, load, register, and do not spill.
+
+What cannot be seen here is whether they run; tests/emulator does part of that, and `make gpu-check` all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import codegen
+import pytest
+import torch
+from tools import native_is_built
+
+from rlhf_fast import _ext, _triton
+
+WANTED = shutil.which("nvcc") is not None and os.environ.get("RLHF_FAST_CUDA") != "0" and native_is_built()
+pytestmark = pytest.mark.skipif(not WANTED, reason="no nvcc here, or RLHF_FAST_CUDA=0: no CUDA kernels are expected")
+
+OPERATORS = [name for names in _triton.FAMILIES.values() for name in names]
+
+# Kernels that stream rows or tokens, and the 16-byte accesses that each holds at least.
+HOT = {
+    "token_stats_kernel": {"LDG.E.128": 4},
+    "token_stats_backward_kernel": {"LDG.E.128": 2, "STG.E.128": 2},
+    "token_kl_kernel": {"LDG.E.128": 4, "STG.E.128": 2},
+    "approx_kl_kernel": {"LDG.E.128": 3, "STG.E.128": 2},
+    "approx_kl_backward_kernel": {"LDG.E.128": 3, "STG.E.128": 2},
+    "gae_kernel": {"LDG.E.128": 2, "STG.E.128": 4},
+    "ppo_advantages_kernel": {"LDG.E.128": 3, "STG.E.128": 8},
+    "whiten_kernel": {"LDG.E.128": 1, "STG.E.128": 2},
+    "whiten_moments_kernel": {"LDG.E.128": 1},
+}
+
+
+def test_every_operator_has_a_cuda_kernel() -> None:
+    """The extension linked with its CUDA kernels and loaded beside a PyTorch without CUDA."""
+    assert _ext.build_info()["cuda"], "the build left the CUDA kernels out"
+    assert [name for name in OPERATORS if not _ext.has_kernel(name, "cuda")] == []
+
+
+def test_a_cuda_kernel_without_a_gpu_is_not_chosen() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        assert torch.ops.rlhf_fast.whiten_moments(x, x > 0).shape == (3,)
+
+
+@pytest.fixture(scope="module")
+def disassembler() -> None:
+    if codegen.cuobjdump() is None:
+        pytest.fail("cuobjdump is missing: pip install triton (the extra 'test' has it)")
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHS)
+def test_no_kernel_spills(disassembler: None, arch: str) -> None:
+    usage = {name: used for (built_for, name), used in codegen.resources().items() if built_for == arch}
+    assert len(usage) > 20, f"few kernels for {arch}: {sorted(usage)}"
+    assert {name: used for name, used in usage.items() if used.stack or used.local} == {}
+
+
+@pytest.mark.parametrize("arch", codegen.ARCHS)
+def test_hot_loops_go_by_sixteen_bytes(disassembler: None, arch: str) -> None:
+    counts = codegen.wide_accesses(arch)
+    for kernel, wanted in HOT.items():
+        mine = {name: found for name, found in counts.items() if f"{len(kernel)}{kernel}" in name}
+        assert mine, f"{kernel} is not in the build"
+        for name, found in mine.items():
+            short = {kind: found[kind] for kind, least in wanted.items() if found[kind] < least}
+            assert not short, f"{name}: {short}, wanted at least {wanted}"
+            assert found["LDL"] == found["STL"] == 0, f"{name} uses local memory"
+
+
+def test_the_page_is_that_of_this_build(disassembler: None) -> None:
+    if "release 13.0" not in os.popen("nvcc --version").read():
+        pytest.skip("docs/codegen.md was written with nvcc 13.0")
+    assert codegen.PAGE.read_text() == codegen.page(), "python tests/codegen.py writes it anew"

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on the emulated GPU, watched by sanitizers, and the scripts that a real GPU will run.
+
+The backend "emulated" of every op test runs the kernels' own source on the CPU. It sees wrong indices, masks, tails,
+reductions and barriers that not every thread reaches. It cannot see races between threads or blocks, memory order, the
+GPU's approximate instructions, or speed: `make gpu-check` is for those.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulator import build, sanitized
+
+ROOT = Path(__file__).parent.parent
+
+# A slice of each family's tests that reaches every kernel: values, tails, masks, layouts, split rows, packed sequences.
+WATCHED = {
+    "logprob": ("tests/test_logprob.py", "values_and_gradients or mask or layouts or several_targets"),
+    "kl": ("tests/test_kl.py", "values_and_gradients or mask or layouts"),
+    "approx_kl": ("tests/test_approx_kl.py", ""),
+    "gae": ("tests/test_gae.py", "mask or flags or packed or layouts or row"),
+    "ppo_advantages": ("tests/test_ppo_advantages.py", ""),
+}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are looked for beside g++")
+@pytest.mark.parametrize("family", WATCHED)
+def test_emulated_kernels_under_address_and_undefined_behaviour_sanitizers(family: str) -> None:
+    path, names = WATCHED[family]
+    which = "(emulated-fp32 or emulated-bf16)" + (f" and ({names})" if names else "")
+    done = sanitized.run(path, "-x", "-k", which)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout
+
+
+def test_the_sanitizers_see_a_read_past_the_end(tmp_path: Path) -> None:
+    """The watch itself is awake: a kernel that reads one entry too many is caught."""
+    source = tmp_path / "past_the_end.cpp"
+    source.write_text(
+        '#include "cuda_emulator.h"\n'
+        "void past(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x + 1]; }\n"
+        "int main() {\n"
+        "  std::vector<float> x(32, 1.0f), y(32);\n"
+        "  float *from = x.data(), *to = y.data();\n"
+        "  RF_LAUNCH(past, 1, 32, nullptr, from, to);\n"
+        "}\n"
+    )
+    program = tmp_path / "past_the_end"
+    command = ["g++", "-std=c++17", *sanitized.FLAGS.split(), f"-I{build.FOLDER}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+def test_the_emulator_sees_a_barrier_that_some_threads_miss(tmp_path: Path) -> None:
+    source = tmp_path / "missed.cpp"
+    source.write_text(
+        '#include "cuda_emulator.h"\n'
+        "void missed() { if (threadIdx.x != 7) __syncthreads(); }\n"
+        "int main() { RF_LAUNCH(missed, 1, 64, nullptr); }\n"
+    )
+    program = tmp_path / "missed"
+    subprocess.run(["g++", "-std=c++17", f"-I{build.FOLDER}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode != 0 and "deadlock" in done.stderr
+
+
+def test_emulated_run_of_what_compute_sanitizer_will_watch() -> None:
+    """benchmarks/gpu/driver.py calls every op; on a GPU it runs under compute-sanitizer."""
+    code = (
+        "import sys; sys.path[:0] = ['tests', 'benchmarks']\n"
+        "from emulator import build; build.load()\n"
+        "from gpu import driver\n"
+        "driver.DEVICE, driver.BACKEND = 'cpu', 'emulated'\n"
+        "driver.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "every native op ran" in done.stdout
