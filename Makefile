@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
-	@echo "make test       build and run every test        make bench   benchmarks, tables in benchmarks/results"
+	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
@@ -51,9 +51,13 @@ demo-tiny: $(VENV)/built
 test: $(VENV)/built
 	$(BIN)/pytest $(ARGS)
 
-bench: $(VENV)/built
-	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
-	$(BIN)/python benchmarks/ratios.py
+# The peers are compared with where they can be had: without them the tables are shorter.
+$(VENV)/peers: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable '.[trainer,test,peers]' || echo "Peers cannot be installed here: comparing without them."
+	touch $@
+
+bench: $(VENV)/built $(VENV)/peers
+	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 # With the Python that has a PyTorch with CUDA: nothing is installed, no network is needed. PYTHON=... chooses another.
 RESULTS ?= benchmarks/results

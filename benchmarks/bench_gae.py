@@ -1,55 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gae and ppo_advantages against the Python loop. Bytes: rewards, values, mask in; advantages, returns out."""
+"""gae and ppo_advantages against the loops over tokens. Bytes: rewards, values, mask in; advantages, returns out.
+
+torch.compile unrolls the loop over tokens, minutes of compilation at 1024 of them: it is timed at 32 tokens alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import pytest
+import peers
 import torch
-from common import compiled, eager_gae, eager_ppo_advantages, on
+from common import Call, Case, eager_gae, eager_ppo_advantages, versus
 from torch import Tensor
 
 import rlhf_fast as rf
 
-SHAPES = [(64, 1024), (256, 1024), (16, 8192), (8, 128)]
 
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-# torch.compile unrolls the loop over T: minutes of compilation at T = 1024, so it is timed at the smallest shape alone.
-providers = pytest.mark.parametrize("provider", ("eager", "compile", "torch", "native"))
-
-
-def inputs(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    rewards, values = (torch.randn(shape, generator=generator) for _ in range(2))
-    return rewards, values, torch.rand(shape, generator=generator) < 0.9
+def inputs(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(rows, length, generator=generator) for _ in range(2))
+    return rewards, values, torch.rand(rows, length, generator=generator) < 0.9
 
 
-@shapes
-@providers
-def test_gae(measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int]) -> None:
-    if provider == "compile" and shape[1] > 128:
-        pytest.skip("torch.compile unrolls the loop: minutes of compilation")
-    rewards, values, mask = inputs(shape, generator)
-    if provider in ("eager", "compile"):
-        function = eager_gae if provider == "eager" else compiled(eager_gae)
-        call = lambda: function(rewards, values, mask)  # noqa: E731
-    else:
-        call = on(provider, lambda: rf.gae(rewards, values, mask=mask))
-    elements = rewards.numel()
-    measure(call, group=f"gae {shape[0]} x {shape[1]} fp32", moved=17 * elements, elements=elements)
+def ours(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return rf.gae(rewards, values, mask=mask)
 
 
-@shapes
-@pytest.mark.parametrize("provider", ("eager", "torch", "native"))
-def test_ppo_advantages(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int]
-) -> None:
-    logprobs, values, mask = inputs(shape, generator)
-    ref_logprobs = logprobs + torch.randn(shape, generator=generator)
-    scores = torch.randn(shape[:1], generator=generator)
-    if provider == "eager":
-        call = lambda: eager_ppo_advantages(scores, logprobs, ref_logprobs, values, mask)  # noqa: E731
-    else:
-        call = on(provider, lambda: rf.ppo_advantages(scores, logprobs, ref_logprobs, values, mask, kl_coef=0.1))
-    elements = logprobs.numel()
-    measure(call, group=f"ppo_advantages {shape[0]} x {shape[1]} fp32", moved=29 * elements, elements=elements)
+def gae(rows: int, length: int) -> Case:
+    def build() -> dict[str, Call]:
+        calls = versus(ours, eager_gae, *inputs(rows, length), peers=peers.gae())
+        return {name: call for name, call in calls.items() if name in providers}  # eager is verl's loop
+
+    slow = ("compile", "torch") if length <= 32 else ()  # the reference is a loop, too
+    providers = ("native", "eager", *slow, "OpenRLHF's loop", "torchrl")
+    elements = rows * length
+    return Case(f"gae {rows} x {length} float32", providers, build, 17 * elements, elements)
+
+
+def ppo_advantages(rows: int, length: int) -> Case:
+    def build() -> dict[str, Call]:
+        logprobs, values, mask = inputs(rows, length)
+        scores, ref_logprobs = torch.randn(rows), logprobs + torch.randn(rows, length)
+        calls = versus(
+            partial(rf.ppo_advantages, kl_coef=0.1), eager_ppo_advantages, scores, logprobs, ref_logprobs, values, mask
+        )
+        del calls["compile"], calls["torch"]
+        return calls
+
+    elements = rows * length
+    return Case(f"ppo_advantages {rows} x {length} float32", ("native", "eager"), build, 29 * elements, elements)
+
+
+CASES = [gae(64, 1024), gae(256, 1024), gae(16, 8192), gae(8, 32), ppo_advantages(64, 1024)]
+
+
+def test_gae(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
+    compare(case, provider)

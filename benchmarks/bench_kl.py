@@ -1,21 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token_kl (bytes: both logits once) and approx_kl (bytes: two in, one out)."""
+"""token_kl (bytes: both logits once; backward reads both again and writes one) and approx_kl (two in, one out)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import pytest
 import torch
-from common import PROVIDERS, backward, compiled, eager_kl, on
+from common import PROVIDERS, Call, Case, backward, compiled, eager_kl, on, versus
 from torch import Tensor
 
 import rlhf_fast as rf
 
-SHAPES = [(256, 49152), (64, 151936), (256, 1000)]
 
-providers = pytest.mark.parametrize("provider", PROVIDERS)
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+def pair(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+def forward(rows: int, width: int) -> Case:
+    name = f"token_kl reverse forward {rows} x {width} float32"
+    return Case(name, PROVIDERS, lambda: versus(rf.token_kl, eager_kl, *pair(rows, width)), 2 * rows * width * 4)
+
+
+def forward_backward(rows: int, width: int) -> Case:
+    def build() -> dict[str, Call]:
+        logits, ref_logits = pair(rows, width)
+        logits.requires_grad_()
+        weights = torch.full((rows,), 1 / rows)
+        compile_ = compiled(eager_kl)
+        return {
+            "native": on("native", backward(lambda: rf.token_kl(logits, ref_logits), [logits])),
+            "native, token_kl_and_grad": on("native", partial(rf.token_kl_and_grad, logits, ref_logits, weights)),
+            "eager": backward(lambda: eager_kl(logits, ref_logits), [logits]),
+            "compile": backward(lambda: compile_(logits, ref_logits), [logits]),
+        }
+
+    name = f"token_kl reverse forward + backward {rows} x {width} float32"
+    return Case(name, ("native", "eager", "compile", "native, token_kl_and_grad"), build, 5 * rows * width * 4)
+
+
+def eager_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    return logprobs - ref_logprobs
 
 
 def eager_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -23,40 +49,20 @@ def eager_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return d.exp() - 1 - d
 
 
-@shapes
-@providers
-@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
-def test_token_kl(
-    measure: Callable[..., None],
-    generator: torch.Generator,
-    direction: str,
-    provider: str,
-    shape: tuple[int, int],
-) -> None:
-    logits, ref_logits = (torch.randn(shape, generator=generator) for _ in range(2))
-    function = {"eager": eager_kl, "compile": eager_kl}.get(provider, rf.token_kl)
-    if provider == "compile":
-        function = compiled(function)
-    with_backward = direction != "forward"
-    logits.requires_grad_(with_backward)
-    call = lambda: function(logits, ref_logits)  # noqa: E731
-    if with_backward:
-        call = backward(call, [logits])
-    if provider not in ("eager", "compile"):
-        call = on(provider, call)
-    moved = (5 if with_backward else 2) * logits.numel() * 4
-    measure(call, group=f"token_kl reverse {direction} {shape[0]} x {shape[1]} fp32", moved=moved)
+def estimated(estimator: str, eager: Callable[..., Tensor], rows: int, length: int) -> Case:
+    ours = partial(rf.approx_kl, estimator=estimator)
+    name = f"approx_kl {estimator} {rows} x {length} float32"
+    return Case(name, PROVIDERS, lambda: versus(ours, eager, *pair(rows, length)), 3 * rows * length * 4)
 
 
-@providers
-@pytest.mark.parametrize("shape", [(64, 1024), (512, 8192)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_approx_kl(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int]
-) -> None:
-    logprobs, ref_logprobs = (-torch.rand(shape, generator=generator) for _ in range(2))
-    if provider in ("eager", "compile"):
-        function = eager_k3 if provider == "eager" else compiled(eager_k3)
-        call = lambda: function(logprobs, ref_logprobs)  # noqa: E731
-    else:
-        call = on(provider, lambda: rf.approx_kl(logprobs, ref_logprobs, estimator="k3"))
-    measure(call, group=f"approx_kl k3 forward {shape[0]} x {shape[1]} fp32", moved=3 * logprobs.numel() * 4)
+CASES = [
+    forward(512, 49152),
+    forward(64, 1000),
+    forward_backward(256, 49152),
+    estimated("k1", eager_k1, 64, 1024),
+    estimated("k3", eager_k3, 64, 1024),
+]
+
+
+def test_kl(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
+    compare(case, provider)

@@ -2,7 +2,7 @@
 """The linear family against the whole logits at once, the peers, and the bare matmul that nobody can do without.
 
 Bytes: the weight once and the hidden states once, forward. These ops are bound by the matmul, so read the ratio to
-`bare matmul`, not the share of the bandwidth. A quarter of the rows that `ratios.py --only linear` has.
+`bare matmul`, not the share of the bandwidth.
 """
 
 from __future__ import annotations

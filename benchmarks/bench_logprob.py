@@ -4,69 +4,92 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
-import pytest
+import peers
 import torch
-from common import PROVIDERS, backward, compiled, eager_logprobs, eager_logprobs_entropy, on
+from common import PROVIDERS, Call, Case, backward, compiled, eager_logprobs, eager_logprobs_entropy, on, versus
 from torch import Tensor
 
 import rlhf_fast as rf
 
-SHAPES = [(256, 49152), (64, 151936), (256, 1000)]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-providers = pytest.mark.parametrize("provider", PROVIDERS)
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+BYTES = {torch.float32: 4, torch.bfloat16: 2}
 
 
-def inputs(shape: tuple[int, int], dtype: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    logits = torch.randn(shape, generator=generator).mul_(3).to(DTYPES[dtype])
-    return logits, torch.randint(shape[1], shape[:1], generator=generator)
+def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.empty(shape).normal_(0, 3, generator=generator).to(dtype)
+    return logits, torch.randint(shape[-1], shape[:-1], generator=generator)
 
 
-@dtypes
-@shapes
-@providers
-def test_token_logprobs(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int], dtype: str
-) -> None:
-    logits, targets = inputs(shape, dtype, generator)
-    if provider in ("eager", "compile"):
-        function = eager_logprobs if provider == "eager" else compiled(eager_logprobs)
-        call = lambda: function(logits, targets)  # noqa: E731
-    else:
-        call = on(provider, lambda: rf.token_logprobs(logits, targets))
-    moved = logits.numel() * logits.element_size()
-    measure(call, group=f"token_logprobs forward {shape[0]} x {shape[1]} {dtype}", moved=moved)
+def forward(*shape: int, dtype: torch.dtype = torch.float32) -> Case:
+    moved = torch.Size(shape).numel() * BYTES[dtype]
+    name = f"token_logprobs forward {' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+
+    def build() -> dict[str, Call]:
+        return versus(rf.token_logprobs, eager_logprobs, *inputs(shape, dtype), peers=peers.logprobs())
+
+    return Case(name, (*PROVIDERS, "TRL"), build, moved)
 
 
-@shapes
-@providers
-def test_token_logprobs_backward(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int]
-) -> None:
-    logits, targets = inputs(shape, "fp32", generator)
-    logits.requires_grad_()
-    if provider in ("eager", "compile"):
-        function = eager_logprobs if provider == "eager" else compiled(eager_logprobs)
-        call = backward(lambda: function(logits, targets), [logits])
-    else:
-        call = on(provider, backward(lambda: rf.token_logprobs(logits, targets), [logits]))
-    moved = 3 * logits.numel() * logits.element_size()
-    measure(call, group=f"token_logprobs forward + backward {shape[0]} x {shape[1]} fp32", moved=moved)
+def stats(rows: int, width: int) -> Case:
+    def build() -> dict[str, Call]:
+        logits, targets = inputs((rows, width))
+        calls = versus(rf.token_stats, eager_logprobs_entropy, logits, targets, peers=peers.logprobs_entropy())
+        calls["native, log-probs alone"] = on("native", partial(rf.token_logprobs, logits, targets))
+        return calls
+
+    name = f"token_stats (logprobs, entropy) forward {rows} x {width} float32"
+    return Case(name, (*PROVIDERS, "TRL", "native, log-probs alone"), build, rows * width * 4)
 
 
-@shapes
-@providers
-def test_token_stats(
-    measure: Callable[..., None], generator: torch.Generator, provider: str, shape: tuple[int, int]
-) -> None:
-    logits, targets = inputs(shape, "fp32", generator)
-    if provider in ("eager", "compile"):
-        function = eager_logprobs_entropy if provider == "eager" else compiled(eager_logprobs_entropy)
-        call = lambda: function(logits, targets)  # noqa: E731
-    else:
-        call = on(provider, lambda: rf.token_stats(logits, targets))
-    moved = logits.numel() * logits.element_size()
-    measure(call, group=f"logprobs + entropy forward {shape[0]} x {shape[1]} fp32", moved=moved)
+def half_masked(rows: int, width: int) -> Case:
+    """Eager gathers the real rows first: the honest baseline, which must copy them. Ours skips the others."""
+
+    def build() -> dict[str, Call]:
+        logits, targets = inputs((rows, width))
+        mask = torch.arange(rows) % 2 == 0
+        compact = lambda: eager_logprobs(logits[mask], targets[mask])  # noqa: E731
+        return {"native": on("native", partial(rf.token_logprobs, logits, targets, mask=mask)), "eager": compact}
+
+    name = f"token_logprobs forward {rows} x {width} float32, half of the rows real"
+    return Case(name, ("native", "eager"), build, rows * width * 2)
+
+
+def forward_backward(rows: int, width: int) -> Case:
+    """The logits are an intermediate result, as a head's are; ours may overwrite them, eager has no such option.
+
+    The in-place gradient leaves garbage in `logits` for the next round, of the same size: the time does not change.
+    """
+
+    def build() -> dict[str, Call]:
+        logits, targets = inputs((rows, width))
+        logits.requires_grad_()
+        functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "eager": eager_logprobs,
+            "compile": compiled(eager_logprobs),
+            **peers.logprobs(),
+            "native": rf.token_logprobs,
+            "native, in place": partial(rf.token_logprobs, inplace_backward=True),
+        }
+        calls = {name: backward(partial(f, logits, targets), [logits]) for name, f in functions.items()}
+        return {name: on("native", call) if name.startswith("native") else call for name, call in calls.items()}
+
+    name = f"token_logprobs forward + backward {rows} x {width} float32"
+    return Case(name, ("native", "eager", "compile", "TRL", "native, in place"), build, 3 * rows * width * 4)
+
+
+CASES = [
+    forward(1024, 49152),
+    forward(1024, 49152, dtype=torch.bfloat16),
+    half_masked(1024, 49152),
+    forward(256, 151936, dtype=torch.bfloat16),
+    forward(8, 32, 1000),
+    forward(16, 128),
+    stats(512, 49152),
+    forward_backward(512, 49152),
+]
+
+
+def test_logprob(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
+    compare(case, provider)

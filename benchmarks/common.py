@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: the machine, its measured limits, and the PyTorch code that our ops replace.
+"""What every benchmark shares: timing side by side, and the PyTorch code that our ops replace.
 
 Baselines are written as a careful user would: rows flattened and contiguous, masked rows left out where that is part of
 the comparison. A baseline that loses by a blunder proves nothing.
@@ -7,13 +7,10 @@ the comparison. A baseline that loses by a blunder proves nothing.
 
 from __future__ import annotations
 
-import platform
-import re
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,65 +18,16 @@ from torch import Tensor
 import rlhf_fast as rf
 
 Call = Callable[[], Any]
-PROVIDERS = ("eager", "compile", "torch", "native")
-
-# ------------------------------------------------------------------------------------------- the machine
-
-
-def machine() -> dict[str, str | int]:
-    """Processor, threads and versions: what a figure means nothing without."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        cpu = found.group(1).strip() if found else cpu
-    return {
-        "cpu": cpu,
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rlhf_fast": rf.__version__,
-        "served_by": rf.backends()[0].backend,
-        "python": platform.python_version(),
-    }
-
-
-def machine_slug() -> str:
-    """The machine as a file name, such as amd-epyc-2-threads."""
-    facts = machine()
-    return re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['threads']} threads".lower()).strip("-")
-
-
-def seconds(call: Call, rounds: int = 7) -> float:
-    """Median wall time of one call, after a warm-up."""
-    call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def bandwidth(mebibytes: int = 256) -> dict[str, float]:
-    """Bytes per second that this machine reads (best of three reductions) and copies (reads + writes), right now."""
-    x = torch.ones(mebibytes * 2**18)
-    y = torch.empty_like(x)
-    size = x.numel() * 4
-    reads = (lambda: x.sum(), lambda: x.amax(), lambda: torch.dot(x, x))
-    return {
-        "read": size / min(seconds(read) for read in reads),
-        "copy": 2 * size / seconds(lambda: y.copy_(x)),
-    }
-
+PROVIDERS = ("native", "eager", "compile", "torch")
 
 # ------------------------------------------------------------------------------------------- timing side by side
 
 
-def interleaved(providers: dict[str, Call], rounds: int = 15, budget: float = 20.0) -> dict[str, float]:
-    """Median seconds of each provider, one call of each per round, so that a slow minute slows them all.
+def interleaved(providers: dict[str, Call], rounds: int = 15, budget: float = 6.0) -> dict[str, list[float]]:
+    """Seconds of one call, by provider and round: all providers run in every round, so a slow minute slows them all.
 
-    Calls under 2 ms are repeated within a round. Stops early (never under 3 rounds) when `budget` seconds are spent.
+    Each is called twice to warm up; calls under 2 ms are repeated within a round. Stops early (never under 3 rounds)
+    when `budget` seconds are spent.
     """
     repeats = {}
     for name, call in providers.items():
@@ -97,7 +45,39 @@ def interleaved(providers: dict[str, Call], rounds: int = 15, budget: float = 20
             for _ in range(repeats[name]):
                 call()
             times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+class Case(NamedTuple):
+    """One row of the tables: several providers of the same result on the same inputs.
+
+    build() makes the inputs and returns a call for each of `providers` that can run here.
+    """
+
+    name: str
+    providers: tuple[str, ...]
+    build: Callable[[], dict[str, Call]]
+    moved: int  # bytes that any implementation must at least move
+    elements: int | None = None
+    flops: int | None = None
+
+
+def versus(
+    ours: Callable[..., Any], eager: Callable[..., Any], *args: Any, peers: dict[str, Callable[..., Any]] | None = None
+) -> dict[str, Call]:
+    """Ours on both backends, eager PyTorch, torch.compile of the same eager code, and peers, all called with `args`."""
+    function = compiled(eager)
+    providers: dict[str, Call] = {
+        "native": on("native", lambda: ours(*args)),
+        "torch": on("torch", lambda: ours(*args)),
+        "eager": lambda: eager(*args),
+        "compile": lambda: function(*args),
+    }
+    if torch.cuda.is_available():
+        providers["triton"] = on("triton", lambda: ours(*args))
+    for name, peer in (peers or {}).items():
+        providers[name] = partial(peer, *args)
+    return providers
 
 
 def on(backend: str, call: Call) -> Call:

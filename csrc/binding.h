@@ -52,6 +52,19 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
   return torch::stable::new_empty(like, shape, dtype);
 }
 
+// Stands for an output that was not asked for: no entries, and made without the dispatcher, since ops have several.
+inline Tensor no_entries(const Tensor& like, ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  int32_t device_type = 0, device_index = 0;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &size, &stride, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  return Tensor(handle);
+}
+
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // A tensor with one entry per row (or a fixed number of them), dense, of the given dtype; checked against `count` and

@@ -43,7 +43,7 @@ struct LogprobBinding {
     RF_CHECK(!(outputs & kLogprobs) || targets, op, ": logprobs need targets");
 
     const auto result = [&](int bit, const Shape& shape, ScalarType type) {
-      return empty_of(x, outputs & bit ? shape : Shape{0}, type);
+      return outputs & bit ? empty_of(x, shape, type) : no_entries(x, type);
     };
     const Tensor logprobs = result(kLogprobs, targets ? shape_of(*targets) : rows, ScalarType::Float);
     const Tensor entropy = result(kEntropy, rows, ScalarType::Float);

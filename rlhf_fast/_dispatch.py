@@ -101,6 +101,23 @@ def select(op: str, tensor: torch.Tensor) -> Any:
     raise RuntimeError(f"rlhf_fast.{op}: the {_requested} backend was asked for, but {reason}; use 'auto' or 'torch'")
 
 
+def call(operator: Any, *args: Any) -> Any:
+    """Calls an operator; where no gradient can be wanted, without autograd's layer.
+
+    That layer is a Python function which costs as much as a small kernel (some 10 us). Tracing, functorch's transforms
+    and forward-mode AD need it and get it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 class Served(NamedTuple):
     """One row of `backends()`."""
 

@@ -262,3 +262,15 @@ def test_option_codes_are_those_of_the_kernels() -> None:
     for table in (codes.OUTPUTS, codes.KL_KINDS, codes.ESTIMATORS, codes.GRADIENTS):
         for name, code in table.items():
             assert numbers["".join(part.capitalize() for part in name.split("_"))] == code, name
+
+
+def test_leaving_autograd_out_is_invisible() -> None:
+    """`call` skips autograd's layer only where nothing could want it; functorch still meets it."""
+    logits, targets = torch.randn(4, 9), torch.tensor([1, 2, 3, 4])
+    leaf = logits.clone().requires_grad_()
+    assert rf.token_logprobs(leaf, targets).requires_grad
+    assert not rf.token_logprobs(logits, targets).requires_grad
+    with torch.no_grad():
+        assert not rf.token_logprobs(leaf, targets).requires_grad
+    with pytest.raises(RuntimeError):  # not supported, and it may not pass for a constant
+        torch.func.grad(lambda x: rf.token_logprobs(x, targets).sum())(logits)

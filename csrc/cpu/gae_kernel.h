@@ -2,21 +2,14 @@
 // GAE, the PPO advantages made of it, and whitening: see rlhf_fast/ops/gae.py for the mathematics.
 #pragma once
 
-#include "../math.h"
-#include "kernels.h"
-#include "simd.h"
+#include <cstring>
+
+#include "kl_kernel.h"
 
 namespace rlhf_fast {
 namespace RF_ISA {
 
-// The recurrence's state, from the last token back.
-struct GaeState {
-  float next_value = 0;
-  float advantage = 0;        // A_{t+1} under lam
-  float value_advantage = 0;  // and under value_lam
-};
-
-// Tokens [0, length) of one sequence; pointers stand at its first token, flags may be null.
+// Tokens [0, length) of one sequence; pointers stand at its first token, mask and flags may be null.
 template <class T, class R>
 struct GaeSequence {
   const R* rewards;
@@ -34,23 +27,116 @@ struct GaeSequence {
   float* returns;
 };
 
+// The recurrence in what token t hands to the one before it, S_t = gamma V_t + decay A_t: one number, not two. With
+// own = r_t - V_t it is A_t = own + S_{t+1} and S_t = decay S_{t+1} + (decay own + gamma V_t); a token that is stepped
+// over hands on what it was given.
+struct GaeState {
+  float handed = 0;        // under lam
+  float value_handed = 0;  // under value_lam; the two are one where the lams are
+};
+
+// Tokens [0, end) one by one, from the last back.
 template <bool kFlags, bool kDecoupled, class T, class R>
-inline void gae_sequence(const GaeSequence<T, R>& s) {
-  GaeState state;
-  for (int64_t t = s.length - 1; t >= 0; --t) {
+inline void gae_tokens(const GaeSequence<T, R>& s, int64_t end, GaeState state) {
+  for (int64_t t = end - 1; t >= 0; --t) {
     const bool real = !s.mask || s.mask[t];
     const float value = real ? to_float(s.values[t]) : 0.0f, reward = real ? to_float(s.rewards[t]) : 0.0f;
     if (kFlags && real) {
       const bool done = s.dones && s.dones[t];
       const bool cut = !done && s.truncated && s.truncated[t];
-      if (done || cut) state = {cut ? to_float(s.bootstrap_values[t]) : 0.0f, 0.0f, 0.0f};
+      if (done || cut) state.handed = state.value_handed = cut ? s.gamma * to_float(s.bootstrap_values[t]) : 0.0f;
     }
-    const float delta = fma(s.gamma, state.next_value, reward) - value;
-    const float advantage = fma(s.decay, state.advantage, delta);
-    const float value_advantage = kDecoupled ? fma(s.value_decay, state.value_advantage, delta) : advantage;
+    const float own = reward - value, next = s.gamma * value;
+    const float advantage = own + state.handed, value_advantage = kDecoupled ? own + state.value_handed : advantage;
     s.advantages[t] = real ? advantage : 0.0f;
     s.returns[t] = real ? value_advantage + value : 0.0f;
-    if (real || !s.carry) state = {value, advantage, value_advantage};
+    if (!real && s.carry) continue;
+    state.handed = fma(s.decay, state.handed, fma(s.decay, own, next));
+    if (kDecoupled) state.value_handed = fma(s.value_decay, state.value_handed, fma(s.value_decay, own, next));
+  }
+}
+
+// The same for kLanes tokens at once. Each is a map S -> c S + b, and maps compose: log2(kLanes) rounds join every lane
+// with those behind it. c is the decay in all lanes, unless some are stepped over (kMixed).
+struct GaeScan {
+  Vec decay;
+  Vec powers;  // lane i: decay^(kLanes - i)
+
+  explicit GaeScan(float d) : decay(splat(d)) {
+    float power = d;
+    for (int i = kLanes - 1; i >= 0; --i, power *= d) powers[i] = power;
+  }
+
+  template <bool kMixed, int kShift = 1>
+  static void join(Vec* b, Vec* c) {
+    *b = fma(*c, shift_down<kShift>(*b, Vec{}), *b);
+    *c *= kMixed ? shift_down<kShift>(*c, splat(1.0f)) : *c;
+    if constexpr (2 * kShift < kLanes) join<kMixed, 2 * kShift>(b, c);
+  }
+
+  // What each lane is handed; *handed goes from what came to the last lane to what the first one hands on.
+  template <bool kMixed>
+  Vec operator()(Vec own, Vec next, Int real, float* handed) const {
+    Vec b = fma(decay, own, next), c = decay;
+    if (kMixed) {
+      b = real ? b : Vec{};
+      c = real ? c : splat(1.0f);
+    }
+    join<kMixed>(&b, &c);
+    const Vec hands_on = fma(kMixed ? c : powers, splat(*handed), b);
+    const Vec given = shift_down<1>(hands_on, splat(*handed));
+    *handed = hands_on[0];
+    return given;
+  }
+};
+
+template <bool kMixed, bool kDecoupled, class T, class R>
+inline void gae_vector(const GaeSequence<T, R>& s, const GaeScan& scan, const GaeScan& value_scan, int64_t t,
+                       GaeState* state) {
+  Vec reward = load(s.rewards + t), value = load(s.values + t);
+  const Int real = s.mask ? load_mask(s.mask + t) : Int{} == 0;
+  if (s.mask) {
+    reward = real ? reward : Vec{};
+    value = real ? value : Vec{};
+  }
+  const Vec own = reward - value, next = s.gamma * value;
+  Vec advantage = own + scan.operator()<kMixed>(own, next, real, &state->handed);
+  Vec returns =
+      value + (kDecoupled ? own + value_scan.operator()<kMixed>(own, next, real, &state->value_handed) : advantage);
+  if (s.mask) {
+    advantage = real ? advantage : Vec{};
+    returns = real ? returns : Vec{};
+  }
+  store(advantage, s.advantages + t);
+  store(returns, s.returns + t);
+}
+
+template <bool kDecoupled, class T, class R>
+inline void gae_vectors(const GaeSequence<T, R>& s) {
+  const GaeScan scan(s.decay), value_scan(s.value_decay);
+  bool every[kLanes];
+  std::memset(every, true, sizeof every);
+  GaeState state;
+  int64_t t = s.length;
+  while (t >= kLanes) {
+    t -= kLanes;
+    if (s.carry && s.mask && std::memcmp(s.mask + t, every, sizeof every) != 0) {
+      gae_vector<true, kDecoupled>(s, scan, value_scan, t, &state);
+    } else {
+      gae_vector<false, kDecoupled>(s, scan, value_scan, t, &state);
+    }
+  }
+  gae_tokens<false, kDecoupled>(s, t, state);
+}
+
+template <class T, class R>
+inline void gae_sequence(const GaeSequence<T, R>& s) {
+  constexpr float kSmallestDecay = 0.01f;  // its power of kLanes is a normal number
+  const bool decoupled = s.decay != s.value_decay, flags = s.dones || s.truncated;
+  if (!flags && s.decay >= kSmallestDecay && s.value_decay >= kSmallestDecay) {
+    decoupled ? gae_vectors<true>(s) : gae_vectors<false>(s);
+  } else {
+    decoupled ? gae_tokens<true, true>(s, s.length, {}) : gae_tokens<true, false>(s, s.length, {});
   }
 }
 
@@ -74,12 +160,7 @@ void gae(const GaeArgs& a, int64_t begin, int64_t end) {
                               a.carry,
                               a.advantages + start,
                               a.returns + start};
-    const bool flags = a.dones || a.truncated, decoupled = lam != value_lam;
-    if (flags) {
-      decoupled ? gae_sequence<true, true>(s) : gae_sequence<true, false>(s);
-    } else {
-      decoupled ? gae_sequence<false, true>(s) : gae_sequence<false, false>(s);
-    }
+    gae_sequence(s);
   }
 }
 
@@ -87,17 +168,22 @@ void gae(const GaeArgs& a, int64_t begin, int64_t end) {
 
 template <class T>
 inline void moments_of_row(const T* values, const bool* mask, int64_t length, double* moments) {
-  double count = 0, sum = 0, squares = 0;
-  for (int64_t t = 0; t < length; ++t) {
-    if (!mask[t]) continue;
-    const double x = to_float(values[t]);
-    count += 1;
-    sum += x;
-    squares += x * x;
+  Int counts{};
+  Wide sums[2] = {}, squares[2] = {};
+  for (int64_t t = 0; t < length; t += kLanes) {
+    const Int real = load_mask(mask + t, length - t);
+    const Vec x = real ? load_some(values + t, length - t) : Vec{};
+    counts -= real;  // true is -1
+    const Wide halves[2] = {low_half(x), high_half(x)};
+    for (int j = 0; j < 2; ++j) {
+      sums[j] += halves[j];
+      squares[j] += halves[j] * halves[j];
+    }
   }
-  moments[0] = count;
-  moments[1] = sum;
-  moments[2] = squares;
+  moments[0] = 0;
+  for (int j = 0; j < kLanes; ++j) moments[0] += counts[j];
+  moments[1] = sum_of(sums[0] + sums[1]);
+  moments[2] = sum_of(squares[0] + squares[1]);
 }
 
 template <class T>
@@ -111,30 +197,46 @@ void whiten_moments(const WhitenArgs& a, int64_t begin, int64_t end) {
 template <class T>
 void whiten(const WhitenArgs& a, int64_t begin, int64_t end) {
   const Whitening w = whitening(a.moments, a.shift_mean);
-  for (int64_t i = begin * a.length; i < end * a.length; ++i) {
-    const double x = a.mask[i] ? to_float(static_cast<const T*>(a.values)[i]) : w.mean;
-    a.whitened[i] = a.mask[i] ? static_cast<float>((x - w.mean) * w.scale + w.shift) : 0.0f;
+  const T* values = static_cast<const T*>(a.values);
+  const int64_t last = end * a.length;
+  for (int64_t i = begin * a.length; i < last; i += kLanes) {
+    const Vec x = load_some(values + i, last - i);
+    const Vec white = narrow((low_half(x) - w.mean) * w.scale + w.shift, (high_half(x) - w.mean) * w.scale + w.shift);
+    store_some(load_mask(a.mask + i, last - i) ? white : Vec{}, last - i, a.whitened + i);
   }
 }
 
 // ------------------------------------------------------------------------------------------- ppo_advantages
 
+// The KL and the rewards made of it, for one row; the score is added by the caller.
+template <class T>
+inline void penalised_rewards(const PpoAdvantagesArgs& a, const T* logprobs, const T* ref, const bool* mask, float* kl,
+                              float* rewards) {
+  with_estimator(a.estimator, [&](auto estimator) {
+    for (int64_t t = 0; t < a.length; t += kLanes) {
+      const int64_t count = a.length - t;
+      const Int real = load_mask(mask + t, count);
+      const Vec value = estimate<estimator.value>(load_some(logprobs + t, count) - load_some(ref + t, count));
+      store_some(real ? value : Vec{}, count, kl + t);
+      store_some(real ? -a.kl_coef * value : Vec{}, count, rewards + t);
+    }
+  });
+}
+
 template <class T>
 void ppo_advantages(const PpoAdvantagesArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const int64_t row = n * a.length;
-    const T *logprobs = static_cast<const T*>(a.logprobs) + row, *ref = static_cast<const T*>(a.ref_logprobs) + row;
     const bool* mask = a.mask + row;
-    int64_t last = -1;
-    for (int64_t t = 0; t < a.length; ++t) {
-      a.kl[row + t] = mask[t] ? kl_estimate(to_float(logprobs[t]) - to_float(ref[t]), a.estimator) : 0.0f;
-      a.rewards[row + t] = mask[t] ? -a.kl_coef * a.kl[row + t] : 0.0f;
-      if (mask[t]) last = t;
-    }
-    if (last >= 0) a.rewards[row + last] += clamp_to(to_float(static_cast<const T*>(a.scores)[n]), a.score_clip);
-    gae_sequence<false, false>(GaeSequence<T, float>{a.rewards + row, static_cast<const T*>(a.values) + row, mask,
-                                                     nullptr, nullptr, nullptr, a.length, a.gamma, a.gamma * a.lam,
-                                                     0.0f, true, a.advantages + row, a.returns + row});
+    penalised_rewards(a, static_cast<const T*>(a.logprobs) + row, static_cast<const T*>(a.ref_logprobs) + row, mask,
+                      a.kl + row, a.rewards + row);
+    int64_t last = a.length - 1;
+    while (last >= 0 && !mask[last]) --last;
+    if (last >= 0)
+      a.rewards[row + last] += rlhf_fast::clamp_to(to_float(static_cast<const T*>(a.scores)[n]), a.score_clip);
+    gae_sequence(GaeSequence<T, float>{a.rewards + row, static_cast<const T*>(a.values) + row, mask, nullptr, nullptr,
+                                       nullptr, a.length, a.gamma, a.gamma * a.lam, a.gamma * a.lam, true,
+                                       a.advantages + row, a.returns + row});
     moments_of_row(a.advantages + row, mask, a.length, a.row_moments + 3 * n);
   }
 }

@@ -18,10 +18,10 @@ struct CpuKl : Cpu {
     run_rows(kernels().token_kl_and_grad[dtype], args, rows, 4 * args.columns);
   }
   static void approx_kl(Dtype dtype, const ApproxKlArgs& args, int64_t count, const Tensor& /*like*/) {
-    run_rows(kernels().approx_kl[dtype], args, count, 8);
+    run_rows(kernels().approx_kl[dtype], args, count, 1);
   }
   static void approx_kl_backward(Dtype dtype, const ApproxKlArgs& args, int64_t count, const Tensor& /*like*/) {
-    run_rows(kernels().approx_kl_backward[dtype], args, count, 8);
+    run_rows(kernels().approx_kl_backward[dtype], args, count, 1);
   }
 };
 

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // KL divergence per token, exact (two rows of logits) and estimated: see rlhf_fast/ops/kl.py for the mathematics.
 //
-// The exact one folds each row on its own (fold_row), then reads both once more, now in cache, with the log-
-// probabilities normalised: the divergence is summed from true log-ratios, and each kind is one expression.
+// The exact one folds both rows block by block. With s = log p + log Z_p of the policy and t of the reference,
+//   KL(p, q) = sum_j e^(s_j) (s_j - t_j) / Z_p - log Z_p + log Z_q
+// comes out of the same reading. The other kinds, and rows where a token is forbidden or NaN, read both rows once more,
+// now in cache, with the log-probabilities normalised; there each kind is one expression.
 #pragma once
 
 #include "logprob_kernel.h"
@@ -10,7 +12,7 @@
 namespace rlhf_fast {
 namespace RF_ISA {
 
-// What turns a row's logits into log-probabilities, and dz/dx beside them.
+// What turns a row's logits into s with log p = s - log_sum, and dz/dx beside it.
 struct RowNorm {
   RowTransform transform;
   float max;
@@ -20,11 +22,11 @@ struct RowNorm {
       : transform(t, row), max(max == -kInf ? 0.0f : max), log_sum(log_sum) {}
 
   template <bool kCap>
-  Vec logprob(Vec x, Vec* slope) const {
+  Vec operator()(Vec x, Vec* slope) const {
     const Vec u = transform.operator()<kCap>(x);
     *slope = splat(transform.slope);
     if (kCap) *slope *= 1.0f - (u / transform.cap) * (u / transform.cap);
-    return (u - max) * transform.factor - log_sum;
+    return (u - max) * transform.factor;
   }
 };
 
@@ -39,45 +41,89 @@ struct KlTerms {
 };
 
 inline Vec zero_unless(Vec weight, Vec x) { return weight == 0.0f ? Vec{} : x; }
-inline Vec floored(Vec logp) { return logp == -kInf ? splat(kLogFloor) : logp; }
+
+// The log-ratio is (s - t) less a constant, the same one that its mean was made with: where p is near 1, the gradient
+// p (log-ratio - mean) cancels, and the roundings with it.
+inline Vec log_ratio(Vec s, Vec t, float log_sum_s, float log_sum_t) {
+  return t == -kInf ? s - (log_sum_s + kLogFloor) : (s - t) - (log_sum_s - log_sum_t);
+}
 
 template <int kKind>
-inline KlTerms kl_terms(Vec logp, Vec logq, float beta) {
-  KlTerms t{};
-  if (kKind != kForward) t.p = exp(logp);
-  if (kKind != kReverse) t.q = exp(logq);
+inline KlTerms kl_terms(Vec s, Vec t, const RowNorm& policy, const RowNorm& ref, float beta) {
+  const Vec logp = s - policy.log_sum, logq = t - ref.log_sum;
+  KlTerms terms{};
+  if (kKind != kForward) terms.p = exp(logp);
+  if (kKind != kReverse) terms.q = exp(logq);
   if (kKind == kReverse) {
-    t.slope_p = zero_unless(t.p, logp - floored(logq));
-    t.infinite = (t.p != 0.0f) & (logq == -kInf);
+    terms.slope_p = zero_unless(terms.p, log_ratio(s, t, policy.log_sum, ref.log_sum));
+    terms.infinite = (terms.p != 0.0f) & (logq == -kInf);
   } else if (kKind == kForward) {
-    t.slope_q = zero_unless(t.q, logq - floored(logp));
-    t.infinite = (t.q != 0.0f) & (logp == -kInf);
+    terms.slope_q = zero_unless(terms.q, log_ratio(t, s, ref.log_sum, policy.log_sum));
+    terms.infinite = (terms.q != 0.0f) & (logp == -kInf);
   } else if (kKind == kJsd) {
-    const Vec logm = log((1.0f - beta) * t.p + beta * t.q);
-    t.slope_p = zero_unless(t.p, (1.0f - beta) * (logp - logm));
-    t.slope_q = zero_unless(t.q, beta * (logq - logm));
+    const Vec logm = log((1.0f - beta) * terms.p + beta * terms.q);
+    terms.slope_p = zero_unless(terms.p, (1.0f - beta) * (logp - logm));
+    terms.slope_q = zero_unless(terms.q, beta * (logq - logm));
   } else {
-    const Vec d = t.p - t.q;
-    t.slope_p = d > 0.0f ? splat(0.5f) : (d < 0.0f ? splat(-0.5f) : 0.0f * d);  // NaN stays NaN
-    t.slope_q = -t.slope_p;
-    t.distance = d * t.slope_p;
+    const Vec d = terms.p - terms.q;
+    terms.slope_p = d > 0.0f ? splat(0.5f) : (d < 0.0f ? splat(-0.5f) : 0.0f * d);  // NaN stays NaN
+    terms.slope_q = -terms.slope_p;
+    terms.distance = d * terms.slope_p;
   }
-  return t;
+  return terms;
 }
 
-// Vector i of a row, padded with -inf where the row ends: probability 0, no term.
+// Lanes past the row's end are -inf again, whatever scale and softcap made of them: no probability, no term.
+inline Vec pad_out(Vec s, int64_t count) {
+  for (int64_t j = count; j < kLanes; ++j) s[j] = -kInf;
+  return s;
+}
+
+// A block of both rows: the sums of e^s and e^t, and in p->weighted that of e^s (s - t). `next_*` as in fold_block.
 template <class T>
-inline Vec load_padded(const T* x, int64_t i, int64_t columns) {
-  if (i + kLanes <= columns) return load(x + i);
-  Vec v = splat(-kInf);
-  for (int64_t j = i; j < columns; ++j) v[j - i] = to_float(x[j]);
-  return v;
+inline void fold_pair_block(const Block& x, const Block& y, float factor_x, float factor_y, const T* next_x,
+                            const T* next_y, RowFold* p, RowFold* q) {
+  const float shift_x = p->safe_max(), shift_y = q->safe_max();
+  Vec sum_p[2] = {}, sum_q[2] = {}, gap[2] = {};
+  for (int i = 0; i < x.length; i += 2 * kLanes) {
+    for (int j = 0; j < 2; ++j) {
+      const int at = i + j * kLanes;
+      __builtin_prefetch(next_x + at);
+      __builtin_prefetch(next_y + at);
+      const Vec s = (load(x.u + at) - shift_x) * factor_x, t = (load(y.u + at) - shift_y) * factor_y;
+      const Vec e = exp(s);
+      sum_p[j] += e;
+      sum_q[j] += exp(t);
+      gap[j] = fma(e, zero_unless(e, s - t), gap[j]);  // +inf where q alone forbids the token
+    }
+  }
+  p->sum += sum_of(sum_p[0] + sum_p[1]);
+  q->sum += sum_of(sum_q[0] + sum_q[1]);
+  p->weighted += sum_of(gap[0] + gap[1]);
 }
 
-// The padding again, after a softcap, which makes finite numbers of it.
-inline Vec pad_out(Vec logp, int64_t count) {
-  for (int64_t j = count; j < kLanes; ++j) logp[j] = -kInf;
-  return logp;
+template <bool kCap, class T>
+inline void fold_pair(const T* x, const T* y, int64_t columns, const RowTransform& of_x, const RowTransform& of_y,
+                      RowFold* p, RowFold* q) {
+  alignas(64) float u[kBlock];
+  alignas(64) float w[kBlock];
+  for (int64_t start = 0; start < columns;) {
+    const Block block_x = read_block<kCap>(x + start, columns - start, of_x, u);
+    const Block block_y = read_block<kCap>(y + start, columns - start, of_y, w);
+    p->raise(block_max(block_x.u, block_x.length), of_x.factor, start);
+    p->weighted += p->sum * q->raise(block_max(block_y.u, block_y.length), of_y.factor, start);  // every t fell
+    start += block_x.count;
+    fold_pair_block(block_x, block_y, of_x.factor, of_y.factor, x + start, y + start, p, q);
+  }
+}
+
+// KL(p, q) of what fold_pair summed, and the mean of the log-ratio as log_ratio has it: the same number, but for the
+// rounding of the log-sums. False where a side is -inf throughout, q forbids what p allows, or NaN came in.
+inline bool kl_of_folds(const RowFold& p, const RowFold& q, float* kl, float* mean) {
+  const double gap = p.weighted / p.sum;
+  *kl = static_cast<float>(gap - std::log(p.sum) + std::log(q.sum));
+  *mean = static_cast<float>(gap - (p.log_sum() - q.log_sum()));
+  return p.max != -kInf && q.max != -kInf && std::isfinite(gap);
 }
 
 // sum p s_p and sum q s_q of a row, and the divergence, which is their sum (all kinds but tv are written that way).
@@ -91,14 +137,17 @@ inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& polic
     Vec sum_p{}, sum_q{}, sum_distance{};
     for (int64_t i = start; i < end; i += kLanes) {
       Vec slope;
-      const Vec logp = policy.logprob<kCap>(load_padded(x, i, columns), &slope);
-      const Vec logq = ref.logprob<kCap>(load_padded(y, i, columns), &slope);
-      const KlTerms t = kl_terms<kKind>(i + kLanes <= columns ? logp : pad_out(logp, columns - i),
-                                        i + kLanes <= columns ? logq : pad_out(logq, columns - i), beta);
-      if (kKind != kForward) sum_p = fma(t.p, t.slope_p, sum_p);
-      if (kKind != kReverse) sum_q = fma(t.q, t.slope_q, sum_q);
-      if (kKind == kTv) sum_distance += t.distance;
-      if (kKind == kReverse || kKind == kForward) infinite |= t.infinite;
+      Vec s = policy.operator()<kCap>(load_some(x + i, columns - i, -kInf), &slope);
+      Vec t = ref.operator()<kCap>(load_some(y + i, columns - i, -kInf), &slope);
+      if (columns - i < kLanes) {
+        s = pad_out(s, columns - i);
+        t = pad_out(t, columns - i);
+      }
+      const KlTerms terms = kl_terms<kKind>(s, t, policy, ref, beta);
+      if (kKind != kForward) sum_p = fma(terms.p, terms.slope_p, sum_p);
+      if (kKind != kReverse) sum_q = fma(terms.q, terms.slope_q, sum_q);
+      if (kKind == kTv) sum_distance += terms.distance;
+      if (kKind == kReverse || kKind == kForward) infinite |= terms.infinite;
     }
     total_p += sum_of(sum_p);
     total_q += sum_of(sum_q);
@@ -144,12 +193,17 @@ void token_kl(const TokenKlArgs& a, int64_t begin, int64_t end) {
     }
     const T* x = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
     const T* y = static_cast<const T*>(a.ref_logits) + row_offset(a.ref_rows, n);
-    const RowFold fold_x = fold_row(x, a.columns, RowTransform(a.transform, n), false, false);
-    const RowFold fold_y = fold_row(y, a.columns, RowTransform(a.ref_transform, n), false, false);
+    const RowTransform of_x(a.transform, n), of_y(a.ref_transform, n);
+    const bool forward = a.kind == kForward, cap = a.transform.softcap > 0;
+    RowFold fold_x, fold_y, *p = forward ? &fold_y : &fold_x, *q = forward ? &fold_x : &fold_y;
+    (cap ? fold_pair<true, T> : fold_pair<false, T>)(forward ? y : x, forward ? x : y, a.columns, forward ? of_y : of_x,
+                                                     forward ? of_x : of_y, p, q);
     parts[0] = fold_x.max;
     parts[1] = fold_x.log_sum();
     parts[2] = fold_y.max;
     parts[3] = fold_y.log_sum();
+    parts[4] = parts[5] = 0;
+    if ((a.kind == kReverse || forward) && kl_of_folds(*p, *q, a.kl + n, parts + (forward ? 5 : 4))) continue;
     const RowNorm policy(a.transform, n, parts[0], parts[1]), ref(a.ref_transform, n, parts[2], parts[3]);
     with_kind(a, [&](auto kind, auto cap) {
       kl_row<kind.value, cap.value>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5);
@@ -159,32 +213,23 @@ void token_kl(const TokenKlArgs& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------- backward
 
-template <class T>
-inline void store_some(Vec v, int64_t count, T* to) {
-  if (count >= kLanes) {
-    store(v, to);
-  } else {
-    for (int64_t j = 0; j < count; ++j) from_float(v[j], to + j);
-  }
-}
-
 // Gradients of a row; grad_x or grad_y may be null.
 template <int kKind, bool kCap, class T>
 inline void kl_gradient_row(const T* x, const T* y, int64_t columns, const RowNorm& policy, const RowNorm& ref,
                             float beta, float mean_p, float mean_q, float grad_kl, T* grad_x, T* grad_y) {
   for (int64_t i = 0; i < columns; i += kLanes) {
     Vec slope_x, slope_y;
-    const Vec logp = policy.logprob<kCap>(load_padded(x, i, columns), &slope_x);
-    const Vec logq = ref.logprob<kCap>(load_padded(y, i, columns), &slope_y);
-    KlTerms t = kl_terms<kKind>(logp, logq, beta);
-    if (kKind == kForward) t.p = exp(logp);
-    if (kKind == kReverse) t.q = exp(logq);
+    const Vec s = policy.operator()<kCap>(load_some(x + i, columns - i, -kInf), &slope_x);
+    const Vec t = ref.operator()<kCap>(load_some(y + i, columns - i, -kInf), &slope_y);
+    KlTerms terms = kl_terms<kKind>(s, t, policy, ref, beta);
+    if (kKind == kForward) terms.p = exp(s - policy.log_sum);
+    if (kKind == kReverse) terms.q = exp(t - ref.log_sum);
     if (grad_x) {
-      const Vec dz = kKind == kForward ? t.p - t.q : zero_unless(t.p, t.p * (t.slope_p - mean_p));
+      const Vec dz = kKind == kForward ? terms.p - terms.q : zero_unless(terms.p, terms.p * (terms.slope_p - mean_p));
       store_some(grad_kl * dz * slope_x, columns - i, grad_x + i);
     }
     if (grad_y) {
-      const Vec dy = kKind == kReverse ? t.q - t.p : zero_unless(t.q, t.q * (t.slope_q - mean_q));
+      const Vec dy = kKind == kReverse ? terms.q - terms.p : zero_unless(terms.q, terms.q * (terms.slope_q - mean_q));
       store_some(grad_kl * dy * slope_y, columns - i, grad_y + i);
     }
   }
@@ -224,7 +269,26 @@ void token_kl_and_grad(const TokenKlArgs& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------- estimators
 
-// Calls f with the estimator as a constant: the loops of all but k3, which calls expm1, become vector loops.
+// As kl_estimate and kl_estimate_slope of math.h.
+template <int kEstimator>
+inline Vec estimate(Vec d) {
+  if (kEstimator == kK1) return d;
+  if (kEstimator == kK2) return 0.5f * d * d;
+  if (kEstimator == kK3) return d * d < 0.09f ? ExpParts::after_two_terms(-d) * (d * d) : expm1(-d) + d;
+  return d < 0.0f ? -d : d;
+}
+
+template <int kEstimator>
+inline Vec estimate_slope(Vec d, int gradient) {
+  if (gradient == kStraightThrough || kEstimator == kK2) return d;
+  if (kEstimator == kK1) return splat(1.0f);
+  if (kEstimator == kK3) return -expm1(-d);
+  return d > 0.0f ? splat(1.0f) : (d < 0.0f ? splat(-1.0f) : 0.0f * d);  // NaN stays NaN
+}
+
+inline Vec clamp_to(Vec x, float limit) { return x > limit ? splat(limit) : (x < -limit ? splat(-limit) : x); }
+
+// Calls f with the estimator as a constant.
 template <class F>
 inline void with_estimator(int estimator, const F& f) {
   switch (estimator) {
@@ -239,14 +303,14 @@ template <class T>
 void approx_kl(const ApproxKlArgs& a, int64_t begin, int64_t end) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref = static_cast<const T*>(a.ref_logprobs);
   const T* ratio = static_cast<const T*>(a.importance_ratio);
-  const bool* mask = a.mask;  // locals: a store to kl might change a field of `a`, for all the compiler knows
-  const float clamp = a.clamp;
-  float* kl = a.kl;
   with_estimator(a.estimator, [&](auto estimator) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float d = to_float(logprobs[i]) - to_float(ref[i]);
-      const float value = clamp_to(kl_estimate(d, estimator.value), clamp);
-      kl[i] = mask && !mask[i] ? 0.0f : (ratio ? value * to_float(ratio[i]) : value);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int64_t count = end - i;
+      Vec kl = estimate<estimator.value>(load_some(logprobs + i, count) - load_some(ref + i, count));
+      kl = clamp_to(kl, a.clamp);
+      if (ratio) kl *= load_some(ratio + i, count);
+      if (a.mask) kl = load_mask(a.mask + i, count) ? kl : Vec{};
+      store_some(kl, count, a.kl + i);
     }
   });
 }
@@ -255,17 +319,20 @@ template <class T>
 void approx_kl_backward(const ApproxKlArgs& a, int64_t begin, int64_t end) {
   const T *logprobs = static_cast<const T*>(a.logprobs), *ref = static_cast<const T*>(a.ref_logprobs);
   const T* ratio = static_cast<const T*>(a.importance_ratio);
-  for (int64_t i = begin; i < end; ++i) {
-    if (a.mask && !a.mask[i]) {
-      a.grad_logprobs[i] = 0;
-      if (a.grad_ratio) a.grad_ratio[i] = 0;
-      continue;
+  with_estimator(a.estimator, [&](auto estimator) {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const int64_t count = end - i;
+      const Int real = a.mask ? load_mask(a.mask + i, count) : Int{} == 0;
+      const Vec d = load_some(logprobs + i, count) - load_some(ref + i, count);
+      const Vec grad = load_some(a.grad_kl + i, count);
+      Vec slope = estimate_slope<estimator.value>(d, a.gradient);
+      if (ratio) slope *= load_some(ratio + i, count);
+      store_some(real ? grad * slope : Vec{}, count, a.grad_logprobs + i);
+      if (!a.grad_ratio) continue;
+      const Vec value = clamp_to(estimate<estimator.value>(d), a.clamp);
+      store_some(real ? grad * value : Vec{}, count, a.grad_ratio + i);
     }
-    const float d = to_float(logprobs[i]) - to_float(ref[i]);
-    const float slope = kl_estimate_slope(d, a.estimator, a.gradient);
-    a.grad_logprobs[i] = a.grad_kl[i] * (ratio ? slope * to_float(ratio[i]) : slope);
-    if (a.grad_ratio) a.grad_ratio[i] = a.grad_kl[i] * clamp_to(kl_estimate(d, a.estimator), a.clamp);
-  }
+  });
 }
 
 }  // namespace RF_ISA

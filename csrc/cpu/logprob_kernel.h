@@ -56,12 +56,10 @@ struct RowTransform {
   }
 };
 
-// A block of floats that need no transformation is folded where it stands.
-inline bool stands_as_is(const float*, const RowTransform& transform, int64_t count) {
-  return transform.in_scale == 1.0f && count % kStep == 0;
-}
+// Floats that need no transformation are folded where they stand.
+inline bool stands_as_is(const float*, const RowTransform& transform) { return transform.in_scale == 1.0f; }
 template <class T>
-inline bool stands_as_is(const T*, const RowTransform&, int64_t) {
+inline bool stands_as_is(const T*, const RowTransform&) {
   return false;
 }
 inline const float* as_floats(const float* x) { return x; }
@@ -73,23 +71,23 @@ inline const float* as_floats(const T*) {
 struct Block {
   const float* u;
   int length;  // a multiple of kStep
+  int count;   // how many entries of the row it holds; the others are -inf
 };
 
-// Up to kBlock entries, transformed into `u` and padded with -inf to a multiple of kStep.
+// Up to kBlock entries: where they stand, or transformed into `u` and padded with -inf to a multiple of kStep.
 template <bool kCap, class T>
 inline Block read_block(const T* x, int64_t count, const RowTransform& transform, float* u) {
   const int whole = static_cast<int>(std::min<int64_t>(count, kBlock));
-  if (!kCap && stands_as_is(x, transform, whole)) return {as_floats(x), whole};
+  if (!kCap && whole >= kStep && stands_as_is(x, transform)) {
+    const int steps = whole - whole % kStep;  // the rest of the row is a block of its own
+    return {as_floats(x), steps, steps};
+  }
   int i = 0;
   for (; i + kLanes <= whole; i += kLanes) store(transform.operator()<kCap>(load(x + i)), u + i);
-  if (i < whole) {
-    alignas(64) float tail[kLanes] = {};
-    for (int j = i; j < whole; ++j) tail[j - i] = to_float(x[j]);
-    store(transform.operator()<kCap>(load(tail)), u + i);
-  }
+  if (i < whole) store(transform.operator()<kCap>(load_some(x + i, whole - i)), u + i);
   const int padded = (whole + kStep - 1) / kStep * kStep;
   for (i = whole; i < padded; ++i) u[i] = -kInf;
-  return {u, padded};
+  return {u, padded, whole};
 }
 
 inline float block_max(const float* u, int length) {
@@ -114,6 +112,19 @@ struct RowFold {
     if (dead()) return 0.0f;
     const float nats = static_cast<float>(std::log(sum) - weighted / sum);
     return nats < 0 ? 0.0f : nats;  // rounding below 0 goes; NaN stays
+  }
+
+  // The maximum of the block at `start` joins; what was summed so far is rescaled. Returns how far the maximum rose, in
+  // units of the exponent.
+  double raise(float top, float factor, int64_t start) {
+    if (!(top > max)) return 0;
+    const double rise = max == -kInf ? 0.0 : (static_cast<double>(top) - max) * factor, decay = std::exp(-rise);
+    weighted = (weighted - rise * sum) * decay;
+    sum *= decay;
+    squares *= decay * decay;
+    max = top;
+    max_block = start;
+    return rise;
   }
 };
 
@@ -141,20 +152,11 @@ template <bool kCap, bool kEntropy, bool kSquares, class T>
 inline RowFold fold_row(const T* x, int64_t columns, const RowTransform& transform) {
   RowFold fold;
   alignas(64) float u[kBlock];
-  for (int64_t start = 0; start < columns; start += kBlock) {
+  for (int64_t start = 0; start < columns;) {
     const Block block = read_block<kCap>(x + start, columns - start, transform, u);
-    const float top = block_max(block.u, block.length);
-    if (top > fold.max) {
-      if (fold.max != -kInf) {
-        const double rise = (static_cast<double>(top) - fold.max) * transform.factor, decay = std::exp(-rise);
-        fold.weighted = (fold.weighted - rise * fold.sum) * decay;
-        fold.sum *= decay;
-        fold.squares *= decay * decay;
-      }
-      fold.max = top;
-      fold.max_block = start;
-    }
-    fold_block<kEntropy, kSquares>(block.u, block.length, transform.factor, x + start + kBlock, &fold);
+    fold.raise(block_max(block.u, block.length), transform.factor, start);
+    start += block.count;
+    fold_block<kEntropy, kSquares>(block.u, block.length, transform.factor, x + start, &fold);
   }
   return fold;
 }
@@ -263,10 +265,8 @@ inline void write_gradient_row(const T* x, T* grad, int64_t columns, const RowTr
     store(dz * slope, grad + i);
   }
   if (i < columns) {
-    alignas(64) float tail[kLanes] = {};
-    for (int64_t j = i; j < columns; ++j) tail[j - i] = to_float(x[j]);
-    store(g.dz<kCap>(load(tail), t, &slope) * slope, tail);
-    for (int64_t j = i; j < columns; ++j) from_float(tail[j - i], grad + j);
+    const Vec dz = g.dz<kCap>(load_some(x + i, columns - i), t, &slope);
+    store_some(dz * slope, columns - i, grad + i);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -26,6 +27,8 @@ typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Uint __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Short __attribute__((vector_size(2 * kLanes)));
+typedef float HalfVec __attribute__((vector_size(2 * kLanes)));
+typedef double Wide __attribute__((vector_size(4 * kLanes)));  // half as many lanes
 
 struct BFloat16 {
   uint16_t bits;
@@ -37,6 +40,17 @@ struct Half {
 constexpr float kInf = __builtin_inff();
 
 inline Vec splat(float x) { return x - Vec{}; }  // a scalar spreads in vector arithmetic
+
+#if defined(__clang__)
+template <int kShift, int... kLane>
+inline Vec shuffled(Vec v, Vec fill, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, fill, (kLane + kShift)...);
+}
+#elif defined(__AVX2__)
+constexpr Int kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+constexpr Int kLaneNumbers = {0, 1, 2, 3};
+#endif
 
 template <class To, class From>
 inline To bit_cast(const From& from) {
@@ -126,6 +140,49 @@ inline void store(Vec v, Half* to) {
 #endif
 }
 
+// The first `count` lanes of a row's last vector, `fill` in the others. Whole vectors, the rule, cost one branch; the
+// rest stays out of the loops.
+template <class T>
+__attribute__((noinline)) Vec load_tail(const T* x, int64_t count, float fill) {
+  float lanes[kLanes];
+  for (int j = 0; j < kLanes; ++j) lanes[j] = j < count ? to_float(x[j]) : fill;
+  return load(lanes);
+}
+template <class T>
+inline Vec load_some(const T* x, int64_t count, float fill = 0.0f) {
+  return __builtin_expect(count >= kLanes, 1) ? load(x) : load_tail(x, count, fill);
+}
+
+template <class T>
+__attribute__((noinline)) void store_tail(Vec v, int64_t count, T* to) {
+  float lanes[kLanes];
+  store(v, lanes);
+  for (int64_t j = 0; j < count; ++j) from_float(lanes[j], to + j);
+}
+template <class T>
+inline void store_some(Vec v, int64_t count, T* to) {
+  __builtin_expect(count >= kLanes, 1) ? store(v, to) : store_tail(v, count, to);
+}
+
+// Truth per lane (all bits set), from kLanes bytes of 0 or 1.
+inline Int load_mask(const bool* mask) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
+  return bit_cast<Int>(_mm512_cvtepi8_epi32(bytes)) != 0;
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask));
+  return bit_cast<Int>(_mm256_cvtepi8_epi32(bytes)) != 0;
+#else
+  return Int{mask[0], mask[1], mask[2], mask[3]} != 0;
+#endif
+}
+inline Int load_mask(const bool* mask, int64_t count) {
+  if (__builtin_expect(count >= kLanes, 1)) return load_mask(mask);
+  bool lanes[kLanes] = {};
+  for (int64_t j = 0; j < count; ++j) lanes[j] = mask[j];
+  return load_mask(lanes);
+}
+
 // ------------------------------------------------------------------------------------------- arithmetic
 
 // The larger; where b is NaN, NaN (as the x86 instruction has it: the second operand if either is NaN).
@@ -141,17 +198,52 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-inline float max_of(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+// Lane i takes lane i + kShift of `v`, or where that is past the end, of `fill`.
+template <int kShift>
+inline Vec shift_down(Vec v, Vec fill) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec>(_mm512_alignr_epi32(bit_cast<__m512i>(fill), bit_cast<__m512i>(v), kShift));
+#elif defined(__clang__)
+  return shuffled<kShift>(v, fill, std::make_integer_sequence<int, kLanes>());
+#else
+  return __builtin_shuffle(v, fill, kLaneNumbers + kShift);
+#endif
 }
 
-inline double sum_of(Vec v) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+template <int kHalf = kLanes / 2>
+inline float max_of(Vec v) {
+  v = max(v, shift_down<kHalf>(v, v));
+  if constexpr (kHalf > 1) return max_of<kHalf / 2>(v);
+  return v[0];
 }
+
+inline Wide low_half(Vec v) {
+  HalfVec half;
+  std::memcpy(&half, &v, sizeof half);
+  return __builtin_convertvector(half, Wide);
+}
+inline Wide high_half(Vec v) { return low_half(shift_down<kLanes / 2>(v, v)); }
+
+inline Vec narrow(Wide low, Wide high) {
+#if defined(__AVX512F__)
+  const __m256 first = _mm512_cvtpd_ps(bit_cast<__m512d>(low)), second = _mm512_cvtpd_ps(bit_cast<__m512d>(high));
+  return bit_cast<Vec>(_mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1));
+#elif defined(__AVX2__)
+  const __m128 first = _mm256_cvtpd_ps(bit_cast<__m256d>(low)), second = _mm256_cvtpd_ps(bit_cast<__m256d>(high));
+  return bit_cast<Vec>(_mm256_set_m128(second, first));
+#else
+  return Vec{float(low[0]), float(low[1]), float(high[0]), float(high[1])};
+#endif
+}
+
+inline double sum_of(Wide v) {
+  double lanes[kLanes / 2];
+  std::memcpy(lanes, &v, sizeof lanes);
+  for (int half = kLanes / 4; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+inline double sum_of(Vec v) { return sum_of(low_half(v) + high_half(v)); }
 
 // a * b + c, rounded once where the instruction exists.
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -174,24 +266,50 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
+// exp(x) = p 2^n with n = round(x / ln 2); meaningless where |x| is too large for a normal result.
+struct ExpParts {
+  Vec p;
+  Vec n;
+  Int exponent;  // n as an integer, with 127 added
+
+  explicit ExpParts(Vec x) {
+    const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    const Vec shifted = fma(x, 1.44269504088896341f, magic);
+    n = shifted - magic;
+    exponent = bit_cast<Int>(shifted) - (bit_cast<Int>(magic) - 127);
+    const Vec r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, x));  // x - n ln 2, in two parts
+    p = fma(fma(after_two_terms(r), r, 1.0f), r, 1.0f);
+  }
+
+  // (exp(r) - 1 - r) / r^2 on [-ln2/2, ln2/2]: minimax for exp's relative error, 3e-9.
+  static Vec after_two_terms(Vec r) {
+    Vec p = splat(1.3814540580e-3f);
+    p = fma(p, r, 8.3687454462e-3f);
+    p = fma(p, r, 4.1668388993e-2f);
+    p = fma(p, r, 1.6666521132e-1f);
+    return fma(p, r, 4.9999994040e-1f);
+  }
+};
+
 // exp(x) for x <= 88: relative error under 1e-7; exactly 1 at 0, exactly 0 below -87.3 (so at -inf), NaN for NaN.
 inline Vec exp(Vec x) {
-  const Vec clamped = max(splat(-104.0f), x);
-  // n = round(x / ln 2), by adding and taking away 1.5 * 2^23; r = x - n ln 2 in two parts.
-  const Vec magic = splat(12582912.0f);
-  const Vec shifted = fma(clamped, 1.44269504088896341f, magic);
-  const Vec n = shifted - magic;
-  const Vec r = fma(n, 2.12194440e-4f, fma(n, -0.693359375f, clamped));
-  Vec p = splat(1.9875691500e-4f);  // minimax of (exp(r) - 1 - r) / r^2 on [-ln2/2, ln2/2] (Cephes expf)
-  p = fma(p, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  p = fma(p * r, r, r) + 1.0f;
-  const Int exponent = (bit_cast<Int>(shifted) - bit_cast<Int>(magic) + 127) << 23;  // 2^n from shifted's low bits
-  const Vec result = p * bit_cast<Vec>(exponent);
-  return x < -87.33654f ? Vec{} : result;
+  constexpr float kSmallest = -87.33654f;
+  const ExpParts e(x);
+#if defined(__AVX512F__)
+  const __mmask16 counts = _mm512_cmp_ps_mask(bit_cast<__m512>(x), _mm512_set1_ps(kSmallest), _CMP_NLT_UQ);
+  return bit_cast<Vec>(_mm512_maskz_scalef_ps(counts, bit_cast<__m512>(e.p), bit_cast<__m512>(e.n)));
+#else
+  return x < kSmallest ? Vec{} : e.p * bit_cast<Vec>(e.exponent << 23);
+#endif
+}
+
+// exp(x) - 1 for any x: +inf where that overflows, -1 at -inf.
+inline Vec expm1(Vec x) {
+  const Vec limited = x > 89.0f ? splat(89.0f) : (x < -80.0f ? splat(-80.0f) : x);
+  const ExpParts e(limited);
+  const Int half = e.exponent >> 1;  // 2^128 is no float: it is multiplied by in two steps
+  const Vec large = e.p * bit_cast<Vec>((half + 64) << 23) * bit_cast<Vec>((e.exponent - half + 63) << 23);
+  return limited * limited < 0.09f ? fma(ExpParts::after_two_terms(x) * x, x, x) : large - 1.0f;
 }
 
 // log(x) for normal positive x: relative error under 1e-7 (Cephes logf).

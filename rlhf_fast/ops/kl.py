@@ -61,7 +61,7 @@ def token_kl(
     tensors, options = _checked_pair(
         op, logits, ref_logits, kind, beta, temperature, ref_temperature, logit_scale, softcap, mask, vocab_size
     )
-    kl, _ = _dispatch.select(op, logits).token_kl(*tensors, *options)
+    kl, _ = _dispatch.call(_dispatch.select(op, logits).token_kl.default, *tensors, *options)
     return kl
 
 
@@ -101,7 +101,7 @@ def token_kl_and_grad(
     _check.on_device(op, "grad_kl", grad_kl, "logits", logits)
     weights = grad_kl.detach().to(reference.accumulate_dtype(logits.dtype))
     with torch.no_grad():
-        return _dispatch.select(op, logits).token_kl_and_grad(weights, *tensors, *options)
+        return _dispatch.call(_dispatch.select(op, logits).token_kl_and_grad.default, weights, *tensors, *options)
 
 
 def _checked_pair(
@@ -172,7 +172,8 @@ def approx_kl(
             _check.on_device(op, name, x, "logprobs", logprobs)
     _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
     limit = float("inf") if clamp is None else _check.positive(op, "clamp", clamp)
-    return _dispatch.select(op, logprobs).approx_kl(
+    return _dispatch.call(
+        _dispatch.select(op, logprobs).approx_kl.default,
         logprobs, ref_logprobs, importance_ratio, mask, _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
         _check.choice(op, "gradient", gradient, codes.GRADIENTS), limit,
     )  # fmt: skip

@@ -142,9 +142,10 @@ def _token_stats(
         check_targets(op, targets, rows, logits.shape[-1] if columns < 0 else columns, mask, logits)
     else:
         targets = None
-    return _dispatch.select(op, logits).token_stats(
-        logits, targets, mask, row_temperature, temperature, float(logit_scale), cap, columns, asked, inplace_backward
-    )
+    return _dispatch.call(
+        _dispatch.select(op, logits).token_stats.default,
+        logits, targets, mask, row_temperature, temperature, float(logit_scale), cap, columns, asked, inplace_backward,
+    )  # fmt: skip
 
 
 def check_targets(
