@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_fast.trainer.errors import Interrupted, UserError
+from rlhf_fast.run.errors import Interrupted, UserError
 
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
@@ -63,7 +63,7 @@ def _command(command: str, arguments: list[str]) -> int:
         print(info())
         return 0
     if command == "chat":
-        from rlhf_fast.trainer.chat import main as chat
+        from rlhf_fast.report.chat import main as chat
 
         return chat(arguments)
     if command in PHASES:
@@ -81,7 +81,7 @@ def _phase(command: str, arguments: list[str]) -> int:
     import transformers  # noqa: F401  (its absence is reported before a run folder is made)
 
     from rlhf_fast import trainer
-    from rlhf_fast.trainer.run import RunFolder
+    from rlhf_fast.run.folder import RunFolder
 
     classes: dict[str, Any] = {
         "sft": trainer.SFTConfig,
@@ -110,7 +110,7 @@ def parse(cls: type[Any], arguments: list[str], program: str) -> Any:
     """An instance of `cls`: its defaults, then the file after --config, then the flags."""
     import tyro
 
-    from rlhf_fast.trainer.config import load_config
+    from rlhf_fast.run.options import load_config
 
     path, rest = _take_config(arguments)
     try:

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PPOConfig
-from .data import PromptLine, encode_prompt, read_prompts
-from .errors import UserError
-from .models import (
-    check_head,
+from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.models.heads import check_head
+from rlhf_fast.models.loading import (
     context_length,
     load_causal_lm,
     load_reward_model,
@@ -21,9 +19,14 @@ from .models import (
     make_critic,
     resolve_dtype,
 )
+from rlhf_fast.run.checkpoint import load_state, save_state
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import notice
+
+from .config import PPOConfig
 from .objectives import NEEDS_CRITIC
 from .optim import AdamW
-from .run import RunFolder, load_state, notice, save_state
 
 BETAS = (0.9, 0.95)
 

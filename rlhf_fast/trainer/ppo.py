@@ -24,19 +24,21 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
+from rlhf_fast.feedback.raters import load_rater
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import Rollout, generate
+from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy, token_values
+from rlhf_fast.report.evaluate import Rater, evaluate
+from rlhf_fast.run.checkpoint import seed_everything
+from rlhf_fast.run.errors import Interrupted
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
-from .batches import Batch, in_micro_batches
 from .checks import check_finite, check_logprobs, check_ratio
 from .config import PPOConfig
-from .errors import Interrupted
-from .evaluate import Rater, evaluate
-from .feedback import load_rater
-from .models import sequence_scores, token_logprobs, token_logprobs_entropy, token_values
 from .objectives import ADVANTAGES, policy_loss, value_loss
-from .rollout import Rollout, generate
-from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
-from .runtime import tune_process
 
 
 def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:

@@ -23,32 +23,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .config import RewardConfig
-from .data import encode_completion, encode_prompt, pad_right
-from .errors import Interrupted, UserError
-from .feedback import Ranking, read_feedback
-from .models import (
+from rlhf_fast.data.examples import encode_completion, encode_prompt, pad_right
+from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.models.heads import sequence_scores
+from rlhf_fast.models.loading import (
     context_length,
     device,
     load_reward_model,
     load_tokenizer,
     resolve_dtype,
-    sequence_scores,
     set_score_normalizer,
 )
+from rlhf_fast.run.checkpoint import load_state, rng_state, save_state, seed_everything, set_rng_state
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.runtime import tune_process
+
+from .config import RewardConfig
 from .optim import AdamW
-from .run import (
-    Progress,
-    RunFolder,
-    StopFlag,
-    Timer,
-    load_state,
-    rng_state,
-    save_state,
-    seed_everything,
-    set_rng_state,
-)
-from .runtime import tune_process
 
 MAX_GRAD_NORM = 1.0
 

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import remove_old_checkpoints
+from rlhf_fast.data.examples import Demonstration, encode_completion, encode_prompt, pad_right, read_sft
+from rlhf_fast.models.heads import token_logprobs
+from rlhf_fast.models.loading import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype
+from rlhf_fast.run.checkpoint import remove_old_checkpoints, seed_everything
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.runtime import tune_process
+
 from .config import SFTConfig
-from .data import Demonstration, encode_completion, encode_prompt, pad_right, read_sft
-from .errors import Interrupted, UserError
-from .models import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype, token_logprobs
-from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
-from .runtime import tune_process
 
 Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
 IGNORED = -100

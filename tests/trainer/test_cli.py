@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast import cli
-from rlhf_fast.trainer import chat
+from rlhf_fast.report import chat
+from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.trainer.config import PPOConfig, SFTConfig
-from rlhf_fast.trainer.errors import Interrupted, UserError
 
 WITHOUT = """
 import sys
@@ -120,7 +120,7 @@ def test_ctrl_c_in_the_middle_of_a_step_saves_and_the_run_resumes(tmp_path: Path
     import signal
     import time
 
-    from rlhf_fast.trainer import models
+    from rlhf_fast.models import loading as models
 
     reward = models.load_reward_model(str(tiny / "model"), "float32")
     reward.save_pretrained(tmp_path / "reward")

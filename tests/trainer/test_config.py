@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import (
-    CollectConfig,
-    PipelineConfig,
-    PPOConfig,
-    RewardConfig,
-    SFTConfig,
-    load_config,
-)
-from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.feedback.collect import CollectConfig
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.options import load_config
+from rlhf_fast.trainer.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 
 ALL = (SFTConfig, CollectConfig, RewardConfig, PPOConfig, PipelineConfig)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.trainer.errors import UserError
-from rlhf_fast.trainer.report import write_report
+from rlhf_fast.report.page import write_report
+from rlhf_fast.run.errors import UserError
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "img", "path", "use"}

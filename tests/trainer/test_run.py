@@ -13,20 +13,11 @@ import numpy
 import pytest
 import torch
 
-from rlhf_fast.trainer.checkpoint import write_json
+from rlhf_fast.run.checkpoint import load_state, rng_state, save_state, seed_everything, set_rng_state, write_json
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
 from rlhf_fast.trainer.config import SFTConfig
-from rlhf_fast.trainer.errors import UserError
-from rlhf_fast.trainer.run import (
-    Progress,
-    RunFolder,
-    StopFlag,
-    Timer,
-    load_state,
-    rng_state,
-    save_state,
-    seed_everything,
-    set_rng_state,
-)
 
 
 def test_an_existing_folder_is_refused_emptied_or_used(tmp_path: Path) -> None:

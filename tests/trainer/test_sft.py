@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_fast.data.examples import read_sft
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import sft
 from rlhf_fast.trainer.config import SFTConfig
-from rlhf_fast.trainer.data import read_sft
-from rlhf_fast.trainer.errors import Interrupted, UserError
-from rlhf_fast.trainer.models import load_causal_lm, load_tokenizer
-from rlhf_fast.trainer.rollout import generate
-from rlhf_fast.trainer.run import RunFolder
 
 
 def config(tiny: Path, folder: Path, **values: Any) -> SFTConfig:

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.examples import prompt_text
+from rlhf_fast.run.checkpoint import write_text
+from rlhf_fast.run.errors import UserError
+
 from . import plots
-from .checkpoint import write_text
-from .data import prompt_text
-from .errors import UserError
 from .plots import BLUE, GREEN, GREY, ORANGE, Line
 
 PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, in_micro_batches
-from .models import sequence_scores, token_logprobs, token_logprobs_entropy
-from .rollout import Rollout, generate
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import Rollout, generate
+from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 
 Rater = Callable[[Any, list[str]], list[float]]
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
