@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rlhf-fast`: one subcommand a phase, `run` for all of them, `chat` and `info`.
+"""The command `rlhf-fast`: one subcommand a phase, `run` for all of them, and tools around them.
 
 Only torch is needed for `info`; the other subcommands import what they need when they start. What the user can put
 right is shown as one message without a traceback (exit code 2); an interrupted run that was saved exits with 130.
@@ -7,6 +7,8 @@ right is shown as one message without a traceback (exit code 2); an interrupted 
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
 import platform
 import sys
@@ -23,13 +25,22 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   collect  sample several completions of each prompt and have them rated
   reward   train a reward model on rankings or ratings
   ppo      improve the model against the reward model by PPO
+  data     check FILE: wrong lines, counts, agreement between annotators
+  label    rank or rate completions in a local web page
   chat     talk to a model, or to the result of a run folder
   info     versions, what serves each op, and why not something faster
 
 `rlhf-fast COMMAND --help` lists the options of a command.
 """
 PHASES = ("sft", "collect", "reward", "ppo", "run")
-LIBRARIES = ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml")
+TOOLS = {  # modules with a function main(arguments) -> exit code
+    "data": "rlhf_fast.feedback.check",
+    "label": "rlhf_fast.feedback.label",
+    "chat": "rlhf_fast.report.chat",
+}
+LIBRARIES = dict.fromkeys(
+    ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml"), "trainer"
+) | {"gradio": "label"}  # and the extra that brings each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in LIBRARIES:
-            print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[trainer]'", file=sys.stderr)
+            extra = LIBRARIES[missing]
+            print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
             return 2
         raise
 
@@ -62,15 +74,11 @@ def _command(command: str, arguments: list[str]) -> int:
     if command == "info":
         print(info())
         return 0
-    if command == "chat":
-        from rlhf_fast.report.chat import main as chat
-
-        return chat(arguments)
+    if command in TOOLS:
+        return int(importlib.import_module(TOOLS[command]).main(arguments))
     if command in PHASES:
         return _phase(command, arguments)
-    import difflib
-
-    near = difflib.get_close_matches(command, [*PHASES, "chat", "info"], n=1)
+    near = difflib.get_close_matches(command, [*PHASES, *TOOLS, "info"], n=1)
     raise UserError(
         f"there is no such command; did you mean {near[0]!r}?" if near else f"there is no such command\n{USAGE}"
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from rlhf_fast.data.examples import PromptLine, encode_prompt, read_lines, read_prompts
+from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.data.files import read_lines
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
