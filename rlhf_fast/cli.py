@@ -160,7 +160,7 @@ def show(summary: dict[str, Any], folder: str) -> None:
 def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        if prefix + name in ("backend", "seconds_by_part"):
+        if prefix + name in ("backend", "calibration", "seconds_by_part"):
             continue
         rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows

@@ -71,7 +71,11 @@ class RewardOptions(Options):
     """A scalar head on the model, trained on all pairs of every ranking."""
 
     feedback_file: str = ""
-    """JSONL of feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line."""
+    """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
+    loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"
+    """What is learned from a ranking: its pairs, pairs with margins, its order, its best, or the ratings themselves."""
+    centering: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Weight of the squared sum of two scores, which keeps scores near 0; 0.01 is usual."""
     eval_fraction: Annotated[float, PROPER_FRACTION] = 0.2
     """Share of the prompts held out to measure pair accuracy."""
     epochs: Annotated[float, POSITIVE] = 2.0
