@@ -131,6 +131,22 @@ def encode_completion(tokenizer: Any, completion: str, *, ended: bool = True) ->
     return [*ids, tokenizer.eos_token_id] if ended else ids
 
 
+def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: list[int], completion: str) -> list[int]:
+    """Token ids of a demonstration's completion behind `prompt_ids`, up to the end-of-sequence token.
+
+    After messages they are what the chat template makes of the answer, where it begins with the prompt; some templates
+    put tokens of their own around an answer, which the model must learn to write.
+    """
+    if not isinstance(prompt, str):
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        whole = list(tokenizer.apply_chat_template(messages, return_dict=False))
+        answer = whole[len(prompt_ids) :]
+        if whole[: len(prompt_ids)] == prompt_ids and answer:
+            end = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else len(answer)
+            return [*answer[:end], tokenizer.eos_token_id]
+    return encode_completion(tokenizer, completion)
+
+
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string for raters and reports: text as it is, messages as "role: content" lines."""
     if isinstance(prompt, str):

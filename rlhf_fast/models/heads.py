@@ -25,13 +25,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
     """(B, T, H) last hidden states from the trunk alone: what the head, the value head or the score head read.
 
+    `positions` (B, T) are for rows that hold several sequences: each begins at 0, by which transformers knows that
+    none may attend to another (a block-diagonal mask, or the varlen path of flash attention).
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
     fast causal path; states at pads are meaningless either way.
     """
     choose_attention(model, input_ids.shape[1])
+    if positions is not None:
+        return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
     mask = attention_mask.bool()
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -89,24 +93,32 @@ def _head_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any
     }
 
 
-def _predicting_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _predicting_rows(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The hidden states (N, H) that predict the tokens of `mask` (B, T), and the flat indices (N,) of those tokens.
 
     A token in the first column has nothing before it, so it cannot be asked for.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    hidden = hidden_states(model, input_ids, attention_mask, positions)
     tokens = mask.flatten().nonzero().squeeze(1)  # (N,)
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, tokens - 1), tokens
 
 
 def token_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float = 1.0
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `mask`, else 0. Differentiable.
 
-    `mask` (B, T) bool must be False in the first column. The law is softmax(logits / temperature).
+    `mask` (B, T) bool must be False at the first token of a sequence. The law is softmax(logits / temperature).
+    `positions` (B, T): see `hidden_states`.
     """
-    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
+    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask, positions)
     weight, options = _head_options(model, temperature)
     logprobs = rf.linear_token_logprobs(rows, weight, input_ids.flatten()[tokens], **options)
     return _scatter(logprobs, tokens, mask)

@@ -178,7 +178,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def _relative(name: str, value: Any, folder: Path | None) -> Any:
     """A name of a file in a configuration file, made relative to the current folder."""
-    if folder is None or not isinstance(value, str) or not value:
+    if folder is None or not isinstance(value, str) or not value or value.startswith("datasets:"):
         return value
     if name.endswith("_file"):
         return str(folder / value)

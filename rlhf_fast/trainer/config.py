@@ -53,7 +53,7 @@ class SFTOptions(Options):
     """Supervised fine-tuning on demonstrations."""
 
     train_file: Annotated[str, FILE] = ""
-    """JSONL of demonstrations: {"prompt", "completion"}, {"messages"} or {"text"} on each line."""
+    """{"prompt", "completion"}, {"messages"} or {"text"} on each line; JSONL, Parquet, CSV or datasets:NAME[:SPLIT]."""
     eval_file: str | None = None
     """Held-out demonstrations of the same form; their loss is reported before and after."""
     epochs: Annotated[float, POSITIVE] = 2.0
@@ -64,6 +64,8 @@ class SFTOptions(Options):
     """Demonstrations per optimizer step."""
     lr: Annotated[float, POSITIVE] = 1e-4
     """Peak learning rate of AdamW; linear decay to 0."""
+    packing: bool = False
+    """Put the demonstrations of a micro-batch end to end instead of padding them; the result is the same."""
 
 
 @dataclass
