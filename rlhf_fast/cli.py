@@ -27,6 +27,8 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   ppo      improve the model against the reward model by PPO
   data     check FILE: wrong lines, counts, agreement between annotators
   label    rank or rate completions in a local web page
+  doctor   say which phase of a run is bad, and why
+  eval     compare two models on prompts: reward, gold, win rate, KL
   chat     talk to a model, or to the result of a run folder
   info     versions, what serves each op, and why not something faster
 
@@ -36,6 +38,8 @@ PHASES = ("sft", "collect", "reward", "ppo", "run")
 TOOLS = {  # modules with a function main(arguments) -> exit code
     "data": "rlhf_fast.feedback.check",
     "label": "rlhf_fast.feedback.label",
+    "doctor": "rlhf_fast.report.doctor",
+    "eval": "rlhf_fast.report.compare",
     "chat": "rlhf_fast.report.chat",
 }
 LIBRARIES = dict.fromkeys(
