@@ -34,6 +34,7 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
 
 `rlhf-fast COMMAND --help` lists the options of a command.
 """
+DISK_ERRORS = ("No space left on device", "Disk quota exceeded", "Read-only file system")
 PHASES = ("sft", "collect", "reward", "ppo", "run")
 TOOLS = {  # modules with a function main(arguments) -> exit code
     "data": "rlhf_fast.feedback.check",
@@ -67,11 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in LIBRARIES:
-            extra = LIBRARIES[missing]
-            print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
-            return 2
-        raise
+        if missing not in LIBRARIES:
+            raise
+        extra = LIBRARIES[missing]
+        print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
+        return 2
+    except Exception as error:  # of whatever library was writing
+        if not any(reason in str(error) for reason in DISK_ERRORS):
+            raise
+        print(f"rlhf-fast {arguments[0]}: {error}; what was saved before is whole", file=sys.stderr)
+        return 2
 
 
 def _command(command: str, arguments: list[str]) -> int:

@@ -50,8 +50,8 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     timer = Timer()
     if done < len(lines):
         with timer("load"):
-            tokenizer = load_tokenizer(config.model)
-            model = load_causal_lm(config.model, config.dtype).eval()
+            tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+            model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
         room = min(config.max_length, context_length(model)) - config.max_new_tokens + 1
         encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
         with StopFlag() as stop, Progress("collect", len(lines)) as bar:

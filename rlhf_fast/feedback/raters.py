@@ -13,13 +13,18 @@ from types import ModuleType
 from rlhf_fast.data.examples import Prompt, prompt_text
 from rlhf_fast.run.errors import UserError
 
+
+class RaterError(UserError):
+    """A rater raised, or did not return one finite number a completion."""
+
+
 Rater = Callable[[Prompt, list[str]], list[float]]
 
 
 def load_rater(spec: str) -> Rater:
     """The function that `module:function` or `file.py:function` names, its results checked at every call.
 
-    A call raises UserError naming the prompt if the function raises or does not return one finite number a
+    A call raises RaterError naming the prompt if the function raises or does not return one finite number a
     completion.
     """
     source, _, name = spec.rpartition(":")
@@ -32,12 +37,12 @@ def load_rater(spec: str) -> Rater:
         try:
             ratings = [float(rating) for rating in function(prompt, completions)]
         except Exception as error:
-            raise UserError(f"{shown} raised {type(error).__name__}: {error}") from error
+            raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
         if len(ratings) != len(completions):
-            raise UserError(f"{shown} returned {len(ratings)} ratings for {len(completions)} completions")
+            raise RaterError(f"{shown} returned {len(ratings)} ratings for {len(completions)} completions")
         for rating, completion in zip(ratings, completions, strict=True):
             if not math.isfinite(rating):
-                raise UserError(f"{shown} returned {rating} for {completion[:80]!r}; ratings must be finite")
+                raise RaterError(f"{shown} returned {rating} for {completion[:80]!r}; ratings must be finite")
         return ratings
 
     return rate

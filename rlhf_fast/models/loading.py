@@ -40,13 +40,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer, padding on the left. A missing pad token is the EOS token: pads are found by mask, never by id."""
     from transformers import AutoTokenizer
 
     _quiet()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(model), padding_side="left", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
@@ -56,31 +58,46 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_causal_lm(model: str, dtype: str | torch.dtype) -> Any:
-    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`."""
+def load_causal_lm(model: str, dtype: str | torch.dtype, trust_remote_code: bool = False) -> Any:
+    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     _quiet()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=resolve_dtype(dtype))
-    except (OSError, ValueError) as error:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model),
+            dtype=resolve_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the language model {model!r}: {_first_line(error)}") from None
     return loaded.eval().to(device())
 
 
-def load_reward_model(model: str, dtype: str | torch.dtype, tokenizer: Any = None) -> Any:
+def load_reward_model(
+    model: str, dtype: str | torch.dtype, tokenizer: Any = None, trust_remote_code: bool = False
+) -> Any:
     """An AutoModelForSequenceClassification with one label, from a reward model or (new head) from a language model.
 
     The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
     written into the config, as users of the saved model need it for batches.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     _quiet()
     source = resolve_model(model)
     try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=resolve_dtype(dtype))
-    except (OSError, ValueError, RuntimeError) as error:
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=1,
+            dtype=resolve_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise UserError(

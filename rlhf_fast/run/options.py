@@ -66,6 +66,8 @@ class RunOptions(Options):
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's repository brings. Off: such a model is refused."""
     overwrite: bool = False
     """Empty an existing run folder first."""
     resume: bool = False
@@ -162,6 +164,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if value in typing.get_args(hint):
             return value
         raise UserError(f"{where} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
+    if typing.get_origin(hint) is tuple:  # tuple[str, ...]
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(item, str) for item in values):
+            raise UserError(f"{where} must be a list of texts, got {value!r}")
+        return tuple(values)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
@@ -178,10 +185,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def _relative(name: str, value: Any, folder: Path | None) -> Any:
     """A name of a file in a configuration file, made relative to the current folder."""
+    if isinstance(value, tuple):
+        return tuple(_relative("rater", item, folder) for item in value)
     if folder is None or not isinstance(value, str) or not value or value.startswith("datasets:"):
         return value
     if name.endswith("_file"):
         return str(folder / value)
     if name == "rater" and value.partition(":")[0].endswith(".py"):
-        return str(folder / value)
+        weight, star, spec = value.rpartition("*")
+        return f"{weight}{star}{folder / spec.strip()}"
     return value

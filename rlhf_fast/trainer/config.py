@@ -43,7 +43,6 @@ __all__ = [
     "load_config",
 ]
 
-MODEL = Range(bool, "a folder or an id of a reward model")
 PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
 OPEN_FRACTION = Range(lambda value: 0 < value < 1, "between 0 and 1")
 
@@ -100,8 +99,10 @@ class PPOOptions(SamplingOptions):
     """JSONL of held-out prompts, sampled before and after with one fixed seed."""
     eval_samples: Annotated[int, POSITIVE] = 2
     """Completions of each held-out prompt."""
-    reward_model: Annotated[str, MODEL] = ""
+    reward_model: str = ""
     """Folder or id of the reward model (a sequence classifier with one label)."""
+    reward_functions: tuple[str, ...] = ()
+    """Added to the score: `module:function`, or `0.5*file.py:function` weighted; f(prompt, completions) -> numbers."""
     rater: str | None = None
     """Simulated rater, shown beside the reward on held-out prompts; never trained on."""
     objective: Literal["ppo", "grpo", "rloo"] = "ppo"
@@ -142,6 +143,8 @@ class PPOOptions(SamplingOptions):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
+        if not self.reward_model and not self.reward_functions:
+            raise UserError("reward_model must be a folder or an id of a reward model, or name reward_functions")
         samples = self.prompts_per_step * self.samples_per_prompt
         if samples % self.num_minibatches:
             raise UserError(

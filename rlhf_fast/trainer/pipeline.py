@@ -83,6 +83,8 @@ def check_files(config: PipelineConfig) -> None:
     from rlhf_fast.feedback.raters import load_rater
     from rlhf_fast.feedback.schema import read_feedback
 
+    from .rewards import load_functions
+
     read_sft(config.sft.train_file)
     if config.sft.eval_file:
         read_sft(config.sft.eval_file)
@@ -95,6 +97,7 @@ def check_files(config: PipelineConfig) -> None:
         read_prompts(config.ppo.eval_prompts_file)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
         load_rater(str(rater))
+    load_functions(config.ppo)
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:

@@ -28,10 +28,11 @@ from rlhf_fast.models.loading import (
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    parameter_count,
     resolve_dtype,
     set_score_normalizer,
 )
-from rlhf_fast.run.checkpoint import load_state, rng_state, save_state, seed_everything, set_rng_state
+from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, save_state, seed_everything, set_rng_state
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
@@ -58,8 +59,9 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     seed_everything(config.seed)
     tune_process()
     with timer("load"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+    require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     train, held_out = split([encode(tokenizer, ranking, room) for ranking in rankings], config)
     if config.loss == "regression":
@@ -238,7 +240,7 @@ def normalizer(
     """
     own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
     if 2 * len(own) < len(rankings):
-        policy = load_causal_lm(config.model, config.dtype)
+        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code)
         prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
         longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
         made = generate(

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import Demonstration, encode_answer, encode_prompt, read_sft
-from rlhf_fast.models.loading import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype
-from rlhf_fast.run.checkpoint import remove_old_checkpoints, seed_everything
+from rlhf_fast.models.loading import (
+    context_length,
+    device,
+    load_causal_lm,
+    load_tokenizer,
+    parameter_count,
+    resolve_dtype,
+)
+from rlhf_fast.run.checkpoint import remove_old_checkpoints, require_space, seed_everything, sync_folder
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
@@ -44,8 +51,9 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     tune_process()
     dtype = resolve_dtype(config.dtype)
     with timer("load"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_causal_lm(config.model, torch.float32)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        model = load_causal_lm(config.model, torch.float32, config.trust_remote_code)
+    require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     examples = encode(tokenizer, demonstrations, room)
     eval_examples = encode(tokenizer, held_out, room)
@@ -219,6 +227,7 @@ def _callback(run: RunFolder, stop: StopFlag) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # Until it has this name, no resume looks at it: a kill while it is written costs nothing.
             folder = run.path / "checkpoints"
+            sync_folder(folder / f"checkpoint-{state.global_step}")
             (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
             remove_old_checkpoints(run.path, keep=2)
 

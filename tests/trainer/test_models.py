@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,30 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
         models.load_causal_lm(str(tmp_path), "float32")
     with pytest.raises(UserError, match="cannot load the reward model"):
         models.load_reward_model(str(tmp_path), "float32")
+
+
+def test_pickles_and_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for load in (models.load_causal_lm, models.load_reward_model):
+        with pytest.raises(UserError, match="cannot load the"):
+            load(str(folder), "float32")
+    weights.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="model.safetensors"):
+        models.load_causal_lm(str(folder), "float32")
+
+
+def test_code_of_a_model_is_not_run_unless_asked(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match="contains custom code"):
+        models.load_causal_lm(str(folder), "float32")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_head_that_is_more_than_a_matmul_is_refused(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,7 +285,8 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
     agent = agents.load_agent(config)
     prompts = agents.load_prompts(config.prompts_file, config, agent)
-    getattr(agent, model).base_model.norm.weight.data[3] = float("nan")
+    broken = agent.rewards.model if model == "reward" else getattr(agent, model)
+    broken.base_model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match=message):
         ppo.train_step(agent, prompts, config, 1, Timer())
 
