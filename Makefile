@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is the largest part) ..."
 	$(PIP) --upgrade pip setuptools wheel cmake ninja pybind11
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[trainer,demo,test]'
+	$(PIP) --no-build-isolation --editable '.[trainer,demo,label,test]'
 	touch $@ $(VENV)/built
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

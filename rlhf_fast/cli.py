@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rlhf-fast`: one subcommand a phase, `run` for all of them, `chat` and `info`.
+"""The command `rlhf-fast`: one subcommand a phase, `run` for all of them, and tools around them.
 
 Only torch is needed for `info`; the other subcommands import what they need when they start. What the user can put
 right is shown as one message without a traceback (exit code 2); an interrupted run that was saved exits with 130.
@@ -7,13 +7,15 @@ right is shown as one message without a traceback (exit code 2); an interrupted 
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import os
 import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_fast.trainer.errors import Interrupted, UserError
+from rlhf_fast.run.errors import Interrupted, UserError
 
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
@@ -23,13 +25,27 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   collect  sample several completions of each prompt and have them rated
   reward   train a reward model on rankings or ratings
   ppo      improve the model against the reward model by PPO
+  data     check FILE: wrong lines, counts, agreement between annotators
+  label    rank or rate completions in a local web page
+  doctor   say which phase of a run is bad, and why
+  eval     compare two models on prompts: reward, gold, win rate, KL
   chat     talk to a model, or to the result of a run folder
   info     versions, what serves each op, and why not something faster
 
 `rlhf-fast COMMAND --help` lists the options of a command.
 """
+DISK_ERRORS = ("No space left on device", "Disk quota exceeded", "Read-only file system")
 PHASES = ("sft", "collect", "reward", "ppo", "run")
-LIBRARIES = ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml")
+TOOLS = {  # modules with a function main(arguments) -> exit code
+    "data": "rlhf_fast.feedback.check",
+    "label": "rlhf_fast.feedback.label",
+    "doctor": "rlhf_fast.report.doctor",
+    "eval": "rlhf_fast.report.compare",
+    "chat": "rlhf_fast.report.chat",
+}
+LIBRARIES = dict.fromkeys(
+    ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml"), "trainer"
+) | {"gradio": "label"}  # and the extra that brings each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,25 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in LIBRARIES:
-            print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[trainer]'", file=sys.stderr)
-            return 2
-        raise
+        if missing not in LIBRARIES:
+            raise
+        extra = LIBRARIES[missing]
+        print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
+        return 2
+    except Exception as error:  # of whatever library was writing
+        if not any(reason in str(error) for reason in DISK_ERRORS):
+            raise
+        print(f"rlhf-fast {arguments[0]}: {error}; what was saved before is whole", file=sys.stderr)
+        return 2
 
 
 def _command(command: str, arguments: list[str]) -> int:
     if command == "info":
         print(info())
         return 0
-    if command == "chat":
-        from rlhf_fast.trainer.chat import main as chat
-
-        return chat(arguments)
+    if command in TOOLS:
+        return int(importlib.import_module(TOOLS[command]).main(arguments))
     if command in PHASES:
         return _phase(command, arguments)
-    import difflib
-
-    near = difflib.get_close_matches(command, [*PHASES, "chat", "info"], n=1)
+    near = difflib.get_close_matches(command, [*PHASES, *TOOLS, "info"], n=1)
     raise UserError(
         f"there is no such command; did you mean {near[0]!r}?" if near else f"there is no such command\n{USAGE}"
     )
@@ -81,7 +99,7 @@ def _phase(command: str, arguments: list[str]) -> int:
     import transformers  # noqa: F401  (its absence is reported before a run folder is made)
 
     from rlhf_fast import trainer
-    from rlhf_fast.trainer.run import RunFolder
+    from rlhf_fast.run.folder import RunFolder
 
     classes: dict[str, Any] = {
         "sft": trainer.SFTConfig,
@@ -110,7 +128,7 @@ def parse(cls: type[Any], arguments: list[str], program: str) -> Any:
     """An instance of `cls`: its defaults, then the file after --config, then the flags."""
     import tyro
 
-    from rlhf_fast.trainer.config import load_config
+    from rlhf_fast.run.options import load_config
 
     path, rest = _take_config(arguments)
     try:
@@ -152,7 +170,7 @@ def show(summary: dict[str, Any], folder: str) -> None:
 def _flat(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for name, value in tree.items():
-        if prefix + name in ("backend", "seconds_by_part"):
+        if prefix + name in ("backend", "calibration", "seconds_by_part"):
             continue
         rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return rows

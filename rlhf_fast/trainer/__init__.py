@@ -14,17 +14,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+
 from .config import CollectConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig, load_config
-from .errors import Interrupted, UserError
-from .run import RunFolder
 
 _LAZY = {
     "train_sft": ".sft",
-    "collect": ".feedback",
+    "collect": "rlhf_fast.feedback.collect",
     "train_reward": ".reward",
     "train_ppo": ".ppo",
     "run_pipeline": ".pipeline",
-    "write_report": ".report",
+    "write_report": "rlhf_fast.report.page",
 }
 
 __all__ = [

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PPOConfig
-from .data import PromptLine, encode_prompt, read_prompts
-from .errors import UserError
-from .models import (
-    check_head,
+from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.models.heads import check_head
+from rlhf_fast.models.loading import (
     context_length,
     load_causal_lm,
     load_reward_model,
@@ -21,9 +19,15 @@ from .models import (
     make_critic,
     resolve_dtype,
 )
+from rlhf_fast.run.checkpoint import load_state, save_state
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import notice
+
+from .config import PPOConfig
 from .objectives import NEEDS_CRITIC
 from .optim import AdamW
-from .run import RunFolder, load_state, notice, save_state
+from .rewards import Rewards, load_functions
 
 BETAS = (0.9, 0.95)
 
@@ -35,7 +39,7 @@ class Agent:
     tokenizer: Any
     policy: Any
     reference: Any
-    reward: Any
+    rewards: Rewards
     critic: Any | None
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
@@ -51,23 +55,28 @@ class Prompts:
 
 def load_agent(config: PPOConfig) -> Agent:
     """Load all models. None is ever in training mode: dropout would make old and new log-probabilities differ."""
-    dtype = resolve_dtype(config.dtype)
-    tokenizer = load_tokenizer(config.model)
-    policy, reference = load_causal_lm(config.model, dtype), load_causal_lm(config.model, dtype)
-    reward = load_reward_model(config.reward_model, dtype, tokenizer)
-    critic = None
+    dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
+    functions = load_functions(config)
+    tokenizer = load_tokenizer(config.model, trust)
+    policy, reference = (load_causal_lm(config.model, dtype, trust) for _ in range(2))
+    reference.requires_grad_(False)
+    reward = None
+    if config.reward_model:
+        reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
+        if reward.get_input_embeddings().num_embeddings != policy.get_input_embeddings().num_embeddings:
+            raise UserError(
+                f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}; "
+                "it must read the same token ids"
+            )
+    critic = critic_optimizer = None
     if config.objective in NEEDS_CRITIC:
-        critic = make_critic(load_reward_model(config.reward_model, dtype, tokenizer))
-    if reward.get_input_embeddings().num_embeddings != policy.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}; "
-            "it must read the same token ids"
-        )
-    for frozen in (reference, reward):
-        frozen.requires_grad_(False)
+        critic = make_critic(load_reward_model(config.reward_model or config.model, dtype, tokenizer, trust))
+        if reward is None:
+            torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
+        critic_optimizer = AdamW(critic.parameters(), lr=config.critic_lr, betas=BETAS)
     policy_optimizer = AdamW(policy.parameters(), lr=config.lr, betas=BETAS)
-    critic_optimizer = AdamW(critic.parameters(), lr=config.critic_lr, betas=BETAS) if critic is not None else None
-    return Agent(tokenizer, policy, reference, reward, critic, policy_optimizer, critic_optimizer)
+    rewards = Rewards(reward, functions)
+    return Agent(tokenizer, policy, reference, rewards, critic, policy_optimizer, critic_optimizer)
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import rlhf_fast as rf
+from rlhf_fast.feedback.collect import CollectConfig
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.options import RunOptions
+from rlhf_fast.run.progress import Timer, notice
 
-from .config import CollectConfig, PipelineConfig, PPOConfig, RewardConfig, RunOptions, SFTConfig
-from .run import RunFolder, Timer, notice
+from .config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 
 P = TypeVar("P", bound=RunOptions)
 PHASES = ("sft", "collect", "reward", "ppo")
@@ -34,9 +37,10 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     With `resume` finished phases are taken as they are and an unfinished one goes on. Raises UserError for wrong
     input, before anything is loaded where it can be known, and Interrupted after a Ctrl-C or SIGTERM.
     """
-    from .feedback import collect
+    from rlhf_fast.feedback.collect import collect
+    from rlhf_fast.report.page import write_report
+
     from .ppo import train_ppo
-    from .report import write_report
     from .reward import train_reward
     from .sft import train_sft
 
@@ -75,8 +79,11 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
 
 def check_files(config: PipelineConfig) -> None:
     """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
-    from .data import read_prompts, read_sft
-    from .feedback import load_rater, read_feedback
+    from rlhf_fast.data.examples import read_prompts, read_sft
+    from rlhf_fast.feedback.raters import load_rater
+    from rlhf_fast.feedback.schema import read_feedback
+
+    from .rewards import load_functions
 
     read_sft(config.sft.train_file)
     if config.sft.eval_file:
@@ -90,6 +97,7 @@ def check_files(config: PipelineConfig) -> None:
         read_prompts(config.ppo.eval_prompts_file)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
         load_rater(str(rater))
+    load_functions(config.ppo)
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:

@@ -24,19 +24,22 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
+from rlhf_fast.feedback.raters import RaterError, load_rater
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import Rollout, generate
+from rlhf_fast.models.heads import token_logprobs, token_logprobs_entropy, token_values
+from rlhf_fast.models.loading import parameter_count
+from rlhf_fast.report.evaluate import Rater, evaluate
+from rlhf_fast.run.checkpoint import require_space, seed_everything
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
-from .batches import Batch, in_micro_batches
 from .checks import check_finite, check_logprobs, check_ratio
 from .config import PPOConfig
-from .errors import Interrupted
-from .evaluate import Rater, evaluate
-from .feedback import load_rater
-from .models import sequence_scores, token_logprobs, token_logprobs_entropy, token_values
 from .objectives import ADVANTAGES, policy_loss, value_loss
-from .rollout import Rollout, generate
-from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
-from .runtime import tune_process
 
 
 def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
@@ -56,6 +59,7 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
         prompts = load_prompts(config.prompts_file, config, agent)
         held_out = load_prompts(config.eval_prompts_file, config, agent) if config.eval_prompts_file else None
     run.save_config(config)
+    require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
     step = restore(agent, run)
     with timer("evaluate"):
         before = evaluate_once("before", agent, held_out, config, run, rater)
@@ -63,8 +67,12 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     with StopFlag() as stop, Progress("ppo", config.max_steps) as bar:
         while step < config.max_steps and not out_of_time(config, timer, steps_done=step):
-            with timer("step"):
-                metrics = train_step(agent, prompts, config, step, timer)
+            try:
+                with timer("step"):
+                    metrics = train_step(agent, prompts, config, step, timer)
+            except RaterError as error:  # comes before anything of the step is learned
+                save(agent, run, step)
+                raise UserError(f"{error}; saved after {step} steps, --resume goes on from there") from error
             step += 1
             run.log({**metrics, **timer.lap()}, step)
             bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
@@ -112,10 +120,9 @@ def train_step(agent: Agent, prompts: Prompts, config: PPOConfig, step: int, tim
     plans = [batch.plan(config.micro_batch_size, rows) for rows in minibatches]
     plan = [rows for part in plans for rows in part]
 
-    # 2. Score them: one number a completion, read at its last token.
+    # 2. Score them: one number a completion, by the reward model (read at the last token), by functions, or by both.
     with timer("reward"):
-        scores = in_micro_batches(lambda part: sequence_scores(agent.reward, *part[:2]), batch, plan)
-        check_finite("the score", scores)
+        scores = agent.rewards(batch, plan, [prompts.lines[i].prompt for i in chosen], rollout.texts)
         penalised = scores - config.missing_eos_penalty * ~rollout.ended
 
     # 3. and 4. Log-probabilities of the sampled tokens under the reference and under the policy as it sampled.
@@ -275,7 +282,7 @@ def evaluate_once(
     figures, rows = evaluate(
         agent.policy,
         agent.reference,
-        agent.reward,
+        agent.rewards.model,
         agent.tokenizer,
         [line.prompt for line in held_out.lines],
         held_out.ids,
@@ -285,6 +292,7 @@ def evaluate_once(
         micro_batch_size=config.micro_batch_size,
         rater=rater,
     )
+    figures["reward"] = agent.rewards.pay(rows)
     run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows])
     run.write_json(name, figures)
     return figures

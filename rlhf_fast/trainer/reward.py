@@ -1,65 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phase 2b: a reward model learned from rankings.
+"""Phase 2b: a reward model learned from rankings or ratings.
 
-The language model with a scalar head scores each completion at its last real token. For a ranking of K
-completions with scores s, every pair that is not a tie gives one logistic (Bradley-Terry) term, weighted so
-that each ranking counts once however many pairs it has (Ouyang et al. 2022, "Training language models to
-follow instructions", equation 1):
+The language model with a scalar head scores each completion at its last real token, found by the mask; a completion is
+read once, not once for each of its pairs. `reward_losses.py` has what is learned from the scores. Prompts are held out
+to measure how often the better one of a pair gets the higher score, and how sure the model is when it is right.
 
-    loss = 1 / C(K, 2)  sum over pairs  -log sigmoid(s_better - s_worse)
-
-A completion is read once, not once for each of its pairs. Prompts are held out to measure how often the
-better one of a pair gets the higher score. Scores are then normalised to mean 0 and standard deviation 1 on
-the completions of the feedback file, which the fine-tuned model sampled, and both figures are kept in the
-model's config.
+At the end scores are normalised to mean 0 and standard deviation 1 on samples of the model that RL will start from,
+and both figures are kept in the model's config. The result is an ordinary AutoModelForSequenceClassification.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from .config import RewardConfig
-from .data import encode_completion, encode_prompt, pad_right
-from .errors import Interrupted, UserError
-from .feedback import Ranking, read_feedback
-from .models import (
+from rlhf_fast.data.examples import encode_completion, encode_prompt, pad_right
+from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.heads import sequence_scores
+from rlhf_fast.models.loading import (
     context_length,
     device,
+    load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    parameter_count,
     resolve_dtype,
-    sequence_scores,
     set_score_normalizer,
 )
+from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, save_state, seed_everything, set_rng_state
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.runtime import tune_process
+
+from .config import RewardConfig
 from .optim import AdamW
-from .run import (
-    Progress,
-    RunFolder,
-    StopFlag,
-    Timer,
-    load_state,
-    rng_state,
-    save_state,
-    seed_everything,
-    set_rng_state,
-)
-from .runtime import tune_process
+from .reward_losses import EncodedRanking, calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class EncodedRanking:
-    """Token ids of a prompt with each of its K completions, and the (better, worse) pairs among them."""
-
-    sequences: list[list[int]]
-    pairs: list[tuple[int, int]]
-    source: Ranking
+NORMALIZER_PROMPTS = 64
 
 
 def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
@@ -75,11 +59,14 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     seed_everything(config.seed)
     tune_process()
     with timer("load"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+    require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     train, held_out = split([encode(tokenizer, ranking, room) for ranking in rankings], config)
-    if not any(ranking.pairs for ranking in train):
+    if config.loss == "regression":
+        train = standardised(train)
+    elif not any(ranking.pairs for ranking in train):
         raise UserError(f"{config.feedback_file}: every rated line is a tie, so there is no pair to learn from")
 
     with timer("train"):
@@ -87,8 +74,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     with timer("evaluate"):
         train_scores = score_all(model, train, tokenizer.pad_token_id, config.micro_batch_size)
         held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, config.micro_batch_size)
-    every = torch.cat(train_scores + held_out_scores)
-    mean, std = float(every.mean()), max(float(every.std(correction=0)), 1e-6)
+    with timer("normalise"):
+        mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores)
     set_score_normalizer(model, mean, std)
     with timer("save"):
         with run.folder("model") as folder:
@@ -104,6 +91,9 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         "heldout_pairs": sum(len(ranking.pairs) for ranking in held_out),
         "train_pair_accuracy": pair_accuracy(train, train_scores),
         "heldout_pair_accuracy": pair_accuracy(held_out, held_out_scores),
+        "calibration": (bins := calibration(held_out, held_out_scores)),
+        "calibration_error": calibration_error(bins),
+        "read_position_gap": read_position_gap(model, (held_out or train)[0], tokenizer.pad_token_id),
         "score_mean": mean,
         "score_std": std,
         "seconds": timer.elapsed(),
@@ -122,7 +112,7 @@ def encode(tokenizer: Any, ranking: Ranking, max_length: int) -> EncodedRanking:
         (prompt + encode_completion(tokenizer, completion, ended=ended))[:max_length]
         for completion, ended in zip(ranking.completions, ranking.ended, strict=True)
     ]
-    return EncodedRanking(sequences, ranking.pairs(), ranking)
+    return EncodedRanking(sequences, ranking.pairs(), ranking, len(prompt))
 
 
 def split(
@@ -140,26 +130,6 @@ def split(
     chosen = {prompts[i] for i in order[:count]}
     train = [ranking for ranking in rankings if str(ranking.source.prompt) not in chosen]
     return train, [ranking for ranking in rankings if str(ranking.source.prompt) in chosen]
-
-
-def ranking_loss(scores: Sequence[Tensor], rankings: Sequence[EncodedRanking]) -> Tensor:
-    """Sum over rankings of the pairwise loss; `scores` holds one (K,) tensor for each."""
-    losses = []
-    for score, ranking in zip(scores, rankings, strict=True):
-        if ranking.pairs:
-            better, worse = torch.tensor(ranking.pairs, device=score.device).T
-            losses.append(-logsigmoid(score[better] - score[worse]).sum() / math.comb(len(score), 2))
-    return torch.stack(losses).sum() if losses else scores[0].sum() * 0.0
-
-
-def pair_accuracy(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> float | None:
-    """Share of the pairs whose better completion has the higher score; None without pairs."""
-    right = [
-        float(score[better] > score[worse])
-        for ranking, score in zip(rankings, scores, strict=True)
-        for better, worse in ranking.pairs
-    ]
-    return sum(right) / len(right) if right else None
 
 
 def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
@@ -215,7 +185,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             batch = [rankings[i] for i in order[place * config.batch_size : (place + 1) * config.batch_size]]
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * (1 - step / total)
-            metrics = _step(model, optimizer, batch, pad_id, config.micro_batch_size)
+            metrics = _step(config, model, optimizer, batch, pad_id)
             step += 1
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.update(step, **metrics)
@@ -230,13 +200,13 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
 
 
 def _step(
-    model: Any, optimizer: AdamW, batch: Sequence[EncodedRanking], pad_id: int, micro_batch_size: int
+    config: RewardConfig, model: Any, optimizer: AdamW, batch: Sequence[EncodedRanking], pad_id: int
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `batch`, in micro-batches."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in micro_batches(batch, micro_batch_size):
+    for part in micro_batches(batch, config.micro_batch_size):
         scores = forward_scores(model, part, pad_id)
-        part_loss = ranking_loss(scores, part) / len(batch)
+        part_loss = ranking_loss(scores, part, config.loss, config.centering) / len(batch)
         part_loss.backward()
         loss += float(part_loss.detach())
         count = sum(len(ranking.pairs) for ranking in part)
@@ -246,6 +216,58 @@ def _step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"the reward model's loss is {loss} and its gradient norm {norm}; lower lr or head_lr")
     return {"loss": loss, "pair_accuracy": right / max(pairs, 1), "grad_norm": norm}
+
+
+def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
+    """With ratings brought to mean 0 and standard deviation 1 over all of them, so that their unit does not matter."""
+    for ranking in rankings:
+        if ranking.source.ratings is None:
+            raise UserError(f"{ranking.source.where}: the loss regression needs ratings, and this line has ranks only")
+    ratings = torch.tensor([value for ranking in rankings for value in ranking.source.ratings or []]).double()
+    mean, std = float(ratings.mean()), max(float(ratings.std(correction=0)), 1e-6)
+    return [
+        replace(r, source=replace(r.source, ratings=[(value - mean) / std for value in r.source.ratings or []]))
+        for r in rankings
+    ]
+
+
+def normalizer(
+    config: RewardConfig, model: Any, tokenizer: Any, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]
+) -> tuple[float, float]:
+    """Mean and standard deviation of raw scores on samples of `config.model`, where RL will start.
+
+    Those are the rated completions if most of them say that this model made them; else some are sampled.
+    """
+    own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
+    if 2 * len(own) < len(rankings):
+        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code)
+        prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
+        longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
+        made = generate(
+            policy,
+            tokenizer,
+            list(prompts.values())[:NORMALIZER_PROMPTS],
+            max_new_tokens=longest,
+            seed=config.seed,
+            samples_per_prompt=2,
+        )
+        batch = Batch(made.input_ids, made.attention_mask, made.response_mask)
+        own = [
+            in_micro_batches(
+                lambda part: sequence_scores(model, *part[:2]), batch, batch.plan(config.micro_batch_size)
+            ).cpu()
+        ]
+    every = torch.cat(list(own))
+    return float(every.mean()), max(float(every.std(correction=0)), 1e-6)
+
+
+@torch.no_grad()
+def read_position_gap(model: Any, ranking: EncodedRanking, pad_id: int) -> float:
+    """Largest difference of normalised scores read alone and in a padded batch: 0 if read at the last real token."""
+    together = forward_scores(model, [ranking], pad_id)[0]
+    single = [replace(ranking, sequences=[ids]) for ids in ranking.sequences]
+    alone = torch.cat([forward_scores(model, [one], pad_id)[0] for one in single])
+    return float((together - alone).abs().max())
 
 
 def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> None:

@@ -4,7 +4,7 @@
 The loss is the mean negative log-likelihood of a completion's tokens, the end-of-sequence token included,
 which is how the model learns to stop; prompt tokens are context only. Full logits are never made: the trunk's
 hidden states at the predicting positions go to `rf.linear_token_logprobs`. The mean is over the real tokens
-of the whole optimizer step, so the result does not depend on how the step is cut into micro-batches.
+of the whole optimizer step, so the result depends neither on how the step is cut into micro-batches nor on packing.
 
 Weights and optimizer stay in float32 while learning; with dtype bfloat16 the matmuls run in it (autocast),
 and the model is written in it at the end.
@@ -17,16 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import remove_old_checkpoints
-from .config import SFTConfig
-from .data import Demonstration, encode_completion, encode_prompt, pad_right, read_sft
-from .errors import Interrupted, UserError
-from .models import context_length, device, load_causal_lm, load_tokenizer, resolve_dtype, token_logprobs
-from .run import Progress, RunFolder, StopFlag, Timer, notice, seed_everything
-from .runtime import tune_process
+from rlhf_fast.data.examples import Demonstration, encode_answer, encode_prompt, read_sft
+from rlhf_fast.models.loading import (
+    context_length,
+    device,
+    load_causal_lm,
+    load_tokenizer,
+    parameter_count,
+    resolve_dtype,
+)
+from rlhf_fast.run.checkpoint import remove_old_checkpoints, require_space, seed_everything, sync_folder
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.runtime import tune_process
 
-Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
-IGNORED = -100
+from .config import SFTConfig
+from .packing import IGNORED, Example, check_packing, collate, completion_logprobs, pack, packed_width, to_device
 
 
 def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
@@ -44,8 +51,9 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     tune_process()
     dtype = resolve_dtype(config.dtype)
     with timer("load"):
-        tokenizer = load_tokenizer(config.model)
-        model = load_causal_lm(config.model, torch.float32)
+        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+        model = load_causal_lm(config.model, torch.float32, config.trust_remote_code)
+    require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     examples = encode(tokenizer, demonstrations, room)
     eval_examples = encode(tokenizer, held_out, room)
@@ -82,7 +90,7 @@ def encode(tokenizer: Any, demonstrations: Sequence[Demonstration], max_length: 
     examples, cut = [], 0
     for demonstration in demonstrations:
         prompt = encode_prompt(tokenizer, demonstration.prompt, max_length=max_length, where=demonstration.where)
-        ids = prompt + encode_completion(tokenizer, demonstration.completion)
+        ids = prompt + encode_answer(tokenizer, demonstration.prompt, prompt, demonstration.completion)
         cut += len(ids) > max_length
         labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
         examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
@@ -97,25 +105,12 @@ def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: i
     model.eval()
     total, tokens = 0.0, 0
     for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size], pad_id)
-        batch = {name: tensor.to(device()) for name, tensor in batch.items()}
+        batch = to_device(collate(examples[start : start + batch_size], pad_id))
         with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
-            logprobs = _completion_logprobs(model, batch)
+            logprobs = completion_logprobs(model, batch)
         total -= float(logprobs.sum(dtype=torch.float64))
         tokens += int((batch["labels"] != IGNORED).sum())
     return total / tokens if tokens else math.nan
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (B, T), padded on the right."""
-    input_ids, attention_mask = pad_right([example["input_ids"] for example in examples], pad_id)
-    labels, _ = pad_right([example["labels"] for example in examples], IGNORED)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def _completion_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) log-probs of the labelled tokens, 0 elsewhere."""
-    return token_logprobs(model, batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED)
 
 
 def _train(
@@ -134,15 +129,22 @@ def _train(
         ) -> Any:
             assert num_items_in_batch is not None  # the labels of the whole optimizer step, counted by the Trainer
             with self.accelerator.autocast():
-                logprobs = _completion_logprobs(self.model, inputs)
+                logprobs = completion_logprobs(self.model, inputs)
             return -logprobs.sum() / num_items_in_batch
+
+    width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
+    if config.packing:
+        check_packing(model.eval(), examples, pad_id)
+
+    def gather(batch: list[Example]) -> dict[str, Tensor]:
+        return pack(batch, pad_id, width) if config.packing else collate(batch, pad_id)
 
     with StopFlag() as stop:
         trainer = CompletionTrainer(
             model=model,
             args=_arguments(config, run, dtype),
             train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
-            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            data_collator=gather,
         )
         if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
             raise UserError("SFT runs in one process on one device; set CUDA_VISIBLE_DEVICES to one GPU")
@@ -225,6 +227,7 @@ def _callback(run: RunFolder, stop: StopFlag) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # Until it has this name, no resume looks at it: a kill while it is written costs nothing.
             folder = run.path / "checkpoints"
+            sync_folder(folder / f"checkpoint-{state.global_step}")
             (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
             remove_old_checkpoints(run.path, keep=2)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast import cli
-from rlhf_fast.trainer import chat
+from rlhf_fast.report import chat
+from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.trainer.config import PPOConfig, SFTConfig
-from rlhf_fast.trainer.errors import Interrupted, UserError
 
 WITHOUT = """
 import sys
@@ -115,12 +115,23 @@ def test_an_interrupted_run_exits_with_130(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "rlhf-fast ppo: stopped after 3 steps; --resume goes on\n"
 
 
+def test_a_disk_that_fills_up_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(command: str, arguments: list[str]) -> int:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors puts it
+
+    monkeypatch.setattr(cli, "_command", full)
+    assert cli.main(["ppo"]) == 2
+    assert capsys.readouterr().err.endswith("No space left on device (os error 28); what was saved before is whole\n")
+
+
 def test_ctrl_c_in_the_middle_of_a_step_saves_and_the_run_resumes(tmp_path: Path, tiny: Path) -> None:
     """The real thing: a process, a signal, an exit code, a second process."""
     import signal
     import time
 
-    from rlhf_fast.trainer import models
+    from rlhf_fast.models import loading as models
 
     reward = models.load_reward_model(str(tiny / "model"), "float32")
     reward.save_pretrained(tmp_path / "reward")

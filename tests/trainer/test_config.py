@@ -8,15 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import (
-    CollectConfig,
-    PipelineConfig,
-    PPOConfig,
-    RewardConfig,
-    SFTConfig,
-    load_config,
-)
-from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.feedback.collect import CollectConfig
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.options import load_config
+from rlhf_fast.trainer.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
 
 ALL = (SFTConfig, CollectConfig, RewardConfig, PPOConfig, PipelineConfig)
 
@@ -48,6 +43,15 @@ def test_overrides_win(tmp_path: Path) -> None:
     path = yaml(tmp_path, "seed: 1\nppo: {lr: 0.1}\n")
     config = load_config(PipelineConfig, path, {"seed": 2, "ppo.lr": 0.2})
     assert (config.seed, config.ppo.lr) == (2, 0.2)
+
+
+def test_lists_of_functions_and_names_of_data_sets(tmp_path: Path) -> None:
+    text = "reward_functions: [a.py:f, 0.5*b.py:g, mod:h]\nprompts_file: datasets:org/name\n"
+    config = load_config(PPOConfig, yaml(tmp_path, text))
+    assert config.reward_functions == (f"{tmp_path}/a.py:f", f"0.5*{tmp_path}/b.py:g", "mod:h")
+    assert config.prompts_file == "datasets:org/name"
+    with pytest.raises(UserError, match="reward_functions must be a list of texts, got 3"):
+        load_config(PPOConfig, yaml(tmp_path, "reward_functions: 3"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_there_are_few_options_and_each_is_documented() -> None:
     names = set()
     for cls in ALL:
         for field in dataclasses.fields(cls):
-            names.add(field.name)
             if not dataclasses.is_dataclass(field.default_factory):
+                names.add(field.name)
                 assert get_field_docstring(cls, field.name, ()), f"{cls.__name__}.{field.name} has no docstring"
-    assert len(names) <= 48
+    assert len(names) <= 45

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_fast.trainer import gguf, models
-from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.models import gguf, heads
+from rlhf_fast.models import loading as models
+from rlhf_fast.run.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def without_first(mask: Tensor) -> Tensor:
 
 def test_positions_do_not_count_pads() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]).bool()
-    assert models.position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
+    assert heads.position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -54,9 +56,9 @@ def test_positions_do_not_count_pads() -> None:
 def test_logprobs_are_those_of_the_unpadded_rows(lm: Any, side: str, temperature: float) -> None:
     ids, mask = padded(side, ROWS)
     asked = without_first(mask)
-    ours, entropy = models.token_logprobs_entropy(lm, ids, mask, asked, temperature)
+    ours, entropy = heads.token_logprobs_entropy(lm, ids, mask, asked, temperature)
     assert torch.equal(ours != 0, asked)
-    torch.testing.assert_close(models.token_logprobs(lm, ids, mask, asked, temperature), ours)
+    torch.testing.assert_close(heads.token_logprobs(lm, ids, mask, asked, temperature), ours)
     for i, row in enumerate(ROWS):
         law = (lm(input_ids=torch.tensor([row])).logits[0].double() / temperature).log_softmax(-1)
         truth = law[:-1].gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
@@ -70,8 +72,8 @@ def test_scores_are_read_at_the_last_token_and_values_before_each(reward: Any, s
     models.set_score_normalizer(reward, 0.25, 2.0)
     ids, mask = padded(side, ROWS)
     asked = without_first(mask)
-    scores = models.sequence_scores(reward, ids, mask)
-    values = models.token_values(reward, ids, mask, asked)
+    scores = heads.sequence_scores(reward, ids, mask)
+    values = heads.token_values(reward, ids, mask, asked)
     for i, row in enumerate(ROWS):
         hidden = reward.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
         truth = ((hidden @ reward.score.weight.T).squeeze(1) - 0.25) / 2.0
@@ -84,7 +86,7 @@ def test_gradients_do_not_depend_on_the_padding_side(lm: Any) -> None:
     for side in ("left", "right"):
         ids, mask = padded(side, ROWS)
         lm.zero_grad()
-        models.token_logprobs(lm, ids, mask, without_first(mask)).sum().backward()
+        heads.token_logprobs(lm, ids, mask, without_first(mask)).sum().backward()
         grads.append([p.grad.clone() for p in lm.parameters()])
     lm.zero_grad()
     for left, right in zip(*grads, strict=True):
@@ -94,9 +96,9 @@ def test_gradients_do_not_depend_on_the_padding_side(lm: Any) -> None:
 def test_a_critic_values_like_the_normalised_reward_model(reward: Any) -> None:
     models.set_score_normalizer(reward, 0.3, 0.5)
     ids, mask = padded("right", ROWS)
-    before = models.token_values(reward, ids, mask, without_first(mask))
+    before = heads.token_values(reward, ids, mask, without_first(mask))
     critic = models.make_critic(reward)
-    torch.testing.assert_close(models.token_values(critic, ids, mask, without_first(mask)), before)
+    torch.testing.assert_close(heads.token_values(critic, ids, mask, without_first(mask)), before)
     assert models.score_normalizer(critic) == (0.0, 1.0) and critic.score.bias is not None
 
 
@@ -113,8 +115,8 @@ def test_short_bfloat16_sequences_give_one_answer_with_and_without_autograd(tiny
     model = models.load_causal_lm(str(tiny / "model"), "bfloat16")
     ids, mask = padded("right", ROWS)
     with torch.inference_mode():
-        old = models.token_logprobs(model, ids, mask, without_first(mask))
-    assert torch.equal(models.token_logprobs(model, ids, mask, without_first(mask)), old)
+        old = heads.token_logprobs(model, ids, mask, without_first(mask))
+    assert torch.equal(heads.token_logprobs(model, ids, mask, without_first(mask)), old)
 
 
 @pytest.mark.parametrize("case", ["none", "eos"])
@@ -151,12 +153,36 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
         models.load_reward_model(str(tmp_path), "float32")
 
 
+def test_pickles_and_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for load in (models.load_causal_lm, models.load_reward_model):
+        with pytest.raises(UserError, match="cannot load the"):
+            load(str(folder), "float32")
+    weights.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="model.safetensors"):
+        models.load_causal_lm(str(folder), "float32")
+
+
+def test_code_of_a_model_is_not_run_unless_asked(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match="contains custom code"):
+        models.load_causal_lm(str(folder), "float32")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_head_that_is_more_than_a_matmul_is_refused(lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([ROWS[0]])
-    models.check_head(lm, ids)
+    heads.check_head(lm, ids)
     monkeypatch.setattr(lm.lm_head, "forward", lambda hidden: 3.0 * hidden @ lm.lm_head.weight.T + hidden.sum() * 5)
     with pytest.raises(UserError, match="computes its logits .* not supported"):
-        models.check_head(lm, ids)
+        heads.check_head(lm, ids)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +196,7 @@ def test_what_models_do_to_their_logits_is_known(config: dict[str, float], scale
 
     model = Model()
     model.config = type("Config", (), config)()
-    assert models.logit_options(model) == models.LogitOptions(scale, softcap)
+    assert heads.logit_options(model) == heads.LogitOptions(scale, softcap)
 
 
 def test_auto_takes_bfloat16_only_where_it_is_fast(

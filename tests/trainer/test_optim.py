@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
-from rlhf_fast.trainer.checkpoint import load_state, save_state
+from rlhf_fast.run.checkpoint import load_state, save_state
 from rlhf_fast.trainer.optim import AdamW
 
 

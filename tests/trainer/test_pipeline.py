@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.trainer.config import PipelineConfig, load_config
-from rlhf_fast.trainer.errors import UserError
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.options import load_config
+from rlhf_fast.trainer.config import PipelineConfig
 from rlhf_fast.trainer.pipeline import run_pipeline
 
 FILES = {
@@ -32,6 +33,7 @@ def tiny_config(tiny: Path, folder: Path) -> PipelineConfig:
     return load_config(PipelineConfig, TINY / "tiny.yaml", overrides)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"], indirect=True)  # interpreters would take an hour
 def test_the_tiny_pipeline_learns(backend: str, tiny: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny, tmp_path / "run")
     summary = run_pipeline(config)

@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_fast.models import heads
+from rlhf_fast.models import loading as models
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.report.evaluate import variety
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import checks, models, objectives, ppo
-from rlhf_fast.trainer.batches import Batch, in_micro_batches
+from rlhf_fast.trainer import checks, objectives, ppo
 from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.errors import Interrupted, UserError
-from rlhf_fast.trainer.evaluate import variety
-from rlhf_fast.trainer.run import RunFolder, Timer
 
 
 @pytest.fixture(scope="session")
@@ -260,13 +263,13 @@ def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
 def test_dropout_is_noticed(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
     prompts = agents.load_prompts(config.prompts_file, config, agent)
-    hidden_states = models.hidden_states
+    hidden_states = heads.hidden_states
 
     def noisy(model: Any, *args: Any) -> Tensor:
         return torch.nn.functional.dropout(hidden_states(model, *args), 0.1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "hidden_states", noisy)
+        patch.setattr(heads, "hidden_states", noisy)
         with pytest.raises(UserError, match="ratio of the first minibatch is not 1: .* at sample .* token .*dropout"):
             ppo.train_step(agent, prompts, config, 0, Timer())
 
@@ -282,7 +285,8 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
     agent = agents.load_agent(config)
     prompts = agents.load_prompts(config.prompts_file, config, agent)
-    getattr(agent, model).base_model.norm.weight.data[3] = float("nan")
+    broken = agent.rewards.model if model == "reward" else getattr(agent, model)
+    broken.base_model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match=message):
         ppo.train_step(agent, prompts, config, 1, Timer())
 

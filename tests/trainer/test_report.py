@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.trainer.errors import UserError
-from rlhf_fast.trainer.report import write_report
+from rlhf_fast.report.page import write_report
+from rlhf_fast.run.errors import UserError
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "img", "path", "use"}
@@ -44,6 +44,8 @@ def run(tmp_path: Path) -> Path:
     write(tmp_path / "ppo/metrics.jsonl", *({"step": n, **ppo} for n in steps))
     row = {"prompt": EVIL, "completion": EVIL, "reward": 1.0, "gold": 0.5, "ended": False}
     write(tmp_path / "ppo/samples.jsonl", {"when": "before", **row}, {"when": "after", **row})
+    bins = [{"predicted": 0.6, "observed": 0.7, "pairs": 9}, {"predicted": 0.9, "observed": 0.8, "pairs": 4}]
+    (tmp_path / "reward/summary.json").write_text(json.dumps({"calibration": bins}))
     (tmp_path / "ppo/summary.json").write_text(
         json.dumps({"reward_before": 0.0, "reward_after": 1.25, "seconds": 9.0, "seconds_by_part": {"generate": 5.0}})
     )
@@ -91,6 +93,8 @@ def test_the_page_is_whole_self_contained_and_escaped(run: Path) -> None:
         "Reward model",
         "PPO",
         "before and after",
+        "Best, median and worst",
+        "Calibration",
         "config.yaml",
     ):
         assert heading in page

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_fast.data.examples import encode_completion, pad_right
+from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.models.heads import sequence_scores
+from rlhf_fast.models.loading import load_reward_model, load_tokenizer
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import reward
 from rlhf_fast.trainer.config import RewardConfig
-from rlhf_fast.trainer.data import encode_completion, pad_right
-from rlhf_fast.trainer.errors import Interrupted, UserError
-from rlhf_fast.trainer.feedback import Ranking, read_feedback
-from rlhf_fast.trainer.models import load_reward_model, load_tokenizer, sequence_scores
-from rlhf_fast.trainer.run import RunFolder
 
 COMPLETIONS = ["cat dog", "red blue green pink", "rain", "egg salt soup"]
 
@@ -71,11 +72,16 @@ def test_micro_batches_keep_rankings_whole() -> None:
 
 @pytest.fixture
 def feedback(write_jsonl: Any, tiny: Path) -> str:
-    """24 rankings of four completions of different lengths; more words are better, with a tie each."""
+    """24 rankings of four completions of different lengths; more words are better."""
+    model = str(tiny / "model")  # said to have made them, so that they set the normaliser
     prompts = [json.loads(line)["prompt"] for line in (tiny / "feedback_prompts.jsonl").read_text().splitlines()]
     prompts = sorted(set(prompts))[:24]
     return write_jsonl(
-        "feedback.jsonl", *({"prompt": p, "completions": COMPLETIONS, "ranks": [3, 1, 4, 2]} for p in prompts)
+        "feedback.jsonl",
+        *(
+            {"prompt": p, "completions": COMPLETIONS, "ranks": [3, 1, 4, 2], "ratings": [2, 7, 1, 3], "model": model}
+            for p in prompts
+        ),
     )
 
 
@@ -166,3 +172,91 @@ def test_a_prompt_longer_than_the_model_reads_is_named(tiny: Path, tmp_path: Pat
 def test_a_loss_that_is_not_finite_stops_the_run(tiny: Path, tmp_path: Path, feedback: str) -> None:
     with pytest.raises(UserError, match="the reward model's loss is nan"):
         train(tiny, tmp_path / "run", feedback, lr=1e30, head_lr=1e30)
+
+
+def ranked_and_rated(ratings: list[float]) -> reward.EncodedRanking:
+    """A ranking by ratings, without tokens."""
+    ranking = Ranking("p", [""] * len(ratings), [True] * len(ratings), ratings, "f:1", ratings)
+    return reward.EncodedRanking([[0]] * len(ratings), ranking.pairs(), ranking)
+
+
+def test_the_other_losses_by_hand() -> None:
+    scores = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    e = scores.exp().tolist()
+
+    def loss(name: str, goodness: list[float], **more: float) -> float:
+        return float(reward.ranking_loss([scores], [ranked_and_rated(goodness)], name, **more))
+
+    # Plackett-Luce: the best is chosen among three, the next among two.
+    order = -math.log(e[2] / sum(e)) - math.log(e[0] / (e[0] + e[1]))
+    assert loss("plackett_luce", [2, 1, 3]) == pytest.approx(order / 2)
+    tied = -math.log(e[2] / (e[2] + e[1])) - math.log(e[0] / (e[0] + e[1]))
+    assert loss("plackett_luce", [3, 1, 3]) == pytest.approx(tied / 2)
+    assert loss("best_of_k", [1, 1, 3]) == pytest.approx(-math.log(e[2] / sum(e)))
+    assert loss("best_of_k", [3, 1, 3]) == pytest.approx(-math.log((e[0] + e[2]) / sum(e)))
+    gaps = {(2, 0): 4.0, (2, 1): 6.0, (0, 1): 2.0}  # of the ratings 3, 1, 7
+    pairs = sum(math.log1p(math.exp(-(float(scores[b] - scores[w]) - gap))) for (b, w), gap in gaps.items())
+    assert loss("margin", [3, 1, 7]) == pytest.approx(pairs / 3)
+    assert loss("regression", [1, 1, 1]) == pytest.approx((0 + 1.5**2 + 1) / 6)
+    centered = loss("bradley_terry", [1, 1, 1], centering=0.1)
+    assert centered == pytest.approx(0.1 * (0.5**2 + 3.0**2 + 1.5**2) / 3)
+    for name in ("bradley_terry", "plackett_luce"):  # one and the same for two completions
+        two = reward.ranking_loss([scores[:2]], [ranked_and_rated([1, 2])], name)
+        assert float(two) == pytest.approx(math.log1p(math.exp(1.5)))
+
+
+def test_ratings_are_standardised_over_all_rankings() -> None:
+    made = reward.standardised([ranked_and_rated([1, 7]), ranked_and_rated([3, 5])])
+    every = torch.tensor([value for ranking in made for value in ranking.source.ratings])
+    assert float(every.mean()) == pytest.approx(0, abs=1e-6) and float(every.std(correction=0)) == pytest.approx(1)
+    with pytest.raises(UserError, match="f:1: the loss regression needs ratings"):
+        reward.standardised([ranked([1, 2])])
+
+
+def test_calibration_sets_how_sure_against_how_often_right() -> None:
+    rankings = [ranked([2, 1])] * 4
+    scores = [torch.tensor(pair) for pair in ([0.1, 0.0], [0.0, 0.1], [5.0, 0.0], [9.0, 0.0])]
+    low, high = reward.calibration(rankings, scores)
+    assert low == {"predicted": pytest.approx(0.525, abs=1e-3), "observed": 0.5, "pairs": 2}
+    assert high["observed"] == 1 and high["predicted"] > 0.99
+    assert reward.calibration_error([low, high]) == pytest.approx((0.025 + 1 - high["predicted"]) / 2, abs=1e-3)
+    assert reward.calibration([ranked([1, 1])], [torch.zeros(2)]) == [] and reward.calibration_error([]) is None
+
+
+@pytest.mark.parametrize("loss", ["margin", "plackett_luce", "best_of_k", "regression"])
+def test_every_loss_learns_the_order(tiny: Path, tmp_path: Path, feedback: str, loss: str) -> None:
+    summary = train(tiny, tmp_path / "run", feedback, loss=loss, centering=0.01)
+    assert summary["heldout_pair_accuracy"] >= (0.5 if loss == "best_of_k" else 0.9)
+    assert summary["read_position_gap"] < 1e-4 and 0 <= summary["calibration_error"] <= 0.5
+
+
+def test_the_result_is_an_ordinary_sequence_classifier(tiny: Path, tmp_path: Path, feedback: str) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    train(tiny, tmp_path / "run", feedback, epochs=1)
+    folder = str(tmp_path / "run" / "model")
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer(folder)
+    ours = load_reward_model(folder, torch.float32, tokenizer)
+    ids, mask = pad_right([encode_completion(tokenizer, text) for text in COMPLETIONS], tokenizer.pad_token_id)
+    with torch.no_grad():
+        raw = theirs(input_ids=ids, attention_mask=mask.long()).logits.squeeze(1)
+        normalised = sequence_scores(ours, ids, mask)
+    assert theirs.config.num_labels == 1
+    torch.testing.assert_close((raw - theirs.config.score_mean) / theirs.config.score_std, normalised)
+
+
+def test_scores_are_normalised_on_samples_of_the_policy_when_others_made_the_completions(
+    tiny: Path, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line)["prompt"] for line in (tiny / "heldout.jsonl").read_text().splitlines()[:8]]
+    path = write_jsonl("people.jsonl", *({"prompt": p, "completions": COMPLETIONS[:2], "ranks": [1, 2]} for p in rows))
+    made = []
+    generate = reward.generate
+    monkeypatch.setattr(reward, "generate", lambda *args, **more: made.append(generate(*args, **more)) or made[-1])
+    train(tiny, tmp_path / "run", path, epochs=1)
+    model = load_reward_model(str(tmp_path / "run" / "model"), torch.float32)
+    with torch.no_grad():
+        scores = sequence_scores(model, made[0].input_ids, made[0].attention_mask)
+    assert len(scores) == 16 and float(scores.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)

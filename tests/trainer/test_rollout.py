@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_fast.trainer import models
-from rlhf_fast.trainer.models import LogitOptions
-from rlhf_fast.trainer.rollout import draw, ends, generate
+from rlhf_fast.models import heads
+from rlhf_fast.models import loading as models
+from rlhf_fast.models.generate import draw, ends, generate
+from rlhf_fast.models.heads import LogitOptions
 
 PROMPTS = [[5, 9, 11], [8], [6, 33, 21, 50, 4], [7, 19]]
 
@@ -88,14 +89,14 @@ def test_the_seed_decides(lm: Any, tokenizer: Any) -> None:
 def test_sampled_tokens_have_the_logprobs_of_the_scoring_pass(lm: Any, tokenizer: Any) -> None:
     """The mean of log p over many samples is minus the entropy: sampling and scoring speak of one law."""
     made = generate(lm, tokenizer, [[5, 9]], max_new_tokens=1, temperature=0.7, seed=5, samples_per_prompt=4000)
-    logprobs, entropy = models.token_logprobs_entropy(lm, made.input_ids, made.attention_mask, made.response_mask, 0.7)
+    logprobs, entropy = heads.token_logprobs_entropy(lm, made.input_ids, made.attention_mask, made.response_mask, 0.7)
     mean, spread = logprobs.sum(1).mean(), logprobs.sum(1).std() / 4000**0.5
     assert abs(mean + entropy.sum(1).mean()) < 4 * spread
 
 
 def test_rollouts_can_be_learned_from(lm: Any, tokenizer: Any) -> None:
     made = generate(lm, tokenizer, PROMPTS, max_new_tokens=3, seed=0)
-    models.token_logprobs(lm, made.input_ids, made.attention_mask, made.response_mask).sum().backward()
+    heads.token_logprobs(lm, made.input_ids, made.attention_mask, made.response_mask).sum().backward()
     lm.zero_grad()
 
 

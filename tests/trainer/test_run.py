@@ -8,25 +8,25 @@ import os
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
-from rlhf_fast.trainer.checkpoint import write_json
-from rlhf_fast.trainer.config import SFTConfig
-from rlhf_fast.trainer.errors import UserError
-from rlhf_fast.trainer.run import (
-    Progress,
-    RunFolder,
-    StopFlag,
-    Timer,
+from rlhf_fast.run.checkpoint import (
     load_state,
+    require_space,
     rng_state,
     save_state,
     seed_everything,
     set_rng_state,
+    write_json,
 )
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.trainer.config import SFTConfig
 
 
 def test_an_existing_folder_is_refused_emptied_or_used(tmp_path: Path) -> None:
@@ -100,6 +100,25 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     newest = resumed.latest_checkpoint()
     assert newest is not None and newest.name == "step-30" and load_state(newest) == {"step": 30}
     assert not (run.path / "checkpoints" / "step-9").exists() and (run.path / "checkpoints" / "step-10").exists()
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    for text in ("first", "second"):
+        with run.folder("model") as folder:
+            (folder / "weights").write_text(text)
+    with pytest.raises(RuntimeError), run.folder("model") as folder:
+        (folder / "weights").write_text("third")
+        raise RuntimeError
+    assert (run.path / "model" / "weights").read_text() == "second"
+    assert {path.name for path in run.path.iterdir()} == {".rlhf_fast", "model"}
+
+
+def test_a_disk_too_small_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**30))
+    require_space(tmp_path, 2**26, save_steps=0)  # 1 GiB: the model, and a checkpoint of three times its size
+    with pytest.raises(UserError, match=r"has 1.00 GiB free, .* may take 2.50; free some, or name another"):
+        require_space(tmp_path, 2**26, save_steps=10)
 
 
 def test_state_comes_back_as_it_was(tmp_path: Path) -> None:

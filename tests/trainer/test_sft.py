@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.trainer import sft
+from rlhf_fast.data.examples import Demonstration, read_sft
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer import packing, sft
 from rlhf_fast.trainer.config import SFTConfig
-from rlhf_fast.trainer.data import read_sft
-from rlhf_fast.trainer.errors import Interrupted, UserError
-from rlhf_fast.trainer.models import load_causal_lm, load_tokenizer
-from rlhf_fast.trainer.rollout import generate
-from rlhf_fast.trainer.run import RunFolder
 
 
 def config(tiny: Path, folder: Path, **values: Any) -> SFTConfig:
@@ -81,6 +81,54 @@ def test_micro_batches_do_not_change_the_result(tiny: Path, tmp_path: Path, writ
     for name in whole:
         moved = float((whole[name] - start[name]).abs().max())
         assert float((whole[name] - parts[name]).abs().max()) < 0.02 * moved + 1e-6, name
+
+
+def test_packing_changes_nothing(tiny: Path, tmp_path: Path, write_jsonl: Any) -> None:
+    rows = [json.loads(line) for line in (tiny / "sft.jsonl").read_text().splitlines()[:64]]
+    for i, row in enumerate(rows):
+        row["completion"] = " ".join(row["completion"].split()[: 1 + i % 8])
+    files = {"train_file": write_jsonl("train.jsonl", *rows), "batch_size": 16, "max_steps": 4, "max_length": 24}
+    padded = train(config(tiny, tmp_path / "padded", **files))
+    packed = train(config(tiny, tmp_path / "packed", packing=True, micro_batch_size=8, **files))
+    assert packed["loss_after"] == pytest.approx(padded["loss_after"], abs=1e-4)
+    start, whole, parts = (
+        load_file(tiny / "model/model.safetensors"),
+        *map(weights, (tmp_path / "padded", tmp_path / "packed")),
+    )
+    for name in whole:
+        moved = float((whole[name] - start[name]).abs().max())
+        assert float((whole[name] - parts[name]).abs().max()) < 0.02 * moved + 1e-6, name
+
+
+def test_packed_rows_are_full_and_know_where_each_example_begins() -> None:
+    examples = [{"input_ids": [n] * n, "labels": [-100] + [n] * (n - 1)} for n in (2, 5, 3, 4)]
+    batch = packing.pack(examples, 0, 8)
+    assert batch["input_ids"].tolist() == [[5, 5, 5, 5, 5, 3, 3, 3], [4, 4, 4, 4, 2, 2, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 0, 1]]
+    assert batch["labels"][1].tolist() == [-100, 4, 4, 4, -100, 2, -100, -100]
+
+
+def test_a_model_that_mixes_packed_examples_up_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, model = load_tokenizer(str(tiny / "model")), load_causal_lm(str(tiny / "model"), torch.float32)
+    examples = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:3], 32)
+    packing.check_packing(model, examples, 0)
+    trunk = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **more: trunk(**more))
+    with pytest.raises(UserError, match="lets packed demonstrations see one another"):
+        packing.check_packing(model, examples, 0)
+
+
+def test_an_answer_to_messages_is_what_the_chat_template_makes_of_it(tiny: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'ann' if m.role == 'user' else 'ben' }} {{ m.content }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}ben {% endif %}"
+    )
+    messages = [{"role": "user", "content": "wants food"}, {"role": "assistant", "content": "bread rice"}]
+    line = Demonstration(messages[:-1], "bread rice", "f:1")
+    (example,) = sft.encode(tokenizer, [line], 32)
+    assert tokenizer.decode(example["input_ids"]) == "ann wants food <eos> ben bread rice <eos>"
+    assert tokenizer.decode([i for i in example["labels"] if i >= 0]) == "bread rice <eos>"
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(

@@ -48,15 +48,41 @@ def folder_aside(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        sync_folder(aside)
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         aside.replace(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk hold a folder and every file in it: a rename must not survive a crash that its files do not."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def require_space(folder: Path, parameters: int, save_steps: int) -> None:
+    """Stop if the disk cannot hold the float32 model and its checkpoints (weights and two moments each)."""
+    checkpoints = 3 if save_steps else 1  # two are kept while a third is written; Ctrl-C writes one
+    needed, free = parameters * (4 + 12 * checkpoints), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} has {free / 2**30:.2f} GiB free, but the model and its checkpoints may take "
+            f"{needed / 2**30:.2f}; free some, or name another folder with --output-dir"
+        )
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:

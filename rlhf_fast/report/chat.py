@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import encode_prompt
-from .errors import UserError
-from .models import context_length, load_causal_lm, load_tokenizer
-from .rollout import generate
+from rlhf_fast.data.examples import encode_prompt
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
+from rlhf_fast.run.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:

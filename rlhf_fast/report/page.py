@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.examples import prompt_text
+from rlhf_fast.run.checkpoint import write_text
+from rlhf_fast.run.errors import UserError
+
 from . import plots
-from .checkpoint import write_text
-from .data import prompt_text
-from .errors import UserError
 from .plots import BLUE, GREEN, GREY, ORANGE, Line
 
 PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}
@@ -30,8 +31,8 @@ class Phase:
         """Read it; missing files count as empty."""
         self.name = folder.name
         self.folder = folder
-        self.metrics = _read_jsonl(folder / "metrics.jsonl")
-        self.summary: dict[str, Any] = _read_json(folder / "summary.json")
+        self.metrics = read_jsonl(folder / "metrics.jsonl")
+        self.summary: dict[str, Any] = read_json(folder / "summary.json")
 
     def line(self, metric: str, label: str = "", color: str = BLUE, marks: bool = False) -> Line:
         """The metric over the steps."""
@@ -50,7 +51,7 @@ def write_report(folder: str | Path) -> Path:
     phases = {name: Phase(folder / name) for name in PHASES if (folder / name).is_dir()}
     if not phases:
         raise UserError(f"{folder} holds no run: wanted one of the folders {', '.join(PHASES)}")
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     sections = {"sft": _sft, "collect": _collect, "reward": _reward, "ppo": _ppo}
     body = [
         _header(folder, phases, summary),
@@ -87,7 +88,7 @@ def _sft(phase: Phase) -> str:
 
 
 def _collect(phase: Phase) -> str:
-    rows = _read_jsonl(phase.folder / "feedback.jsonl")
+    rows = read_jsonl(phase.folder / "feedback.jsonl")
     ratings = [rating for row in rows for rating in row.get("ratings") or []]
     if not rows:
         return ""
@@ -106,7 +107,7 @@ def _collect(phase: Phase) -> str:
 
 
 def _reward(phase: Phase) -> str:
-    rows = _read_jsonl(phase.folder / "samples.jsonl")
+    rows = read_jsonl(phase.folder / "samples.jsonl")
     cards = [
         phase.chart("Loss", "Logistic loss over the pairs of a ranking; 0.693 is a coin.", phase.line("loss")),
         phase.chart(
@@ -125,6 +126,11 @@ def _reward(phase: Phase) -> str:
         if margins:
             caption = "Score of the better less the worse one, held-out pairs; left of the line the model is wrong."
             cards.append(_card("Margins", caption, plots.histogram([("", margins, GREEN)], "margin", split=0.0)))
+        if bins := phase.summary.get("calibration"):
+            sure, right = ([entry[name] for entry in bins] for name in ("predicted", "observed"))
+            curves = [Line("held-out pairs", sure, right, marks=True), Line("perfect", [0.5, 1.0], [0.5, 1.0], GREY)]
+            caption = "How often the choice between two completions is right, against how sure the model is of it."
+            cards.append(_card("Calibration", caption, plots.lines(curves, "sureness")))
         caption = "Each point is a held-out completion (ratings, or ranks turned upside down)."
         cards.append(_card("Score against feedback", caption, plots.scatter(goodness, scores, "feedback", "score")))
     return _cards(*cards)
@@ -146,7 +152,7 @@ def _margins(rows: list[dict[str, Any]]) -> list[float]:
 
 def _ppo(phase: Phase) -> str:
     last = max((row["step"] for row in phase.metrics), default=0)
-    before, after = (_read_json(phase.folder / f"eval_{when}.json") for when in ("before", "after"))
+    before, after = (read_json(phase.folder / f"eval_{when}.json") for when in ("before", "after"))
 
     def held_out(name: str, label: str, color: str) -> Line:
         points = [(x, figures[name]) for x, figures in ((0, before), (last, after)) if name in figures]
@@ -186,7 +192,8 @@ def _ppo(phase: Phase) -> str:
         cards.append(
             _card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
         )
-    return _cards(*cards) + _samples(_read_jsonl(phase.folder / "samples.jsonl"))
+    rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if "reward" in row]
+    return _cards(*cards) + _extremes(rows) + _samples(rows)
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> str:
@@ -207,8 +214,26 @@ def _samples(rows: Sequence[dict[str, Any]]) -> str:
     return f"<h3>Held-out samples, before and after</h3>{table}"
 
 
-def _sample_table(entries: list[str]) -> str:
-    head = "<thead><tr><th>prompt</th><th>before</th><th>after</th></tr></thead>"
+def _extremes(rows: Sequence[dict[str, Any]]) -> str:
+    """The best, median and worst sample by reward, before and after."""
+    ordered = {
+        when: sorted((row for row in rows if row["when"] == when), key=lambda row: -row["reward"])
+        for when in ("before", "after")
+    }
+    if not all(ordered.values()):
+        return ""
+    entries = []
+    for name, place in (("best", 0.0), ("median", 0.5), ("worst", 1.0)):
+        picked = [ordered[when][round(place * (len(ordered[when]) - 1))] for when in ("before", "after")]
+        cells = "".join(
+            _sample({**row, "completion": f"{prompt_text(row['prompt'])} {row['completion']}"}) for row in picked
+        )
+        entries.append(f"<tr><th scope='row'>{name}</th>{cells}</tr>")
+    return f"<h3>Best, median and worst by reward</h3>{_sample_table(entries, '')}"
+
+
+def _sample_table(entries: list[str], first: str = "prompt") -> str:
+    head = f"<thead><tr><th>{first}</th><th>before</th><th>after</th></tr></thead>"
     return f"<table class='samples'>{head}<tbody>{''.join(entries)}</tbody></table>"
 
 
@@ -288,14 +313,15 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; none if it is missing, without a last line that a kill cut short."""
     rows = []
     if path.exists():

@@ -8,131 +8,16 @@ the tokens that count go to `rf.linear_token_logprobs`, flattened and contiguous
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rlhf_fast as rf
+from rlhf_fast.run.errors import UserError
 
-from .errors import UserError
-from .gguf import resolve_model
-from .run import notice
-
-
-def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of the weights. "auto" is bfloat16 on CUDA and on CPUs with AVX512_BF16 or AMX, else float32."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if torch.cuda.is_available():
-        return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if not fast:
-        notice("this CPU has neither AVX512_BF16 nor AMX, so bfloat16 would be slow: working in float32")
-    return torch.bfloat16 if fast else torch.float32
-
-
-def device() -> torch.device:
-    """Where models go: the first GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer, padding on the left. A missing pad token is the EOS token: pads are found by mask, never by id."""
-    from transformers import AutoTokenizer
-
-    _quiet()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model), padding_side="left")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model!r} has no EOS token; completions could not end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_causal_lm(model: str, dtype: str | torch.dtype) -> Any:
-    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`."""
-    from transformers import AutoModelForCausalLM
-
-    _quiet()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=resolve_dtype(dtype))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the language model {model!r}: {_first_line(error)}") from None
-    return loaded.eval().to(device())
-
-
-def load_reward_model(model: str, dtype: str | torch.dtype, tokenizer: Any = None) -> Any:
-    """An AutoModelForSequenceClassification with one label, from a reward model or (new head) from a language model.
-
-    The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
-    written into the config, as users of the saved model need it for batches.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    _quiet()
-    source = resolve_model(model)
-    try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=resolve_dtype(dtype))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
-    if not isinstance(getattr(loaded, "score", None), nn.Linear):
-        raise UserError(
-            f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions here"
-        )
-    loaded.score.float()
-    _restore_head(loaded, Path(source))
-    if tokenizer is not None:
-        loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded.eval().to(device())
-
-
-def _restore_head(model: Any, folder: Path) -> None:
-    """Read the head's float32 weights again: from_pretrained rounded them to the trunk's dtype."""
-    from safetensors import safe_open
-
-    file = folder / "model.safetensors"
-    if file.is_file():
-        with safe_open(str(file), framework="pt") as tensors:
-            for name, parameter in model.score.named_parameters():
-                if f"score.{name}" in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                    parameter.data.copy_(tensors.get_tensor(f"score.{name}"))
-
-
-def set_score_normalizer(model: Any, mean: float, std: float) -> None:
-    """Keep in the reward model's config that a score is (raw - mean) / std from now on."""
-    model.config.score_mean, model.config.score_std = float(mean), float(std)
-
-
-def score_normalizer(model: Any) -> tuple[float, float]:
-    """Mean and standard deviation that scores and values are normalised by; (0, 1) before they are known."""
-    return getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", 1.0)
-
-
-def make_critic(model: Any) -> Any:
-    """Turn a reward model into a critic: its normaliser moves into its head, which gets a bias. Returns the model."""
-    mean, std = score_normalizer(model)
-    score = model.score
-    value = nn.Linear(score.in_features, 1, device=score.weight.device, dtype=torch.float32)
-    with torch.no_grad():
-        value.weight.copy_(score.weight / std)
-        value.bias.copy_(((0.0 if score.bias is None else score.bias) - mean) / std + torch.zeros_like(value.bias))
-    model.score = value
-    set_score_normalizer(model, 0.0, 1.0)
-    return model
-
-
-def context_length(model: Any) -> int:
-    """Most tokens the model can read, as its config says."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+from .loading import score_normalizer
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -140,13 +25,17 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
     """(B, T, H) last hidden states from the trunk alone: what the head, the value head or the score head read.
 
+    `positions` (B, T) are for rows that hold several sequences: each begins at 0, by which transformers knows that
+    none may attend to another (a block-diagonal mask, or the varlen path of flash attention).
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
     fast causal path; states at pads are meaningless either way.
     """
     choose_attention(model, input_ids.shape[1])
+    if positions is not None:
+        return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
     mask = attention_mask.bool()
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -204,24 +93,32 @@ def _head_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any
     }
 
 
-def _predicting_rows(model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _predicting_rows(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The hidden states (N, H) that predict the tokens of `mask` (B, T), and the flat indices (N,) of those tokens.
 
     A token in the first column has nothing before it, so it cannot be asked for.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    hidden = hidden_states(model, input_ids, attention_mask, positions)
     tokens = mask.flatten().nonzero().squeeze(1)  # (N,)
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, tokens - 1), tokens
 
 
 def token_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float = 1.0
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `mask`, else 0. Differentiable.
 
-    `mask` (B, T) bool must be False in the first column. The law is softmax(logits / temperature).
+    `mask` (B, T) bool must be False at the first token of a sequence. The law is softmax(logits / temperature).
+    `positions` (B, T): see `hidden_states`.
     """
-    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
+    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask, positions)
     weight, options = _head_options(model, temperature)
     logprobs = rf.linear_token_logprobs(rows, weight, input_ids.flatten()[tokens], **options)
     return _scatter(logprobs, tokens, mask)
@@ -282,20 +179,3 @@ def check_head(model: Any, input_ids: Tensor) -> None:
             f"{type(model).__name__} computes its logits from the last hidden state in a way that is not supported: "
             f"log-probabilities differ by {gap:.3g} nats"
         )
-
-
-def parameter_count(model: Any) -> int:
-    """Weights of the model, shared ones once."""
-    return sum(math.prod(p.shape) for p in model.parameters())
-
-
-def _quiet() -> None:
-    """transformers reports each new head and each shard; a phase says what matters itself."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading prompts and demonstrations from JSONL, and turning them into token ids.
+"""Prompts and demonstrations of a data file, and their token ids.
 
-One example a line, UTF-8. Prompts are text or chat messages; demonstrations come in three forms:
+Prompts are text or chat messages; demonstrations come in three forms:
 
     {"prompt": "The new job"}
     {"prompt": "The new job", "completion": " pays well."}      (the prompt may also be a list of messages)
@@ -9,22 +9,22 @@ One example a line, UTF-8. Prompts are text or chat messages; demonstrations com
     {"text": "Once upon a time."}
 
 Text is used as it stands: prompt and completion are simply joined, so a completion begins with its own space.
-Whatever is wrong with a line is a UserError that names the file and the line.
+Whatever is wrong with one is a UserError that names the file and the line. `files.py` has the kinds of file.
 """
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from rlhf_fast.run.errors import UserError
+
+from .files import read_lines
 
 Prompt = str | list[dict[str, str]]  # text, or chat messages [{"role": ..., "content": ...}]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,44 +45,22 @@ class Demonstration:
 
 
 def read_prompts(path: str | Path) -> list[PromptLine]:
-    """The prompts of a JSONL file: `{"prompt": text or messages}` on each line; other keys are left alone."""
-    return read_lines(path, lambda row, where: PromptLine(check_prompt(row.get("prompt"), where), where))
+    """The prompts of a data file: rows `{"prompt": text or messages}`; other keys are left alone."""
+    return read_lines(path, prompt_line)
 
 
 def read_sft(path: str | Path) -> list[Demonstration]:
-    """The demonstrations of a JSONL file, in any of the three forms of the module's docstring."""
-    return read_lines(path, _demonstration)
+    """The demonstrations of a data file, in any of the three forms of the module's docstring."""
+    return read_lines(path, demonstration)
 
 
-def read_lines(path: str | Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
-    """`parse(row, "file:line")` of each line of a JSONL file that is not blank; an empty file is an error."""
-    rows = [parse(row, where) for row, where in _rows(path)]
-    if not rows:
-        raise UserError(f"{path} holds no data: wanted one JSON object on each line")
-    return rows
+def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
+    """A row that holds a prompt, checked."""
+    return PromptLine(check_prompt(row.get("prompt"), where), where)
 
 
-def _rows(path: str | Path) -> Iterator[tuple[dict[str, Any], str]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{where}: wanted a JSON object such as {{"prompt": "..."}}, got {line.strip()[:60]!r}')
-        yield row, where
-
-
-def _demonstration(row: dict[str, Any], where: str) -> Demonstration:
+def demonstration(row: dict[str, Any], where: str) -> Demonstration:
+    """A row that holds a demonstration in any of the three forms, checked."""
     if "messages" in row:
         messages = check_prompt(row["messages"], where, name="messages")
         if isinstance(messages, str) or messages[-1]["role"] != "assistant":
@@ -151,6 +129,22 @@ def encode_completion(tokenizer: Any, completion: str, *, ended: bool = True) ->
     """Token ids of a completion; the end-of-sequence token is there if the completion `ended` by itself."""
     ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     return [*ids, tokenizer.eos_token_id] if ended else ids
+
+
+def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: list[int], completion: str) -> list[int]:
+    """Token ids of a demonstration's completion behind `prompt_ids`, up to the end-of-sequence token.
+
+    After messages they are what the chat template makes of the answer, where it begins with the prompt; some templates
+    put tokens of their own around an answer, which the model must learn to write.
+    """
+    if not isinstance(prompt, str):
+        messages = [*prompt, {"role": "assistant", "content": completion}]
+        whole = list(tokenizer.apply_chat_template(messages, return_dict=False))
+        answer = whole[len(prompt_ids) :]
+        if whole[: len(prompt_ids)] == prompt_ids and answer:
+            end = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else len(answer)
+            return [*answer[:end], tokenizer.eos_token_id]
+    return encode_completion(tokenizer, completion)
 
 
 def prompt_text(prompt: Prompt) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .models import LogitOptions, head, logit_options, position_ids
+from .heads import LogitOptions, head, logit_options, position_ids
 
 
 @dataclass

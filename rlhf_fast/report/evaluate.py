@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batch, in_micro_batches
-from .models import sequence_scores, token_logprobs, token_logprobs_entropy
-from .rollout import Rollout, generate
+from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import Rollout, generate
+from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 
 Rater = Callable[[Any, list[str]], list[float]]
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
@@ -34,9 +34,10 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures and one row for each sample: prompt, completion, reward, gold (if a rater is given), kl, tokens, ended.
 
-    reward: mean normalised score. gold: mean of the simulated rater. kl: nats per sequence, log p - log p_ref summed
-    over the tokens the policy sampled. entropy: nats per token. distinct: share of different texts among the samples.
-    distinct_2: different word pairs by all word pairs. ended: share that ended by themselves.
+    reward: mean normalised score (where there is a reward model). gold: mean of the simulated rater. kl: nats per
+    sequence, log p - log p_ref summed over the tokens the policy sampled. entropy: nats per token. distinct: share of
+    different texts among the samples. distinct_2: different word pairs by all word pairs. ended: share that ended by
+    themselves.
     """
     rows: list[dict[str, Any]] = []
     together = max(1, SAMPLES_AT_ONCE // samples)
@@ -79,15 +80,16 @@ def _measure(
 
     own, entropy = in_micro_batches(with_entropy, batch, plan).unbind(-1)
     ref_own = in_micro_batches(lambda part: token_logprobs(reference, *part, temperature), batch, plan)
-    scores = in_micro_batches(lambda part: sequence_scores(reward, *part[:2]), batch, plan)
     columns = {
         "completion": made.texts,
-        "reward": scores.tolist(),
         "kl": (own - ref_own).sum(1).tolist(),
         "entropy": entropy.sum(1).tolist(),
         "tokens": made.response_mask.sum(1).tolist(),
         "ended": made.ended.tolist(),
     }
+    if reward is not None:
+        scores = in_micro_batches(lambda part: sequence_scores(reward, *part[:2]), batch, plan)
+        columns["reward"] = scores.tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

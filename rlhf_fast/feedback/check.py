@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rlhf-fast data check FILE`: every wrong line of a data file, what it holds, and how far its annotators agree."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_fast.data.examples import Demonstration, demonstration, prompt_line
+from rlhf_fast.data.files import read_rows
+from rlhf_fast.run.errors import UserError
+
+from .agreement import agreement, by_pair_of_annotators
+from .schema import Ranking, each_ranking, last_words
+
+SHOWN_ERRORS = 20
+
+
+@dataclass
+class Findings:
+    """What `check` found: figures to print, in order, and one message for each wrong line."""
+
+    kind: str
+    figures: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+def check(path: str | Path) -> Findings:
+    """Read the whole file; whether it holds feedback, demonstrations or prompts is seen from its first good line."""
+    keys: set[str] = next((set(row) for row, _ in read_rows(path) if isinstance(row, dict)), set())
+    if keys & {"completions", "chosen", "annotations", "responses"} or not keys & {"prompt", "messages", "text"}:
+        return _feedback(path)
+    return _examples(path, "demonstrations" if keys & {"completion", "messages", "text"} else "prompts")
+
+
+def _examples(path: str | Path, kind: str) -> Findings:
+    findings = Findings(kind)
+    parse = demonstration if kind == "demonstrations" else prompt_line
+    good = []
+    for row, where in read_rows(path):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            good.append(parse(row, where))
+        except UserError as error:
+            findings.errors.append(str(error))
+    findings.figures[kind] = str(len(good))
+    findings.figures["different prompts"] = str(len({str(example.prompt) for example in good}))
+    if kind == "demonstrations":
+        lengths = [len(example.completion) for example in good if isinstance(example, Demonstration)]
+        findings.figures["characters in a completion"] = f"{sum(lengths) / max(1, len(lengths)):.0f} on average"
+    return findings
+
+
+def _feedback(path: str | Path) -> Findings:
+    findings = Findings("feedback")
+    every: list[Ranking] = []
+    for found in each_ranking(path):
+        if isinstance(found, UserError):
+            findings.errors.append(str(found))
+        else:
+            every.append(found)
+    kept = last_words(every)
+    rated = [ranking for ranking in kept if ranking.goodness]
+    compared = sum(len(r.goodness) * (len(r.goodness) - 1) // 2 for r in rated)
+    pairs = sum(len(r.pairs()) for r in rated)
+    sizes = Counter(len(r.completions) for r in kept)
+    names = Counter(r.annotator or "nobody named" for r in rated)
+    findings.figures |= {
+        "lines": f"{len(kept)}, of which {len(rated)} are rated",
+        "replaced by later lines": str(len(every) - len(kept)),
+        "different prompts": str(len({str(r.prompt) for r in kept})),
+        "completions of a prompt": ", ".join(f"{size} ({count} lines)" for size, count in sorted(sizes.items())),
+        "pairs": f"{pairs}, and {compared - pairs} ties",
+        "ratings": f"in {sum(r.ratings is not None for r in rated)} lines",
+        "annotators": ", ".join(f"{name} ({count})" for name, count in names.most_common()),
+        "the same text twice in a line": str(sum(len(set(r.completions)) < len(r.completions) for r in kept)),
+    }
+    if (whole := agreement(rated)) is None:
+        findings.figures["agreement"] = "not measured: no two annotators have rated the same completions"
+    else:
+        findings.figures["agreement"] = _shown(*whole)
+        for (first, second), value in by_pair_of_annotators(rated).items():
+            findings.figures[f"agreement of {first} and {second}"] = _shown(*value)
+    return findings
+
+
+def _shown(pairs: int, raw: float, alpha: float | None) -> str:
+    return f"{raw:.0%} of {pairs} pairs" + ("" if alpha is None else f", Krippendorff's alpha {alpha:.2f}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what `check` finds; exit code 2 if a line is wrong."""
+    parser = argparse.ArgumentParser("rlhf-fast data", description="Validate a data file and count what it holds.")
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("file", help="JSONL, JSON, Parquet, CSV, or datasets:NAME[:SPLIT]")
+    findings = check(parser.parse_args(list(arguments)).file)
+    print(f"{findings.kind}:")
+    for name, value in findings.figures.items():
+        print(f"  {name}: {value}")
+    for message in findings.errors[:SHOWN_ERRORS]:
+        print(message)
+    if len(findings.errors) > SHOWN_ERRORS:
+        print(f"... and {len(findings.errors) - SHOWN_ERRORS} more")
+    print(f"{len(findings.errors)} wrong lines" if findings.errors else "no line is wrong")
+    return 2 if findings.errors else 0

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rlhf-fast collect`: several completions of each prompt into a feedback file, rated by a function or by nobody yet.
+
+Lines are appended as they come: a run that stops loses nothing, and `--resume` goes on behind the last line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.data.files import read_lines
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
+
+from .raters import Rater, load_rater
+
+FEEDBACK_FILE = "feedback.jsonl"
+
+
+@dataclass
+class CollectOptions(SamplingOptions):
+    """Several completions of each prompt, rated by a function or left for a person to rate."""
+
+    prompts_file: Annotated[str, FILE] = ""
+    """JSONL of prompts: {"prompt": text or messages} on each line."""
+    rater: str | None = None
+    """`module:function` or `file.py:function`: f(prompt, completions) -> ratings. None: a person fills them in."""
+
+
+@dataclass
+class CollectConfig(CollectOptions, RunOptions):
+    """Sample several completions of each prompt and have them rated."""
+
+
+def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
+    """Sample K completions of every prompt, have them rated, append them to the run's `feedback.jsonl`.
+
+    Returns the summary: file, prompts, completions, share that ended by themselves, mean rating, seconds.
+    """
+    from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
+
+    config.validate()
+    lines = read_prompts(config.prompts_file)
+    rater = load_rater(config.rater) if config.rater else None
+    done = _rows_done(run, lines)
+    timer = Timer()
+    if done < len(lines):
+        with timer("load"):
+            tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+            model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
+        room = min(config.max_length, context_length(model)) - config.max_new_tokens + 1
+        encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
+        with StopFlag() as stop, Progress("collect", len(lines)) as bar:
+            per_batch = max(1, config.micro_batch_size // config.samples_per_prompt)
+            for start in range(done, len(lines), per_batch):
+                batch = slice(start, start + per_batch)
+                rows = _sample(config, model, tokenizer, lines[batch], encoded[batch], start, timer)
+                _rate_and_append(run, rows, rater, timer)
+                bar.update(min(start + per_batch, len(lines)))
+                if stop.requested:
+                    raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
+    summary = _summary(run, timer)
+    run.write_json("summary.json", summary)
+    return summary
+
+
+def _rows_done(run: RunFolder, lines: list[PromptLine]) -> int:
+    """How many prompts `feedback.jsonl` holds already; a last line cut short by a kill is taken away."""
+    path = run.path / FEEDBACK_FILE
+    if not path.exists():
+        return 0
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    if not whole:
+        return 0
+    prompts = read_lines(path, lambda row, where: (row.get("prompt"), where))
+    for (prompt, where), line in zip(prompts, lines, strict=False):
+        if prompt != line.prompt:
+            raise UserError(
+                f"{where}: holds another prompt than {line.where}; resume with the prompts file it began with"
+            )
+    return len(prompts)
+
+
+def _sample(
+    config: CollectConfig,
+    model: Any,
+    tokenizer: Any,
+    lines: list[PromptLine],
+    prompts: list[list[int]],
+    start: int,
+    timer: Timer,
+) -> list[dict[str, Any]]:
+    """One row a prompt. The seed depends on the position alone, for a resumed run to sample the same."""
+    from rlhf_fast.models.generate import generate
+
+    with timer("generate"):
+        rollout = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed * 1_000_003 + start,
+            samples_per_prompt=config.samples_per_prompt,
+        )
+    k = config.samples_per_prompt
+    sampling = {
+        "temperature": config.temperature,
+        "max_new_tokens": config.max_new_tokens,
+        "seed": config.seed,
+    }
+    return [
+        {
+            "prompt": line.prompt,
+            "completions": rollout.texts[i * k : (i + 1) * k],
+            "ended": rollout.ended[i * k : (i + 1) * k].tolist(),
+            "annotator": f"simulated rater {config.rater}" if config.rater else None,
+            "sampling": sampling,
+            "model": config.model,
+        }
+        for i, line in enumerate(lines)
+    ]
+
+
+def _rate_and_append(run: RunFolder, rows: list[dict[str, Any]], rater: Rater | None, timer: Timer) -> None:
+    for row in rows:
+        with timer("rate"):
+            row["ratings"] = rater(row["prompt"], row["completions"]) if rater else None
+        run.append_jsonl(FEEDBACK_FILE, [row])
+
+
+def _summary(run: RunFolder, timer: Timer) -> dict[str, Any]:
+    rows = read_lines(run.path / FEEDBACK_FILE, lambda row, where: row)
+    ratings = [rating for row in rows for rating in row["ratings"] or []]
+    ended = [e for row in rows for e in row["ended"]]
+    return {
+        "file": str(run.path / FEEDBACK_FILE),
+        "prompts": len(rows),
+        "completions": len(ended),
+        "ended": sum(ended) / len(ended),
+        "mean_rating": sum(ratings) / len(ratings) if ratings else None,
+        "seconds": timer.elapsed(),
+        "seconds_by_part": timer.totals,
+    }

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raters: functions named `module:function` or `file.py:function` that give each completion a number."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from rlhf_fast.data.examples import Prompt, prompt_text
+from rlhf_fast.run.errors import UserError
+
+
+class RaterError(UserError):
+    """A rater raised, or did not return one finite number a completion."""
+
+
+Rater = Callable[[Prompt, list[str]], list[float]]
+
+
+def load_rater(spec: str) -> Rater:
+    """The function that `module:function` or `file.py:function` names, its results checked at every call.
+
+    A call raises RaterError naming the prompt if the function raises or does not return one finite number a
+    completion.
+    """
+    source, _, name = spec.rpartition(":")
+    function = getattr(_load_module(source, spec), name, None)
+    if not callable(function):
+        raise UserError(f"rater {spec!r}: {source} has no function {name!r}")
+
+    def rate(prompt: Prompt, completions: list[str]) -> list[float]:
+        shown = f"rater {spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
+        try:
+            ratings = [float(rating) for rating in function(prompt, completions)]
+        except Exception as error:
+            raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
+        if len(ratings) != len(completions):
+            raise RaterError(f"{shown} returned {len(ratings)} ratings for {len(completions)} completions")
+        for rating, completion in zip(ratings, completions, strict=True):
+            if not math.isfinite(rating):
+                raise RaterError(f"{shown} returned {rating} for {completion[:80]!r}; ratings must be finite")
+        return ratings
+
+    return rate
+
+
+def _load_module(source: str, spec: str) -> ModuleType:
+    if not source:
+        raise UserError(f"rater must be module:function or file.py:function, got {spec!r}")
+    try:
+        if not source.endswith(".py"):
+            return importlib.import_module(source)
+        if not Path(source).is_file():
+            raise UserError(f"rater {spec!r}: there is no file {source}")
+        found = importlib.util.spec_from_file_location(Path(source).stem, source)
+        assert found is not None and found.loader is not None  # a .py file always has a loader
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"rater {spec!r}: importing {source} raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading Hugging Face models, and reading log-probabilities, values and scores out of their hidden states.
+
+Everything is aligned with the tokens: `[b, t]` of a log-probability or a value belongs to `input_ids[b, t]` and is read
+from the hidden state at t - 1, the one that predicts this token. Full logits are never made: rows of hidden states at
+the tokens that count go to `rf.linear_token_logprobs`, flattened and contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.progress import notice
+
+from .gguf import resolve_model
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of the weights. "auto" is bfloat16 on CUDA and on CPUs with AVX512_BF16 or AMX, else float32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not fast:
+        notice("this CPU has neither AVX512_BF16 nor AMX, so bfloat16 would be slow: working in float32")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def device() -> torch.device:
+    """Where models go: the first GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, padding on the left. A missing pad token is the EOS token: pads are found by mask, never by id."""
+    from transformers import AutoTokenizer
+
+    _quiet()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(model), padding_side="left", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {model!r} has no EOS token; completions could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(model: str, dtype: str | torch.dtype, trust_remote_code: bool = False) -> Any:
+    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model),
+            dtype=resolve_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the language model {model!r}: {_first_line(error)}") from None
+    return loaded.eval().to(device())
+
+
+def load_reward_model(
+    model: str, dtype: str | torch.dtype, tokenizer: Any = None, trust_remote_code: bool = False
+) -> Any:
+    """An AutoModelForSequenceClassification with one label, from a reward model or (new head) from a language model.
+
+    The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
+    written into the config, as users of the saved model need it for batches.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    _quiet()
+    source = resolve_model(model)
+    try:
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            num_labels=1,
+            dtype=resolve_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
+    if not isinstance(getattr(loaded, "score", None), nn.Linear):
+        raise UserError(
+            f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions here"
+        )
+    loaded.score.float()
+    _restore_head(loaded, Path(source))
+    if tokenizer is not None:
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+    return loaded.eval().to(device())
+
+
+def _restore_head(model: Any, folder: Path) -> None:
+    """Read the head's float32 weights again: from_pretrained rounded them to the trunk's dtype."""
+    from safetensors import safe_open
+
+    file = folder / "model.safetensors"
+    if file.is_file():
+        with safe_open(str(file), framework="pt") as tensors:
+            for name, parameter in model.score.named_parameters():
+                if f"score.{name}" in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    parameter.data.copy_(tensors.get_tensor(f"score.{name}"))
+
+
+def set_score_normalizer(model: Any, mean: float, std: float) -> None:
+    """Keep in the reward model's config that a score is (raw - mean) / std from now on."""
+    model.config.score_mean, model.config.score_std = float(mean), float(std)
+
+
+def score_normalizer(model: Any) -> tuple[float, float]:
+    """Mean and standard deviation that scores and values are normalised by; (0, 1) before they are known."""
+    return getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", 1.0)
+
+
+def make_critic(model: Any) -> Any:
+    """Turn a reward model into a critic: its normaliser moves into its head, which gets a bias. Returns the model."""
+    mean, std = score_normalizer(model)
+    score = model.score
+    value = nn.Linear(score.in_features, 1, device=score.weight.device, dtype=torch.float32)
+    with torch.no_grad():
+        value.weight.copy_(score.weight / std)
+        value.bias.copy_(((0.0 if score.bias is None else score.bias) - mean) / std + torch.zeros_like(value.bias))
+    model.score = value
+    set_score_normalizer(model, 0.0, 1.0)
+    return model
+
+
+def context_length(model: Any) -> int:
+    """Most tokens the model can read, as its config says."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def parameter_count(model: Any) -> int:
+    """Weights of the model, shared ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters())
+
+
+def _quiet() -> None:
+    """transformers reports each new head and each shard; a phase says what matters itself."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

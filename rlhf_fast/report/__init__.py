@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at what was trained: the report page, evaluation, chat."""

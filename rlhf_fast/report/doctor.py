@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rlhf-fast doctor RUN`: which phase of a run is bad, and why.
+
+Phases build on one another: a reward model cannot be right about samples of a broken SFT model, nor PPO against a
+broken reward model. So findings come in the order of the phases, and the first bad one is where to look. Everything is
+read from the run folder; the limits are rules of thumb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rlhf_fast.run.errors import UserError
+
+from .page import PHASES, Phase, read_json, read_jsonl
+
+Level = Literal["good", "look", "bad"]
+
+
+class Finding(NamedTuple):
+    """One thing that was looked at."""
+
+    phase: str
+    level: Level
+    text: str
+
+
+def diagnose(folder: str | Path) -> list[Finding]:
+    """Findings on every phase in a pipeline's folder, or on the one phase whose folder it is."""
+    folder = Path(folder)
+    found = [(name, folder / name) for name in PHASES if (folder / name).is_dir() and name in CHECKS]
+    if not found and (name := _kind(read_json(folder / "summary.json"))):
+        found = [(name, folder)]
+    if not found:
+        raise UserError(f"{folder} holds no run: wanted one of the folders {', '.join(CHECKS)}, or a phase's own")
+    findings = []
+    for name, path in found:
+        phase = Phase(path)
+        if phase.summary:
+            findings += [Finding(name, *finding) for finding in CHECKS[name](phase)]
+        else:
+            findings.append(Finding(name, "look", "has not finished (no summary.json); --resume goes on"))
+    return findings
+
+
+def _kind(summary: dict[str, Any]) -> str:
+    marks = {"sft": "demonstrations", "reward": "heldout_pair_accuracy", "ppo": "objective"}
+    return next((name for name, mark in marks.items() if mark in summary), "")
+
+
+def _sft(phase: Phase) -> Iterator[tuple[Level, str]]:
+    before, after = phase.summary.get("loss_before"), phase.summary.get("loss_after")
+    if before is None or after is None:
+        yield "look", "no held-out demonstrations (eval_file), so its perplexity is not known"
+        return
+    text = f"held-out perplexity {math.exp(min(before, 50)):.4g} -> {math.exp(min(after, 50)):.4g}"
+    yield ("bad", f"{text}: it has learned nothing; look at lr and the data") if after >= before else ("good", text)
+    training = phase.line("loss").y
+    if training and after - training[-1] > 1.0:
+        yield "look", f"training loss {training[-1]:.2f} is far below the held-out {after:.2f}: fewer epochs, more data"
+
+
+def _reward(phase: Phase) -> Iterator[tuple[Level, str]]:
+    summary = phase.summary
+    accuracy, train = summary.get("heldout_pair_accuracy"), summary.get("train_pair_accuracy")
+    if accuracy is None:
+        yield "look", "no held-out pairs (eval_fraction), so its accuracy is not known"
+    else:
+        text = f"held-out pair accuracy {accuracy:.2f} on {summary.get('heldout_pairs')} pairs"
+        yield _graded(accuracy >= 0.65, accuracy >= 0.55, text, "0.5 is a coin: more or cleaner feedback, or lr")
+        if train is not None and train - accuracy > 0.2:
+            yield "look", f"training pairs {train:.2f} against held-out {accuracy:.2f}: it remembers; fewer epochs"
+    spread = summary.get("score_std", 1.0)
+    yield _graded(spread > 0.1, spread > 0.01, f"spread of raw scores {spread:.3g}", "nearly one score for all")
+    gap = summary.get("read_position_gap", 0.0)
+    yield _graded(gap < 0.1, gap < 0.5, f"a score moves by {gap:.2g} deviations with padding", "read at a wrong token")
+    error = summary.get("calibration_error")
+    if error is not None:
+        yield _graded(error < 0.15, True, f"calibration error {error:.2f}", "over- or underconfident")
+    rows = read_jsonl(phase.folder / "samples.jsonl")
+    lengths = [float(len(row["completion"])) for row in rows]
+    score = correlation(lengths, [row["score"] for row in rows])
+    people = correlation(lengths, [row["goodness"] for row in rows])
+    if score is not None and people is not None:
+        text = f"score and length correlate {score:+.2f}, feedback and length {people:+.2f}"
+        yield _graded(abs(score) < 0.5 or abs(score - people) < 0.3, True, text, "it pays for length")
+
+
+def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
+    summary, metrics = phase.summary, phase.metrics
+    ratio = phase.line("policy/ratio").y
+    if ratio:
+        text = f"mean ratio of the first step {ratio[0]:.3f}"
+        yield _graded(abs(ratio[0] - 1) < 0.1, abs(ratio[0] - 1) < 0.5, text, "should be near 1: lower lr")
+    kl = summary.get("kl_final")
+    if kl is not None:
+        text = f"KL {kl:.1f} nats per sequence from the reference"
+        limit = (
+            kl > -1,
+            "log-probs are not of the law sampled from" if kl < 0 else "far from it: raise kl_coef, lower lr",
+        )
+        yield _graded(-1 < kl < 40, limit[0], text, limit[1])
+    update = max(phase.line("policy/approxkl_avg").y, default=0.0)
+    yield _graded(update < 0.1, update < 1, f"largest update {update:.3g} nats per token", "lower lr or epochs")
+    last = metrics[-max(1, len(metrics) // 4) :]
+    explained = [row["val/explained_variance"] for row in last if row.get("val/explained_variance") is not None]
+    if explained and summary.get("objective") == "ppo":
+        mean = sum(explained) / len(explained)
+        yield _graded(mean > 0, True, f"the critic explains {mean:.0%} of the returns", "less than a constant would")
+    spread = phase.line("objective/scores_std").y
+    if spread:
+        yield _graded(
+            spread[-1] > 0.05, spread[-1] > 1e-3, f"scores spread by {spread[-1]:.2g}", "nothing to learn from"
+        )
+    yield from _before_and_after(summary)
+    rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if row.get("when") == "after" and "reward" in row]
+    tie = correlation([float(len(row["completion"])) for row in rows], [row["reward"] for row in rows])
+    if tie is not None:
+        yield _graded(abs(tie) < 0.6, True, f"reward and length of samples correlate {tie:+.2f}", "it pays for length")
+
+
+def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
+    def both(name: str) -> tuple[float, float] | None:
+        values = summary.get(f"{name}_before"), summary.get(f"{name}_after")
+        return None if None in values else values  # type: ignore[return-value]
+
+    reward, gold, entropy, ended = (both(name) for name in ("reward", "gold", "entropy", "ended"))
+    if reward is None:
+        yield "look", "no held-out prompts (eval_prompts_file), so nothing is known but the reward it was trained on"
+        return
+    rose = reward[1] > reward[0]
+    yield _graded(rose, True, f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}", "did not rise: lr, steps, kl_coef")
+    if gold is not None:
+        text = f"held-out gold {gold[0]:.2f} -> {gold[1]:.2f}"
+        hacked = rose and gold[1] < gold[0]
+        yield _graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
+    if entropy is not None:
+        kept = entropy[1] / max(entropy[0], 1e-9)
+        text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"
+        yield _graded(kept > 0.4, kept > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+    if ended is not None:
+        yield _graded(ended[1] > 0.7, ended[1] > 0.2, f"{ended[1]:.0%} end by themselves", "raise missing_eos_penalty")
+
+
+CHECKS: dict[str, Callable[[Phase], Iterator[tuple[Level, str]]]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
+
+
+def _graded(good: bool, bearable: bool, text: str, advice: str) -> tuple[Level, str]:
+    if good:
+        return "good", text
+    return ("look" if bearable else "bad"), f"{text}: {advice}"
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's; None with fewer than eight points or where one side is constant."""
+    import numpy
+
+    if len(x) < 8 or numpy.std(x) == 0 or numpy.std(y) == 0:
+        return None
+    return float(numpy.corrcoef(x, y)[0, 1])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the findings; exit code 1 if one is bad."""
+    parser = argparse.ArgumentParser("rlhf-fast doctor", description="Say which phase of a run is bad, and why.")
+    parser.add_argument("run", help="folder of a pipeline run, or of one phase")
+    findings = diagnose(parser.parse_args(list(arguments)).run)
+    for finding in findings:
+        print(f"{finding.phase:7}{finding.level:5} {finding.text}")
+    worst = next((f for level in ("bad", "look") for f in findings if f.level == level), None)
+    if worst is None:
+        print("nothing stands out")
+    else:
+        print(f"look first at {PHASES[worst.phase]}: {worst.text}")
+    return int(worst is not None and worst.level == "bad")

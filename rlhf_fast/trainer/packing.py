@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of demonstrations: padded, or packed end to end in rows, which costs no pads and changes no result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.data.examples import pad_right
+from rlhf_fast.models.heads import token_logprobs
+from rlhf_fast.models.loading import device
+from rlhf_fast.run.errors import UserError
+
+Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
+IGNORED = -100
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (B, T), padded on the right."""
+    input_ids, attention_mask = pad_right([example["input_ids"] for example in examples], pad_id)
+    labels, _ = pad_right([example["labels"] for example in examples], IGNORED)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def pack(examples: Sequence[Example], pad_id: int, width: float) -> dict[str, Tensor]:
+    """The same and `position_ids`, which begin at 0 for each example: rows of at most `width`, by first fit.
+
+    An example's first token has no label, so nothing is predicted across a seam. Pads count as one more example.
+    """
+    rows: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
+        free = (row for row in rows if sum(len(e["input_ids"]) for e in row) + len(example["input_ids"]) <= width)
+        row = next(free, None)
+        if row is None:
+            rows.append([example])
+        else:
+            row.append(example)
+    joined = [{name: [i for e in row for i in e[name]] for name in ("input_ids", "labels")} for row in rows]
+    batch = collate(joined, pad_id)
+    columns = batch["input_ids"].shape[1]
+    lengths = [[len(e["input_ids"]) for e in row] for row in rows]
+    batch["position_ids"] = torch.stack(
+        [torch.cat([torch.arange(n) for n in [*counts, columns - sum(counts)]]) for counts in lengths]
+    )
+    return batch
+
+
+def packed_width(model: Any, room: int) -> float:
+    """Flash attention finds the sequences of one row only, and its cost does not grow with the row; others do best
+    with rows as long as the longest sequence may be."""
+    return float("inf") if "flash" in str(model.config._attn_implementation) else room
+
+
+def completion_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) log-probs of the labelled tokens, 0 elsewhere."""
+    mask = batch["labels"] != IGNORED
+    return token_logprobs(model, batch["input_ids"], batch["attention_mask"], mask, positions=batch.get("position_ids"))
+
+
+@torch.no_grad()
+def check_packing(model: Any, examples: Sequence[Example], pad_id: int) -> None:
+    """Stop if sequences packed into one row see one another in this model: their loss must be that of each alone."""
+    chosen = list(examples[:3])
+    try:
+        packed = completion_logprobs(model, to_device(pack(chosen, pad_id, 2**31))).sum()
+    except TypeError as error:
+        raise UserError(
+            f"{type(model).__name__} cannot learn from packed rows ({error}); set packing to false"
+        ) from None
+    alone = sum(completion_logprobs(model, to_device(collate([example], pad_id))).sum() for example in chosen)
+    if not abs(float(packed - alone)) < 1e-3 * abs(float(alone)) + 1e-3:
+        raise UserError(
+            f"{type(model).__name__} lets packed demonstrations see one another: their log-probability is "
+            f"{float(packed):.4f} packed and {float(alone):.4f} alone; set packing to false"
+        )
+
+
+def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch where the models are."""
+    return {name: tensor.to(device()) for name, tensor in batch.items()}
