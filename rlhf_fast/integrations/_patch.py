@@ -170,10 +170,9 @@ def _patch_loaded(patch: Patch, module_name: str, targets: Sequence[Target]) -> 
                 patch.rows[target.path] = "replaced"
             else:
                 swaps.append((target, original, ours))
-    counts = _swap_everywhere({id(original): ours for _, original, ours in swaps})
-    for target, original, ours in swaps:
-        patch.on_undo(_swap_everywhere, {id(ours): original})
-        places = counts[id(original)]
+    counts = _swap_everywhere([(original, ours) for _, original, ours in swaps])
+    patch.on_undo(_swap_everywhere, [(ours, original) for _, original, ours in swaps])
+    for (target, _, _), places in zip(swaps, counts, strict=True):
         patch.rows[target.path] = "replaced" if places == 1 else f"replaced, in {places} modules"
 
 
@@ -205,15 +204,16 @@ def _dressed(ours: Any, original: Any) -> Any:
     return ours
 
 
-def _swap_everywhere(new_for: dict[int, Any]) -> dict[int, int]:
-    """Rebind every name of every loaded module that stands for one of the objects; how many, by object."""
-    counts = dict.fromkeys(new_for, 0)
-    for module in list(sys.modules.values()):
+def _swap_everywhere(pairs: Sequence[tuple[Any, Any]]) -> list[int]:
+    """Rebind every name of every loaded module that stands for the first of a pair to the second; how many names."""
+    place = {id(old): i for i, (old, _) in enumerate(pairs)}
+    counts = [0] * len(pairs)
+    for module in list(sys.modules.values()) if pairs else []:
         if isinstance(module, ModuleType):
             for name, value in list(vars(module).items()):
-                if id(value) in new_for:
-                    setattr(module, name, new_for[id(value)])
-                    counts[id(value)] += 1
+                if (i := place.get(id(value))) is not None:
+                    setattr(module, name, pairs[i][1])
+                    counts[i] += 1
     return counts
 
 

@@ -162,14 +162,10 @@ def test_fused_head(
     made, expected = (call(f)(**inputs) for f in (mine, theirs))
     assert [x is None for x in made] == [x is None for x in expected]
 
-    def in_float64(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """TRL's head computes in float32 whatever comes in: the truth is ours in float64, tested elsewhere."""
-        return call(mine if hidden.dtype == torch.float64 else theirs)(hidden, weight, bias)
-
-    if not (softcap is not None and "mean_logits" in outputs):
-        assert_as_original(call(mine), in_float64, inputs)
-    else:  # served by TRL's own
+    if softcap is not None and "mean_logits" in outputs:  # served by TRL's own
         assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True) if a is not None and b is not None)
+    else:  # TRL's head computes in float32 whatever comes in: ours, tested elsewhere, is the truth in float64
+        assert_as_original(call(mine), call(theirs), inputs, truth=call(mine))
 
 
 def test_fused_head_of_bfloat16_and_a_float32_head(patch: Patch, generator: torch.Generator) -> None:
