@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test bench lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   benchmarks, tables in benchmarks/results"
+	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -48,7 +49,20 @@ demo-tiny: $(VENV)/built
 	$(BIN)/rlhf-fast run --config examples/tiny/tiny.yaml $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --ignore=tests/integrations $(ARGS)
+
+# verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])
+$(VENV)/peers: $(VENV)/installed pyproject.toml constraints.txt
+	$(PIP) $$($(BIN)/python -c '$(EXTRA)')
+	$(PIP) --no-deps verl openrlhf
+	touch $@
+
+test-integrations: $(VENV)/built $(VENV)/peers
+	$(BIN)/pytest tests/integrations $(ARGS)
+
+measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
+	$(BIN)/python benchmarks/integrations.py $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)

@@ -138,9 +138,9 @@ def _check_head(model: Any, options: dict[str, Any]) -> None:
 
     name, head = type(model).__name__, model.get_output_embeddings()
     if type(head) is not nn.Linear:
-        raise ValueError(f"rlhf_fast.hf.patch_loss: {name}'s head must be a plain nn.Linear, got {type(head).__name__}")
+        raise ValueError(f"rlhf_fast.patch_loss: {name}'s head must be a plain nn.Linear, got {type(head).__name__}")
     if model.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"rlhf_fast.hf.patch_loss: {name} has a loss function of its own")
+        raise ValueError(f"rlhf_fast.patch_loss: {name} has a loss function of its own")
     was_training = model.training
     model.eval()
     try:
@@ -152,4 +152,4 @@ def _check_head(model: Any, options: dict[str, Any]) -> None:
     finally:
         model.train(was_training)
     if not torch.allclose(logits, z, rtol=2e-2, atol=2e-2 * float(z.abs().max())):
-        raise ValueError(f"rlhf_fast.hf.patch_loss: {name} makes its logits in a way that is not known here")
+        raise ValueError(f"rlhf_fast.patch_loss: {name} makes its logits in a way that is not known here")

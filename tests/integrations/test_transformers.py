@@ -17,7 +17,15 @@ SMALL = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.2,
 }  # fmt: skip
 GEMMA = {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 3.0}
-GPT2 = {"vocab_size": 211, "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2 = {
+    "vocab_size": 211,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, "tie_word_embeddings": True}),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
