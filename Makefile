@@ -11,11 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test bench gpu-check lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations gpu-check lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
+	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
@@ -49,14 +50,27 @@ demo-tiny: $(VENV)/built
 	$(BIN)/rlhf-fast run --config examples/tiny/tiny.yaml $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --ignore=tests/integrations $(ARGS)
+
+# verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])
+$(VENV)/peers: $(VENV)/installed pyproject.toml constraints.txt
+	$(PIP) $$($(BIN)/python -c '$(EXTRA)')
+	$(PIP) --no-deps verl openrlhf
+	touch $@
+
+test-integrations: $(VENV)/built $(VENV)/peers
+	$(BIN)/pytest tests/integrations $(ARGS)
+
+measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
+	$(BIN)/python benchmarks/integrations.py $(ARGS)
 
 # The peers are compared with where they can be had: without them the tables are shorter.
-$(VENV)/peers: $(VENV)/installed
+$(VENV)/bench-peers: $(VENV)/installed
 	$(PIP) --no-build-isolation --editable '.[trainer,test,peers]' || echo "Peers cannot be installed here: comparing without them."
 	touch $@
 
-bench: $(VENV)/built $(VENV)/peers
+bench: $(VENV)/built $(VENV)/bench-peers
 	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 # With the Python that has a PyTorch with CUDA: nothing is installed, no network is needed. PYTHON=... chooses another.

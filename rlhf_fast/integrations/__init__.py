@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One line makes an existing trainer use our ops, and one line undoes it; docs/integrations.md.
+
+Importing this imports no trainer. `RLHF_FAST_DISABLE=1` turns everything here off.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_fast.integrations._patch import Patch
+    from rlhf_fast.integrations.openrlhf import apply_rlhf_fast_to_openrlhf
+    from rlhf_fast.integrations.transformers import patch_loss
+    from rlhf_fast.integrations.trl import apply_rlhf_fast_to_trl
+    from rlhf_fast.integrations.verl import apply_rlhf_fast_to_verl
+
+__all__ = [
+    "Patch",
+    "apply_rlhf_fast_to_openrlhf",
+    "apply_rlhf_fast_to_trl",
+    "apply_rlhf_fast_to_verl",
+    "patch_loss",
+]
+
+# Looked up when asked for: `python -m rlhf_fast.integrations.openrlhf` must not find itself imported already.
+_HOME = {
+    "Patch": "_patch",
+    "apply_rlhf_fast_to_openrlhf": "openrlhf",
+    "apply_rlhf_fast_to_trl": "trl",
+    "apply_rlhf_fast_to_verl": "verl",
+    "patch_loss": "transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

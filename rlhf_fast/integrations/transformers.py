@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers: the loss of a causal LM without its logits, for SFT in any Hugging Face code.
+
+patch = rf.hf.patch_loss(model)     # then Trainer, accelerate or a loop of one's own, as before
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rlhf_fast as rf
+from rlhf_fast.integrations._patch import Patch, disabled
+
+IGNORE = -100  # transformers' label of positions that do not count
+
+
+def patch_loss(model: Any, *, memory_budget: int | None = None) -> Patch:
+    """Make `model(..., labels=...)` in training mode compute its loss straight from hidden states.
+
+    Positions without a label never reach the head, and the output has `logits=None`. Everything else takes the
+    model's own forward: evaluation, generation, calls without labels, with router logits or as a tuple. The loss is
+    transformers' own (mean over labels, or sum over `num_items_in_batch`) to rounding.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one, before FSDP or DeepSpeed wrap it.
+        memory_budget: bytes that the logits may take, as for `linear_token_logprobs`.
+
+    Raises:
+        ValueError: if the model's head or loss is of a kind that this does not know; a short forward finds out.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(inner).__name__
+    patch = Patch(f"rlhf_fast -> {name}")
+    target = f"{name}.forward"
+    if disabled():
+        patch.rows[target] = "left alone: RLHF_FAST_DISABLE is set"
+        return patch
+    if hasattr(inner.forward, "rlhf_fast_replaces"):
+        patch.rows[target] = "ours already, by an earlier call"
+        return patch
+    options = _head_options(inner)
+    _check_head(inner, options)
+    had_own = "forward" in vars(inner)
+    original = inner.forward
+    ours = _fused_forward(inner, original, {**options, "memory_budget": memory_budget})
+    inner.forward = ours
+
+    def put_back() -> None:
+        if vars(inner).get("forward") is ours:
+            if had_own:
+                inner.forward = original
+            else:
+                del inner.forward
+        else:  # accelerate wrapped it meanwhile
+            ours.rlhf_fast_undone = True  # type: ignore[attr-defined]
+
+    patch.on_undo(put_back)
+    patch.rows[target] = "replaced"
+    return patch
+
+
+def _fused_forward(model: Any, original: Any, options: dict[str, Any]) -> Any:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = _arguments(signature, args, kwargs)
+        labels: Any = given.get("labels")
+        shifted: Any = given.get("shift_labels")
+        router = given.get("output_router_logits", getattr(model.config, "output_router_logits", False))
+        plain = given.get("return_dict") is False or _is_some(given.get("logits_to_keep")) or router
+        if (labels is None and shifted is None) or not model.training or plain or hasattr(forward, "rlhf_fast_undone"):
+            return original(*args, **kwargs)
+        for name in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "output_router_logits"):
+            given.pop(name, None)
+        trunk = model.base_model(**given)
+        head = model.get_output_embeddings()
+        hidden = trunk.last_hidden_state
+        if shifted is None:
+            shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
+        shifted = shifted.to(hidden.device)
+        mask = shifted != IGNORE
+        logprobs = rf.linear_token_logprobs(hidden, head.weight, shifted, bias=head.bias, mask=mask, **options)
+        total = kwargs.get("num_items_in_batch")
+        total = mask.sum() if total is None else torch.as_tensor(total, device=logprobs.device)
+        return _output(trunk, -logprobs.sum() / total)
+
+    forward.rlhf_fast_replaces = original  # type: ignore[attr-defined]
+    return forward
+
+
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Everything by name, without the Nones."""
+    bound = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(parameter.name, {}))
+    return {name: value for name, value in bound.items() if value is not None}
+
+
+def _is_some(logits_to_keep: Any) -> bool:
+    return isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+
+
+def _output(trunk: Any, loss: Tensor) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(
+        loss=loss,
+        past_key_values=getattr(trunk, "past_key_values", None),
+        hidden_states=getattr(trunk, "hidden_states", None),
+        attentions=getattr(trunk, "attentions", None),
+    )
+
+
+def _head_options(model: Any) -> dict[str, Any]:
+    """What the model does to its head's product, from its configuration; `_check_head` sees whether that is all."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / config.logits_scaling
+    return {
+        "logit_scale": 1.0 if scale is None else float(scale),
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }
+
+
+@torch.no_grad()
+def _check_head(model: Any, options: dict[str, Any]) -> None:
+    """Raise unless logits are the configured function of a plain linear head, and the loss the usual one."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    name, head = type(model).__name__, model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ValueError(f"rlhf_fast.patch_loss: {name}'s head must be a plain nn.Linear, got {type(head).__name__}")
+    if model.loss_function is not ForCausalLMLoss:
+        raise ValueError(f"rlhf_fast.patch_loss: {name} has a loss function of its own")
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        z = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float() * options["logit_scale"]
+        if options["softcap"] is not None:
+            z = options["softcap"] * torch.tanh(z / options["softcap"])
+    finally:
+        model.train(was_training)
+    if not torch.allclose(logits, z, rtol=2e-2, atol=2e-2 * float(z.abs().max())):
+        raise ValueError(f"rlhf_fast.patch_loss: {name} makes its logits in a way that is not known here")

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What verl loads at `import verl`, through the entry-point group `verl.plugins`; `RLHF_FAST_VERL=1` switches it on.
+
+verl is only half imported then, so its modules are patched as they come. `RLHF_FAST_VERL=policy_loss` registers the
+loss mode "rlhf_fast" as well.
+"""
+
+import os
+
+from rlhf_fast.integrations import verl
+from rlhf_fast.integrations._patch import patch_package
+
+switch = os.environ.get("RLHF_FAST_VERL", "0")
+if switch not in ("", "0"):
+    patch = patch_package("verl", verl.MINORS, verl.targets_of(policy_loss=switch == "policy_loss"), wait=True)
