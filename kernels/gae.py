@@ -71,7 +71,7 @@ def _share(part, part_length, length, cu_seqlens_ptr, sequences, step, SNAP: tl.
 def _decay(lam_ptr, sequence, sequences, gamma, decay):
     """gamma lam: of each row or sequence if it has its own lambda, else as the host multiplied it."""
     if lam_ptr is not None:
-        return gamma * tl.load(lam_ptr + sequence, sequence < sequences, other=0.0)
+        decay = gamma * tl.load(lam_ptr + sequence, sequence < sequences, other=0.0)
     return decay
 
 
@@ -123,7 +123,7 @@ def _gae_tokens(
     "rewards_stride", "values_stride", "mask_stride", "dones_stride", "truncated_stride", "bootstrap_stride",
     "rows", "length", "part_length", "parts", "sequences", "step",
 ])  # fmt: skip
-def _gae(
+def gae_rows(
     rewards_ptr, values_ptr, mask_ptr, dones_ptr, truncated_ptr, bootstrap_ptr,  # (rows, length)
     cu_seqlens_ptr,  # (sequences + 1,), of one row of packed tokens; without it, sequences = rows
     lam_ptr, value_lam_ptr,  # (sequences,)
@@ -216,11 +216,12 @@ def gae(
     sequences = rows if packed is None else packed
     cuts = not (dones is None and truncated is None and packed is None)
     decoupled = lam != value_lam or row_lam is not row_value_lam
-    plan = plan_for(rows, length, strides, light=not (cuts or decoupled), packed=packed)
+    light = rewards.dtype == torch.float32 and not (cuts or decoupled)
+    plan = plan_for(rows, length, strides, light, packed)
     maps = plan.maps(rewards)
     for which in plan.passes:
         launch(
-            _gae, plan.programs, rewards,
+            gae_rows, plan.programs, rewards,
             *inputs, cu_seqlens, row_lam, row_value_lam, advantages, returns, maps,
             *strides, rows, length, plan.part, plan.parts, sequences, 1 << sequences.bit_length() - 1,
             gamma, gamma * lam, gamma * value_lam,

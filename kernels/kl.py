@@ -9,14 +9,14 @@ and writes what is asked for. approx_kl is in kernels/kl_estimators.py.
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from rlhf_fast.kernels import logprob
-from rlhf_fast.kernels.common import Tile, dense, dense_rows, launch, shaping, spans_for, splits_for, tile_for
+from rlhf_fast.kernels.common import dense, launch
 from rlhf_fast.kernels.kl_estimators import approx_kl, approx_kl_backward
 from rlhf_fast.kernels.kl_gradient import TERMS, token_kl_gradient, token_kl_terms
 from rlhf_fast.kernels.kl_ratio import PARTIALS, token_kl_combine, token_kl_fold
+from rlhf_fast.kernels.rows import Rows, Tile, rows_of, shaping, spans_for, splits_for
 from rlhf_fast.ops import codes
 
 __all__ = ["approx_kl", "approx_kl_backward", "token_kl", "token_kl_and_grad", "token_kl_backward"]
@@ -28,26 +28,15 @@ LANES_FUSED = 512  # with the gradient in the same program: fewer rows at once, 
 class _Pair(NamedTuple):
     """Sides a and b of KL(a, b) as the kernels take them: forward is reverse with policy and reference swapped."""
 
-    sides: tuple[Tensor | None, ...]  # a, b, mask, both row temperatures
-    layout: tuple[int, ...]  # rows, inner, strides, columns
-    width: int
+    rows: Rows
+    tensors: tuple[Tensor | None, ...]  # a, b, mask, both row temperatures
     factors: tuple[float, ...]  # both factors, in_scale, cap
     shape: Any
     swapped: int  # 1 for forward
 
     @property
-    def rows(self) -> int:
-        return self.layout[0]
-
-    @property
-    def columns(self) -> int:
-        return self.layout[-1]
-
-    def tiles(self, lanes: int) -> tuple[Tile, int]:
-        """The tile, and how many there are."""
-        assert self.sides[0] is not None
-        tile = tile_for(self.sides[0], lanes, vectors_per_thread=1)
-        return tile, triton.cdiv(self.rows, tile.rows)
+    def layout(self) -> tuple[int, ...]:
+        return self.rows.count, self.rows.inner, *self.rows.strides, self.rows.columns, self.rows.readable
 
     def in_order(self, policys: Any, references: Any) -> tuple[Any, Any]:
         return (references, policys) if self.swapped else (policys, references)
@@ -67,19 +56,15 @@ def _pair(
     kind: int,
     beta: float,
 ) -> _Pair:
-    swapped = int(kind == codes.FORWARD)
-    width = logits.shape[-1]
-    columns = width if vocab_size < 0 else vocab_size
     policy, reference = shaping(temperature, logit_scale, softcap), shaping(ref_temperature, logit_scale, softcap)
     sides, temperatures = (logits, ref_logits), (dense(row_temperature), dense(ref_row_temperature))
     factors = (policy.factor, reference.factor)
+    swapped = kind == codes.FORWARD
     if swapped:
         sides, temperatures, factors = sides[::-1], temperatures[::-1], factors[::-1]
-    (a, b), inner, strides = dense_rows(*sides)
-    layout = (a.numel() // width, inner, *strides, columns)
-    return _Pair(
-        (a, b, dense(mask), *temperatures), layout, width, (*factors, *policy[1:3]), policy.shape, swapped
-    )  # fmt: skip
+    rows = rows_of(*sides, vocab_size=vocab_size)
+    tensors = (*rows.tensors, dense(mask), *temperatures)
+    return _Pair(rows, tensors, (*factors, policy.in_scale, policy.cap), policy.shape, int(swapped))
 
 
 def token_kl(
@@ -97,13 +82,13 @@ def token_kl(
     if kind in (codes.JSD, codes.TV):
         _by_terms(pair, kind, beta, kl, parts, logits, ref_logits, *tensors_and_options)
         return kl, parts
-    tile, tiles = pair.tiles(LANES)
-    splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
-    partials = kl.new_empty((pair.rows, splits, PARTIALS.value)) if splits > 1 else None
+    tile, tiles = pair.rows.tiles(LANES, 1)
+    splits, blocks = splits_for(tiles, pair.rows.columns, tile.block, logits.device)
+    partials = kl.new_empty((pair.rows.count, splits, PARTIALS.value)) if splits > 1 else None
     _fold(pair, tile, tiles, splits, blocks, kl, parts, partials)
     if splits > 1:
         launch(
-            token_kl_combine, pair.rows, logits, *pair.sides[2:], kl, parts, partials, pair.rows, splits,
+            token_kl_combine, pair.rows.count, logits, *pair.tensors[2:], kl, parts, partials, pair.rows.count, splits,
             *pair.factors[:2], SWAPPED=pair.swapped, num_warps=2,
         )  # fmt: skip
     return kl, parts
@@ -115,9 +100,9 @@ def _fold(
 ) -> None:  # fmt: skip
     """reverse or forward in one reading, per split, or with the gradient in `logits` in a second reading."""
     launch(
-        token_kl_fold, tiles * splits, kl, *pair.sides, kl, parts, partials, grad_kl, *pair.in_order(grad, None),
-        *pair.layout, pair.width, splits, blocks, *pair.factors,
-        SWAPPED=pair.swapped, SHAPE=pair.shape, PADDED=pair.columns < pair.width, **tile.constants(),
+        token_kl_fold, tiles * splits, kl, *pair.tensors, kl, parts, partials, grad_kl, *pair.in_order(grad, None),
+        *pair.layout, pair.rows.width, splits, blocks, *pair.factors,
+        SWAPPED=pair.swapped, SHAPE=pair.shape, PADDED=pair.rows.columns < pair.rows.width, **tile.constants(),
     )  # fmt: skip
 
 
@@ -134,12 +119,13 @@ def _by_terms(
             (logits, row_temperature, temperature), (ref_logits, ref_row_temperature, ref_temperature),
         )
     ]  # fmt: skip
-    tile, tiles = pair.tiles(LANES)
-    splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
-    sums = kl.new_empty((pair.rows, splits, TERMS.value))
+    tile, tiles = pair.rows.tiles(LANES, 1)
+    splits, blocks = splits_for(tiles, pair.rows.columns, tile.block, logits.device)
+    sums = kl.new_empty((pair.rows.count, splits, TERMS.value))
     launch(
-        token_kl_terms, tiles * splits, kl, *pair.sides, *norms, sums, *pair.layout, splits, blocks,
-        *pair.factors, beta, KIND=kind, SHAPE=pair.shape, **tile.constants(),
+        token_kl_terms, tiles * splits, kl, *pair.tensors, *norms, sums, *pair.layout, splits, blocks,
+        *pair.factors, beta,
+        KIND=kind, SHAPE=pair.shape, PADDED=pair.rows.columns < pair.rows.readable, **tile.constants(),
     )  # fmt: skip
     totals = sums.sum(1)
     parts.view(-1, 6).copy_(torch.cat((*norms, totals[:, :2]), 1))
@@ -165,14 +151,14 @@ def token_kl_backward(
     if logits.numel() == 0 or not (needs_grad or needs_ref_grad):
         return grads[0], grads[1]
     pair = _pair(logits, ref_logits, mask, row_temperature, ref_row_temperature, *options, kind, beta)
-    tile, tiles = pair.tiles(LANES)
-    splits, blocks = spans_for(tiles, pair.width, tile.block, logits.device)
+    tile, tiles = pair.rows.tiles(LANES, 1)
+    splits, blocks = spans_for(tiles, pair.rows.width, tile.block, logits.device)
     launch(
-        token_kl_gradient, tiles * splits, logits, *pair.sides, dense(parts), dense(grad_kl),
+        token_kl_gradient, tiles * splits, logits, *pair.tensors, dense(parts), dense(grad_kl),
         *pair.in_order(grads[0] if needs_grad else None, grads[1] if needs_ref_grad else None),
-        *pair.layout, pair.width, splits, blocks, *pair.factors, beta,
+        *pair.layout, pair.rows.width, splits, blocks, *pair.factors, beta,
         KIND=codes.REVERSE if pair.swapped else kind, SWAPPED=pair.swapped, SHAPE=pair.shape,
-        PADDED=pair.columns < pair.width, **tile.flat_constants(),
+        PADDED=pair.rows.columns < pair.rows.width, **tile.flat_constants(),
     )  # fmt: skip
     return grads[0], grads[1]
 
@@ -194,8 +180,8 @@ def token_kl_and_grad(
     tensors = (logits, ref_logits, mask, row_temperature, ref_row_temperature)
     if logits.numel() > 0 and options[-2] in (codes.REVERSE, codes.FORWARD):
         pair = _pair(*tensors, *options)
-        tile, tiles = pair.tiles(LANES_FUSED)
-        splits, blocks = splits_for(tiles, pair.columns, tile.block, logits.device)
+        tile, tiles = pair.rows.tiles(LANES_FUSED, 1)
+        splits, blocks = splits_for(tiles, pair.rows.columns, tile.block, logits.device)
         if splits == 1:
             kl = torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
             grad = torch.empty_like(logits, memory_format=torch.contiguous_format)

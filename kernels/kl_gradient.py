@@ -6,14 +6,12 @@ gradient. Sides a and b are policy and reference, or the reverse (SWAPPED) for t
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.common import (
+from rlhf_fast.kernels.common import LN2, LOG2E, narrow
+from rlhf_fast.kernels.rows import (
     CAPPED,
-    LN2,
-    LOG2E,
     NEGATED,
     finite_max,
     load_logits,
-    narrow,
     row_factors,
     row_offsets,
     shaped,
@@ -53,7 +51,7 @@ def _terms(bits_p, bits_q, beta, KIND: tl.constexpr):
 @triton.jit
 def write_gradients(
     a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, grad_kl_ptr, offsets_a, offsets_b, rows, exists, real,
-    begin, end, columns, width, top_a, top_b, bits_a, bits_b, mean_a, mean_b, factor_a, factor_b,
+    begin, end, columns, readable, width, top_a, top_b, bits_a, bits_b, mean_a, mean_b, factor_a, factor_b,
     in_scale, cap, beta, KIND: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of columns [begin, end) to side a, b or both, from the last block to the first: what was read last is
@@ -76,14 +74,15 @@ def write_gradients(
     out = rows.to(tl.int64)[:, None] * width + column
 
     last = begin + (end - begin - 1) // BLOCK * BLOCK
-    in_range = real[:, None] & (column < columns - last)
+    in_range = real[:, None] & (column < readable - last)
     x = load_logits(a_pointers + last, in_range, SHAPE)
     y = load_logits(b_pointers + last, in_range, SHAPE)
     for passed in range(0, end - begin, BLOCK):
         start = last - passed
-        a = shaped(x, in_range, in_scale, cap, SHAPE)
-        b = shaped(y, in_range, in_scale, cap, SHAPE)
-        in_range = real[:, None] & (column < tl.where(start > begin, columns - start + BLOCK, 0))
+        counts = in_range & (column < columns - start)
+        a = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
+        b = shaped(y, counts, in_scale, cap, SHAPE, PADDED)
+        in_range = real[:, None] & (column < tl.where(start > begin, readable - start + BLOCK, 0))
         x = load_logits(a_pointers + start - BLOCK, in_range, SHAPE)
         y = load_logits(b_pointers + start - BLOCK, in_range, SHAPE)
         bits_p = (a - top_a) * (factor_a * LOG2E)[:, None] - bits_a[:, None]
@@ -127,7 +126,7 @@ def _load_parts(parts_ptr, rows, real, SWAPPED: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "inner", "splits", "blocks"])
 def token_kl_gradient(
     a_ptr, b_ptr, mask_ptr, temperature_a_ptr, temperature_b_ptr, parts_ptr, grad_kl_ptr, grad_a_ptr, grad_b_ptr,
-    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, width, splits, blocks,
+    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, readable, width, splits, blocks,
     factor_a, factor_b, in_scale, cap, beta,
     KIND: tl.constexpr, SWAPPED: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -140,7 +139,8 @@ def token_kl_gradient(
     write_gradients(
         a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, grad_kl_ptr,
         row_offsets(rows, inner, a_outer, a_stride), row_offsets(rows, inner, b_outer, b_stride), rows, exists, real,
-        begin, tl.minimum(begin + blocks * BLOCK, width), columns, width, top_a, top_b, bits_a, bits_b, mean_a, mean_b,
+        begin, tl.minimum(begin + blocks * BLOCK, width), columns, readable, width,
+        top_a, top_b, bits_a, bits_b, mean_a, mean_b,
         row_factors(factor_a, temperature_a_ptr, rows, real), row_factors(factor_b, temperature_b_ptr, rows, real),
         in_scale, cap, beta, KIND, SHAPE, PADDED, BLOCK,
     )  # fmt: skip
@@ -149,9 +149,10 @@ def token_kl_gradient(
 @triton.jit(do_not_specialize=["n_rows", "inner", "splits", "blocks"])
 def token_kl_terms(
     a_ptr, b_ptr, mask_ptr, temperature_a_ptr, temperature_b_ptr, parts_a_ptr, parts_b_ptr, sums_ptr,
-    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, splits, blocks,
+    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, readable, splits, blocks,
     factor_a, factor_b, in_scale, cap, beta,
-    KIND: tl.constexpr, SHAPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    KIND: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """sum p s_p, sum q s_q and the divergence of jsd or tv, from each side's max and log-sum."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -165,7 +166,7 @@ def token_kl_terms(
     bits_a = (tl.load(parts_a_ptr + rows * 2 + 1, mask=real, other=0.0) * LOG2E)[:, None, None]
     bits_b = (tl.load(parts_b_ptr + rows * 2 + 1, mask=real, other=0.0) * LOG2E)[:, None, None]
     begin = split * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, columns)
+    end = tl.minimum(begin + blocks * BLOCK, readable)
     end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, begin)
     column = tl.arange(0, LANES)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     a_pointers = a_ptr + row_offsets(rows, inner, a_outer, a_stride)[:, None, None] + column
@@ -175,8 +176,9 @@ def token_kl_terms(
     distance = mean_p
     for start in range(begin, end, BLOCK):
         in_range = real[:, None, None] & (column < end - start)
-        a = shaped(load_logits(a_pointers + start, in_range, SHAPE), in_range, in_scale, cap, SHAPE)
-        b = shaped(load_logits(b_pointers + start, in_range, SHAPE), in_range, in_scale, cap, SHAPE)
+        counts = in_range & (column < columns - start)
+        a = shaped(load_logits(a_pointers + start, in_range, SHAPE), counts, in_scale, cap, SHAPE, PADDED)
+        b = shaped(load_logits(b_pointers + start, in_range, SHAPE), counts, in_scale, cap, SHAPE, PADDED)
         p, q, slope_p, slope_q = _terms(
             (a - top_a) * factor_a2 - bits_a, (b - top_b) * factor_b2 - bits_b, beta, KIND
         )  # fmt: skip

@@ -13,9 +13,9 @@ that they hold is summed apart. Exponents are in powers of two, and what is stor
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.common import (
-    LN2,
-    LOG2E,
+from rlhf_fast.kernels.common import LN2, LOG2E
+from rlhf_fast.kernels.kl_gradient import LOG_FLOOR, RATIO, write_gradients
+from rlhf_fast.kernels.rows import (
     MAX_SPLITS,
     fall,
     finite_max,
@@ -25,15 +25,14 @@ from rlhf_fast.kernels.common import (
     shaped,
     tile_rows,
 )
-from rlhf_fast.kernels.kl_gradient import LOG_FLOOR, RATIO, write_gradients
 
 PARTIALS = tl.constexpr(6)  # of a split: both maxima, both sums, cross sum, lost sum
 
 
 @triton.jit
 def _fold_pair(
-    a_pointers, b_pointers, begin, end, real, factor_a, factor_b, in_scale, cap, column,
-    SHAPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    a_pointers, b_pointers, begin, end, columns, real, factor_a, factor_b, in_scale, cap, column,
+    SHAPE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each vector's maxima of both sides, sums of e^u and e^v, sum of e^u (u - v), and of e^u where v is -inf."""
     factor_a2 = (factor_a * LOG2E)[:, None]
@@ -48,8 +47,9 @@ def _fold_pair(
     x = load_logits(a_pointers + begin, in_range, SHAPE)
     y = load_logits(b_pointers + begin, in_range, SHAPE)
     for start in range(begin, end, BLOCK):
-        a = shaped(x, in_range, in_scale, cap, SHAPE)
-        b = shaped(y, in_range, in_scale, cap, SHAPE)
+        counts = in_range & (column < columns - start)
+        a = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
+        b = shaped(y, counts, in_scale, cap, SHAPE, PADDED)
         in_range = real[:, None, None] & (column < end - start - BLOCK)
         x = load_logits(a_pointers + start + BLOCK, in_range, SHAPE)
         y = load_logits(b_pointers + start + BLOCK, in_range, SHAPE)
@@ -138,7 +138,7 @@ def _store_pair(
 def token_kl_fold(
     a_ptr, b_ptr, mask_ptr, temperature_a_ptr, temperature_b_ptr,
     kl_ptr, parts_ptr, partials_ptr, grad_kl_ptr, grad_a_ptr, grad_b_ptr,
-    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, width, splits, blocks,
+    n_rows, inner, a_outer, a_stride, b_outer, b_stride, columns, readable, width, splits, blocks,
     factor_a, factor_b, in_scale, cap,
     SWAPPED: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
@@ -153,12 +153,12 @@ def token_kl_fold(
     offsets_a = row_offsets(rows, inner, a_outer, a_stride)
     offsets_b = row_offsets(rows, inner, b_outer, b_stride)
     begin = split * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, columns)
+    end = tl.minimum(begin + blocks * BLOCK, readable)
     end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, begin)  # masked rows are not read
     column = tl.arange(0, LANES)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     state = _fold_pair(
-        a_ptr + offsets_a[:, None, None] + column, b_ptr + offsets_b[:, None, None] + column, begin, end, real,
-        factors_a, factors_b, in_scale, cap, column, SHAPE, ROWS, LANES, BLOCK,
+        a_ptr + offsets_a[:, None, None] + column, b_ptr + offsets_b[:, None, None] + column,
+        begin, end, columns, real, factors_a, factors_b, in_scale, cap, column, SHAPE, PADDED, ROWS, LANES, BLOCK,
     )  # fmt: skip
     top_a, top_b, sum_a, sum_b, cross, lost = _merge_pair(
         state[0], state[1], state[2], state[3], state[4], state[5], factors_a, factors_b
@@ -171,7 +171,7 @@ def token_kl_fold(
         if grad_kl_ptr is not None:
             write_gradients(
                 a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, grad_kl_ptr, offsets_a, offsets_b, rows, exists, real,
-                0, width, columns, width, top_a, top_b, bits_a, bits_b, mean, mean, factors_a, factors_b,
+                0, width, columns, readable, width, top_a, top_b, bits_a, bits_b, mean, mean, factors_a, factors_b,
                 in_scale, cap, 0.0, RATIO, SHAPE, PADDED, BLOCK,
             )  # fmt: skip
     else:

@@ -9,12 +9,12 @@ Exponents are in powers of two, and what is stored is in nats.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from rlhf_fast.kernels.common import dense, dense_rows, launch, shaping, spans_for, splits_for, tile_for
+from rlhf_fast.kernels.common import dense, launch
 from rlhf_fast.kernels.logprob_fold import PARTIALS, token_stats_combine, token_stats_fold
 from rlhf_fast.kernels.logprob_gradient import token_stats_gradient
+from rlhf_fast.kernels.rows import rows_of, shaping, spans_for, splits_for
 from rlhf_fast.ops.logprob import fake_stats
 
 LANES, VECTORS_PER_THREAD = 512, 2  # 256 threads that keep 32 bytes each in flight
@@ -36,26 +36,22 @@ def token_stats(
     results = fake_stats(logits, targets, logits.shape[:-1], torch.float32, outputs)
     if logits.numel() == 0:
         return tuple(x.zero_() for x in results)
-    (x,), inner, strides = dense_rows(logits)
-    width = x.shape[-1]
-    n_rows = x.numel() // width
-    columns = width if vocab_size < 0 else vocab_size
-    tile = tile_for(x, LANES, VECTORS_PER_THREAD)
-    tiles = triton.cdiv(n_rows, tile.rows)
-    splits, blocks = splits_for(tiles, columns, tile.block, x.device)
+    rows = rows_of(logits, vocab_size=vocab_size)
+    tile, tiles = rows.tiles(LANES, VECTORS_PER_THREAD)
+    splits, blocks = splits_for(tiles, rows.columns, tile.block, logits.device)
     shape = shaping(temperature, logit_scale, softcap)
-    asked = [y if outputs & (1 << bit) else None for bit, y in enumerate(results[:5])]
+    asked = [x if outputs & (1 << bit) else None for bit, x in enumerate(results[:5])]
     parts = results[5]
-    partials = parts.new_empty((n_rows, splits, PARTIALS.value)) if splits > 1 else None
-    pointers = (x, dense(targets), dense(mask), dense(row_temperature), *asked, parts, partials)
-    layout = (n_rows, inner, *strides, columns, _targets_per_row(targets, n_rows), splits)
+    partials = parts.new_empty((rows.count, splits, PARTIALS.value)) if splits > 1 else None
+    pointers = (*rows.tensors, dense(targets), dense(mask), dense(row_temperature), *asked, parts, partials)
+    layout = (rows.count, rows.inner, *rows.strides, rows.columns, _targets_per_row(targets, rows.count), splits)
     launch(
-        token_stats_fold, tiles * splits, x, *pointers, *layout, blocks, *shape[:3],
-        SHAPE=shape.shape, **tile.constants(),
+        token_stats_fold, tiles * splits, logits, *pointers, *layout, blocks, rows.readable, *shape[:3],
+        SHAPE=shape.shape, PADDED=rows.columns < rows.readable, **tile.constants(),
     )  # fmt: skip
     if splits > 1:
         launch(
-            token_stats_combine, n_rows, x, *pointers, *layout, *shape[:3],
+            token_stats_combine, rows.count, logits, *pointers, *layout, *shape[:3],
             SHAPE=shape.shape, VEC=tile.vec, num_warps=2,
         )  # fmt: skip
     return results
@@ -107,20 +103,18 @@ def _write_gradient(
 ) -> None:
     if logits.numel() == 0:
         return
-    (x, out), inner, strides = dense_rows(logits, grad_logits)
-    width = x.shape[-1]
-    n_rows = x.numel() // width
-    columns = width if vocab_size < 0 else vocab_size
-    tile = tile_for(x, LANES, VECTORS_PER_THREAD)
-    tiles = triton.cdiv(n_rows, tile.rows)
-    splits, blocks = spans_for(tiles, width, tile.block, x.device)
+    rows = rows_of(logits, grad_logits, vocab_size=vocab_size)
+    x, out = rows.tensors
+    tile, tiles = rows.tiles(LANES, VECTORS_PER_THREAD)
+    splits, blocks = spans_for(tiles, rows.width, tile.block, logits.device)
     shape = shaping(temperature, logit_scale, softcap)
     launch(
-        token_stats_gradient, tiles * splits, x,
+        token_stats_gradient, tiles * splits, logits,
         dense(grad_logprobs), dense(grad_entropy), dense(grad_logsumexp), x, out,
         dense(targets), dense(mask), dense(row_temperature), dense(entropy), dense(parts),
-        n_rows, inner, *strides, columns, width, _targets_per_row(targets, n_rows), splits, blocks, *shape[:3],
-        SHAPE=shape.shape, PADDED=columns < width, **tile.flat_constants(),
+        rows.count, rows.inner, *rows.strides, rows.columns, rows.readable, rows.width,
+        _targets_per_row(targets, rows.count), splits, blocks, *shape[:3],
+        SHAPE=shape.shape, PADDED=rows.columns < rows.width, **tile.flat_constants(),
     )  # fmt: skip
     if out is not grad_logits:  # its layout had to be copied
         grad_logits.copy_(out)

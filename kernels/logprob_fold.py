@@ -8,9 +8,8 @@ was summed so far is scaled down. Nothing crosses threads until the row's end, a
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.common import (
-    LN2,
-    LOG2E,
+from rlhf_fast.kernels.common import LN2, LOG2E
+from rlhf_fast.kernels.rows import (
     MAX_SPLITS,
     fall,
     finite_max,
@@ -43,7 +42,7 @@ def _first_max(row_ptrs, vector, real, columns, in_scale, cap, SHAPE: tl.constex
     """The lowest column of the maximum within each row's vector; 0 where NaN leaves none, and at masked rows."""
     column = vector[:, None] + tl.arange(0, VEC)[None, :]
     in_range = real[:, None] & (column < columns)
-    u = shaped(load_logits(row_ptrs[:, None] + column, in_range, SHAPE), in_range, in_scale, cap, SHAPE)
+    u = shaped(load_logits(row_ptrs[:, None] + column, in_range, SHAPE), in_range, in_scale, cap, SHAPE, False)
     first = tl.min(tl.where(in_range & (u == tl.max(u, 1)[:, None]), column, columns), 1)
     return tl.where(first < columns, first, 0).to(tl.int64)
 
@@ -77,7 +76,7 @@ def _store_stats(
             place = rows.to(tl.int64) * targets_per_row + k
             target = tl.load(targets_ptr + place, mask=real, other=0).to(tl.int64)
             valid = real & (target >= 0) & (target < columns)
-            u = shaped(load_logits(logits_ptr + offsets + target, valid, SHAPE), valid, in_scale, cap, SHAPE)
+            u = shaped(load_logits(logits_ptr + offsets + target, valid, SHAPE), valid, in_scale, cap, SHAPE, False)
             gap = u - finite_max(top)
             logprob = tl.where(gap > 0, 0.0, gap) * factors - log_sum
             logprob = tl.where(valid, logprob, float("nan"))
@@ -88,9 +87,9 @@ def _store_stats(
 def token_stats_fold(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,
     logprobs_ptr, entropy_ptr, logsumexp_ptr, squares_ptr, argmax_ptr, parts_ptr, partials_ptr,
-    n_rows, inner, outer_stride, stride, columns, targets_per_row, splits, blocks,
+    n_rows, inner, outer_stride, stride, columns, targets_per_row, splits, blocks, readable,
     factor, in_scale, cap,
-    SHAPE: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+    SHAPE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Folds a tile's rows, or a split's share of their columns; partials_ptr is None if there is one split."""
     BLOCK: tl.constexpr = LANES * VEC
@@ -104,7 +103,7 @@ def token_stats_fold(
     lane_columns = tl.arange(0, LANES)[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     pointers = logits_ptr + offsets[:, None, None] + lane_columns
     begin = split * blocks * BLOCK
-    end = tl.minimum(begin + blocks * BLOCK, columns)
+    end = tl.minimum(begin + blocks * BLOCK, readable)
     end = tl.where(tl.max(real.to(tl.int32), 0) > 0, end, begin)  # masked rows are not read
     top = tl.full((ROWS, LANES), float("-inf"), tl.float32)
     total = tl.zeros((ROWS, LANES), tl.float32)
@@ -115,7 +114,8 @@ def token_stats_fold(
     in_range = real[:, None, None] & (lane_columns < end - begin)
     x = load_logits(pointers + begin, in_range, SHAPE)
     for start in range(begin, end, BLOCK):
-        u = shaped(x, in_range, in_scale, cap, SHAPE)
+        counts = in_range & (lane_columns < columns - start)
+        u = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
         in_range = real[:, None, None] & (lane_columns < end - start - BLOCK)
         x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # on its way while this block is folded
         higher = tl.maximum(top, tl.max(u, 2))  # passes NaN over, the sum does not
@@ -150,7 +150,7 @@ def token_stats_fold(
         tl.store(to + 4, vector.to(tl.float32, bitcast=True), mask=exists)
 
 
-@triton.jit(do_not_specialize=["inner", "splits"])
+@triton.jit(do_not_specialize=["n_rows", "inner", "splits"])
 def token_stats_combine(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,
     logprobs_ptr, entropy_ptr, logsumexp_ptr, squares_ptr, argmax_ptr, parts_ptr, partials_ptr,

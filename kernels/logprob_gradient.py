@@ -4,13 +4,11 @@
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.common import (
+from rlhf_fast.kernels.common import LN2, LOG2E, narrow
+from rlhf_fast.kernels.rows import (
     CAPPED,
-    LN2,
-    LOG2E,
     NEGATED,
     load_logits,
-    narrow,
     row_factors,
     row_offsets,
     shaped,
@@ -68,8 +66,8 @@ def _add_at_targets(
 def token_stats_gradient(
     grad_logprobs_ptr, grad_entropy_ptr, grad_logsumexp_ptr, logits_ptr, out_ptr, targets_ptr, mask_ptr,
     temperature_ptr, entropy_ptr, parts_ptr,
-    n_rows, inner, outer_stride, stride, out_outer_stride, out_stride, columns, width, targets_per_row, splits, blocks,
-    factor, in_scale, cap,
+    n_rows, inner, outer_stride, stride, out_outer_stride, out_stride, columns, readable, width,
+    targets_per_row, splits, blocks, factor, in_scale, cap,
     SHAPE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of a share of a tile's columns; out_ptr may be logits_ptr."""
@@ -92,11 +90,12 @@ def token_stats_gradient(
     begin = split * blocks * BLOCK
     end = tl.minimum(begin + blocks * BLOCK, width)
 
-    in_range = keep[:, None] & (column < columns - begin)
+    in_range = keep[:, None] & (column < readable - begin)
     x = load_logits(pointers + begin, in_range, SHAPE)
     for start in range(begin, end, BLOCK):
-        u = shaped(x, in_range, in_scale, cap, SHAPE)
-        in_range = keep[:, None] & (column < tl.minimum(end, columns) - start - BLOCK)
+        counts = in_range & (column < columns - start)
+        u = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
+        in_range = keep[:, None] & (column < tl.minimum(end, readable) - start - BLOCK)
         x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # on its way while this block is worked on
         exponent = (u - top[:, None]) * (factors * LOG2E)[:, None]
         p = tl.exp2(exponent - (log_sum * LOG2E)[:, None])

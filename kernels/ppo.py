@@ -74,7 +74,7 @@ def _ppo_tokens(
     "logprobs_stride", "ref_logprobs_stride", "values_stride", "mask_stride",
     "rows", "length", "part_length", "parts",
 ])  # fmt: skip
-def _ppo_advantages(
+def ppo_rows(
     scores_ptr,  # (rows,)
     logprobs_ptr, ref_logprobs_ptr, values_ptr, mask_ptr,  # (rows, length)
     kl_ptr, rewards_ptr, advantages_ptr, returns_ptr,  # (rows, length), dense
@@ -169,7 +169,7 @@ def ppo_advantages(
     moments = kl.new_empty((plan.programs, 3), dtype=torch.float64)
     for which in plan.passes:
         launch(
-            _ppo_advantages, plan.programs, logprobs,
+            ppo_rows, plan.programs, logprobs,
             scores.contiguous(), *inputs, kl, rewards, advantages, returns, moments, maps,
             *strides, *logprobs.shape, plan.part, plan.parts, kl_coef, gamma, gamma * lam, score_clip,
             ESTIMATOR=estimator, PASS=which, **plan.constants,

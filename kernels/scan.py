@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrence of GAE as an associative scan, for `gae.py`, and how work is cut into programs.
+"""The recurrence of GAE as an associative scan, for gae.py and ppo.py, and how work is cut into programs.
 
 Read from a row's last token back, the recurrence has one number of state for each lambda: what token t adds, for
 the token before it, to reward minus value,
@@ -18,7 +18,7 @@ shuffles more an element and operand), the four tokens of a group ascend in memo
 A program goes through its tokens from the end, tile by tile, and carries the state: one reading, one writing, one
 launch. It has a long row, several short ones, or of packed tokens the sequences that end within its share. Where rows
 are few and long, each is cut into parts: a first launch makes the map of each part, a second starts from the maps of
-the parts after its own. That reads the input twice, and still wins where one program a row would leave a GPU idle.
+the parts after its own. That reads the input twice, for rows that would leave most of a GPU idle otherwise.
 """
 
 from typing import NamedTuple

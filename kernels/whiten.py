@@ -39,7 +39,7 @@ def _load_block(values_ptr, mask_ptr, values_stride, mask_stride, length, blocks
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _moments(
+def block_moments(
     values_ptr, mask_ptr,  # (rows, length)
     moments_ptr,  # (programs, 3)
     values_stride, mask_stride, length, blocks,
@@ -51,7 +51,7 @@ def _moments(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _whiten(
+def whiten_block(
     values_ptr, mask_ptr,  # (rows, length)
     moments_ptr,  # (3,)
     whitened_ptr,  # (rows, length), dense
@@ -86,7 +86,7 @@ def whiten_moments(values: Tensor, mask: Tensor) -> Tensor:
     blocks = triton.cdiv(length, BLOCK)
     moments = values.new_empty((rows * blocks, 3), dtype=torch.float64)
     launch(
-        _moments, rows * blocks, values, x, real, moments, x.stride(0), real.stride(0), length, blocks,
+        block_moments, rows * blocks, values, x, real, moments, x.stride(0), real.stride(0), length, blocks,
         BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return moments.sum(0)
@@ -100,7 +100,7 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> T
     x, real, rows, length = _as_rows(values, mask)
     blocks = triton.cdiv(length, BLOCK)
     launch(
-        _whiten, rows * blocks, values, x, real, moments.contiguous(), whitened,
+        whiten_block, rows * blocks, values, x, real, moments.contiguous(), whitened,
         x.stride(0), real.stride(0), length, blocks,
         SHIFT_MEAN=shift_mean, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

@@ -42,6 +42,7 @@ class Case(NamedTuple):
 
 PLAIN = (1.0, 1.0, 0.0, -1)  # temperature, logit_scale, softcap, vocab_size
 CAPPED = (1.0, 1.0, 30.0, -1)
+PADDED = (1.0, 1.0, 0.0, 50_257)
 
 
 def _rows(n: int, dtype: torch.dtype = torch.float32, *more: int) -> torch.Tensor:
@@ -92,11 +93,51 @@ def approx_kl(op: Any, dtype: torch.dtype) -> None:
     op.approx_kl_backward(_rows(64, torch.float32, 1024), *tokens, _rows(64, torch.bool, 1024), 2, 0, 1.0)
 
 
+Shape = tuple[int, ...]
+SETTINGS = (0.99, 0.95, 1.0, True)  # gamma, lam, value_lam, carry
+
+
+def gae(
+    shape: Shape = (256, 8192), flags: bool = False, sequences: int | None = None, dtype: torch.dtype | None = None
+) -> Callable[[Any, torch.dtype], object]:
+    """With a mask; flags: and with all there is. Of float32 unless told, as half of it has 8-byte loads."""
+
+    def call(op: Any, _: torch.dtype) -> None:
+        tokens = [torch.empty(shape, dtype=dtype or torch.float32) for _ in range(3)]
+        real, dones, truncated = (torch.empty(shape, dtype=torch.bool) for _ in range(3))
+        ends = None if sequences is None else torch.empty(sequences + 1, dtype=torch.int64)
+        if flags:
+            lams = (_rows(shape[0]), _rows(shape[0]))
+            op.gae(*tokens[:2], real, dones, truncated, tokens[2], ends, *lams, *SETTINGS)
+        else:
+            op.gae(*tokens[:2], real, None, None, None, ends, None, None, 0.99, 0.95, 0.95, True)
+
+    return call
+
+
+def ppo(shape: Shape = (256, 8192), estimator: int = 2) -> Callable[[Any, torch.dtype], object]:
+    tokens = [torch.empty(shape) for _ in range(3)]
+    real = torch.empty(shape, dtype=torch.bool)
+    return lambda op, _: op.ppo_advantages(_rows(shape[0]), *tokens, real, 0.1, estimator, 0.99, 0.95, 5.0)
+
+
+def whiten(op: Any, _: torch.dtype) -> None:
+    values, real = _rows(256, torch.float32, 8192), _rows(256, torch.bool, 8192)
+    op.whiten(values, real, op.whiten_moments(values, real), True)
+
+
 CASES = {
     "logprobs": Case(stats(1), "logprob", {"token_stats_fold": 4}),
     "logprobs_entropy": Case(stats(3), "logprob", {"token_stats_fold": 4}, main=True),
     "all_outputs_k": Case(stats(31, k=5), "logprob", {"token_stats_fold": 4}),
     "few_rows": Case(stats(31, n=64, width=262_144), "logprob", {"token_stats_fold": 4}),
+    "padded": Case(stats(3, width=50_304, options=PADDED), "logprob", {"token_stats_fold": 4}),
+    "padded_backward": Case(
+        stats_backward(True, width=50_304, options=PADDED),
+        "logprob",
+        {"token_stats_gradient": 4},
+        {"token_stats_gradient": 2},
+    ),
     "softcap": Case(stats(3, options=CAPPED), "logprob", {"token_stats_fold": 4}),
     "backward": Case(
         stats_backward(False), "logprob", {"token_stats_gradient": 4}, {"token_stats_gradient": 2}, main=True
@@ -122,21 +163,33 @@ CASES = {
         {"approx_kl_value": 3, "approx_kl_gradient": 5},
         {"approx_kl_value": 2, "approx_kl_gradient": 4},
     ),
+    "gae": Case(gae(), "gae", {"gae_rows": 8}, {"gae_rows": 4}, main=True),
+    "gae_half": Case(gae(dtype=torch.bfloat16), "gae", {}, {"gae_rows": 4}),
+    "gae_short": Case(gae((4096, 128)), "gae", {"gae_rows": 4}, {"gae_rows": 2}),
+    "gae_flags": Case(gae(flags=True), "gae", {"gae_rows": 6}, {"gae_rows": 2}, main=True),
+    "gae_few_rows": Case(gae((2, V)), "gae", {"gae_rows": 8}, {"gae_rows": 4}),
+    "gae_packed": Case(gae((V,), sequences=256), "gae", {}),
+    "gae_packed_few": Case(gae((V,), sequences=3), "gae", {"gae_rows": 4}, {"gae_rows": 2}),
+    "ppo": Case(ppo(), "ppo", {"ppo_rows": 6}, {"ppo_rows": 4}, main=True),
+    "ppo_few_rows": Case(ppo((2, V), estimator=0), "ppo", {"ppo_rows": 6}, {"ppo_rows": 4}),
+    "whiten": Case(whiten, "whiten", {"block_moments": 4, "whiten_block": 4}, {"whiten_block": 4}, main=True),
 }
 
-# Calls that must share one compiled kernel: nothing but run-time numbers differs.
-ALIKE = {
-    "stats": [
+# Calls of a family that must share one compiled kernel: nothing but run-time numbers differs.
+ALIKE: dict[str, tuple[str, str, list[Callable[[Any, torch.dtype], object]]]] = {
+    "stats": ("logprob", "token_stats_fold", [
         stats(3),
         stats(3, n=8191),
         stats(3, width=151_936),
         stats(3, n=5003, width=32_000, options=(0.7, 3.0, 0.0, -1)),
-    ],
-    "backward": [
+    ]),
+    "backward": ("logprob", "token_stats_gradient", [
         stats_backward(True, options=CAPPED),
         stats_backward(True, n=777, width=256_000, options=(0.3, 0.5, 4.0, -1)),
-    ],
-}
+    ]),
+    "gae": ("gae", "gae_rows", [gae(), gae((64, 100_004)), gae((301, 2052))]),
+    "ppo": ("ppo", "ppo_rows", [ppo(), ppo((65, 40_004)), ppo((301, 1028))]),
+}  # fmt: skip
 ODD = stats(3, width=V - 1)  # rows that begin at any address
 
 # Architecture: everything, or the main kernels in bf16.
@@ -199,8 +252,8 @@ def compile_all(architecture: int) -> dict[str, list[dict[str, Any]]]:
                 results[f"{name}/{dtype_name}"] = caught(case.family, case.call, dtype)
     if everything:
         results["odd"] = caught("logprob", ODD, torch.bfloat16)
-        for name, calls in ALIKE.items():
-            results[name] = [kernel for call in calls for kernel in caught("logprob", call, torch.bfloat16)]
+        for name, (family, _, calls) in ALIKE.items():
+            results[f"alike {name}"] = [kernel for call in calls for kernel in caught(family, call, torch.bfloat16)]
     return results
 
 
@@ -275,10 +328,9 @@ def test_rows_at_odd_addresses_are_the_exception() -> None:
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_lengths_and_values_do_not_recompile(name: str) -> None:
-    kernels = [
-        kernel for kernel in compiled_for(90)[name] if kernel["kernel"] in ("token_stats_fold", "token_stats_gradient")
-    ]
-    assert len(kernels) == len(ALIKE[name])
+    _, kernel_name, calls = ALIKE[name]
+    kernels = [kernel for kernel in compiled_for(90)[f"alike {name}"] if kernel["kernel"] == kernel_name]
+    assert len(kernels) == len(calls)
     assert len({kernel["hash"] for kernel in kernels}) == 1
 
 
@@ -292,8 +344,7 @@ def test_few_rows_fill_the_device() -> None:
 
 def test_every_launched_kernel_is_in_the_table() -> None:
     launches = re.compile(r"launch\(\s*(?:\w+\.)?(?!kernel\b)(\w+),")
-    files = [path for path in KERNELS.glob("*.py") if path.name.startswith(("logprob", "kl"))]
-    launched = {name for path in files for name in launches.findall(path.read_text())}
+    launched = {name for path in KERNELS.glob("*.py") for name in launches.findall(path.read_text())}
     compiled = {kernel["kernel"] for kernels in compiled_for(90).values() for kernel in kernels}
     assert launched and launched <= compiled, f"not compiled here: {sorted(launched - compiled)}"
 

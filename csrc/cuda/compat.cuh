@@ -29,7 +29,9 @@ constexpr float kInf = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr uint64_t kUnpublished = ~uint64_t{0};  // what a word holds before publish(); no value may look like it
+// What a word holds before publish(), which memset can write; no value may look like it.
+constexpr int kUnpublishedByte = 0xfe;
+constexpr uint64_t kUnpublished = ~uint64_t{0} / 0xff * kUnpublishedByte;
 
 // 16-bit floats as their bits, so that the emulator needs nothing of CUDA's headers.
 struct alignas(2) BFloat16 {
@@ -62,7 +64,10 @@ int64_t cluster_cache(Kernel*) {
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
-inline void publish(uint64_t value, uint64_t* word) { *word = value; }
+inline void publish(uint64_t value, uint64_t* word) {
+  if (*word != kUnpublished) emulator::fail("a word is published twice, or was not cleared");
+  *word = value;
+}
 inline uint64_t wait_for(const uint64_t* word) {
   if (*word == kUnpublished) emulator::fail("a block waits for what no block before it has published");
   return *word;

@@ -121,14 +121,14 @@ __device__ __forceinline__ void for_each_sequence(const Sequences& sequences, in
 // Whether tiles need to hear of those on their right, because not all of them end with a sequence.
 inline bool needs_links(const Sequences& s) { return s.total > kTile && (s.bounds || kTile % s.length != 0); }
 
-// Where they do: for each tile and chain, a word of constant and scale, the scale never being a NaN as kUnpublished is.
+// Where they do: for each tile and chain, a word of constant and scale, which is never the -1.7e38 of kUnpublished.
 inline int64_t link_bytes(const Sequences& s, int chains) {
   return needs_links(s) ? tiles_of(s.total) * chains * static_cast<int64_t>(sizeof(uint64_t)) : 0;
 }
 
 inline cudaError_t clear_links(const Sequences& s, int chains, uint64_t* links, cudaStream_t stream) {
   const int64_t bytes = link_bytes(s, chains);
-  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(links, 0xff, static_cast<size_t>(bytes), stream);
+  return bytes == 0 ? cudaSuccess : cudaMemsetAsync(links, kUnpublishedByte, static_cast<size_t>(bytes), stream);
 }
 
 struct LinkWord {
@@ -156,8 +156,8 @@ __device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const
   return s;
 }
 
-// The state behind a tile, whose own stretch lane 0 holds; by the whole of one warp. `links` is null where none is
-// needed.
+// The state behind a tile, whose own stretch lane 0 holds; by the whole of one warp. Waits for the tiles on the right
+// as far as the tile's last sequence reaches, if it reaches past the tile. `links` is null where no tile has to wait.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Stretch<kChains>& own,
                                                          const Sequences& sequences, uint64_t* links) {
