@@ -20,6 +20,21 @@ from rlhf_fast.ops.linear import tiles
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
 HIDDEN, VOCABULARY = 24, 301
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# The loops are the same Python on every backend, and their row kernels have tests of their own: most of what is here
+# runs on two backends, the rest shows that the others serve tiles, masks and empty inputs too.
+both = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
+both_and_dtype = pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        pytest.param(backend, DTYPES[dtype], id=f"{backend}-{dtype}")
+        for backend, dtypes in (("torch", ("fp64", "fp32", "bf16")), ("native", ("fp32", "fp16", "bf16")))
+        for dtype in dtypes
+    ],
+    indirect=["backend"],
+)
 
 
 def head(
@@ -81,6 +96,7 @@ def check_linear(inputs: dict[str, Tensor], targets: Tensor, memory_budget: int 
         assert torch.equal(got["argmax"], true["argmax"])
 
 
+@both_and_dtype
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("width", [1, 3, 17, 127, 1000])
 def test_values_and_gradients(
@@ -104,6 +120,7 @@ def test_logprobs_are_those_of_stats(backend: str, dtype: torch.dtype, generator
     assert only.logprobs is None and only.entropy is not None and only.argmax is not None
 
 
+@both_and_dtype
 @pytest.mark.parametrize("options", [
     {"temperature": 0.7}, {"logit_scale": 0.3}, {"softcap": 2.0}, {"vocab_size": 257},
     {"temperature": 1.4, "logit_scale": 1.5, "softcap": 5.0, "vocab_size": 250},
@@ -113,6 +130,7 @@ def test_options(backend: str, dtype: torch.dtype, options: dict[str, Any], gene
     check_linear(head(generator, dtype, (2, 5)), targets, **options)
 
 
+@both_and_dtype
 @pytest.mark.parametrize("count", [1, 3])
 def test_several_targets_a_row(backend: str, dtype: torch.dtype, count: int, generator: torch.Generator) -> None:
     targets = randint(VOCABULARY, 2, 5, count, generator=generator)
@@ -120,6 +138,7 @@ def test_several_targets_a_row(backend: str, dtype: torch.dtype, count: int, gen
     check_linear(head(generator, dtype, (2, 5)), targets)
 
 
+@both_and_dtype
 @pytest.mark.parametrize("budget", [0, 7 * VOCABULARY * 4, None], ids=["none_kept", "some_kept", "all_kept"])
 @pytest.mark.parametrize(("tile_bytes", "tile_rows"), [(8, 1), (1000, 8), (4096, 100), (10**6, 100)])
 def test_every_tile_shape_gives_the_same(
@@ -146,6 +165,25 @@ def test_every_tile_shape_gives_the_same(
         temperature=0.5 + torch.rand(rows, generator=generator),
         softcap=6.0,
     )
+
+
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_tiles_merge_on_every_backend(
+    backend: str, softcap: float | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the logits share an offset of 1e4: a merged maximum must be in the kernels' own unit."""
+    monkeypatch.setattr(tiles, "CPU_TILE", 7 * 64 * 4)
+    rows = (7,)
+    inputs, targets = head(generator, torch.float32, rows, width=150), randint(150, *rows, generator=generator)
+    temperature = 0.5 + torch.rand(rows, generator=generator)
+    check_linear(inputs, targets, temperature=temperature, softcap=softcap, logit_scale=0.7)
+    if softcap is None:
+        exact = {k: v.round() for k, v in inputs.items()}
+        plain = rf.linear_token_stats(**exact, targets=targets, temperature=0.5)
+        exact["bias"] = exact["bias"] + 1e4
+        moved = rf.linear_token_stats(**exact, targets=targets, temperature=0.5)
+        torch.testing.assert_close(moved.logprobs, plain.logprobs, rtol=1e-6, atol=4e-6)
+        torch.testing.assert_close(moved.entropy, plain.entropy, rtol=1e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("budget", [0, None])
@@ -195,6 +233,7 @@ def test_mask(
     assert bool((grads[0][~mask] == 0).all())
 
 
+@both
 def test_masked_rows_are_not_multiplied(backend: str, generator: torch.Generator) -> None:
     """A quarter of the rows costs a quarter of the matmuls, forward and backward: three, as tiles are kept."""
     inputs = head(generator, torch.float32, (8, 16), bias=False)
@@ -213,6 +252,7 @@ def test_masked_rows_are_not_multiplied(backend: str, generator: torch.Generator
     assert flops(few) == everything // 4
 
 
+@both
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "bias", "weight+bias"])
 def test_frozen_parts_get_no_gradient(backend: str, frozen: str, generator: torch.Generator) -> None:
     inputs = head(generator, torch.float32, (2, 5))
@@ -226,6 +266,7 @@ def test_frozen_parts_get_no_gradient(backend: str, frozen: str, generator: torc
     assert not rf.linear_token_logprobs(**inputs, targets=targets).requires_grad
 
 
+@both_and_dtype
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "tied_slice", "expanded"])
 def test_layouts(backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
     inputs = head(generator, dtype, (4, 6))
@@ -264,6 +305,7 @@ def test_empty_one_and_all_masked(backend: str, dtype: torch.dtype, generator: t
     assert one.shape == () and bool(one.isfinite())
 
 
+@both
 def test_minus_infinity_bias_forbids_a_token(backend: str, generator: torch.Generator) -> None:
     """-inf in the bias: probability 0, and every gradient stays finite."""
     inputs = head(generator, torch.float32, (2, 5))
@@ -281,6 +323,7 @@ def test_minus_infinity_bias_forbids_a_token(backend: str, generator: torch.Gene
     assert bool((grads["weight"][[7, 300]] == 0).all())
 
 
+@both
 @pytest.mark.parametrize("budget", [0, 2**20])
 def test_memory_stays_in_the_budget(
     backend: str, budget: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +343,7 @@ def test_memory_stays_in_the_budget(
     assert operators and 0 < largest <= budget + 2**19 + 2**19, "kept, a tile (2 MiB in the reference), small things"
 
 
+@both
 def test_forward_alone_keeps_nothing(backend: str, generator: torch.Generator) -> None:
     """Without a gradient to come, nothing is kept: under no_grad and where nothing requires grad."""
     inputs = head(generator, torch.float32, (64,), width=4096)
@@ -313,6 +357,7 @@ def test_forward_alone_keeps_nothing(backend: str, generator: torch.Generator) -
     assert kept == [0, 0, tiles.DEFAULT_BUDGET["cpu"]]
 
 
+@both
 def test_gradients_accumulate_in_float32(
     backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +376,7 @@ def test_gradients_accumulate_in_float32(
     assert chunked <= 2 * at_once + 4e-3, f"{chunked:.2e} in chunks, {at_once:.2e} at once"
 
 
+@both_and_dtype
 def test_bitwise_repeatable(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     inputs = head(generator, dtype, (40,))
     targets = randint(VOCABULARY, 40, generator=generator)
