@@ -164,7 +164,7 @@ CASES = {
         {"approx_kl_value": 2, "approx_kl_gradient": 4},
     ),
     "gae": Case(gae(), "gae", {"gae_rows": 8}, {"gae_rows": 4}, main=True),
-    "gae_half": Case(gae(dtype=torch.bfloat16), "gae", {}, {"gae_rows": 4}),
+    "gae_half": Case(gae(dtype=torch.bfloat16), "gae", {}, {"gae_rows": 2}),
     "gae_short": Case(gae((4096, 128)), "gae", {"gae_rows": 4}, {"gae_rows": 2}),
     "gae_flags": Case(gae(flags=True), "gae", {"gae_rows": 6}, {"gae_rows": 2}, main=True),
     "gae_few_rows": Case(gae((2, V)), "gae", {"gae_rows": 8}, {"gae_rows": 4}),
