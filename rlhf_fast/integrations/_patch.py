@@ -148,7 +148,7 @@ def _patch_loaded(patch: Patch, module_name: str, targets: Sequence[Target]) -> 
         owner, original = _find(module, target.name)
         registry = getattr(module, target.registry) if target.registry else {}
         if original is None:
-            patch.rows[target.path] = "left alone: this version does not have it"
+            patch.rows[target.path] = "not there: this version does not have it"
         elif hasattr(original, "rlhf_fast_replaces") or target.added_as in registry:
             patch.rows[target.path] = "ours already, by an earlier call"
         elif (maker := target.makers.get(plain_signature(original))) is None:
