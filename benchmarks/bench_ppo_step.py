@@ -24,7 +24,7 @@ import rlhf_fast as rf
 
 transformers = pytest.importorskip("transformers", reason="the trainer extra is not installed")
 
-BATCH, PROMPT, RESPONSE = 8, 16, 32
+BATCH, PROMPT, RESPONSE = 4, 16, 32
 SHAPE = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, max_position_embeddings=2048, tie_word_embeddings=True,
@@ -120,6 +120,6 @@ class Step:
 def test_ppo_step(benchmark: Any, provider: str) -> None:
     step = Step(provider)
     benchmark.group = f"PPO step, 135M parameters, {BATCH} x ({PROMPT} + {RESPONSE}) tokens"
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(step, rounds=2, warmup_rounds=1)
     parts = {name: sorted(times[1:] or times)[len(times[1:] or times) // 2] for name, times in step.parts.items()}
     benchmark.extra_info.update(provider=provider, parts=parts)

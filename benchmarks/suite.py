@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ import scaling
 import torch
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("speed", "accuracy", "memory", "scaling", "ppo_step")
 
 
 def pytest_benchmark(files: list[Path], options: list[str]) -> list[dict[str, Any]]:
@@ -38,7 +38,8 @@ def pytest_benchmark(files: list[Path], options: list[str]) -> list[dict[str, An
         finished = subprocess.run([*command, *options, *map(str, files)], cwd=HERE.parent)
         if finished.returncode:
             print(f"pytest ended with {finished.returncode}: cases that failed are missing below", file=sys.stderr)
-        return json.loads(output.read_text())["benchmarks"] if output.stat().st_size else []
+        text = output.read_text() if output.exists() else ""
+        return json.loads(text)["benchmarks"] if text else []
 
 
 def rows_of(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -57,6 +58,27 @@ def rows_of(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"case": group, "seconds": seconds, "bytes": ours["bytes_moved"], **more}
 
 
+def speed(options: list[str]) -> list[dict[str, Any]]:
+    files = [path for path in sorted(HERE.glob("bench_*.py")) if path.stem != "bench_ppo_step"]
+    return list(rows_of(pytest_benchmark(files, options)))
+
+
+def ppo_step(options: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds by part, for eager ops and ours; empty without transformers."""
+    records = pytest_benchmark([HERE / "bench_ppo_step.py"], options)
+    found = {r["extra_info"]["provider"]: r["extra_info"]["parts"] for r in records}
+    return found if {"eager", "native"} <= set(found) else {}
+
+
+PARTS: dict[str, Callable[[list[str]], Any]] = {
+    "speed": speed,
+    "accuracy": lambda _: list(accuracy.measure()),
+    "memory": lambda _: list(memory.measure()),
+    "scaling": lambda _: list(scaling.measure()),
+    "ppo_step": ppo_step,
+}
+
+
 def measured(parts: tuple[str, ...], options: list[str]) -> dict[str, Any]:
     """The report. The parts run one after the other; nothing else should run meanwhile."""
     report: dict[str, Any] = {
@@ -69,15 +91,11 @@ def measured(parts: tuple[str, ...], options: list[str]) -> dict[str, Any]:
     begin = time.perf_counter()
     for part in parts:
         print(f"{time.perf_counter() - begin:.0f} s: {part} ...", flush=True)
-        if part == "speed":
-            files = [path for path in sorted(HERE.glob("bench_*.py")) if path.stem != "bench_ppo_step"]
-            report["rows"] = list(rows_of(pytest_benchmark(files, options)))
-        elif part == "ppo_step":
-            records = pytest_benchmark([HERE / "bench_ppo_step.py"], options)
-            found = {r["extra_info"]["provider"]: r["extra_info"]["parts"] for r in records}
-            report[part] = found if {"eager", "native"} <= set(found) else {}
-        else:
-            report[part] = list({"accuracy": accuracy, "memory": memory, "scaling": scaling}[part].measure())
+        try:
+            report["rows" if part == "speed" else part] = PARTS[part](options)
+        except Exception as error:  # told, and the other parts go on
+            traceback.print_exc()
+            report.setdefault("failed", {})[part] = f"{type(error).__name__}: {error}"
     report["minutes"] = round((time.perf_counter() - begin) / 60, 1)
     report["state_at_the_end"] = machine.state()
     return report
@@ -101,6 +119,8 @@ def main() -> None:
     plots.draw(name, report, folder)
     print(report_.results(name, report))
     print(f"{report['minutes']} minutes; results in {folder}")
+    if "failed" in report:
+        sys.exit(f"these parts failed: {report['failed']}; the documents were left as they are")
     if folder == report_.RESULTS:
         for path, text in report_.documents().items():
             path.write_text(text)
