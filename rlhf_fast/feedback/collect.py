@@ -15,6 +15,7 @@ from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.ranks import ranks
 
 from .raters import Rater, load_rater
 
@@ -55,14 +56,17 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
         room = min(config.max_length, context_length(model)) - config.max_new_tokens + 1
         encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
         with StopFlag() as stop, Progress("collect", len(lines)) as bar:
-            per_batch = max(1, config.micro_batch_size // config.samples_per_prompt)
-            for start in range(done, len(lines), per_batch):
-                batch = slice(start, start + per_batch)
-                rows = _sample(config, model, tokenizer, lines[batch], encoded[batch], start, timer)
-                _rate_and_append(run, rows, rater, timer)
-                bar.update(min(start + per_batch, len(lines)))
-                if stop.requested:
+            per_rank = max(1, config.micro_batch_size // config.samples_per_prompt)
+            together = per_rank * ranks().count
+            for start in range(done // together * together, len(lines), together):
+                own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
+                made = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
+                rows = [row for part in ranks().every(made) for row in part]
+                _rate_and_append(run, rows[max(0, done - start) :], rater, timer)
+                bar.update(min(start + together, len(lines)))
+                if ranks().any(stop.requested):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
+    ranks().wait()
     summary = _summary(run, timer)
     run.write_json("summary.json", summary)
     return summary
@@ -75,7 +79,7 @@ def _rows_done(run: RunFolder, lines: list[PromptLine]) -> int:
         return 0
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
-    if whole != text:
+    if whole != text and ranks().main:
         path.write_text(whole, encoding="utf-8")
     if not whole:
         return 0
@@ -100,6 +104,9 @@ def _sample(
     """One row a prompt. The seed depends on the position alone, for a resumed run to sample the same."""
     from rlhf_fast.models.generate import generate
 
+    if not lines:
+        return []
+
     with timer("generate"):
         rollout = generate(
             model,
@@ -107,12 +114,16 @@ def _sample(
             prompts,
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
             seed=config.seed * 1_000_003 + start,
             samples_per_prompt=config.samples_per_prompt,
         )
     k = config.samples_per_prompt
     sampling = {
         "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
     }
@@ -130,7 +141,7 @@ def _sample(
 
 
 def _rate_and_append(run: RunFolder, rows: list[dict[str, Any]], rater: Rater | None, timer: Timer) -> None:
-    for row in rows:
+    for row in rows if ranks().main else ():
         with timer("rate"):
             row["ratings"] = rater(row["prompt"], row["completions"]) if rater else None
         run.append_jsonl(FEEDBACK_FILE, [row])

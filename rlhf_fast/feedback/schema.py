@@ -75,6 +75,11 @@ def read_feedback(path: str | Path) -> list[Ranking]:
     return rated
 
 
+def holds_feedback(path: str | Path) -> bool:
+    """True if the first line of a data file has completions, in any format; False for a file of prompts."""
+    return isinstance(next(each_ranking(path), None), Ranking)
+
+
 def each_ranking(path: str | Path) -> Iterator[Ranking | UserError]:
     """Every line, rated or not; for a malformed one, the error in its place."""
     for row, where in read_rows(path):

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rollout import Support
+
 
 class Batch(NamedTuple):
     """Sequences padded on the right. `mask` says which tokens are asked for (the completion's)."""
@@ -19,21 +21,31 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) bool
     mask: Tensor  # (B, T) bool
+    support: Support | None = None  # of the tokens of `mask`, where sampling cut the law
 
     def rows(self, index: Tensor) -> Batch:
         """Those rows, cut to the longest of them."""
         attention = self.attention_mask[index]
         width = int(attention.sum(1).max())
-        return Batch(self.input_ids[index, :width], attention[:, :width], self.mask[index, :width])
+        support = None
+        if self.support is not None:
+            numbers = torch.zeros_like(self.input_ids)
+            numbers[self.mask] = torch.arange(len(self.support.offsets) - 1, device=numbers.device)
+            support = self.support.take(numbers[index][self.mask[index]])
+        return Batch(self.input_ids[index, :width], attention[:, :width], self.mask[index, :width], support)
 
-    def plan(self, size: int, index: Tensor | None = None) -> list[Tensor]:
+    def plan(self, size: int, index: Tensor | None = None, unit: int = 1) -> list[Tensor]:
         """Rows (all, or those of `index`) cut into micro-batches of at most `size`, longest rows first.
 
-        Longest first, so that too large a micro-batch runs out of memory at once and not after an hour.
+        Longest first, so that too large a micro-batch runs out of memory at once and not after an hour. With `unit`
+        that many rows in succession stay together, even if they are more than `size`.
         """
         index = torch.arange(len(self.input_ids)) if index is None else index
-        lengths = self.attention_mask.sum(1).cpu()[index]
-        return list(index[lengths.argsort(descending=True, stable=True)].split(size))
+        units = index.view(-1, unit)
+        lengths = self.attention_mask.sum(1).cpu()[units].amax(1)
+        return [
+            part.flatten() for part in units[lengths.argsort(descending=True, stable=True)].split(max(1, size // unit))
+        ]
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling completions from softmax(logits / temperature), nothing cut off.
+"""Sampling completions from softmax(logits / temperature), whole or cut to the likeliest tokens.
 
 A loop of our own around the model's forward and its KV cache, because three things that cost time are known here:
 each prompt is read once and its cache is shared out to its samples, the head runs at the last position only, and rows
@@ -8,24 +8,27 @@ that have ended leave the batch. Prompts are padded on the left, with position_i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .heads import LogitOptions, head, logit_options, position_ids
+from rlhf_fast.hf import LanguageModelHead, language_model_head
+
+from .heads import position_ids
+from .rollout import Rollout, Support
 
 
-@dataclass
-class Rollout:
-    """Prompts with their completions, padded on the right; row p * samples_per_prompt + k is sample k of prompt p."""
+class Law(NamedTuple):
+    """What is drawn from: softmax(logits / temperature), cut to the `top_k` likeliest and to `top_p` of the mass."""
 
-    input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) bool, True = prompt or completion
-    response_mask: Tensor  # (B, T) bool, True = token of the completion, the EOS that ended it included
-    texts: list[str]  # (B,) completions without special tokens
-    ended: Tensor  # (B,) bool, True = ended by itself with EOS
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def cut(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
 
 
 def generate(
@@ -35,14 +38,18 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     samples_per_prompt: int = 1,
+    first_prompt: int = 0,
+    total_prompts: int | None = None,
 ) -> Rollout:
-    """Sample `samples_per_prompt` completions of each prompt (token ids, not empty).
+    """Sample `samples_per_prompt` completions of each prompt (token ids, not empty); a `Sampler`.
 
     The random numbers of a row depend on `generator` (or `seed`) and the row's number alone, so the same seed gives
-    the same luck to two models. Without either, torch's global generator is used.
+    the same luck to two models. Without either, torch's global generator is used. top_k 0 and top_p 1 cut nothing.
     """
     device = next(model.parameters()).device
     if generator is None and seed is not None:
@@ -51,11 +58,12 @@ def generate(
     width = int(lengths.max())
     left = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = (torch.arange(width) >= width - lengths[:, None]).to(device)  # (P, width)
-    tokens = _sample(
-        model, left, mask, ends(model, tokenizer), max_new_tokens, temperature, generator, samples_per_prompt
-    )
+    total = (total_prompts or first_prompt + len(prompts)) * samples_per_prompt
+    mine = slice(first_prompt * samples_per_prompt, (first_prompt + len(prompts)) * samples_per_prompt)
+    law, end_ids = Law(temperature, top_k, top_p), ends(model, tokenizer)
+    tokens, kept = _sample(model, left, mask, end_ids, max_new_tokens, law, generator, samples_per_prompt, total, mine)
     tokens = tokens.cpu().clone()  # an ordinary tensor: autograd refuses those of inference mode
-    return _assemble(tokenizer, prompts, tokens, ends(model, tokenizer), samples_per_prompt, device)
+    return _assemble(tokenizer, prompts, tokens, kept, end_ids, samples_per_prompt, device)
 
 
 def ends(model: Any, tokenizer: Any) -> list[int]:
@@ -72,26 +80,30 @@ def _sample(
     mask: Tensor,  # (P, width)
     end_ids: list[int],
     max_new_tokens: int,
-    temperature: float,
+    law: Law,
     generator: torch.Generator | None,
     samples: int,
-) -> Tensor:
-    """(P * samples, max_new_tokens) sampled ids; -1 after the end of a row."""
-    trunk, (weight, bias), options = model.base_model, head(model), logit_options(model)
+    total: int,
+    mine: slice,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """(P * samples, max_new_tokens) sampled ids, -1 after the end of a row; and of each step what the cut left: the
+    tokens' places in that tensor, how many ids each kept, and these ids."""
+    trunk, head = model.base_model, language_model_head(model)
     output = trunk(input_ids=prompts, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(samples)
     hidden = output.last_hidden_state[:, -1].repeat_interleave(samples, 0)  # (B, H)
     mask = mask.repeat_interleave(samples, 0)
-    total = len(hidden)
-    alive = torch.arange(total, device=prompts.device)  # rows still growing, in order
-    sampled = prompts.new_full((total, max_new_tokens), -1)
+    alive = torch.arange(len(hidden), device=prompts.device)  # rows still growing, in order
+    sampled = prompts.new_full((len(hidden), max_new_tokens), -1)
     stop = prompts.new_tensor(end_ids)
+    kept = []
     for step in range(max_new_tokens):
-        uniform = torch.rand(total, generator=generator, dtype=torch.float64).to(prompts.device)[alive]
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        chosen = draw(logits, uniform, temperature, options)
+        uniform = torch.rand(total, generator=generator, dtype=torch.float64)[mine].to(prompts.device)[alive]
+        chosen, cut = draw(_logits(hidden, head), uniform, law)
         sampled[alive, step] = chosen
+        if cut is not None:
+            kept.append((alive * max_new_tokens + step, cut.offsets.diff(), cut.ids))
         keep = (~torch.isin(chosen, stop)).nonzero().squeeze(1)
         if len(keep) == 0 or step + 1 == max_new_tokens:
             break
@@ -108,22 +120,66 @@ def _sample(
             use_cache=True,
         )
         hidden = output.last_hidden_state[:, -1]
-    return sampled
+    return sampled, kept
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float, options: LogitOptions) -> Tensor:
-    """(N,) ids drawn from logits (N, V), by inverting the distribution function at `uniform` (N,) in [0, 1)."""
-    logits = logits.float() * options.logit_scale
-    if options.softcap is not None:
-        logits = torch.tanh(logits / options.softcap) * options.softcap
+def _logits(hidden: Tensor, head: LanguageModelHead) -> Tensor:
+    """(N, V) float32, with the scale and cap of the model."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    if head.lora is not None:
+        a, b, scale = head.lora
+        logits = logits + scale * (hidden.to(a.dtype) @ a.mT @ b.mT).to(logits.dtype)
+    logits = logits.float() * head.logit_scale
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+
+def draw(logits: Tensor, uniform: Tensor, law: Law) -> tuple[Tensor, Support | None]:
+    """(N,) ids drawn from logits (N, V), by inverting the distribution function at `uniform` (N,) in [0, 1); and the
+    ids that each row could draw, if the law cuts."""
+    probabilities = (logits / law.temperature).softmax(-1)
+    if not law.cut:
+        return _invert(probabilities, uniform), None
+    probabilities, ids, kept = _likeliest(probabilities, law)
+    place = _invert(probabilities * kept, uniform)
+    # rounding may point behind the last kept one, whose probability is 0
+    place = torch.minimum(place, kept.sum(-1) - 1)
+    offsets = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
+    return ids.gather(1, place[:, None]).squeeze(1), Support(ids[kept], offsets)
+
+
+def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
     # float64, since float32 sums of 50 000 terms would favour the ids at the end; the last entry is the total
-    cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     point = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp_(max=logits.shape[1] - 1)
+    return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp_(max=probabilities.shape[1] - 1)
+
+
+FIRST_LOOK = 1024  # sorting a whole vocabulary is slow, and top-p rarely keeps more than this
+
+
+def _likeliest(probabilities: Tensor, law: Law) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (N, K) in descending order, their ids, and which of them are kept: the `top_k` likeliest, then the
+    fewest of these that have `top_p` of their mass (at least one)."""
+    size = probabilities.shape[1]
+    count = min(law.top_k or FIRST_LOOK, size)
+    values, ids = probabilities.topk(count)
+    mass = values.sum(-1, keepdim=True) if law.top_k else probabilities.sum(-1, keepdim=True)
+    if not law.top_k and count < size and bool((values.sum(-1) < law.top_p * mass.squeeze(-1)).any()):
+        values, ids = probabilities.sort(descending=True)
+    before = values.cumsum(-1, dtype=torch.float64) - values
+    kept = (before < law.top_p * mass) & (values > 0)
+    kept[:, 0] = True
+    return values, ids, kept
 
 
 def _assemble(
-    tokenizer: Any, prompts: list[list[int]], sampled: Tensor, end_ids: list[int], samples: int, device: torch.device
+    tokenizer: Any,
+    prompts: list[list[int]],
+    sampled: Tensor,
+    kept: list[tuple[Tensor, Tensor, Tensor]],
+    end_ids: list[int],
+    samples: int,
+    device: torch.device,
 ) -> Rollout:
     """Put each prompt and what was sampled after it side by side, padding on the right."""
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(samples)
@@ -137,10 +193,15 @@ def _assemble(
     attention = columns < (lengths + counts)[:, None]
     final = sampled.gather(1, (counts - 1)[:, None]).squeeze(1)
     texts = [tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in sampled]
+    support = None
+    if kept:  # from steps of rows to rows of steps
+        places, sizes, ids = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        support = Support(ids, torch.nn.functional.pad(sizes.cumsum(0), (1, 0))).take(places.argsort())
     return Rollout(
         input_ids.to(device),
         attention.to(device),
         (attention & (columns >= lengths[:, None])).to(device),
         texts,
         torch.isin(final, torch.tensor(end_ids)).to(device),
+        support,
     )

@@ -8,16 +8,17 @@ the tokens that count go to `rf.linear_token_logprobs`, flattened and contiguous
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import rlhf_fast as rf
+from rlhf_fast.hf import language_model_head
 from rlhf_fast.run.errors import UserError
 
 from .loading import score_normalizer
+from .rollout import Support
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -60,40 +61,13 @@ def choose_attention(model: Any, length: int) -> None:
             model.set_attn_implementation(wanted)
 
 
-def head(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, H) and bias (V,) of the language-model head."""
-    layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
-
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """What a model does to its logits beyond the matmul; the names are those of `rf.linear_token_logprobs`."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-
-def logit_options(model: Any) -> LogitOptions:
-    """Read from the model's config: Gemma 2 caps its logits, Cohere multiplies and Granite divides them."""
-    config = model.config
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return LogitOptions(float(scale), getattr(config, "final_logit_softcapping", None))
-
-
-def _head_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
+def law_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
     """The head's weight (V, H), and the rest of what turns hidden states into the sampling law."""
-    weight, bias = head(model)
-    options = logit_options(model)
-    return weight, {
-        "bias": bias,
-        "temperature": temperature,
-        "logit_scale": options.logit_scale,
-        "softcap": options.softcap,
-    }
+    found = language_model_head(model)
+    return found.weight, {**found.options(), "temperature": temperature}
 
 
-def _predicting_rows(
+def predicting_rows(
     model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The hidden states (N, H) that predict the tokens of `mask` (B, T), and the flat indices (N,) of those tokens.
@@ -110,43 +84,83 @@ def token_logprobs(
     input_ids: Tensor,
     attention_mask: Tensor,
     mask: Tensor,
+    support: Support | None = None,
     temperature: float = 1.0,
     positions: Tensor | None = None,
 ) -> Tensor:
     """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `mask`, else 0. Differentiable.
 
-    `mask` (B, T) bool must be False at the first token of a sequence. The law is softmax(logits / temperature).
-    `positions` (B, T): see `hidden_states`.
+    `mask` (B, T) bool must be False at the first token of a sequence. The law is softmax(logits / temperature), over
+    the ids of `support` alone where it is given. `positions` (B, T): see `hidden_states`.
     """
-    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask, positions)
-    weight, options = _head_options(model, temperature)
-    logprobs = rf.linear_token_logprobs(rows, weight, input_ids.flatten()[tokens], **options)
-    return _scatter(logprobs, tokens, mask)
+    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask, positions)
+    logprobs = row_logprobs(model, rows, input_ids.flatten()[tokens], support, temperature)
+    return scatter(logprobs, tokens, mask)
+
+
+def row_logprobs(
+    model: Any, rows: Tensor, targets: Tensor, support: Support | None = None, temperature: float = 1.0
+) -> Tensor:
+    """(N,) log-probabilities of `targets` (N,) under the law that hidden states (N, H) predict."""
+    weight, options = law_options(model, temperature)
+    if support is None:
+        return rf.linear_token_logprobs(rows, weight, targets, **options)
+    if options.pop("lora") is not None:
+        raise UserError("top_k and top_p do not go with an adapter on the language-model head")
+    return rf.linear_sampled_logprobs(rows, weight, targets, support.ids, support.offsets, **options)
 
 
 def token_logprobs_entropy(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float = 1.0
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    mask: Tensor,
+    support: Support | None = None,
+    temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of the law each token was drawn from."""
-    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
-    weight, options = _head_options(model, temperature)
-    stats = rf.linear_token_stats(rows, weight, input_ids.flatten()[tokens], **options)
+    """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of softmax(logits / temperature), uncut."""
+    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
+    targets = input_ids.flatten()[tokens]
+    weight, options = law_options(model, temperature)
+    stats = rf.linear_token_stats(rows, weight, targets, **options)
     assert stats.logprobs is not None and stats.entropy is not None  # both are asked for by default
-    return _scatter(stats.logprobs, tokens, mask), _scatter(stats.entropy, tokens, mask)
+    logprobs = stats.logprobs if support is None else row_logprobs(model, rows, targets, support, temperature)
+    return scatter(logprobs, tokens, mask), scatter(stats.entropy, tokens, mask)
 
 
-def _scatter(values: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+def token_kl(
+    model: Any, reference: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """(B, T) nats: KL of the policy's law from the reference's, over the whole vocabulary, before each token of `mask`.
+
+    `reference` is a context manager that gives the reference model, as `Agent.reference` does.
+    """
+    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
+    weight, options = law_options(model, temperature)
+    with reference() as other:
+        ref_rows, _ = predicting_rows(other, input_ids, attention_mask, mask)
+        ref_weight, ref_options = law_options(other, temperature)
+    ref_options.pop("lora")
+    kl = rf.linear_token_kl(
+        rows, weight, ref_rows, ref_weight, **options, **{f"ref_{k}": v for k, v in ref_options.items()}
+    )
+    return scatter(kl, tokens, mask)
+
+
+def scatter(values: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """(B, T): `values` (N,) at the flat indices `tokens` (N,), 0 elsewhere."""
     return values.new_zeros(mask.numel()).index_put((tokens,), values).view(mask.shape)
 
 
-def token_values(model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> Tensor:
+def token_values(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, support: Support | None = None
+) -> Tensor:
     """(B, T) float32: [b, t] = value of the state before input_ids[b, t] where `mask`, else 0. Differentiable.
 
     The critic is a reward model whose head is read at every token instead of the last.
     """
-    rows, tokens = _predicting_rows(model, input_ids, attention_mask, mask)
-    return _scatter(_read_score(model, rows), tokens, mask)
+    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
+    return scatter(_read_score(model, rows), tokens, mask)
 
 
 def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.progress import notice
+from rlhf_fast.run.ranks import ranks
 
 from .gguf import resolve_model
 
@@ -36,8 +37,8 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def device() -> torch.device:
-    """Where models go: the first GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where models go: this process' GPU if there is one."""
+    return ranks().device if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
@@ -143,6 +144,16 @@ def make_critic(model: Any) -> Any:
     model.score = value
     set_score_normalizer(model, 0.0, 1.0)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward, while the model is in training mode; dropout is off for good."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
 
 
 def context_length(model: Any) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
         figures[key], rows[key] = evaluate(
             model,
-            reference,
+            lambda: nullcontext(reference),
             reward,
             tokenizer,
             [line.prompt for line in lines],

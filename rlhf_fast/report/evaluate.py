@@ -5,22 +5,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.models.batches import Batch, in_micro_batches
-from rlhf_fast.models.generate import Rollout, generate
+from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
+from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.run.ranks import ranks
 
 Rater = Callable[[Any, list[str]], list[float]]
+Reference = Callable[[], AbstractContextManager[Any]]  # gives the model that the KL is taken from
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
 
 
 def evaluate(
     policy: Any,
-    reference: Any,
+    reference: Reference,
     reward: Any,
     tokenizer: Any,
     prompts: list[Any],
@@ -29,6 +33,8 @@ def evaluate(
     samples: int,
     max_new_tokens: int,
     temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
     micro_batch_size: int,
     rater: Rater | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -37,21 +43,27 @@ def evaluate(
     reward: mean normalised score (where there is a reward model). gold: mean of the simulated rater. kl: nats per
     sequence, log p - log p_ref summed over the tokens the policy sampled. entropy: nats per token. distinct: share of
     different texts among the samples. distinct_2: different word pairs by all word pairs. ended: share that ended by
-    themselves.
+    themselves. With several ranks each samples its share of the prompts, and all get all rows.
     """
-    rows: list[dict[str, Any]] = []
+    own: dict[int, list[dict[str, Any]]] = {}
     together = max(1, SAMPLES_AT_ONCE // samples)
-    for start in range(0, len(prompts), together):
+    for place, start in enumerate(range(0, len(prompts), together)):
+        if place % ranks().count != ranks().index:
+            continue
         made = generate(
             policy,
             tokenizer,
             encoded[start : start + together],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=EVAL_SEED + start,
             samples_per_prompt=samples,
         )
-        rows += _measure(policy, reference, reward, made, temperature, micro_batch_size)
+        own[start] = _measure(policy, reference, reward, made, temperature, micro_batch_size)
+    parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
+    rows = [row for start in sorted(parts) for row in parts[start]]
     for place in range(0, len(rows), samples):
         prompt, group = prompts[place // samples], rows[place : place + samples]
         ratings = rater(prompt, [row["completion"] for row in group]) if rater is not None else []
@@ -69,17 +81,18 @@ SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", 
 
 
 def _measure(
-    policy: Any, reference: Any, reward: Any, made: Rollout, temperature: float, micro_batch_size: int
+    policy: Any, reference: Reference, reward: Any, made: Rollout, temperature: float, micro_batch_size: int
 ) -> list[dict[str, Any]]:
     """One row for each sample; its entropy is the sum over its tokens."""
-    batch = Batch(made.input_ids, made.attention_mask, made.response_mask)
+    batch = Batch(made.input_ids, made.attention_mask, made.response_mask, made.support)
     plan = batch.plan(micro_batch_size)
 
     def with_entropy(part: Batch) -> Tensor:
         return torch.stack(token_logprobs_entropy(policy, *part, temperature), -1)
 
     own, entropy = in_micro_batches(with_entropy, batch, plan).unbind(-1)
-    ref_own = in_micro_batches(lambda part: token_logprobs(reference, *part, temperature), batch, plan)
+    with reference() as model:
+        ref_own = in_micro_batches(lambda part: token_logprobs(model, *part, temperature), batch, plan)
     columns = {
         "completion": made.texts,
         "kl": (own - ref_own).sum(1).tolist(),

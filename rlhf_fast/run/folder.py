@@ -7,19 +7,19 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints, write_json, write_text
+from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints, save_state, write_json, write_text
 from .errors import UserError
+from .ranks import ranks
 
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other
 
 
 class RunFolder:
-    """A folder of one phase or of a whole pipeline; made by `create` or `child`.
+    """A folder of one phase or of a whole pipeline; made by `create` or `child`. Of several ranks the main one writes.
 
     config.yaml metrics.jsonl tensorboard/ samples.jsonl checkpoints/step-N/ model/ summary.json
     """
@@ -29,10 +29,19 @@ class RunFolder:
         self.path = path
         self.resume = resume
         self._board: Any = None
+        self._trackers: Any = None
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
         """Make the folder. One that holds files already is refused, emptied (`overwrite`) or used (`resume`)."""
+        path = Path(path)
+        if ranks().main:
+            cls._make(path, overwrite, resume)
+        ranks().wait()
+        return cls(path, resume)
+
+    @staticmethod
+    def _make(path: Path, overwrite: bool, resume: bool) -> None:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"the run folder {path} is a file; name another with --output-dir")
@@ -55,7 +64,6 @@ class RunFolder:
             raise UserError(
                 f"the run folder {path} cannot be written ({error.strerror}); name another with --output-dir"
             ) from None
-        return cls(path, resume)
 
     def child(self, name: str) -> RunFolder:
         """The folder of one phase of a pipeline."""
@@ -65,30 +73,39 @@ class RunFolder:
         """Write a dataclass as config.yaml."""
         import yaml
 
-        write_text(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        if ranks().main:
+            self._trackers = _open_trackers(self.path, config)
+            write_text(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append numbers to metrics.jsonl and to TensorBoard (where it is installed)."""
+        """Append numbers to metrics.jsonl, to TensorBoard (where it is installed) and to the trackers."""
+        if not ranks().main:
+            return
         row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
         self.append_jsonl("metrics.jsonl", [row])
         for name, value in metrics.items():
             self._tensorboard().add_scalar(name, float(value), step)
+        if self._trackers is not None:
+            self._trackers.log({name: float(value) for name, value in metrics.items()}, step=step)
 
     def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append one JSON object a line to a file of the folder."""
+        if not ranks().main:
+            return
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run will log again."""
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if ranks().main and path.exists():
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in rows))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder in one piece."""
-        write_json(self.path / name, value)
+        if ranks().main:
+            write_json(self.path / name, value)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file of the folder; UserError if it is missing or damaged."""
@@ -97,25 +114,31 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path / name}: {error}") from None
 
-    @contextmanager
-    def checkpoint(self, step: int, keep: int = 2) -> Iterator[Path]:
-        """A folder to fill that becomes checkpoints/step-N when the block ends; older ones but `keep` go."""
-        with folder_aside(self.path / "checkpoints" / f"step-{step}") as folder:
-            yield folder
-        remove_old_checkpoints(self.path, keep)
+    def save_checkpoint(self, step: int, state: Mapping[str, Any], keep: int = 2) -> None:
+        """checkpoints/step-N, in one piece; older ones but `keep` go. All ranks wait until it is there."""
+        if ranks().main:
+            with folder_aside(self.path / "checkpoints" / f"step-{step}") as folder:
+                save_state(folder, dict(state))
+            remove_old_checkpoints(self.path, keep)
+        ranks().wait()
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint if the run was asked to resume and there is one."""
         return newest_checkpoint(self.path) if self.resume else None
 
-    @contextmanager
-    def folder(self, name: str) -> Iterator[Path]:
-        """A folder to fill, put in place in one piece: `with run.folder("model") as f: model.save_pretrained(f)`."""
-        with folder_aside(self.path / name) as folder:
-            yield folder
+    def save_model(self, model: Any, tokenizer: Any) -> None:
+        """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
+        if ranks().main:
+            with folder_aside(self.path / "model") as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        ranks().wait()
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and the trackers."""
+        if self._trackers is not None:
+            self._trackers.end_training()
+            self._trackers = None
         if self._board is not None:
             self._board.close()
             self._board = None
@@ -129,6 +152,24 @@ class RunFolder:
             except ImportError:
                 self._board = _NoBoard()
         return self._board
+
+
+def _open_trackers(folder: Path, config: Any) -> Any:
+    """accelerate's trackers that the option names, or None."""
+    names = list(getattr(config, "trackers", ()))
+    if not names:
+        return None
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=names, project_dir=str(folder))
+        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
+        accelerator.init_trackers(folder.name or "rlhf_fast", config=settings)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"trackers {names}: {error}") from None
+    if len(accelerator.trackers) < len(names):
+        raise UserError(f"trackers must be among accelerate's and installed, got {names}")
+    return accelerator
 
 
 class _NoBoard:

@@ -31,6 +31,7 @@ class Range(NamedTuple):
 POSITIVE = Range(lambda value: value > 0, "greater than 0")
 NOT_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
 FRACTION = Range(lambda value: 0 <= value <= 1, "between 0 and 1")
+PROBABILITY = Range(lambda value: 0 < value <= 1, "above 0 and at most 1")
 NAME = Range(bool, "a name")
 FILE = Range(bool, "the name of a JSONL file")
 
@@ -64,8 +65,14 @@ class RunOptions(Options):
     """Most tokens in a sequence, prompt and completion together."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them: less memory, about a third more time."""
+    lora_rank: Annotated[int, NOT_NEGATIVE] = 0
+    """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
+    trackers: tuple[str, ...] = ()
+    """Also log to these of accelerate's trackers: wandb, trackio, mlflow, ... TensorBoard and metrics.jsonl always."""
     trust_remote_code: bool = False
     """Run the Python code that a model's repository brings. Off: such a model is refused."""
     overwrite: bool = False
@@ -84,7 +91,7 @@ class RunOptions(Options):
 
 @dataclass
 class SamplingOptions(Options):
-    """How completions are sampled: from softmax(logits / temperature), nothing cut off."""
+    """How completions are sampled: from softmax(logits / temperature), whole or cut to the likeliest tokens."""
 
     samples_per_prompt: Annotated[int, POSITIVE] = 4
     """Completions sampled for each prompt."""
@@ -92,6 +99,10 @@ class SamplingOptions(Options):
     """Most tokens in a completion, the end-of-sequence token included."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """Divides the logits in sampling and in every log-probability."""
+    top_k: Annotated[int, NOT_NEGATIVE] = 0
+    """Sample from the likeliest so many tokens only, and take log-probabilities over them; 0 cuts nothing."""
+    top_p: Annotated[float, PROBABILITY] = 1.0
+    """Sample from the fewest tokens that have this share of the probability, and take log-probabilities over them."""
 
 
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from .ranks import ranks
+
 
 def notice(message: str) -> None:
     """Tell the user something in passing, on standard error."""
-    print(f"rlhf-fast: {message}", file=sys.stderr, flush=True)
+    if ranks().main:
+        print(f"rlhf-fast: {message}", file=sys.stderr, flush=True)
 
 
 class StopFlag:
@@ -101,7 +104,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal and ranks().main),
         )
         self._task = self._bar.add_task(description, total=total, figures="")
 
@@ -119,6 +122,6 @@ class Progress:
         text = " ".join(f"{name} {value:.3g}" for name, value in figures.items())
         self._bar.update(self._task, completed=done, figures=text)
         last = done >= self.total
-        if self._bar.disable and (last or time.monotonic() - self._printed > 10):
+        if self._bar.disable and ranks().main and (last or time.monotonic() - self._printed > 10):
             print(f"{self.description} {done}/{self.total} {text}".rstrip(), flush=True)
             self._printed = time.monotonic()

@@ -3,31 +3,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.data.examples import PromptLine, encode_prompt, pad_right, read_prompts
+from rlhf_fast.feedback.rewards import Rewards, load_functions
+from rlhf_fast.feedback.schema import holds_feedback, read_feedback
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
+    checkpoint_activations,
     context_length,
+    device,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     make_critic,
     resolve_dtype,
 )
-from rlhf_fast.run.checkpoint import load_state, save_state
+from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
+from rlhf_fast.models.optim import AdamW
+from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
 
 from .config import PPOConfig
-from .objectives import NEEDS_CRITIC
-from .optim import AdamW
-from .rewards import Rewards, load_functions
+from .kl import KLPrice
+from .objectives import OBJECTIVES
+from .reward import encode as encode_ranking
+from .reward_losses import EncodedRanking
 
 BETAS = (0.9, 0.95)
 
@@ -38,28 +48,46 @@ class Agent:
 
     tokenizer: Any
     policy: Any
-    reference: Any
+    adapters: Any | None  # peft's handle on the policy's, where those alone learn
+    frozen: Any | None  # the reference; None where it is the policy with its adapters off
     rewards: Rewards
     critic: Any | None
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
+    kl_price: KLPrice
 
+    @contextmanager
+    def reference(self) -> Iterator[Any]:
+        """The policy as it was when RL began, whatever a resumed run has loaded since."""
+        if self.adapters is None:
+            yield self.frozen
+        else:
+            with adapters_off(self.adapters):
+                yield self.policy
 
-@dataclass
-class Prompts:
-    """Prompts of one file and their token ids."""
+    def train(self, mode: bool) -> None:
+        """Put what learns into training mode, or out of it."""
+        for model in (self.policy, self.critic):
+            if model is not None:
+                model.train(mode)
 
-    lines: list[PromptLine]
-    ids: list[list[int]]
+    def at_price(self, config: PPOConfig) -> PPOConfig:
+        """The options with the price of the KL that holds now."""
+        return replace(config, kl_coef=self.kl_price.coef)
+
+    def merged_policy(self) -> Any:
+        """The policy as a plain model."""
+        return self.policy if self.adapters is None else merged_copy(self.adapters)
 
 
 def load_agent(config: PPOConfig) -> Agent:
     """Load all models. None is ever in training mode: dropout would make old and new log-probabilities differ."""
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
-    functions = load_functions(config)
+    functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
-    policy, reference = (load_causal_lm(config.model, dtype, trust) for _ in range(2))
-    reference.requires_grad_(False)
+    policy = load_causal_lm(config.model, dtype, trust)
+    frozen = None if config.lora_rank else load_causal_lm(config.model, dtype, trust).requires_grad_(False)
+    adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
     reward = None
     if config.reward_model:
         reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
@@ -69,14 +97,20 @@ def load_agent(config: PPOConfig) -> Agent:
                 "it must read the same token ids"
             )
     critic = critic_optimizer = None
-    if config.objective in NEEDS_CRITIC:
+    if OBJECTIVES[config.objective].critic:
         critic = make_critic(load_reward_model(config.reward_model or config.model, dtype, tokenizer, trust))
         if reward is None:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
+        if config.lora_rank:
+            add_lora(critic, config.lora_rank, head=critic.score)
         critic_optimizer = AdamW(critic.parameters(), lr=config.critic_lr, betas=BETAS)
+    for model in (policy, critic) if config.gradient_checkpointing else ():
+        if model is not None:
+            checkpoint_activations(model)
     policy_optimizer = AdamW(policy.parameters(), lr=config.lr, betas=BETAS)
+    price = KLPrice(config.kl_coef, config.kl_target)
     rewards = Rewards(reward, functions)
-    return Agent(tokenizer, policy, reference, rewards, critic, policy_optimizer, critic_optimizer)
+    return Agent(tokenizer, policy, adapters, frozen, rewards, critic, policy_optimizer, critic_optimizer, price)
 
 
 @torch.no_grad()
@@ -96,22 +130,69 @@ def calibrate_critic(critic: Any, values: Tensor, scores: Tensor, mask: Tensor) 
     return (values * slope + shift) * mask
 
 
-def load_prompts(path: str, config: PPOConfig, agent: Agent) -> Prompts:
-    """Read and encode a file of prompts; UserError for one too long to leave room for a completion."""
+@dataclass
+class Prompts:
+    """Prompts of one file and their token ids; of a feedback file also its completions."""
+
+    lines: list[PromptLine]
+    ids: list[list[int]]
+    rankings: list[EncodedRanking] | None = None
+    pad_id: int = 0
+
+    def ranked(self, chosen: list[int]) -> Rollout | None:
+        """The completions that people ranked, best and worst of each prompt, in place of sampled ones."""
+        if self.rankings is None:
+            return None
+        rows, starts, texts, scores, ended = [], [], [], [], []
+        for i in chosen:
+            ranking = self.rankings[i]
+            goodness = list(ranking.source.goodness)
+            for k in (goodness.index(max(goodness)), goodness.index(min(goodness))):
+                rows.append(ranking.sequences[k])
+                starts.append(ranking.prompt_length)
+                texts.append(ranking.source.completions[k])
+                scores.append(goodness[k])
+                ended.append(ranking.source.ended[k])
+        input_ids, attention = (x.to(device()) for x in pad_right(rows, self.pad_id))
+        mask = attention.bool() & (
+            torch.arange(input_ids.shape[1], device=device()) >= torch.tensor(starts, device=device())[:, None]
+        )
+        numbers = torch.tensor(scores, dtype=torch.float32, device=device())
+        return Rollout(input_ids, attention.bool(), mask, texts, torch.tensor(ended, device=device()), None, numbers)
+
+
+def load_prompts(path: str, config: PPOConfig, agent: Agent, learned: bool = False) -> Prompts:
+    """Read and encode a file of prompts; UserError for one too long to leave room for a completion.
+
+    Prompts to be `learned` by dpo may be feedback, whose completions are then taken as they are.
+    """
+    room = min(config.max_length, context_length(agent.policy))
+    if learned and config.objective == "dpo" and holds_feedback(path):
+        rankings = [encode_ranking(agent.tokenizer, ranking, room) for ranking in read_feedback(path)]
+        lines = [PromptLine(ranking.source.prompt, ranking.source.where) for ranking in rankings]
+        ids = [ranking.sequences[0][: ranking.prompt_length] for ranking in rankings]
+        return Prompts(lines, ids, rankings, agent.tokenizer.pad_token_id)
+    if not agent.rewards:
+        raise UserError("reward_model or reward_functions must say what samples are worth; feedback needs neither")
     lines = read_prompts(path)
-    room = min(config.max_length, context_length(agent.policy)) - config.max_new_tokens + 1
-    ids = [encode_prompt(agent.tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
+    ids = [
+        encode_prompt(agent.tokenizer, line.prompt, max_length=room - config.max_new_tokens + 1, where=line.where)
+        for line in lines
+    ]
     check_head(agent.policy, torch.tensor([ids[0]], device=agent.policy.device))
     return Prompts(lines, ids)
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of what learns; all else follows from the config and the step."""
-    state: dict[str, Any] = {"step": step, "policy": agent.policy_optimizer.state_dict()}
+    """A checkpoint: float32 weights and moments of what learns, and the KL's price; the rest follows from the step."""
+    state: dict[str, Any] = {
+        "step": step,
+        "policy": agent.policy_optimizer.state_dict(),
+        "kl_coef": agent.kl_price.coef,
+    }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
-    with run.checkpoint(step) as folder:
-        save_state(folder, state)
+    run.save_checkpoint(step, state)
 
 
 def restore(agent: Agent, run: RunFolder) -> int:
@@ -124,6 +205,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
+    agent.kl_price.coef = float(state["kl_coef"])
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])

@@ -94,7 +94,7 @@ class PPOOptions(SamplingOptions):
     """Reinforcement learning of a copy of the model against the reward model, held near the original."""
 
     prompts_file: Annotated[str, FILE] = ""
-    """JSONL of prompts to learn on."""
+    """JSONL of prompts to learn on. With the objective dpo also feedback: ranked completions are then not sampled."""
     eval_prompts_file: str | None = None
     """JSONL of held-out prompts, sampled before and after with one fixed seed."""
     eval_samples: Annotated[int, POSITIVE] = 2
@@ -105,8 +105,8 @@ class PPOOptions(SamplingOptions):
     """Added to the score: `module:function`, or `0.5*file.py:function` weighted; f(prompt, completions) -> numbers."""
     rater: str | None = None
     """Simulated rater, shown beside the reward on held-out prompts; never trained on."""
-    objective: Literal["ppo", "grpo", "rloo"] = "ppo"
-    """How advantages are made: ppo has a critic and GAE; grpo and rloo compare samples of one prompt."""
+    objective: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "dpo"] = "ppo"
+    """What is maximised: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 100
@@ -121,18 +121,26 @@ class PPOOptions(SamplingOptions):
     """Learning rate of the policy."""
     critic_lr: Annotated[float, POSITIVE] = 3e-5
     """Learning rate of the critic."""
-    max_grad_norm: Annotated[float, POSITIVE] = 1.0
-    """Gradients are scaled down to this norm."""
+    critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps at the start in which the critic alone learns."""
     kl_coef: Annotated[float, NOT_NEGATIVE] = 0.05
-    """Price of one nat of divergence from the reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """How the divergence is estimated from the two log-probabilities of a token."""
+    """Price of one nat of divergence from the reference model; beta of dpo."""
+    kl_target: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Move kl_coef so that the divergence comes to this many nats per sequence; 0 keeps it fixed."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """From the two log-probabilities of the sampled token, or exact: over the whole vocabulary."""
+    kl_in: Literal["reward", "loss", "loss-straight-through", "loss-importance"] = "reward"
+    """Charge it in the reward, or in the loss: with its own gradient, with k2's, or weighted by the ratio."""
+    early_stop_kl: Annotated[float, NOT_NEGATIVE] = 0.0
+    """End a step's update once the policy is this many nats a token from the one that sampled; 0: never."""
     gamma: Annotated[float, FRACTION] = 1.0
     """Discount per token."""
     lam: Annotated[float, FRACTION] = 0.95
     """Decay of generalized advantage estimation."""
     cliprange: Annotated[float, OPEN_FRACTION] = 0.2
     """The probability ratio is clipped to [1 - c, 1 + c]."""
+    cliprange_high: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Another upper limit, 1 + c ("clip higher" of DAPO, which uses 0.28); 0 takes that of cliprange."""
     cliprange_value: Annotated[float, NOT_NEGATIVE] = 0.2
     """Values may move this far from the old ones in a step; 0 sets no limit."""
     score_clip: Annotated[float, NOT_NEGATIVE] = 5.0
@@ -143,17 +151,42 @@ class PPOOptions(SamplingOptions):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
-        if not self.reward_model and not self.reward_functions:
-            raise UserError("reward_model must be a folder or an id of a reward model, or name reward_functions")
-        samples = self.prompts_per_step * self.samples_per_prompt
-        if samples % self.num_minibatches:
-            raise UserError(
-                f"num_minibatches {self.num_minibatches} must divide prompts_per_step x samples_per_prompt = {samples}"
-            )
-        if self.objective != "ppo" and self.samples_per_prompt < 2:
-            raise UserError(
-                f"objective {self.objective!r} compares samples of one prompt: samples_per_prompt must be 2 or more"
-            )
+        from .objectives import OBJECTIVES
+
+        objective, samples = OBJECTIVES[self.objective], self.prompts_per_step * self.samples_per_prompt
+        for wrong, message in (
+            (
+                not self.reward_model and not self.reward_functions and self.objective != "dpo",
+                "reward_model must be a folder or an id of a reward model, or name reward_functions",
+            ),
+            (
+                samples % self.num_minibatches != 0,
+                f"num_minibatches {self.num_minibatches} must divide prompts_per_step x samples_per_prompt = {samples}",
+            ),
+            (
+                objective.compares and self.samples_per_prompt < 2,
+                f"objective {self.objective!r} compares samples of one prompt: samples_per_prompt must be 2 or more",
+            ),
+            (
+                self.kl_estimator == "exact" and (self.top_k > 0 or self.top_p < 1),
+                "kl_estimator exact is over the whole vocabulary, which top_k and top_p cut: take k1, k2 or k3",
+            ),
+            (
+                self.kl_in == "loss" and self.kl_estimator == "k1",
+                "kl_estimator k1 in the loss has no gradient on average: take k2, k3, exact or loss-straight-through",
+            ),
+            (
+                self.kl_in in ("loss-straight-through", "loss-importance") and self.kl_estimator == "exact",
+                f"kl_in {self.kl_in!r} mends estimates; the exact KL has the right gradient: take loss",
+            ),
+            (self.kl_target > 0 and self.kl_coef == 0, "kl_target moves kl_coef, which must then be above 0"),
+            (
+                self.critic_warmup > 0 and not objective.critic,
+                f"critic_warmup is for an objective with a critic, which {self.objective!r} has not",
+            ),
+        ):
+            if wrong:
+                raise UserError(message)
 
 
 @dataclass

@@ -81,9 +81,8 @@ def check_files(config: PipelineConfig) -> None:
     """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
     from rlhf_fast.data.examples import read_prompts, read_sft
     from rlhf_fast.feedback.raters import load_rater
+    from rlhf_fast.feedback.rewards import load_functions
     from rlhf_fast.feedback.schema import read_feedback
-
-    from .rewards import load_functions
 
     read_sft(config.sft.train_file)
     if config.sft.eval_file:
@@ -97,7 +96,7 @@ def check_files(config: PipelineConfig) -> None:
         read_prompts(config.ppo.eval_prompts_file)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
         load_rater(str(rater))
-    load_functions(config.ppo)
+    load_functions(config.ppo.reward_functions)
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:

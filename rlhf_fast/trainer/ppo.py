@@ -5,44 +5,50 @@ A copy of the SFT model is the policy, a frozen copy the reference; the critic s
 
     1. sample completions of a batch of prompts        5. values by the critic
     2. score them by the reward model                  6. advantages: reward = score - kl_coef x KL, GAE, whitening
-    3. log-probabilities under the reference           7. PPO epochs over minibatches: clipped losses, AdamW
-    4. log-probabilities under the policy (old)        8. log, save
+    3. log-probabilities under the policy (old)        7. epochs over minibatches: clipped losses, AdamW
+    4. log-probabilities under the reference           8. log, save
 
 Everything per token is (B, T) and aligned with `input_ids`: `[b, t]` is the log-probability, value or reward of token t
 of row b, read from the hidden state at t - 1, which has seen the tokens before t only. A value is therefore V(state
 before emitting token t). The mask is True at the completion's tokens, the EOS that ended it included.
 
-Every random number of step n is drawn from generators seeded by (seed, n): a resumed run repeats what would have been.
+Every random number of step n is drawn from generators seeded by (seed, n): a resumed run repeats what would have been,
+even where it was killed in the middle of an update. With several processes each has its share of a step's prompts, and
+what is drawn for a sample, or which minibatch it falls into, depends on its number among all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import rlhf_fast as rf
 from rlhf_fast.feedback.raters import RaterError, load_rater
 from rlhf_fast.models.batches import Batch, in_micro_batches
-from rlhf_fast.models.generate import Rollout, generate
-from rlhf_fast.models.heads import token_logprobs, token_logprobs_entropy, token_values
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
+from rlhf_fast.models.rollout import Sampler
 from rlhf_fast.report.evaluate import Rater, evaluate
 from rlhf_fast.run.checkpoint import require_space, seed_everything
+from rlhf_fast.run.checks import check_finite, check_logprobs, check_ratio
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
-from .checks import check_finite, check_logprobs, check_ratio
 from .config import PPOConfig
-from .objectives import ADVANTAGES, policy_loss, value_loss
+from .metrics import Sampled, rollout_metrics
+from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, exact_reference, value_loss
+from .policy_loss import policy_backward
+
+MAX_GRAD_NORM = 1.0
 
 
-def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
+def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) -> dict[str, Any]:
     """Run the phase in `run`; the resulting model is in `model/`. Returns the summary, which is in summary.json too.
 
     Raises UserError for wrong input or when a check fails, Interrupted after a Ctrl-C or SIGTERM (all is saved).
@@ -56,7 +62,7 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
     rater = load_rater(config.rater) if config.rater else None
     with timer("load"):
         agent = load_agent(config)
-        prompts = load_prompts(config.prompts_file, config, agent)
+        prompts = load_prompts(config.prompts_file, config, agent, learned=True)
         held_out = load_prompts(config.eval_prompts_file, config, agent) if config.eval_prompts_file else None
     run.save_config(config)
     require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
@@ -69,14 +75,14 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
         while step < config.max_steps and not out_of_time(config, timer, steps_done=step):
             try:
                 with timer("step"):
-                    metrics = train_step(agent, prompts, config, step, timer)
+                    metrics = train_step(agent, prompts, config, step, timer, sampler)
             except RaterError as error:  # comes before anything of the step is learned
                 save(agent, run, step)
                 raise UserError(f"{error}; saved after {step} steps, --resume goes on from there") from error
             step += 1
             run.log({**metrics, **timer.lap()}, step)
             bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
-            stopping = stop.requested  # asked once: a signal between two questions would end the run unsaved
+            stopping = ranks().any(stop.requested)  # asked once: a signal between two questions would end it unsaved
             if stopping or (config.save_steps and step % config.save_steps == 0):
                 save(agent, run, step)
             if stopping:
@@ -85,9 +91,7 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
         with timer("save"):  # still in reach of `stop`: a signal that comes now waits until all is written
             if config.save_steps:
                 save(agent, run, step)
-            with run.folder("model") as folder:
-                agent.policy.save_pretrained(folder)
-                agent.tokenizer.save_pretrained(folder)
+            run.save_model(agent.merged_policy(), agent.tokenizer)
         with timer("evaluate"):
             after = evaluate_once("after", agent, held_out, config, run, rater)
     return summarise(config, run, timer, step, before, after, metrics)
@@ -96,44 +100,68 @@ def train_ppo(config: PPOConfig, run: RunFolder) -> dict[str, Any]:
 SHOWN = ("objective/scores", "objective/kl", "objective/entropy")
 
 
-def train_step(agent: Agent, prompts: Prompts, config: PPOConfig, step: int, timer: Timer) -> dict[str, float]:
+def train_step(
+    agent: Agent, prompts: Prompts, config: PPOConfig, step: int, timer: Timer, sampler: Sampler = generate
+) -> dict[str, float]:
     """One step of the algorithm; returns its metrics."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    objective = OBJECTIVES[config.objective]
 
-    # 1. Sample completions. Rows of one prompt are next to each other.
+    # 1. Sample completions, each rank of its share of the prompts. Rows of one prompt are next to each other.
     with timer("generate"):
         chosen = prompts_of_step(len(prompts.ids), config, step)
-        rollout = generate(
+        mine = ranks().share(len(chosen), "prompts_per_step")
+        rollout = prompts.ranked(chosen[mine]) or sampler(
             agent.policy,
             agent.tokenizer,
-            [prompts.ids[i] for i in chosen],
+            [prompts.ids[i] for i in chosen[mine]],
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
-            generator=generator,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step),
             samples_per_prompt=config.samples_per_prompt,
+            first_prompt=mine.start,
+            total_prompts=len(chosen),
         )
-    batch, mask = (Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask), rollout.response_mask)
-
-    # Which rows go through the models together. All passes of the step use the same cut, so that the update's first
-    # minibatch runs the very matmuls of the old log-probabilities, and its ratio is 1 to the last bits.
-    minibatches = torch.randperm(len(batch.input_ids), generator=generator).chunk(config.num_minibatches)
-    plans = [batch.plan(config.micro_batch_size, rows) for rows in minibatches]
-    plan = [rows for part in plans for rows in part]
+    batch = Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.support)
 
     # 2. Score them: one number a completion, by the reward model (read at the last token), by functions, or by both.
     with timer("reward"):
-        scores = agent.rewards(batch, plan, [prompts.lines[i].prompt for i in chosen], rollout.texts)
-        penalised = scores - config.missing_eos_penalty * ~rollout.ended
+        plan = batch.plan(config.micro_batch_size)
+        scores = rollout.scores
+        if scores is None:
+            scores = agent.rewards(batch, plan, [prompts.lines[i].prompt for i in chosen[mine]], rollout.texts)
+        paid = scores - config.missing_eos_penalty * ~rollout.ended
+        better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
+        if objective.token_loss is None:  # learns from pairs alone
+            pairs, unit = best_and_worst(paid, config.samples_per_prompt), 2
+            batch, paid = batch.rows(pairs), paid[pairs]
+            better = (paid[0::2] > paid[1::2]).repeat_interleave(2)
 
-    # 3. and 4. Log-probabilities of the sampled tokens under the reference and under the policy as it sampled.
-    with timer("reference"):
-        ref_logprobs = in_micro_batches(
-            lambda part: token_logprobs(agent.reference, *part, config.temperature), batch, plan
-        )
-        check_logprobs("ref_logprobs", ref_logprobs, mask)
+    # Which rows go through the models together. All passes of the step use the same cut, so that the update's first
+    # minibatch runs the very matmuls of the old log-probabilities, and its ratio is 1 to the last bits.
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000)
+    plans = [
+        batch.plan(config.micro_batch_size, rows, unit) for rows in minibatches(len(paid), unit, config, generator)
+    ]
+    plan = [rows for part in plans for rows in part]
+
+    # 3. and 4. Log-probabilities of the sampled tokens under the policy as it sampled, and under the reference.
     with timer("old_logprobs"):
         old_logprobs, entropy = logprobs_and_entropy(agent.policy, batch, plan, config.temperature)
-        check_logprobs("old_logprobs", old_logprobs, mask)
+        check_logprobs("old_logprobs", old_logprobs, batch.mask)
+    with timer("reference"):
+        if config.kl_estimator == "exact":
+            kl = in_micro_batches(
+                lambda part: token_kl(agent.policy, agent.reference, *part[:3], config.temperature), batch, plan
+            )
+            ref_logprobs = exact_reference(old_logprobs, kl)
+        else:
+            with agent.reference() as reference:
+                ref_logprobs = in_micro_batches(
+                    lambda part: token_logprobs(reference, *part, config.temperature), batch, plan
+                )
+            check_logprobs("ref_logprobs", ref_logprobs, batch.mask)
 
     # 5. Values of the states before each token.
     with timer("critic"):
@@ -141,78 +169,87 @@ def train_step(agent: Agent, prompts: Prompts, config: PPOConfig, step: int, tim
         if agent.critic is not None:
             values = in_micro_batches(lambda part: token_values(agent.critic, *part), batch, plan)
             if step == 0:
-                values = calibrate_critic(agent.critic, values, penalised, mask)
-            check_finite("values", values, mask)
+                values = calibrate_critic(agent.critic, values, paid, batch.mask)
+            check_finite("values", values, batch.mask)
 
     # 6. Rewards (the score at the last token, the KL at every token), advantages and returns.
     with timer("advantages"):
-        made = ADVANTAGES[config.objective](penalised, old_logprobs, ref_logprobs, values, mask, config)
-        check_finite("advantages", made.advantages, mask)
-    sampled = Sampled(batch, old_logprobs, values, made)
+        priced = agent.at_price(config)
+        made = objective.advantages(Paid(paid, old_logprobs, ref_logprobs, values, batch.mask), priced, ranks().group)
+        check_finite("advantages", made.advantages, batch.mask)
+    sampled = Sampled(batch, old_logprobs, ref_logprobs, values, made, better)
 
     # 7. Learn from them.
     with timer("update"):
-        losses = update(agent, sampled, plans, config, generator)
-    return {**rollout_metrics(rollout, scores, entropy, sampled), **losses}
+        agent.train(config.gradient_checkpointing)  # in this mode only it works; dropout is off for good
+        losses = update(agent, sampled, plans, priced, step, generator)
+        agent.train(False)
+    metrics = {**rollout_metrics(rollout, scores, entropy, sampled), "objective/kl_coef": agent.kl_price.coef, **losses}
+    agent.kl_price.update(metrics["objective/kl"])
+    return metrics
 
 
-@dataclass
-class Sampled:
-    """What the update learns from; all (B, T)."""
-
-    batch: Batch
-    old_logprobs: Tensor
-    values: Tensor
-    made: rf.Advantages
+def minibatches(count: int, unit: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
+    """This rank's rows of each minibatch. All ranks' rows are shuffled together, in units of `unit` rows."""
+    first = ranks().index * count
+    order = torch.randperm(ranks().count * count // unit, generator=generator)[:, None] * unit + torch.arange(unit)
+    chunks = [chunk.flatten() for chunk in order.chunk(config.num_minibatches)]
+    return [chunk[(chunk >= first) & (chunk < first + count)] - first for chunk in chunks]
 
 
 def update(
-    agent: Agent, sampled: Sampled, plans: list[list[Tensor]], config: PPOConfig, generator: torch.Generator
+    agent: Agent, sampled: Sampled, plans: list[list[Tensor]], config: PPOConfig, step: int, generator: torch.Generator
 ) -> dict[str, float]:
-    """PPO epochs over minibatches, each one optimizer step; returns the means of the losses and of what they tell."""
+    """Epochs over minibatches, each one optimizer step; returns the means of the losses and of what they tell."""
     sums: dict[str, float] = {}
-    count = len(plans) * config.epochs
+    done = 0
     for epoch in range(config.epochs):
         for index in range(len(plans)) if epoch == 0 else torch.randperm(len(plans), generator=generator).tolist():
-            # Losses of the micro-batches are sums over tokens, divided by the tokens of the whole minibatch: how it
+            # Losses of the micro-batches are sums over tokens, over what the whole minibatch has on all ranks: how it
             # is cut does not change the gradient.
-            tokens = sum(int(sampled.batch.mask[rows].sum()) for rows in plans[index])
+            rows = torch.cat(plans[index]) if plans[index] else torch.empty(0, dtype=torch.int64)
+            totals = Totals(*ranks().total([float(sampled.batch.mask[rows].sum()), len(rows)]))
             figures: dict[str, float] = {}
-            for rows in plans[index]:
-                for name, value in backward(agent, sampled, rows, tokens, config, first=epoch == index == 0).items():
+            for part in plans[index]:
+                first, warm = epoch == index == 0, step < config.critic_warmup
+                for name, value in backward(agent, sampled, part, totals, config, first, warm).items():
                     figures[name] = figures.get(name, 0.0) + value
-            figures["policy/grad_norm"] = agent.policy_optimizer.step(config.max_grad_norm)
+            names = sorted(set().union(*ranks().every(list(figures))))  # a rank without rows has none
+            figures = dict(zip(names, ranks().total([figures.get(name, 0.0) for name in names]), strict=True))
+            if step >= config.critic_warmup:
+                figures["policy/grad_norm"] = agent.policy_optimizer.step(MAX_GRAD_NORM)
             if agent.critic_optimizer is not None:
-                figures["val/grad_norm"] = agent.critic_optimizer.step(config.max_grad_norm)
+                figures["val/grad_norm"] = agent.critic_optimizer.step(MAX_GRAD_NORM)
             for name, value in figures.items():
                 check_finite(name, torch.tensor([value]))
-                sums[name] = sums.get(name, 0.0) + value / count
-    return sums
+                sums[name] = sums.get(name, 0.0) + value
+            done += 1
+            if config.early_stop_kl and figures.get("policy/approxkl_avg", 0.0) > config.early_stop_kl:
+                return {**{name: value / done for name, value in sums.items()}, "policy/updates": done}
+    return {**{name: value / done for name, value in sums.items()}, "policy/updates": done}
 
 
 def backward(
-    agent: Agent, sampled: Sampled, rows: Tensor, tokens: int, config: PPOConfig, first: bool
+    agent: Agent, sampled: Sampled, rows: Tensor, totals: Totals, config: PPOConfig, first: bool, warming: bool
 ) -> dict[str, float]:
-    """Add the gradients of one micro-batch, whose losses count as a share of `tokens`."""
+    """Add the gradients of one micro-batch; what it adds to the means over the minibatch's tokens."""
     part = sampled.batch.rows(rows)
     width = part.input_ids.shape[1]
-    old_logprobs, old_values = sampled.old_logprobs[rows, :width], sampled.values[rows, :width]
-
-    logprobs = token_logprobs(agent.policy, *part, config.temperature)
-    if first:
-        check_ratio(logprobs, old_logprobs, part.mask, agent.policy.dtype)
-    advantages = sampled.made.advantages[rows, :width]
-    loss, figures = policy_loss(logprobs, old_logprobs, advantages, part.mask, config.cliprange)
-    (loss / tokens).backward()
-    figures["loss/policy_avg"] = loss.detach()
-
+    old_logprobs = sampled.old_logprobs[rows, :width]
+    figures: dict[str, float] = {}
+    if not warming:
+        logprobs, figures = policy_backward(agent, sampled, part, rows, totals, config)
+        if first:
+            check_ratio(logprobs, old_logprobs, part.mask, agent.policy.dtype)
+        log_ratio = (logprobs - old_logprobs)[part.mask]
+        figures["policy/ratio"] = float(log_ratio.exp().sum()) / totals.tokens
+        figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / totals.tokens
     if agent.critic is not None:
-        values = token_values(agent.critic, *part)
-        returns = sampled.made.returns[rows, :width]
-        loss = value_loss(values, old_values, returns, part.mask, config.cliprange_value)
-        (loss / tokens).backward()
-        figures["loss/value_avg"] = loss.detach()
-    return {name: float(value) / tokens for name, value in figures.items()}
+        values, returns = token_values(agent.critic, *part), sampled.made.returns[rows, :width]
+        loss = value_loss(values, sampled.values[rows, :width], returns, part.mask, config.cliprange_value)
+        (loss / totals.tokens).backward()
+        figures["loss/value_avg"] = float(loss.detach()) / totals.tokens
+    return figures
 
 
 def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
@@ -223,30 +260,6 @@ def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperat
 
     logprobs, entropy = in_micro_batches(both, batch, plan).unbind(-1)
     return logprobs.contiguous(), entropy
-
-
-def rollout_metrics(rollout: Rollout, scores: Tensor, entropy: Tensor, sampled: Sampled) -> dict[str, float]:
-    """What the samples of a step say about the policy, with the names of TRL and cleanrl.
-
-    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: score minus the price of
-    the KL. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
-    """
-    mask, made = rollout.response_mask, sampled.made
-    lengths = mask.sum(1).float()
-    returns, values = made.returns[mask], sampled.values[mask]
-    unexplained = (returns - values).var() / returns.var().clamp(min=1e-8)
-    figures = {
-        "objective/kl": made.kl.sum(1).mean(),
-        "objective/entropy": entropy[mask].mean(),
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "objective/rlhf_reward": made.rewards.sum(1).mean(),
-        "val/explained_variance": 1 - unexplained,
-        "val/mean": values.mean(),
-        "sample/length": lengths.mean(),
-        "sample/ended": rollout.ended.float().mean(),
-    }
-    return {name: float(value) for name, value in figures.items()}
 
 
 def prompts_of_step(count: int, config: PPOConfig, step: int) -> list[int]:
@@ -264,7 +277,7 @@ def out_of_time(config: PPOConfig, timer: Timer, steps_done: int) -> bool:
         return False
     step = timer.totals["step"] / max(1, timer.counts["step"])
     left = config.max_seconds - timer.elapsed() - timer.totals["evaluate"] - timer.totals["load"]
-    if left < 1.2 * step:
+    if ranks().any(left < 1.2 * step):
         notice(f"the time limit of {config.max_seconds:.0f} s ends the phase after {steps_done} steps")
         return True
     return False
@@ -289,6 +302,8 @@ def evaluate_once(
         samples=config.eval_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
         micro_batch_size=config.micro_batch_size,
         rater=rater,
     )

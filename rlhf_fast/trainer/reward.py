@@ -23,6 +23,7 @@ from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
+    checkpoint_activations,
     context_length,
     device,
     load_causal_lm,
@@ -32,14 +33,16 @@ from rlhf_fast.models.loading import (
     resolve_dtype,
     set_score_normalizer,
 )
-from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, save_state, seed_everything, set_rng_state
+from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.optim import AdamW
+from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .config import RewardConfig
-from .optim import AdamW
 from .reward_losses import EncodedRanking, calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
@@ -61,6 +64,9 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+        adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
     require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     train, held_out = split([encode(tokenizer, ranking, room) for ranking in rankings], config)
@@ -78,9 +84,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores)
     set_score_normalizer(model, mean, std)
     with timer("save"):
-        with run.folder("model") as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        run.save_model(model if adapters is None else adapters.merge_and_unload(), tokenizer)
         _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
 
     summary = {
@@ -189,11 +193,9 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             step += 1
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.update(step, **metrics)
-            stopping = stop.requested  # read once: a signal between save and raise would lose the step
+            stopping = ranks().any(stop.requested)  # read once: a signal between save and raise would lose the step
             if stopping or (config.save_steps and step % config.save_steps == 0):
-                state = {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()}
-                with run.checkpoint(step) as folder:
-                    save_state(folder, state)
+                run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
             if stopping and step < total:
                 raise Interrupted(f"reward model stopped at step {step} of {total}; --resume goes on from there")
     return step
@@ -202,9 +204,9 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
 def _step(
     config: RewardConfig, model: Any, optimizer: AdamW, batch: Sequence[EncodedRanking], pad_id: int
 ) -> dict[str, float]:
-    """One optimizer step on the mean loss of `batch`, in micro-batches."""
+    """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in micro_batches(batch, config.micro_batch_size):
+    for part in micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size):
         scores = forward_scores(model, part, pad_id)
         part_loss = ranking_loss(scores, part, config.loss, config.centering) / len(batch)
         part_loss.backward()
@@ -212,10 +214,11 @@ def _step(
         count = sum(len(ranking.pairs) for ranking in part)
         right += (pair_accuracy(part, scores) or 0.0) * count
         pairs += count
+    loss, right, count_all = ranks().total([loss, right, pairs])
     norm = optimizer.step(MAX_GRAD_NORM)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"the reward model's loss is {loss} and its gradient norm {norm}; lower lr or head_lr")
-    return {"loss": loss, "pair_accuracy": right / max(pairs, 1), "grad_norm": norm}
+    return {"loss": loss, "pair_accuracy": right / max(count_all, 1), "grad_norm": norm}
 
 
 def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:

@@ -12,6 +12,7 @@ and the model is written in it at the end.
 
 import math
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -26,14 +27,25 @@ from rlhf_fast.models.loading import (
     parameter_count,
     resolve_dtype,
 )
+from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.packing import (
+    IGNORED,
+    Example,
+    check_packing,
+    collate,
+    completion_logprobs,
+    pack,
+    packed_width,
+    to_device,
+)
 from rlhf_fast.run.checkpoint import remove_old_checkpoints, require_space, seed_everything, sync_folder
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .config import SFTConfig
-from .packing import IGNORED, Example, check_packing, collate, completion_logprobs, pack, packed_width, to_device
 
 
 def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
@@ -53,6 +65,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         model = load_causal_lm(config.model, torch.float32, config.trust_remote_code)
+        adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     examples = encode(tokenizer, demonstrations, room)
@@ -66,9 +79,9 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         steps = _train(config, run, model, tokenizer, examples, dtype)
     with timer("evaluate"):
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
-    with timer("save"), run.folder("model") as folder:
-        model.to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    with timer("save"):
+        model = model if adapters is None else adapters.merge_and_unload()
+        run.save_model(model.to(dtype), tokenizer)
 
     summary = {
         "steps": steps,
@@ -127,11 +140,11 @@ def _train(
             return_outputs: bool = False,
             num_items_in_batch: Tensor | int | None = None,
         ) -> Any:
-            assert num_items_in_batch is not None  # the labels of the whole optimizer step, counted by the Trainer
-            with self.accelerator.autocast():
-                logprobs = completion_logprobs(self.model, inputs)
-            return -logprobs.sum() / num_items_in_batch
+            # Labels of the whole optimizer step on all ranks, counted by the Trainer. Engines average over ranks.
+            assert num_items_in_batch is not None
+            return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
 
+    model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
     width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
     if config.packing:
         check_packing(model.eval(), examples, pad_id)
@@ -146,8 +159,8 @@ def _train(
             train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
             data_collator=gather,
         )
-        if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
-            raise UserError("SFT runs in one process on one device; set CUDA_VISIBLE_DEVICES to one GPU")
+        if trainer.args.n_gpu > 1:
+            raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(bridge := _callback(run, stop))
         checkpoint = run.latest_checkpoint()
@@ -155,22 +168,30 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bridge.close()
-        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            del model.forward
+        if ranks().any(stop.requested) and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"SFT stopped at step {trainer.state.global_step}; --resume goes on from there")
     return int(trainer.state.global_step)
+
+
+def negative_log_likelihood(model: Any, **inputs: Tensor) -> dict[str, Tensor]:
+    """Stands in for the model's forward while it learns: the sum over the labelled tokens, no logits."""
+    return {"loss": -completion_logprobs(model, inputs).sum()}
 
 
 def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
     """Our options in the Trainer's words; whatever it would print, draw or upload by itself is off."""
     from transformers import TrainingArguments
 
-    micro = max(
-        n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0 and n <= config.micro_batch_size
-    )
+    share = ranks().share(config.batch_size, "batch_size")
+    own = share.stop - share.start
+    micro = max(n for n in range(1, own + 1) if own % n == 0 and n <= config.micro_batch_size)
     return TrainingArguments(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=config.batch_size // micro,
+        gradient_accumulation_steps=own // micro,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.lr,
@@ -221,14 +242,17 @@ def _callback(run: RunFolder, stop: StopFlag) -> Any:
                 self.bar.update(state.global_step, loss=logs["loss"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if stop.requested:
+            if ranks().any(stop.requested):
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             # Until it has this name, no resume looks at it: a kill while it is written costs nothing.
             folder = run.path / "checkpoints"
-            sync_folder(folder / f"checkpoint-{state.global_step}")
-            (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
-            remove_old_checkpoints(run.path, keep=2)
+            ranks().wait()
+            if ranks().main:
+                sync_folder(folder / f"checkpoint-{state.global_step}")
+                (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
+                remove_old_checkpoints(run.path, keep=2)
+            ranks().wait()
 
     return Bridge()

@@ -127,10 +127,10 @@ def test_a_pipeline_checks_every_section() -> None:
 def test_there_are_few_options_and_each_is_documented() -> None:
     from tyro._docstrings import get_field_docstring
 
-    names = set()
     for cls in ALL:
+        names = set()
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.default_factory):
                 names.add(field.name)
                 assert get_field_docstring(cls, field.name, ()), f"{cls.__name__}.{field.name} has no docstring"
-    assert len(names) <= 45
+        assert len(names) <= (46 if cls is PPOConfig else 25), cls.__name__

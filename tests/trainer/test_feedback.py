@@ -140,7 +140,7 @@ def test_collect_writes_what_read_feedback_reads(tiny: Path, tmp_path: Path, pro
     rows = rows_of(tmp_path / "run")
     assert summary["prompts"] == len(rows) == 5 and summary["completions"] == 20
     assert all(len(set(row["completions"])) > 1 and len(row["ended"]) == 4 for row in rows)
-    assert rows[0]["sampling"] == {"temperature": 1.0, "max_new_tokens": 6, "seed": 0}
+    assert rows[0]["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "seed": 0}
     assert rows[0]["annotator"] == f"simulated rater {raters}:length"
     ranking = read_feedback(tmp_path / "run" / "feedback.jsonl")[0]
     assert ranking.goodness == [len(text) for text in rows[0]["completions"]]

@@ -56,9 +56,9 @@ def test_positions_do_not_count_pads() -> None:
 def test_logprobs_are_those_of_the_unpadded_rows(lm: Any, side: str, temperature: float) -> None:
     ids, mask = padded(side, ROWS)
     asked = without_first(mask)
-    ours, entropy = heads.token_logprobs_entropy(lm, ids, mask, asked, temperature)
+    ours, entropy = heads.token_logprobs_entropy(lm, ids, mask, asked, temperature=temperature)
     assert torch.equal(ours != 0, asked)
-    torch.testing.assert_close(heads.token_logprobs(lm, ids, mask, asked, temperature), ours)
+    torch.testing.assert_close(heads.token_logprobs(lm, ids, mask, asked, temperature=temperature), ours)
     for i, row in enumerate(ROWS):
         law = (lm(input_ids=torch.tensor([row])).logits[0].double() / temperature).log_softmax(-1)
         truth = law[:-1].gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
@@ -183,20 +183,6 @@ def test_a_head_that_is_more_than_a_matmul_is_refused(lm: Any, monkeypatch: pyte
     monkeypatch.setattr(lm.lm_head, "forward", lambda hidden: 3.0 * hidden @ lm.lm_head.weight.T + hidden.sum() * 5)
     with pytest.raises(UserError, match="computes its logits .* not supported"):
         heads.check_head(lm, ids)
-
-
-@pytest.mark.parametrize(
-    ("config", "scale", "softcap"),
-    [({}, 1.0, None), ({"logit_scale": 0.25}, 0.25, None), ({"logits_scaling": 8.0}, 0.125, None)]
-    + [({"final_logit_softcapping": 30.0}, 1.0, 30.0)],
-)
-def test_what_models_do_to_their_logits_is_known(config: dict[str, float], scale: float, softcap: float | None) -> None:
-    class Model:
-        config: Any
-
-    model = Model()
-    model.config = type("Config", (), config)()
-    assert heads.logit_options(model) == heads.LogitOptions(scale, softcap)
 
 
 def test_auto_takes_bfloat16_only_where_it_is_fast(

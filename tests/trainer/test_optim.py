@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.nn import Parameter
 
+from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.checkpoint import load_state, save_state
-from rlhf_fast.trainer.optim import AdamW
 
 
 def test_bfloat16_weights_follow_float32_ones() -> None:
@@ -19,11 +19,20 @@ def test_bfloat16_weights_follow_float32_ones() -> None:
     reference, ours = torch.optim.AdamW([exact], lr=1e-5, weight_decay=0.0), AdamW([low], lr=1e-5)
     for _ in range(200):
         gradient = torch.randn(50).bfloat16()
-        exact.grad, low.grad = gradient.float(), gradient.clone()
+        exact.grad = gradient.float()
+        (low * gradient).sum().backward()
         reference.step()
         ours.step()
     torch.testing.assert_close(ours.pairs[0][1], exact)
     assert torch.equal(low, exact.bfloat16()) and not torch.equal(exact, weights)
+
+
+def test_gradients_of_micro_batches_are_added_up_in_float32() -> None:
+    low = Parameter(torch.ones(1, dtype=torch.bfloat16))
+    ours = AdamW([low], lr=1e-5)
+    for share in (1.0, *[2.0**-9] * 8):  # bfloat16 sums would stay at 1
+        (low * share).sum().backward()
+    assert low.grad is None and ours.step() == 1 + 2**-6
 
 
 def test_float32_weights_are_stepped_in_place() -> None:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_fast.feedback.rewards import Rewards
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
 from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.rollout import Rollout, Support
 from rlhf_fast.report.evaluate import variety
+from rlhf_fast.run import checks
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import checks, objectives, ppo
+from rlhf_fast.trainer import objectives, ppo
 from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.kl import KLPrice
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +89,8 @@ def random_batch() -> tuple[Tensor, ...]:
 def test_ppo_is_gae_by_hand(config: PPOConfig) -> None:
     scores, logprobs, reference, values, mask = random_batch()
     config = replace(config, kl_coef=0.1, lam=0.9, gamma=0.97, score_clip=0.5)
-    made = objectives.ppo(scores, logprobs, reference, values, mask, config)
+    paid = objectives.Paid(scores, logprobs, reference, values, mask)
+    made = objectives.generalized(paid, config, None)
     advantages = []
     for b in range(6):
         n, carry, following = int(mask[b].sum()), 0.0, 0.0
@@ -100,33 +108,23 @@ def test_ppo_is_gae_by_hand(config: PPOConfig) -> None:
     torch.testing.assert_close(made.advantages[mask], white, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "rloo"])
 def test_critic_free_objectives_compare_samples_of_one_prompt(config: PPOConfig, name: str) -> None:
     scores, logprobs, reference, values, mask = random_batch()
     config = replace(config, kl_coef=0.1, samples_per_prompt=3, score_clip=0.0)
-    made = objectives.ADVANTAGES[name](scores, logprobs, reference, values, mask, config)
+    paid = objectives.Paid(scores, logprobs, reference, values, mask)
+    made = objectives.OBJECTIVES[name].advantages(paid, config, None)
     kl = (logprobs - reference) * mask
     totals = scores - 0.1 * kl.sum(1)
     for b in range(6):
         group = totals[b // 3 * 3 : b // 3 * 3 + 3]
         others = (group.sum() - totals[b]) / 2
         baseline, scale = (others, 1.0) if name == "rloo" else (group.mean(), group.std() + 1e-4)
+        scale = 1.0 if name == "dr_grpo" else scale
         for t in range(int(mask[b].sum())):
             to_go = scores[b] - 0.1 * kl[b, t:].sum()
             assert abs(made.advantages[b, t] - (to_go - baseline) / scale) < 1e-4
     assert not made.advantages[~mask].any()
-
-
-def test_the_policy_loss_is_clipped_like_the_paper_says() -> None:
-    old, mask = torch.zeros(1, 5), torch.tensor([[True, True, True, True, False]])
-    logprobs = torch.tensor([[0.5, 0.5, -0.5, 0.1, 9.0]]).requires_grad_()
-    advantages = torch.tensor([[1.0, -1.0, -1.0, 2.0, 9.0]])
-    loss, sums = objectives.policy_loss(logprobs, old, advantages, mask, 0.2)
-    ratio = logprobs.detach().exp()[0]
-    torch.testing.assert_close(loss, -(1.2 - ratio[1] - 0.8 + 2 * ratio[3]))
-    loss.backward()
-    assert [bool(g) for g in logprobs.grad[0]] == [False, True, False, True, False]  # type: ignore[index]
-    assert float(sums["policy/clipfrac_avg"]) == 2 and abs(float(sums["policy/ratio"]) - float(ratio[:4].sum())) < 1e-5
 
 
 def test_the_value_loss_takes_the_larger_error() -> None:
@@ -174,7 +172,7 @@ def test_the_first_minibatch_has_ratio_one_and_the_kl_starts_at_zero(config: PPO
     assert first["objective/rlhf_reward"] == pytest.approx(first["objective/scores"], abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_objective_runs_to_its_end(config: PPOConfig, tmp_path: Path, objective: str, dtype: str) -> None:
     run = RunFolder.create(tmp_path / "run")
@@ -278,7 +276,7 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
     ("model", "message"),
     [
         ("reward", "the score is nan at sample"),
-        ("reference", "ref_logprobs is nan at sample"),
+        ("frozen", "ref_logprobs is nan at sample"),
         ("critic", "values is nan"),
     ],
 )
@@ -336,3 +334,200 @@ def test_micro_batches_come_back_in_order() -> None:
 def test_variety_counts_texts_and_word_pairs() -> None:
     assert variety(["a b a", "a b a", "c"]) == {"distinct": 2 / 3, "distinct_2": 0.5}
     assert variety(["a"]) == {"distinct": 1.0, "distinct_2": 1.0}
+
+
+# --------------------------------------------------------------------- ways to charge the KL, to learn and to sample
+
+
+def steps(config: PPOConfig, folder: Path, **values: Any) -> list[dict[str, float]]:
+    """Metrics of a whole run."""
+    run = RunFolder.create(folder)
+    ppo.train_ppo(replace(config, **values), run)
+    return metrics(run.path)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: pytest.MonkeyPatch, kl_in: str) -> None:
+    config = replace(config, kl_estimator="exact", kl_in=kl_in, kl_coef=0.3, temperature=0.8, score_clip=0.0)
+    agent = agents.load_agent(config)
+    for parameter in agent.policy.parameters():
+        parameter.data.mul_(1.5)
+    seen: list[Any] = []
+    learn = ppo.update
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, sampled, *rest: seen.append(sampled) or learn(agent, sampled, *rest)
+    )
+    batch_scores: list[Tensor] = []
+    score = agent.rewards.__class__.__call__
+    monkeypatch.setattr(
+        agent.rewards.__class__, "__call__", lambda *args: batch_scores.append(score(*args)) or batch_scores[-1]
+    )
+    truth = copy.deepcopy(agent.policy)
+    figures = ppo.train_step(agent, agents.load_prompts(config.prompts_file, config, agent), config, 0, Timer())
+    batch, made = seen[0].batch, seen[0].made
+    with torch.no_grad(), agent.reference() as reference:
+        own, other = (
+            (model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double() / 0.8).log_softmax(-1)
+            for model in (truth, reference)
+        )
+    kl = torch.nn.functional.pad((own.exp() * (own - other)).sum(-1), (1, 0)) * batch.mask
+    torch.testing.assert_close(made.kl.double(), kl, atol=2e-5, rtol=1e-4)
+    assert float(kl.sum(1).mean()) > 0.01
+    wanted = batch_scores[0] - 0.3 * made.kl.sum(1) * (kl_in == "reward")
+    torch.testing.assert_close(made.rewards.sum(1), wanted, atol=1e-4, rtol=1e-4)
+    assert figures["objective/kl"] == pytest.approx(float(kl.sum(1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl_in"),
+    [("k2", "loss"), ("k3", "loss"), ("k1", "loss-straight-through"), ("k3", "loss-importance"), ("exact", "loss")],
+)
+def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: str, kl_in: str) -> None:
+    """Where all completions earn the same, nothing else pulls."""
+    config = replace(
+        config, objective="grpo", kl_estimator=estimator, kl_in=kl_in, kl_coef=5.0, num_minibatches=1, lr=1e-3
+    )
+    agent = agents.load_agent(config)
+    agent.rewards = Rewards(None, [(1.0, lambda prompt, completions: [1.0] * len(completions))])
+    torch.manual_seed(0)
+    for parameter in agent.policy.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    made = [ppo.train_step(agent, prompts, config, step, Timer()) for step in range(12)]
+    distances = [row["objective/kl"] for row in made]
+    assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
+    assert made[0]["objective/rlhf_reward"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss", "loss-straight-through", "loss-importance"])
+def test_the_fused_loss_and_its_two_halves_are_one(config: PPOConfig, tmp_path: Path, kl_in: str) -> None:
+    """A support of the whole vocabulary cuts nothing, but takes the way of sampled log-probabilities."""
+
+    def keeps_all(model: Any, *args: Any, **options: Any) -> Rollout:
+        rollout = generate(model, *args, **options)
+        size, tokens = model.config.vocab_size, int(rollout.response_mask.sum())
+        rollout.support = Support(torch.arange(size).repeat(tokens), torch.arange(tokens + 1) * size)
+        return rollout
+
+    config = replace(config, objective="grpo", kl_in=kl_in, kl_estimator="k3", kl_coef=0.5, max_steps=2, epochs=2)
+    made = {}
+    for name, sampler in (("fused", generate), ("halves", keeps_all)):
+        run = RunFolder.create(tmp_path / name)
+        ppo.train_ppo(config, run, sampler)
+        made[name] = metrics(run.path)
+    for one, other in zip(made["fused"], made["halves"], strict=True):
+        assert other == pytest.approx(one, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("values", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.9, "temperature": 0.7}])
+def test_cut_sampling_keeps_the_ratio_at_one(config: PPOConfig, tmp_path: Path, values: dict[str, Any]) -> None:
+    rows = steps(config, tmp_path / "run", num_minibatches=1, max_steps=2, **values)
+    assert rows[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_price_of_the_kl_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:
+    rows = steps(config, tmp_path / "far", kl_target=1e-3, kl_coef=0.1, lr=1e-2, max_steps=4, objective="grpo")
+    prices = [row["objective/kl_coef"] for row in rows]
+    assert prices[0] == 0.1 and prices[1] == pytest.approx(0.1 * 0.98) and prices[3] == pytest.approx(prices[2] * 1.02)
+    price = KLPrice(0.1, 2.0)
+    price.update(2.2)
+    assert price.coef == pytest.approx(0.1 * 1.01)
+
+
+def test_an_update_stops_when_the_policy_has_moved_far(config: PPOConfig, tmp_path: Path) -> None:
+    common = {"epochs": 5, "num_minibatches": 2, "lr": 1e-2, "max_steps": 1}
+    assert steps(config, tmp_path / "whole", **common)[0]["policy/updates"] == 10
+    assert 1 < steps(config, tmp_path / "short", early_stop_kl=1e-3, **common)[0]["policy/updates"] < 10
+
+
+def test_the_critic_warms_up_alone(config: PPOConfig, tmp_path: Path) -> None:
+    rows = steps(config, tmp_path / "run", critic_warmup=2)
+    assert [("policy/ratio" in row, "loss/value_avg" in row) for row in rows] == [(False, True)] * 2 + [(True, True)]
+    frozen = steps(config, tmp_path / "frozen", critic_warmup=3, max_steps=3)
+    assert all(abs(row["objective/kl"]) < 1e-4 for row in frozen)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "dpo"])
+def test_gradient_checkpointing_changes_nothing(config: PPOConfig, tmp_path: Path, objective: str) -> None:
+    plain = steps(config, tmp_path / "plain", objective=objective)
+    spared = steps(config, tmp_path / "spared", objective=objective, gradient_checkpointing=True)
+    for one, other in zip(plain, spared, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_with_lora_the_reference_is_the_policy_without_it(config: PPOConfig, tmp_path: Path) -> None:
+    config = replace(config, lora_rank=4, objective="grpo", lr=1e-2)
+    agent = agents.load_agent(config)
+    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    separate = models.load_causal_lm(config.model, "float32")
+    for step in range(2):
+        ppo.train_step(agent, prompts, config, step, Timer())
+    ids = torch.tensor([prompts.ids[0]])
+    learned = agent.policy(ids).logits
+    with agent.reference() as reference:
+        assert torch.equal(reference(ids).logits, separate(ids).logits)
+    assert not torch.allclose(learned, separate(ids).logits)
+    torch.testing.assert_close(agent.merged_policy()(ids).logits, learned, atol=1e-4, rtol=1e-4)
+    assert torch.equal(agent.policy(ids).logits, learned)  # merging left the one that learns alone
+
+
+def test_lora_runs_resumes_and_saves_a_plain_model(config: PPOConfig, tmp_path: Path, stop_at: Any) -> None:
+    config = replace(config, lora_rank=4, save_steps=1)
+    whole = RunFolder.create(tmp_path / "whole")
+    ppo.train_ppo(config, whole)
+    cut = RunFolder.create(tmp_path / "cut")
+    ppo.train_ppo(replace(config, max_steps=2), cut)
+    (cut.path / "summary.json").unlink()
+    ppo.train_ppo(config, RunFolder.create(cut.path, resume=True))
+    one, other = weights(whole.path), weights(cut.path)
+    assert one.keys() == load_file(Path(config.model) / "model.safetensors").keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------ preferences
+
+
+def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts_file).read_text().splitlines()[:8]]
+    rows = [{"prompt": p, "completions": [" the cat", " a dog", " red"], "ratings": [3, 1, 2]} for p in prompts]
+    path = write_jsonl("feedback.jsonl", *rows)
+    config = replace(config, objective="dpo", prompts_file=path, reward_model="", kl_coef=0.5, max_steps=8, lr=5e-3)
+    config = replace(config, num_minibatches=1)
+    rows = steps(config, tmp_path / "run")
+    assert rows[0]["loss/policy_avg"] == pytest.approx(math.log(2), abs=0.05)
+    assert rows[-1]["loss/policy_avg"] < 0.3 and rows[-1]["rewards/accuracies"] == 1
+
+
+def test_dpo_takes_the_best_and_the_worst_sample(config: PPOConfig) -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
+    assert objectives.best_and_worst(scores, 3).tolist() == [1, 0, 3, 3]
+    logprobs = torch.tensor([[-1.0, -2.0], [-1.5, 0.0], [-1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
+    reference = torch.tensor([[-2.0, -2.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    loss, margins = objectives.dpo_loss(logprobs, reference, torch.tensor([True, False]), 0.1)
+    assert margins.tolist() == pytest.approx([0.15, 0.0])
+    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15))))
+    loss.backward()
+    assert not logprobs.grad[2:].any()  # type: ignore[index]  # a tie teaches nothing
+
+
+def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> None:
+    config = replace(config, objective="dpo", reward_model="")
+    with pytest.raises(UserError, match="say what samples are worth"):
+        agents.load_prompts(config.prompts_file, config, agents.load_agent(config), learned=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kl_estimator": "exact", "top_k": 5}, "whole vocabulary"),
+        ({"kl_in": "loss"}, "no gradient on average"),
+        ({"kl_in": "loss-importance", "kl_estimator": "exact"}, "take loss"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "above 0"),
+        ({"critic_warmup": 1, "objective": "rloo"}, "with a critic"),
+        ({"objective": "dapo", "samples_per_prompt": 1}, "2 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(config, **values).validate()

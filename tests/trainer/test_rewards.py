@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
+from rlhf_fast.feedback.rewards import Rewards, load_functions
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
@@ -19,7 +20,6 @@ from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.ppo import train_ppo
-from rlhf_fast.trainer.rewards import Rewards, load_functions
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
     model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in ("ann cat", "ann dog", "ben cat", "ben red")])
     batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
-    functions = load_functions(PPOConfig(reward_functions=(f"2*{rules}:cats", f"-0.5 * {rules}:words")))
+    functions = load_functions((f"2*{rules}:cats", f"-0.5 * {rules}:words"))
     texts = ["cat", "dog", "cat cat", "red"]
     total = Rewards(model, functions)(batch, [torch.arange(4)], ["ann", "ben"], texts)
     with torch.no_grad():
@@ -66,9 +66,9 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
 
 def test_wrong_functions_are_named(rules: str) -> None:
     with pytest.raises(UserError, match="'two' before the [*] in 'two[*].*' is no number"):
-        load_functions(PPOConfig(reward_functions=(f"two*{rules}:cats",)))
+        load_functions((f"two*{rules}:cats",))
     with pytest.raises(UserError, match="has no function 'dogs'"):
-        load_functions(PPOConfig(reward_functions=(f"{rules}:dogs",)))
+        load_functions((f"{rules}:dogs",))
 
 
 def test_functions_alone_teach_the_policy(tiny: Path, tmp_path: Path, rules: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from rlhf_fast.run.checkpoint import (
+    folder_aside,
     load_state,
     require_space,
     rng_state,
@@ -87,13 +88,11 @@ def test_the_configuration_is_kept(tmp_path: Path) -> None:
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
-    with pytest.raises(RuntimeError, match="killed"), run.checkpoint(1) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError("killed")
+    with pytest.raises(TypeError):
+        run.save_checkpoint(1, {"step": object()})
     assert not list((run.path / "checkpoints").iterdir())
     for step in (2, 9, 10, 30):
-        with run.checkpoint(step) as folder:
-            save_state(folder, {"step": step})
+        run.save_checkpoint(step, {"step": step})
     (run.path / "checkpoints" / "step-99.tmp").mkdir()  # what a kill may leave
     assert run.latest_checkpoint() is None  # not asked to resume
     resumed = RunFolder.create(run.path, resume=True)
@@ -105,9 +104,9 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     for text in ("first", "second"):
-        with run.folder("model") as folder:
+        with folder_aside(run.path / "model") as folder:
             (folder / "weights").write_text(text)
-    with pytest.raises(RuntimeError), run.folder("model") as folder:
+    with pytest.raises(RuntimeError), folder_aside(run.path / "model") as folder:
         (folder / "weights").write_text("third")
         raise RuntimeError
     assert (run.path / "model" / "weights").read_text() == "second"

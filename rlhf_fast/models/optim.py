@@ -3,16 +3,19 @@
 
 A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e-5 would change nothing. The optimizer
 therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
+Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from rlhf_fast.run.ranks import ranks
 
 
 class AdamW:
@@ -39,6 +42,9 @@ class AdamW:
             masters = [p if p.dtype == torch.float32 else Parameter(p.detach().float()) for p in weights]
             self.pairs += zip(weights, masters, strict=True)
             group["params"] = masters
+        for weight, master in self.pairs:
+            if master is not weight:
+                weight.register_post_accumulate_grad_hook(_into(master))
         self.optimizer = torch.optim.AdamW(dicts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @property
@@ -48,15 +54,16 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, max_norm: float | None = None) -> float:
-        """Clip the gradients to `max_norm`, step, and clear them; returns the norm before clipping.
+        """Sum the gradients over the ranks, clip to `max_norm`, step, and clear; returns the norm before clipping.
 
         A norm that is not finite is returned and nothing is stepped: the caller stops the run.
         """
-        for weight, master in self.pairs:
-            if master is not weight:
-                master.grad = None if weight.grad is None else weight.grad.float()
-                weight.grad = None
         masters = [master for _, master in self.pairs]
+        if ranks().count > 1:
+            for master in masters:
+                if master.grad is None:  # this rank had no row in the minibatch
+                    master.grad = torch.zeros_like(master)
+            ranks().sum_(master.grad for master in masters if master.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(masters, float("inf") if max_norm is None else max_norm)
         if torch.isfinite(norm):
             self.optimizer.step()
@@ -93,3 +100,17 @@ class AdamW:
             master.copy_(state["weights"][str(i)])
             if master is not weight:
                 weight.copy_(master)
+
+
+def _into(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that moves a weight's gradient into that of its float32 master."""
+
+    def move(weight: Tensor) -> None:
+        assert weight.grad is not None
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return move

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import Prompt
-from rlhf_fast.feedback.raters import Rater, load_rater
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.heads import sequence_scores
+from rlhf_fast.run.checks import check_finite
 from rlhf_fast.run.errors import UserError
 
-from .checks import check_finite
-from .config import PPOOptions
+from .raters import Rater, load_rater
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,10 @@ class Rewards:
 
     model: Any | None
     functions: list[tuple[float, Rater]]
+
+    def __bool__(self) -> bool:
+        """False if nothing says what a completion is worth."""
+        return self.model is not None or bool(self.functions)
 
     def __call__(self, batch: Batch, plan: list[Tensor], prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """(B,) rewards of the completions `texts` (B,), those of one prompt next to each other.
@@ -56,10 +59,10 @@ class Rewards:
         return sum(row["reward"] for row in rows) / len(rows)
 
 
-def load_functions(config: PPOOptions) -> list[tuple[float, Rater]]:
+def load_functions(specs: Sequence[str]) -> list[tuple[float, Rater]]:
     """(weight, function) of each "module:function", "file.py:function" or "0.5*file.py:function" in the options."""
     functions = []
-    for text in config.reward_functions:
+    for text in specs:
         weight, star, spec = text.rpartition("*")
         try:
             functions.append((float(weight) if star else 1.0, load_rater(spec.strip())))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adapters by peft (Hu et al. 2021, arXiv 2106.09685): the trunk stays frozen, few weights learn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_fast.run.errors import UserError
+
+
+def add_lora(model: Any, rank: int, head: Any = None) -> Any:
+    """Freeze `model`, add adapters to all linear layers of its trunk in place; returns peft's handle on them.
+
+    `head` is a layer that learns whole, such as a scalar head. The model itself is used as before.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("lora_rank needs the package peft: pip install peft") from None
+    targets = _linear_layers(model)
+    handle = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
+    if head is not None:
+        head.requires_grad_(True)
+    return handle
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Full names of the trunk's linear layers (Conv1D of GPT-2 included)."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    inside = {id(module) for module in model.base_model.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) in inside
+    ]
+
+
+@contextmanager
+def adapters_off(handle: Any) -> Iterator[None]:
+    """The model as it was before it learned."""
+    with handle.disable_adapter():
+        yield
+
+
+def merged_copy(handle: Any) -> Any:
+    """A plain model with what was learned added to its weights; the one that learns stays as it is.
+
+    A copy, because taking the sum apart again would not give back the very weights in bfloat16.
+    """
+    return copy.deepcopy(handle).merge_and_unload()

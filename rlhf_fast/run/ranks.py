@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a distributed run, as accelerate sets them up from torchrun's or `accelerate launch`'s environment.
+
+Every rank holds the whole models and works on its share of each batch. What is global stays global: token counts,
+whitening, the KL controller and the metrics are taken over all ranks, and gradients are summed in float32 by one
+all-reduce before the optimizer steps. So the number of ranks changes speed, and results only by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among its peers; alone it is number 0 of 1, and nothing here communicates."""
+
+    def __init__(self) -> None:
+        """Join the process group that the launcher described, if any."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+
+    @property
+    def main(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return self.index == 0
+
+    @property
+    def group(self) -> Any:
+        """The process group for ops that take one; None when alone."""
+        return torch.distributed.group.WORLD if self.count > 1 else None
+
+    def share(self, count: int, what: str) -> slice:
+        """This rank's part of `count` things; UserError unless they divide evenly."""
+        if count % self.count:
+            raise UserError(f"{what} must be a multiple of the {self.count} processes, got {count}")
+        each = count // self.count
+        return slice(self.index * each, (self.index + 1) * each)
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Add each tensor to those of the other ranks, in place."""
+        if self.count > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over the ranks, in float64."""
+        sums = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        self.sum_([sums])
+        return sums.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True if `flag` is true on some rank, so that all of them take the same way."""
+        return bool(self.total([float(flag)])[0])
+
+    def every(self, value: T) -> list[T]:
+        """The value of every rank, in order of rank."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def cat(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, one behind the other, on the CPU; small ones, for metrics."""
+        return torch.cat(self.every(tensor.detach().cpu()))
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+@lru_cache(maxsize=1)
+def ranks() -> Ranks:
+    """The one `Ranks` of this process."""
+    return Ranks()
