@@ -35,17 +35,22 @@ class Batch(NamedTuple):
         return Batch(self.input_ids[index, :width], attention[:, :width], self.mask[index, :width], support)
 
     def plan(self, size: int, index: Tensor | None = None, unit: int = 1) -> list[Tensor]:
-        """Rows (all, or those of `index`) cut into micro-batches of at most `size`, longest rows first.
+        """Rows (all, or those of `index`) in micro-batches of at most `size`, prompts with the longest rows first.
 
-        Longest first, so that too large a micro-batch runs out of memory at once and not after an hour. With `unit`
-        that many rows in succession stay together, even if they are more than `size`.
+        Longest first, so that too large a micro-batch runs out of memory at once and not after an hour. Rows of one
+        prompt stay next to each other, for the prompt to be read once. With `unit` that many rows in succession stay
+        together, even if they are more than `size`.
         """
         index = torch.arange(len(self.input_ids)) if index is None else index
         units = index.view(-1, unit)
         lengths = self.attention_mask.sum(1).cpu()[units].amax(1)
-        return [
-            part.flatten() for part in units[lengths.argsort(descending=True, stable=True)].split(max(1, size // unit))
-        ]
+        begins = self.mask.cpu().long().argmax(1)[units[:, 0]]
+        prompts = [tuple(self.input_ids[u[0], :n].tolist()) for u, n in zip(units, begins.tolist(), strict=True)]
+        longest: dict[tuple[int, ...], int] = {}
+        for prompt, length in zip(prompts, lengths.tolist(), strict=True):
+            longest[prompt] = max(length, longest.get(prompt, 0))
+        order = sorted(range(len(units)), key=lambda i: (-longest[prompts[i]], prompts[i], -int(lengths[i])))
+        return [part.flatten() for part in units[order].split(max(1, size // unit))]
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from rlhf_fast.hf import language_model_head
 from rlhf_fast.run.errors import UserError
 
 from .loading import score_normalizer
+from .prefix import layout, shared_states
 from .rollout import Support
 
 
@@ -32,13 +33,17 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positio
     `positions` (B, T) are for rows that hold several sequences: each begins at 0, by which transformers knows that
     none may attend to another (a block-diagonal mask, or the varlen path of flash attention).
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
-    fast causal path; states at pads are meaningless either way.
+    fast causal path; states at pads are meaningless either way. Rows that begin alike share that part: `prefix.py`.
     """
     choose_attention(model, input_ids.shape[1])
     if positions is not None:
         return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
     mask = attention_mask.bool()
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
+        shared = layout(model, input_ids, mask)
+        if shared is not None:
+            choose_attention(model, shared.input_ids.shape[1])
+            return shared_states(model, shared)
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
