@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations gpu-check lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about ten minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -64,6 +64,9 @@ test-integrations: $(VENV)/built $(VENV)/peers
 
 measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/integrations.py $(ARGS)
+
+measure-trainer: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
+	$(BIN)/python benchmarks/trainer_steps.py $(ARGS)
 
 # The peers are compared with where they can be had: without them the tables are shorter.
 $(VENV)/bench-peers: $(VENV)/installed

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole training steps: GRPO beside TRL's GRPOTrainer, and the update of a policy with a vocabulary of 262 144.
+
+    make measure-trainer                            or, with TRL installed,
+    python benchmarks/trainer_steps.py              the tables of docs/performance.md
+    python benchmarks/trainer_steps.py --model DIR  another model than SmolLM2-135M
+
+Every row runs in a process of its own, whose peak memory is that of the whole process. GRPO: the same prompts, number
+and length of completions, reward function and options; each trainer samples with its own random numbers. The update:
+forward and backward of PPO's loss on given samples, eager PyTorch with full logits beside the trainer's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from machine import machine
+
+PROMPTS = ["The new job", "My sister told me that", "The old dog", "A cup of", "Last summer we", "The train to"]
+PROMPTS_PER_STEP, SAMPLES, NEW_TOKENS, BETA = 4, 4, 48, 0.04
+ADDRESS_SPACE = 20 * 2**30
+GEMMA = dict(
+    vocab_size=262_144, hidden_size=640, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=4,
+    num_key_value_heads=1, head_dim=256, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def worth(text: str) -> float:
+    return float(len(set(text.split())))
+
+
+def trl_reward(completions: list[str], **_: Any) -> list[float]:
+    return [worth(text) for text in completions]
+
+
+def our_reward(prompt: str, completions: list[str]) -> list[float]:
+    return [worth(text) for text in completions]
+
+
+def trl_trainer(model: str, folder: str, steps: int) -> Any:
+    import datasets
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    config = trl.GRPOConfig(
+        output_dir=folder, per_device_train_batch_size=PROMPTS_PER_STEP * SAMPLES, num_generations=SAMPLES,
+        max_completion_length=NEW_TOKENS, beta=BETA, loss_type="grpo", learning_rate=1e-6, max_steps=steps,
+        lr_scheduler_type="constant", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+        save_strategy="no", logging_strategy="no", temperature=1.0, top_p=1.0, disable_tqdm=True,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_dict({"prompt": PROMPTS})
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return trl.GRPOTrainer(loaded, trl_reward, args=config, train_dataset=rows, processing_class=tokenizer)
+
+
+def grpo_trl(model: str, rounds: int) -> dict[str, float]:
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(model, folder, rounds + 1)
+        trainer.add_callback(Clock())
+        trainer.train()
+        lengths = trainer._metrics["train"]["completions/mean_length"]
+    return {"seconds": median(b - a for a, b in zip(ends, ends[1:], strict=False)), "length": median(lengths)}
+
+
+def our_config(model: str, folder: str, **options: Any) -> Any:
+    from rlhf_fast.trainer import PPOConfig
+
+    prompts = Path(folder) / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    common = {"objective": "grpo", "kl_in": "loss", "kl_estimator": "k3", "kl_coef": BETA, "num_minibatches": 1}
+    return PPOConfig(
+        model=model, prompts_file=str(prompts), dtype="float32", prompts_per_step=PROMPTS_PER_STEP, lr=1e-6,
+        reward_functions=(f"{__file__}:our_reward",), samples_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS,
+        score_clip=0.0, **{**common, **options},
+    )  # fmt: skip
+
+
+def grpo_ours(model: str, rounds: int) -> dict[str, float]:
+    from rlhf_fast.run.progress import Timer
+    from rlhf_fast.run.runtime import tune_process
+    from rlhf_fast.trainer import agent as agents
+    from rlhf_fast.trainer import ppo
+
+    tune_process()
+    with tempfile.TemporaryDirectory() as folder:
+        config = our_config(model, folder)
+        agent = agents.load_agent(config)
+        prompts = agents.load_prompts(config.prompts_file, config, agent)
+    times, lengths = [], []
+    for step in range(rounds + 1):
+        start = time.perf_counter()
+        lengths.append(ppo.train_step(agent, prompts, config, step, Timer())["sample/length"])
+        times.append(time.perf_counter() - start)
+    return {"seconds": median(times[1:]), "length": median(lengths[1:])}
+
+
+def losses(model: str, rounds: int) -> dict[str, float]:
+    """The loss of one batch by both, with old and reference log-probabilities that differ from the policy's."""
+    import rlhf_fast as rf
+    from rlhf_fast.models.batches import Batch
+    from rlhf_fast.trainer.metrics import Sampled
+    from rlhf_fast.trainer.objectives import Totals
+    from rlhf_fast.trainer.policy_loss import policy_backward
+
+    generator = torch.Generator().manual_seed(0)
+    count, prompt = PROMPTS_PER_STEP * SAMPLES, 6
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(model, folder, 1)
+        config = our_config(model, folder)
+    policy = trainer.model.train()
+    ids = torch.randint(2, policy.config.vocab_size, (count, prompt + NEW_TOKENS), generator=generator)
+    lengths = torch.randint(5, NEW_TOKENS + 1, (count, 1), generator=generator)
+    completion_mask = torch.arange(NEW_TOKENS) < lengths
+    mask = torch.nn.functional.pad(completion_mask, (prompt, 0))
+    real = torch.nn.functional.pad(completion_mask, (prompt, 0), value=True)
+    batch = Batch(ids, real, mask)
+    with torch.no_grad():
+        exact = rf.hf.token_logprobs(policy, ids, real, mask=mask)
+    old, ref = (exact + 0.2 * torch.randn(exact.shape, generator=generator) * mask for _ in range(2))
+    advantages = torch.randn(count, generator=generator)
+    trainer.current_gradient_accumulation_steps = 1
+    theirs = trainer._compute_loss(
+        policy,
+        {
+            "prompt_ids": ids[:, :prompt], "prompt_mask": real[:, :prompt].long(), "completion_ids": ids[:, prompt:],
+            "completion_mask": completion_mask.long(), "advantages": advantages, "num_items_in_batch": mask.sum(),
+            "old_per_token_logps": old[:, prompt:], "ref_per_token_logps": ref[:, prompt:],
+        },
+    )  # fmt: skip
+    nothing = torch.zeros_like(exact)
+    made = rf.Advantages(nothing, nothing, advantages[:, None] * mask, nothing)
+    sampled = Sampled(batch, old, ref, nothing, made, torch.zeros(count, dtype=torch.bool))
+    agent: Any = SimpleNamespace(policy=policy)
+    _, figures = policy_backward(agent, sampled, batch, torch.arange(count), Totals(float(mask.sum()), count), config)
+    return {"TRL": theirs.item(), "rlhf_fast": figures["loss/policy_avg"]}
+
+
+def update(variant: str, tokens: int) -> dict[str, float]:
+    """Forward and backward of PPO's loss on `tokens` sampled tokens of a model of Gemma 3 270M's shape."""
+    import transformers
+
+    import rlhf_fast as rf
+    from rlhf_fast.run.runtime import tune_process
+
+    tune_process()
+    if variant == "eager":
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**GEMMA))
+    length, prompt = 256, 32
+    ids = torch.randint(2, 262_144, (tokens // length, prompt + length))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, :prompt] = False
+    old, advantages = torch.full(ids.shape, -12.5), torch.randn(ids.shape)
+
+    def step() -> None:
+        if variant == "eager":
+            logits = model(ids, use_cache=False).logits[:, prompt - 1 : -1]
+            logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, prompt:, None]).squeeze(-1)
+            ratio, gain = (logprobs - old[:, prompt:]).exp(), advantages[:, prompt:]
+            loss = -torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
+        else:
+            hidden = model.model(ids, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
+            part = slice(prompt, None)
+            loss = rf.linear_policy_loss(
+                hidden, model.lm_head.weight, ids[:, part], old[:, part], advantages[:, part], mask=mask[:, part]
+            ).loss
+        loss.backward()
+        model.zero_grad()
+
+    step()
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return {"seconds": min(times)}
+
+
+def row(*job: str, rounds: int, model: str) -> dict[str, float] | None:
+    """A measurement in a process of its own; None where memory ran out."""
+    command = [sys.executable, __file__, "--model", model, "--rounds", str(rounds), "--job", *job]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        if "alloc" in done.stderr or done.returncode < 0:
+            return None
+        raise RuntimeError(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help='"smollm2", or a folder')
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    from rlhf_fast.models.gguf import resolve_model
+
+    model = str(resolve_model(options.model))
+    if options.job:
+        warnings.simplefilter("ignore")
+        name, *arguments = options.job
+        jobs = {"grpo_trl": grpo_trl, "grpo_ours": grpo_ours, "losses": losses}
+        figures = update(arguments[0], int(arguments[1])) if name == "update" else jobs[name](model, options.rounds)
+        figures["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(figures))
+        return
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), time.strftime("%Y-%m-%d"), sep=", ")
+    shared = {"rounds": options.rounds, "model": model}
+    print(f"\n{options.model}, {PROMPTS_PER_STEP} x {SAMPLES} completions of {NEW_TOKENS} tokens at most, float32\n")
+    print("| GRPO step | seconds | peak GiB | mean length | speed-up |\n| --- | ---: | ---: | ---: | ---: |")
+    theirs, ours = row("grpo_trl", **shared), row("grpo_ours", **shared)
+    assert theirs is not None and ours is not None
+    for name, made in (("TRL", theirs), ("rlhf_fast", ours)):
+        cells = [f"{made['seconds']:.2f}", f"{made['gib']:.2f}", f"{made['length']:.1f}"]
+        print(f"| {name} | {' | '.join(cells)} | {theirs['seconds'] / made['seconds']:.2f} x |")
+    same = row("losses", **shared)
+    assert same is not None
+    print(f"\nThe loss of one batch: TRL {same['TRL']:.6f}, rlhf_fast {same['rlhf_fast']:.6f}\n")
+    print("| PPO update, Gemma 3 270M's shape, float32 | tokens | seconds | peak GiB |\n| --- | ---: | ---: | ---: |")
+    for tokens in (1024, 4096):
+        for variant, name in (("eager", "eager, full logits"), ("ours", "rlhf_fast")):
+            made = row("update", variant, str(tokens), **shared)
+            cells = ["does not fit in 20 GiB", ""] if made is None else [f"{made['seconds']:.1f}", f"{made['gib']:.1f}"]
+            print(f"| {name} | {tokens} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
