@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
 from rlhf_fast.data.files import read_lines
+from rlhf_fast.run.checkpoint import write_text
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
@@ -79,8 +80,10 @@ def _rows_done(run: RunFolder, lines: list[PromptLine]) -> int:
         return 0
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
+    ranks().wait()
     if whole != text and ranks().main:
-        path.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
+    ranks().wait()
     if not whole:
         return 0
     prompts = read_lines(path, lambda row, where: (row.get("prompt"), where))

@@ -8,6 +8,7 @@ all-reduce before the optimizer steps. So the number of ranks changes speed, and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -27,7 +28,8 @@ class Ranks:
         """Join the process group that the launcher described, if any."""
         from accelerate import PartialState
 
-        state = PartialState()
+        # Without a GPU it must be told so, or it would start no group at all.
+        state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property
@@ -85,3 +87,16 @@ class Ranks:
 def ranks() -> Ranks:
     """The one `Ranks` of this process."""
     return Ranks()
+
+
+def first_to_fail() -> bool:
+    """True in the first process that asks. Its error is the one to show: those of its peers are that one too, or come
+    of its having left. They notice at their next exchange, and launchers end who does not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().count == 1:
+        return True
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        return int(_get_default_store().add("rlhf_fast/failed", 1)) == 1
+    except RuntimeError:  # who kept the store has left, and said why
+        return False

@@ -144,6 +144,8 @@ def _train(
             assert num_items_in_batch is not None
             return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
 
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
     width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
     if config.packing:
@@ -190,8 +192,7 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=own // micro,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.lr,
