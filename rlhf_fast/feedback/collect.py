@@ -7,6 +7,7 @@ Lines are appended as they come: a run that stops loses nothing, and `--resume` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
@@ -63,7 +64,8 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
                 own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
                 made = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
                 rows = [row for part in ranks().every(made) for row in part]
-                _rate_and_append(run, rows[max(0, done - start) :], rater, timer)
+                new = rows[max(0, done - start) :]
+                ranks().once(partial(_rate_and_append, run, new, rater, timer))
                 bar.update(min(start + together, len(lines)))
                 if ranks().any(stop.requested):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
@@ -144,7 +146,7 @@ def _sample(
 
 
 def _rate_and_append(run: RunFolder, rows: list[dict[str, Any]], rater: Rater | None, timer: Timer) -> None:
-    for row in rows if ranks().main else ():
+    for row in rows:
         with timer("rate"):
             row["ratings"] = rater(row["prompt"], row["completions"]) if rater else None
         run.append_jsonl(FEEDBACK_FILE, [row])

@@ -9,7 +9,7 @@ all-reduce before the optimizer steps. So the number of ranks changes speed, and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -76,6 +76,22 @@ class Ranks:
     def cat(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, one behind the other, on the CPU; small ones, for metrics."""
         return torch.cat(self.every(tensor.detach().cpu()))
+
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """What `work` gives here. A UserError of it on any rank is raised on all, so that they do the same about it."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        for found in self.every(error):
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the main process, which alone does it."""
+        return self.every(self.all_or_none(lambda: work() if self.main else None))[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
         """Until all ranks are here."""
