@@ -43,9 +43,8 @@ class Batch(NamedTuple):
         index = torch.arange(len(self.input_ids)) if index is None else index
         units = index.view(-1, unit)
         lengths = self.attention_mask.sum(1).cpu()[units].amax(1)
-        return [
-            part.flatten() for part in units[lengths.argsort(descending=True, stable=True)].split(max(1, size // unit))
-        ]
+        sorted_units = units[lengths.argsort(descending=True, stable=True)]
+        return [part.flatten() for part in sorted_units.split(max(1, size // unit)) if len(part)]
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:
