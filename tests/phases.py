@@ -70,6 +70,7 @@ def jobs(data: Path) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "sft": sft,
+        "lora": replace(sft, lora_rank=4, max_steps=3),
         "sft-packed": replace(sft, packing=True, max_steps=3),
         "collect": CollectConfig(
             **common,

@@ -309,7 +309,7 @@ def evaluate_once(
         rater=rater,
     )
     figures["reward"] = ranks().once(lambda: agent.rewards.pay(rows))
-    run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows])
+    run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows))
     run.write_json(name, figures)
     return figures
 

@@ -74,6 +74,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("evaluate"):
         before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     if run.latest_checkpoint() is None and eval_examples:
+        run.truncate_metrics(-1)
         run.log({"eval/nll": before}, 0)
     with timer("train"):
         steps = _train(config, run, model, tokenizer, examples, dtype)

@@ -14,7 +14,7 @@ import phases
 import pytest
 from safetensors.torch import load_file
 
-JOBS = ("sft", "sft-packed", "collect", "reward", "ppo", "grpo", "dpo", "ranked", "scarce")
+JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dpo", "ranked", "scarce")
 LEARN = tuple(name for name in JOBS if name != "collect")
 
 
