@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.ranks import first_to_fail, ranks
 
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
@@ -58,12 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _command(arguments[0], arguments[1:])
-    except UserError as error:
-        print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
-        return 2
-    except Interrupted as error:
-        print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr)
-        return 130
+    except (UserError, Interrupted) as error:
+        if first_to_fail():
+            print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 130
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
@@ -73,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = LIBRARIES[missing]
         print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
         return 2
-    except Exception as error:  # of whatever library was writing
+    except Exception as error:
+        if not first_to_fail():
+            return 1
+        # of whatever library was writing
         if not any(reason in str(error) for reason in DISK_ERRORS):
             raise
         print(f"rlhf-fast {arguments[0]}: {error}; what was saved before is whole", file=sys.stderr)
@@ -120,7 +122,8 @@ def _phase(command: str, arguments: list[str]) -> int:
             summary = function(config, run)
         finally:
             run.close()
-    show(summary, config.output_dir)
+    if ranks().main:
+        show(summary, config.output_dir)
     return 0
 
 

@@ -7,10 +7,12 @@ Lines are appended as they come: a run that stops loses nothing, and `--resume` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
 from rlhf_fast.data.files import read_lines
+from rlhf_fast.run.checkpoint import write_text
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
@@ -62,7 +64,8 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
                 own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
                 made = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
                 rows = [row for part in ranks().every(made) for row in part]
-                _rate_and_append(run, rows[max(0, done - start) :], rater, timer)
+                new = rows[max(0, done - start) :]
+                ranks().once(partial(_rate_and_append, run, new, rater, timer))
                 bar.update(min(start + together, len(lines)))
                 if ranks().any(stop.requested):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
@@ -79,8 +82,10 @@ def _rows_done(run: RunFolder, lines: list[PromptLine]) -> int:
         return 0
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
+    ranks().wait()
     if whole != text and ranks().main:
-        path.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
+    ranks().wait()
     if not whole:
         return 0
     prompts = read_lines(path, lambda row, where: (row.get("prompt"), where))
@@ -141,7 +146,7 @@ def _sample(
 
 
 def _rate_and_append(run: RunFolder, rows: list[dict[str, Any]], rater: Rater | None, timer: Timer) -> None:
-    for row in rows if ranks().main else ():
+    for row in rows:
         with timer("rate"):
             row["ratings"] = rater(row["prompt"], row["completions"]) if rater else None
         run.append_jsonl(FEEDBACK_FILE, [row])

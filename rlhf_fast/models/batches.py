@@ -50,7 +50,7 @@ class Batch(NamedTuple):
         for prompt, length in zip(prompts, lengths.tolist(), strict=True):
             longest[prompt] = max(length, longest.get(prompt, 0))
         order = sorted(range(len(units)), key=lambda i: (-longest[prompts[i]], prompts[i], -int(lengths[i])))
-        return [part.flatten() for part in units[order].split(max(1, size // unit))]
+        return [part.flatten() for part in units[order].split(max(1, size // unit)) if len(part)]
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:

@@ -64,13 +64,13 @@ def evaluate(
         own[start] = _measure(policy, reference, reward, made, temperature, micro_batch_size)
     parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
     rows = [row for start in sorted(parts) for row in parts[start]]
-    for place in range(0, len(rows), samples):
-        prompt, group = prompts[place // samples], rows[place : place + samples]
-        ratings = rater(prompt, [row["completion"] for row in group]) if rater is not None else []
-        for i, row in enumerate(group):
-            row["prompt"] = prompt
-            if ratings:
-                row["gold"] = ratings[i]
+    groups = [[row["completion"] for row in rows[place : place + samples]] for place in range(0, len(rows), samples)]
+    for place, row in enumerate(rows):
+        row["prompt"] = prompts[place // samples]
+    if rater is not None:
+        ratings = ranks().once(lambda: [rater(*asked) for asked in zip(prompts, groups, strict=True)])
+        for row, rating in zip(rows, (x for group in ratings for x in group), strict=True):
+            row["gold"] = rating
     figures = {shown: _mean(rows, name) for name, shown in SHOWN_AS.items() if name in rows[0]}
     figures["entropy"] = sum(row.pop("entropy") for row in rows) / sum(row["tokens"] for row in rows)
     return {**figures, **variety([row["completion"] for row in rows])}, rows

@@ -88,12 +88,17 @@ class RunFolder:
         if self._trackers is not None:
             self._trackers.log({name: float(value) for name, value in metrics.items()}, step=step)
 
-    def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append one JSON object a line to a file of the folder."""
+    def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]], behind: int | None = None) -> None:
+        """Append one JSON object a line to a file of the folder; in place of all `behind` so many lines, if given."""
         if not ranks().main:
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path, text = self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if behind is None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:behind] if behind else []
+            write_text(path, "".join(kept) + text)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run will log again."""

@@ -8,7 +8,8 @@ all-reduce before the optimizer steps. So the number of ranks changes speed, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -27,7 +28,8 @@ class Ranks:
         """Join the process group that the launcher described, if any."""
         from accelerate import PartialState
 
-        state = PartialState()
+        # Without a GPU it must be told so, or it would start no group at all.
+        state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
 
     @property
@@ -75,6 +77,22 @@ class Ranks:
         """The tensors of all ranks, one behind the other, on the CPU; small ones, for metrics."""
         return torch.cat(self.every(tensor.detach().cpu()))
 
+    def all_or_none(self, work: Callable[[], T]) -> T:
+        """What `work` gives here. A UserError of it on any rank is raised on all, so that they do the same about it."""
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        for found in self.every(error):
+            if found is not None:
+                raise found
+        return result  # type: ignore[return-value]
+
+    def once(self, work: Callable[[], T]) -> T:
+        """What `work` gives in the main process, which alone does it."""
+        return self.every(self.all_or_none(lambda: work() if self.main else None))[0]  # type: ignore[return-value]
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.count > 1:
@@ -85,3 +103,16 @@ class Ranks:
 def ranks() -> Ranks:
     """The one `Ranks` of this process."""
     return Ranks()
+
+
+def first_to_fail() -> bool:
+    """True in the first process that asks. Its error is the one to show: those of its peers are that one too, or come
+    of its having left. They notice at their next exchange, and launchers end who does not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().count == 1:
+        return True
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        return int(_get_default_store().add("rlhf_fast/failed", 1)) == 1
+    except RuntimeError:  # who kept the store has left, and said why
+        return False

@@ -32,6 +32,7 @@ from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
+from rlhf_fast.run.ranks import ranks
 
 from .config import PPOConfig
 from .kl import KLPrice
@@ -121,7 +122,7 @@ def calibrate_critic(critic: Any, values: Tensor, scores: Tensor, mask: Tensor) 
     deviations off, which value clipping would take a dozen steps to put right. The line is that of least squares, its
     slope kept in [0.1, 1], so that the head's gradient still reaches the trunk.
     """
-    readings, targets = values[mask], scores[:, None].expand_as(values)[mask]
+    readings, targets = ranks().cat(values[mask]), ranks().cat(scores[:, None].expand_as(values)[mask])
     spread = readings - readings.mean()
     slope = ((spread * targets).sum() / spread.square().sum().clamp(min=1e-8)).clamp(0.1, 1.0)
     shift = targets.mean() - slope * readings.mean()

@@ -145,7 +145,7 @@ OBJECTIVES = {
     "dapo": Objective(group_normalised, "dapo", by_token),
     "rloo": Objective(leave_one_out, "ppo", summed),
     "reinforce++": Objective(rewards_to_go, "ppo", by_token, compares=False),
-    "dpo": Objective(leave_one_out, None, summed),
+    "dpo": Objective(rewards_to_go, None, summed),  # for the metrics alone: it learns from pairs
 }
 
 

@@ -130,7 +130,8 @@ def train_step(
         plan = batch.plan(config.micro_batch_size)
         scores = rollout.scores
         if scores is None:
-            scores = agent.rewards(batch, plan, [prompts.lines[i].prompt for i in chosen[mine]], rollout.texts)
+            asked = [prompts.lines[i].prompt for i in chosen[mine]]
+            scores = ranks().all_or_none(lambda: agent.rewards(batch, plan, asked, rollout.texts))
         paid = scores - config.missing_eos_penalty * ~rollout.ended
         better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
         if objective.token_loss is None:  # learns from pairs alone
@@ -307,8 +308,8 @@ def evaluate_once(
         micro_batch_size=config.micro_batch_size,
         rater=rater,
     )
-    figures["reward"] = agent.rewards.pay(rows)
-    run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows])
+    figures["reward"] = ranks().once(lambda: agent.rewards.pay(rows))
+    run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows))
     run.write_json(name, figures)
     return figures
 

@@ -179,7 +179,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         step = int(state["step"])
-        run.truncate_metrics(step)
+    run.truncate_metrics(step)
 
     model.train()
     with StopFlag() as stop, Progress("reward", total) as bar:
@@ -275,7 +275,6 @@ def read_position_gap(model: Any, ranking: EncodedRanking, pad_id: int) -> float
 
 def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> None:
     """samples.jsonl: the held-out completions with how they were rated and the normalised score they got."""
-    (run.path / "samples.jsonl").unlink(missing_ok=True)
     rows = [
         {
             "prompt": ranking.source.prompt,
@@ -288,4 +287,4 @@ def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: S
             zip(ranking.source.completions, ranking.source.goodness, strict=True)
         )
     ]
-    run.append_jsonl("samples.jsonl", rows)
+    run.append_jsonl("samples.jsonl", rows, behind=0)

@@ -38,10 +38,10 @@ from rlhf_fast.models.packing import (
     packed_width,
     to_device,
 )
-from rlhf_fast.run.checkpoint import remove_old_checkpoints, require_space, seed_everything, sync_folder
+from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.progress import StopFlag, Timer, notice
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
@@ -74,6 +74,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("evaluate"):
         before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     if run.latest_checkpoint() is None and eval_examples:
+        run.truncate_metrics(-1)
         run.log({"eval/nll": before}, 0)
     with timer("train"):
         steps = _train(config, run, model, tokenizer, examples, dtype)
@@ -130,20 +131,12 @@ def _train(
     config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, examples: list[Example], dtype: torch.dtype
 ) -> int:
     """Run the Trainer over `examples`, changing `model` in place; returns the number of optimizer steps."""
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
-    class CompletionTrainer(Trainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Tensor | int | None = None,
-        ) -> Any:
-            # Labels of the whole optimizer step on all ranks, counted by the Trainer. Engines average over ranks.
-            assert num_items_in_batch is not None
-            return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
+    from rlhf_fast.models.hf_trainer import Bridge, SumTrainer
 
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
     width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
     if config.packing:
@@ -153,7 +146,7 @@ def _train(
         return pack(batch, pad_id, width) if config.packing else collate(batch, pad_id)
 
     with StopFlag() as stop:
-        trainer = CompletionTrainer(
+        trainer = SumTrainer(
             model=model,
             args=_arguments(config, run, dtype),
             train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
@@ -162,7 +155,7 @@ def _train(
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(bridge := _callback(run, stop))
+        trainer.add_callback(bridge := Bridge(run, stop))
         checkpoint = run.latest_checkpoint()
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -190,8 +183,7 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=own // micro,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.lr,
@@ -211,48 +203,3 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         dataloader_pin_memory=device().type == "cuda",
         use_cpu=device().type == "cpu",
     )
-
-
-def _callback(run: RunFolder, stop: StopFlag) -> Any:
-    """What joins the Trainer to our run folder: metrics, progress bar, stop signal, checkpoints' names."""
-    from transformers import TrainerCallback
-
-    class Bridge(TrainerCallback):
-        bar: Progress | None = None
-
-        def close(self) -> None:
-            """Give the terminal back, whatever ended the training."""
-            if self.bar is not None:
-                self.bar.__exit__(None, None, None)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            run.truncate_metrics(state.global_step)
-            self.bar = Progress("sft", state.max_steps).__enter__()
-
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
-        ) -> None:
-            if not logs or "loss" not in logs:
-                return  # the Trainer's own closing summary
-            if not math.isfinite(logs["loss"]):
-                raise UserError(f"the SFT loss is {logs['loss']} at step {state.global_step}; lower lr")
-            row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
-            run.log(row, state.global_step)
-            if self.bar is not None:
-                self.bar.update(state.global_step, loss=logs["loss"])
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if ranks().any(stop.requested):
-                control.should_save = control.should_training_stop = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # Until it has this name, no resume looks at it: a kill while it is written costs nothing.
-            folder = run.path / "checkpoints"
-            ranks().wait()
-            if ranks().main:
-                sync_folder(folder / f"checkpoint-{state.global_step}")
-                (folder / f"checkpoint-{state.global_step}").rename(folder / f"step-{state.global_step}")
-                remove_old_checkpoints(run.path, keep=2)
-            ranks().wait()
-
-    return Bridge()

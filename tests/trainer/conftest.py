@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import phases
 import pytest
 import torch
 
@@ -39,6 +41,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def job_data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same folder with what the jobs of tests/phases.py start from."""
+    folder = tmp_path_factory.mktemp("jobs") / "data"
+    shutil.copytree(tiny, folder)
+    phases.prepare(folder)
     return folder
 
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`transformers.Trainer` in a run folder of ours: a loss over tokens, our metrics, checkpoints without pickles."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from rlhf_fast.run.checkpoint import (
+    load_state,
+    remove_old_checkpoints,
+    rng_state,
+    save_state,
+    set_rng_state,
+    sync_folder,
+)
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Progress, StopFlag
+from rlhf_fast.run.ranks import ranks
+
+
+class SumTrainer(Trainer):
+    """Takes models whose forward gives the loss summed over tokens.
+
+    What the Trainer would pickle goes through `save_state`, except where an engine (FSDP, DeepSpeed) shards it and
+    writes its own form of it.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean over the tokens of the whole optimizer step."""
+        # Labels of the whole optimizer step on all ranks, counted by the Trainer. Engines average over ranks.
+        assert num_items_in_batch is not None
+        return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            inner = self.optimizer.state_dict()
+            moments = {str(i): values for i, values in inner["state"].items()}
+            groups, scheduler = inner["param_groups"], self.lr_scheduler.state_dict()
+            save_state(output_dir, {"moments": moments, "groups": groups, "scheduler": scheduler})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            state = load_state(checkpoint)
+            moments = {int(i): values for i, values in state["moments"].items()}
+            self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / f"rng-{ranks().index}", rng_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and (folder := Path(checkpoint) / f"rng-{ranks().index}").exists():
+            set_rng_state(load_state(folder))
+
+
+class Bridge(TrainerCallback):
+    """What joins the Trainer to our run folder: metrics, progress bar, stop signal, checkpoints' names."""
+
+    def __init__(self, run: RunFolder, stop: StopFlag) -> None:
+        """The bar comes when training begins."""
+        self.run, self.stop = run, stop
+        self.bar: Progress | None = None
+
+    def close(self) -> None:
+        """Give the terminal back, whatever ended the training."""
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget metrics that will come again."""
+        self.run.truncate_metrics(state.global_step)
+        self.bar = Progress("sft", state.max_steps).__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """A row of metrics."""
+        if not logs or "loss" not in logs:
+            return  # the Trainer's own closing summary
+        if not math.isfinite(logs["loss"]):
+            raise UserError(f"the SFT loss is {logs['loss']} at step {state.global_step}; lower lr")
+        row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        self.run.log(row, state.global_step)
+        if self.bar is not None:
+            self.bar.update(state.global_step, loss=logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop all ranks where one was asked to."""
+        if ranks().any(self.stop.requested):
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Until it has this name, no resume looks at it: a kill while it is written costs nothing."""
+        made = self.run.path / "checkpoints" / f"checkpoint-{state.global_step}"
+        ranks().wait()
+        if ranks().main:
+            (made / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            sync_folder(made)
+            made.rename(made.with_name(f"step-{state.global_step}"))
+            remove_old_checkpoints(self.run.path, keep=2)
+        ranks().wait()

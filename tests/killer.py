@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills jobs of phases.py by SIGKILL and resumes them: `python killer.py DATA FOLDER SEED JOB ...`.
+
+Each run is a fork of this process, which has imported everything and computed nothing. Prints how each child ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import phases
+import safetensors.torch
+import torch
+import transformers  # noqa: F401  (imported once for all children)
+
+import rlhf_fast.models.hf_trainer  # noqa: F401
+from rlhf_fast.run.folder import RunFolder
+
+
+def spawn(config: Any, folder: Path, prepare: Callable[[], None] | None = None) -> int:
+    """A child that does the job, resuming where there is something to resume."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if prepare is not None:
+                prepare()
+            phases.run(config, folder, resume=folder.exists())
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def ending(child: int) -> str:
+    """finished, killed, or failed."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {0: "finished", -signal.SIGKILL: "killed"}.get(status, "failed")
+
+
+def kill_after(child: int, file: Path, lines: int, delay: float) -> str:
+    """Kill the child `delay` seconds after `file` has so many lines."""
+    while not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)  # of a child that has ended, nothing: it is still to be waited for
+    return ending(child)
+
+
+def die_while_saving() -> None:
+    """The next checkpoint has half its tensors when the end comes."""
+    save_file = safetensors.torch.save_file
+
+    def half(tensors: Any, filename: Any, *args: Any, **options: Any) -> None:
+        save_file(tensors, filename, *args, **options)
+        os.truncate(filename, os.path.getsize(filename) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = half
+
+
+def die_within_a_line() -> None:
+    """The next line that is appended has its first half when the end comes."""
+
+    def half(run: RunFolder, name: str, rows: Any, behind: int | None = None) -> None:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with (run.path / name).open("a") as file:
+            file.write(text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder.append_jsonl = half  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data, folder, seed, names = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+    luck = random.Random(seed)
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        config, cut = phases.jobs(data)[name], folder / "cut" / name
+        ends[name] = [ending(spawn(config, folder / "whole" / name))]
+        file = cut / ("feedback.jsonl" if name == "collect" else "metrics.jsonl")
+        ends[name].append(ending(spawn(config, cut, die_within_a_line)))
+        ends[name].append(kill_after(spawn(config, cut), file, luck.randint(1, 3), luck.uniform(0, 0.04)))
+        for prepare in (die_within_a_line,) if name == "collect" else (die_while_saving, die_within_a_line):
+            ends[name].append(ending(spawn(config, cut, prepare)))
+        ends[name].append(ending(spawn(config, cut)))
+    print(json.dumps(ends))

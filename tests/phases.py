@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every phase on the tiny task, small enough to run often: `python phases.py DATA FOLDER [JOB ...] [-- COMMAND ...]`.
+
+It is a script as well, because processes that are killed or that form a group cannot be pytest's own. The job `reward`
+learns from a fixed file, the jobs of PPO use an untrained reward model, so that no job waits for another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_fast import cli
+from rlhf_fast.feedback.collect import CollectConfig, collect
+from rlhf_fast.models import loading
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.ranks import ranks
+from rlhf_fast.trainer.config import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainer.ppo import train_ppo
+from rlhf_fast.trainer.reward import train_reward
+from rlhf_fast.trainer.sft import train_sft
+
+RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
+
+
+def prepare(data: Path) -> None:
+    """Add to the tiny task's folder what the jobs start from: feedback.jsonl and the model `reward`."""
+    rows = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:60]]
+    with (data / "feedback.jsonl").open("w") as file:
+        for i, row in enumerate(rows):
+            words = row["completion"].split()
+            completions = [" " + " ".join(words[: 2 + (i + k) % 5 + k]) for k in range(2 + i % 3)]
+            ratings = [(7 * i + 3 * k) % 5 for k in range(len(completions))]
+            line = {"prompt": row["prompt"], "completions": completions, "ratings": ratings}
+            file.write(json.dumps({**line, "ended": [k % 2 == 0 for k in range(len(completions))]}) + "\n")
+    for name, count in (("few", 24), ("fewer", 6)):
+        lines = (data / "feedback_prompts.jsonl").read_text().splitlines()[:count]
+        (data / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    lines = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:64]]
+    for i, row in enumerate(lines):  # of several lengths, so that a mean of means is not the mean
+        row["completion"] = " " + " ".join(row["completion"].split()[: 1 + i % 8])
+    (data / "demos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    torch.manual_seed(0)
+    model = loading.load_reward_model(str(data / "model"), "float32", loading.load_tokenizer(str(data / "model")))
+    model.score.weight.data.mul_(20)
+    loading.set_score_normalizer(model, 0.1, 0.5)
+    model.save_pretrained(data / "reward")
+
+
+def jobs(data: Path) -> dict[str, Any]:
+    """Configuration of each job; its class says which phase it is."""
+    common: dict[str, Any] = {"model": str(data / "model"), "dtype": "float32", "max_length": 32, "save_steps": 1}
+    sft = SFTConfig(
+        **common, train_file=str(data / "demos.jsonl"), eval_file=str(data / "fewer.jsonl").replace("fewer", "demos"),
+        max_steps=5, batch_size=16, micro_batch_size=8, lr=3e-3,
+    )  # fmt: skip
+    ppo = PPOConfig(
+        **common, reward_model=str(data / "reward"), prompts_file=str(data / "feedback_prompts.jsonl"),
+        eval_prompts_file=str(data / "fewer.jsonl"), rater=RATER, max_new_tokens=8, prompts_per_step=4,
+        samples_per_prompt=4, micro_batch_size=4, max_steps=3, lr=1e-3, critic_lr=1e-3, missing_eos_penalty=0.5,
+        epochs=2,
+    )  # fmt: skip
+    return {
+        "sft": sft,
+        "lora": replace(sft, lora_rank=4, max_steps=3),
+        "sft-packed": replace(sft, packing=True, max_steps=3),
+        "collect": CollectConfig(
+            **common,
+            prompts_file=str(data / "few.jsonl"),
+            rater=RATER,
+            samples_per_prompt=2,
+            max_new_tokens=8,
+            micro_batch_size=6,
+        ),  # fmt: skip
+        "reward": RewardConfig(
+            **common,
+            feedback_file=str(data / "feedback.jsonl"),
+            batch_size=7,
+            micro_batch_size=8,
+            epochs=0.8,
+            lr=1e-3,
+            head_lr=1e-2,
+            centering=0.01,
+        ),  # fmt: skip
+        "ppo": ppo,
+        "grpo": replace(ppo, objective="grpo", kl_in="loss", kl_estimator="k3", top_k=20),
+        "dpo": replace(ppo, objective="dpo", kl_target=2.0, kl_coef=0.3),
+        # Ranked samples, and minibatches in which a rank may have no row.
+        "ranked": replace(
+            ppo, objective="dpo", prompts_file=str(data / "feedback.jsonl"), num_minibatches=4, kl_coef=0.3
+        ),
+        "scarce": replace(ppo, samples_per_prompt=1, prompts_per_step=4, num_minibatches=4, kl_estimator="exact"),
+    }
+
+
+def run(config: Any, folder: Path, resume: bool = False) -> None:
+    """Do one job in `folder`. PPO also writes what each rank sampled to rollouts-RANK.jsonl."""
+    config = replace(config, output_dir=str(folder), resume=resume)
+
+    def sampler(*args: Any, **options: Any) -> Rollout:
+        made = generate(*args, **options)
+        with (folder / f"rollouts-{ranks().index}.jsonl").open("a") as file:
+            rows = [ids[keep].tolist() for ids, keep in zip(made.input_ids, made.attention_mask, strict=True)]
+            file.write(json.dumps({"ids": rows, "ended": made.ended.tolist(), "tokens": int(made.response_mask.sum())}))
+            file.write("\n")
+        return made
+
+    run_folder = RunFolder.create(folder, resume=resume)
+    try:
+        if isinstance(config, PPOConfig):
+            train_ppo(config, run_folder, sampler)
+        elif isinstance(config, CollectConfig):
+            collect(config, run_folder)
+        else:
+            (train_sft if isinstance(config, SFTConfig) else train_reward)(config, run_folder)  # type: ignore[operator]
+    finally:
+        run_folder.close()
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl without the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    words, _, command = (" ".join(sys.argv[1:]) + " ").partition(" -- ")
+    first, second, *names = words.split()
+    data, folder = Path(first), Path(second)
+    for name, config in jobs(data).items():
+        if not names or name in names:
+            run(config, folder / name, resume=(folder / name).exists())
+    if command:
+        sys.exit(cli.main(command.split()))
