@@ -188,6 +188,7 @@ def measured() -> dict[str, dict[str, list[float]]]:
     return {variant: {name: times[1:] for name, times in parts.items()} for variant, parts in step.parts.items()}
 
 
+@pytest.mark.timeout(1800)  # the first one measures all: minutes, and many on a busy machine
 def test_ppo_step(benchmark: Any, replay: Callable[[list[float]], None], variant: str) -> None:
     parts = measured()[variant]
     benchmark.group = f"PPO step, 135M parameters, {BATCH} x ({PROMPT} + {RESPONSE}) tokens"
