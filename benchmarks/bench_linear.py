@@ -7,59 +7,52 @@ Bytes: the weight once and the hidden states once, forward. These ops are bound 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import pytest
 import torch
+from common import Call, Case
 from linear_providers import Problem, Shape, logprob_providers, policy_providers, sampled_providers
 
 SHAPE = Shape(rows=256)
-PROVIDERS = ("bare matmul", "eager", "torch", "native", "F.linear_cross_entropy", "TRL", "CCE")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-masks = pytest.mark.parametrize("share", [1.0, 0.5], ids=["all_rows", "half_masked"])
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+PEERS = ("F.linear_cross_entropy", "TRL", "CCE")
+LOGPROBS = ("native", "eager", "bare matmul", "torch", *PEERS)
+POLICY = ("native", "loss on linear_token_logprobs", "eager")
 
 
-def name(op: str, dtype: str, share: float) -> str:
-    return f"{op} {SHAPE.rows} x {SHAPE.hidden} x {SHAPE.vocabulary} {dtype} {share:.0%} real"
+def case(
+    what: str, dtype: str, share: float, providers: tuple[str, ...], calls: Callable[[Problem], dict[str, Call]],
+    frozen_head: bool = False,
+) -> Case:  # fmt: skip
+    def build() -> dict[str, Call]:
+        found = calls(Problem(SHAPE, getattr(torch, dtype), share, frozen_head))
+        return {name: found[name] for name in providers if name in found}
+
+    size = getattr(torch, dtype).itemsize
+    moved = size * SHAPE.hidden * (SHAPE.vocabulary + int(share * SHAPE.rows))
+    name = f"{what} {SHAPE.rows} x {SHAPE.hidden} x {SHAPE.vocabulary} {dtype} {share:.0%} real"
+    return Case(name, providers, build, moved)
 
 
-@masks
-@dtypes
-@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_linear_token_logprobs(
-    measure: Callable[..., None], provider: str, direction: str, dtype: str, share: float
-) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], share)
-    calls = logprob_providers(problem, direction)
-    if provider not in calls:
-        pytest.skip(f"{provider} is not installed")
-    group = name(f"linear_token_logprobs {direction}", dtype, share)
-    measure(calls[provider], group=group, moved=problem.bytes)
+def cases() -> Iterator[Case]:
+    both = ("float32", "bfloat16")
+    for direction in ("forward", "forward + backward"):
+        for dtype in both:
+            for share in (1.0, 0.5):
+                yield case(f"linear_token_logprobs {direction}", dtype, share, LOGPROBS,
+                           lambda p, d=direction: logprob_providers(p, d))  # fmt: skip
+    for dtype in both:
+        yield case("frozen head", dtype, 1.0, ("native", "eager"),
+                   lambda p: logprob_providers(p, "forward + backward"), frozen_head=True)  # fmt: skip
+    for dtype in both:
+        for share in (1.0, 0.5):
+            yield case("linear_policy_loss", dtype, share, POLICY, policy_providers)
+    for kept in (8, 32, 128, 256, 512):  # the break-even that DENSE_FROM in sampled.py states
+        yield case(f"linear_sampled_logprobs {kept} kept", "float32", 1.0, ("native", "eager"),
+                   lambda p, k=kept: sampled_providers(p, k))  # fmt: skip
 
 
-@dtypes
-@pytest.mark.parametrize("provider", ["native", "eager"])
-def test_frozen_head(measure: Callable[..., None], provider: str, dtype: str) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], 1.0, frozen_head=True)
-    calls = logprob_providers(problem, "forward + backward")
-    measure(calls[provider], group=name("frozen head", dtype, 1.0), moved=problem.bytes)
+CASES = list(cases())
 
 
-@masks
-@dtypes
-@pytest.mark.parametrize("provider", ["native", "loss on linear_token_logprobs", "eager"])
-def test_linear_policy_loss(measure: Callable[..., None], provider: str, dtype: str, share: float) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], share)
-    measure(policy_providers(problem)[provider], group=name("linear_policy_loss", dtype, share), moved=problem.bytes)
-
-
-@pytest.mark.parametrize("kept", [8, 32, 128, 512])
-@pytest.mark.parametrize("provider", ["native", "eager"])
-def test_linear_sampled_logprobs(measure: Callable[..., None], provider: str, kept: int) -> None:
-    """The break-even that `DENSE_FROM` in sampled.py states."""
-    problem = Problem(SHAPE, torch.float32, 1.0)
-    group = name(f"linear_sampled_logprobs {kept} kept", "float32", 1.0)
-    measure(sampled_providers(problem, kept)[provider], group=group, moved=problem.bytes)
+def test_linear(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
+    compare(case, provider)
