@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import tiles
+from rlhf_fast.ops.linear import pages, tiles
 
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
@@ -374,6 +375,32 @@ def test_gradients_accumulate_in_float32(
     scale = true["weight"].abs().max().item()
     chunked, at_once = (max_error(g["weight"], true["weight"]) / scale for g in (grads, whole))
     assert chunked <= 2 * at_once + 4e-3, f"{chunked:.2e} in chunks, {at_once:.2e} at once"
+
+
+def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of any size in large pages, and on a system that has none."""
+    inputs = head(generator, torch.float32, (40,), width=4099)
+    targets = randint(4099, 40, generator=generator)
+    call = lambda **x: {"logprobs": rf.linear_token_logprobs(**x, targets=targets)}  # noqa: E731
+    usual = with_gradients(call, inputs)
+    for least, madvise in ((0, pages._madvise), (0, lambda: None)):
+        monkeypatch.setattr(pages, "LEAST", least)
+        monkeypatch.setattr(pages, "_madvise", madvise)
+        torch.testing.assert_close(with_gradients(call, inputs), usual, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
+def test_large_pages_are_asked_for_whole_pages_inside() -> None:
+    x = torch.empty(pages.LEAST // 4 + 1)
+    asked: list[tuple[int, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
+        assert pages.in_large_pages(x) is x
+        pages.in_large_pages(x[1:])  # small enough to be no mapping of its own
+    [(begin, length, _)] = asked
+    assert begin % mmap.PAGESIZE == 0 == length % mmap.PAGESIZE
+    assert x.data_ptr() <= begin and begin + length <= x.data_ptr() + x.nbytes
+    assert length > x.nbytes - 2 * mmap.PAGESIZE
 
 
 @both_and_dtype

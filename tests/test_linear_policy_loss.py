@@ -244,6 +244,20 @@ def test_lora(backend: str, generator: torch.Generator) -> None:
 
 
 @few_backends
+def test_the_gradient_of_the_loss_itself(backend: str, generator: torch.Generator) -> None:
+    """backward() brings a 1, by which nothing is multiplied; a third of it is a third."""
+    case = Case(generator)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        leaves = {k: v.detach().clone().requires_grad_() for k, v in case.leaves.items()}
+        (factor * ours(case, leaves).loss).backward()
+        grads.append({k: v.grad for k, v in leaves.items()})
+    for name, whole in grads[0].items():
+        assert whole is not None and whole.abs().max() > 0
+        torch.testing.assert_close(3 * grads[1][name], whole)
+
+
+@few_backends
 def test_a_second_backward_raises(backend: str, generator: torch.Generator) -> None:
     case = Case(generator)
     leaves = {k: v.clone().requires_grad_() for k, v in case.leaves.items()}

@@ -25,6 +25,7 @@ from rlhf_fast.ops.linear.inputs import (
     fake_gradients,
     tile_dtype,
 )
+from rlhf_fast.ops.linear.pages import in_large_pages
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
@@ -194,7 +195,8 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
         loop = _Loop(*inputs)
         dtype = tile_dtype(hidden, inputs[-2])
-        kept = hidden.new_empty(kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget), dtype=dtype)
+        elements = kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget)
+        kept = in_large_pages(hidden.new_empty(elements, dtype=dtype))
         tiles = loop.tiles(kept, budget)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
