@@ -383,10 +383,14 @@ def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pyt
     targets = randint(4099, 40, generator=generator)
     call = lambda **x: {"logprobs": rf.linear_token_logprobs(**x, targets=targets)}  # noqa: E731
     usual = with_gradients(call, inputs)
-    for least, madvise in ((0, pages._madvise), (0, lambda: None)):
+    for least, madvise in ((0, lambda: None), (0, pages._madvise)):
         monkeypatch.setattr(pages, "LEAST", least)
         monkeypatch.setattr(pages, "_madvise", madvise)
         torch.testing.assert_close(with_gradients(call, inputs), usual, rtol=0, atol=0)
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    out = call(**leaves)["logprobs"].sum()
+    first, second = (torch.autograd.grad(out, list(leaves.values()), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
@@ -396,11 +400,21 @@ def test_large_pages_are_asked_for_whole_pages_inside() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
         assert pages.in_large_pages(x) is x
-        pages.in_large_pages(x[1:])  # small enough to be no mapping of its own
+        pages.in_large_pages(torch.empty(1000))  # small enough to be no mapping of its own
     [(begin, length, _)] = asked
     assert begin % mmap.PAGESIZE == 0 == length % mmap.PAGESIZE
     assert x.data_ptr() <= begin and begin + length <= x.data_ptr() + x.nbytes
     assert length > x.nbytes - 2 * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
+def test_what_is_given_back_is_one_piece() -> None:
+    x = torch.ones(pages.LEAST // 4 + 4096)
+    pages.give_back(x[3000:9000])
+    assert x[:3000].min() == 1 == x[9000:].min()
+    assert x[3000:9000].min() == 0
+    x.fill_(2)
+    assert x.min() == 2
 
 
 @both_and_dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large buffers in large pages, where Linux gives them on request."""
+"""Large buffers: in large pages where Linux gives them on request, and returned to it piece by piece."""
 
 from __future__ import annotations
 
@@ -28,8 +28,22 @@ def _madvise() -> Any:
 
 def in_large_pages(fresh: Tensor) -> Tensor:
     """The tensor, dense and not yet written to; a kernel that has no large pages to give changes nothing."""
-    if fresh.device.type == "cpu" and fresh.nbytes > LEAST and (madvise := _madvise()) is not None:
-        begin = -(-fresh.data_ptr() // PAGE) * PAGE
-        end = (fresh.data_ptr() + fresh.nbytes) // PAGE * PAGE
-        madvise(begin, end - begin, mmap.MADV_HUGEPAGE)
+    _advise(fresh, "MADV_HUGEPAGE")
     return fresh
+
+
+def give_back(done: Tensor) -> None:
+    """Returns the memory of a piece of a large buffer, whose values nobody will read again, before the rest is freed.
+
+    Tiles thus make room for the weight gradient that they turn into. The piece may be written again later.
+    """
+    _advise(done, "MADV_DONTNEED")
+
+
+def _advise(x: Tensor, advice: str) -> None:
+    """To the whole pages inside x, a dense part of a buffer larger than LEAST."""
+    if x.device.type != "cpu" or x.untyped_storage().nbytes() <= LEAST or (madvise := _madvise()) is None:
+        return
+    begin = -(-x.data_ptr() // PAGE) * PAGE
+    end = (x.data_ptr() + x.nbytes) // PAGE * PAGE
+    madvise(begin, max(0, end - begin), getattr(mmap, advice))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import tile_dtype
-from rlhf_fast.ops.linear.pages import in_large_pages
+from rlhf_fast.ops.linear.pages import give_back, in_large_pages
 from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
@@ -169,6 +169,8 @@ def _block(
             if exact_grad is not None:
                 part.logits.add_(exact_grad)
             sums.add(part.logits, rows, part.columns)
+            if sums.once:  # no other block of rows needs the memory
+                give_back(part.logits)
     return torch.stack([logprobs, entropy, kl, loss]), objective.clipped
 
 

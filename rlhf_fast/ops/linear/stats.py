@@ -25,7 +25,7 @@ from rlhf_fast.ops.linear.inputs import (
     fake_gradients,
     tile_dtype,
 )
-from rlhf_fast.ops.linear.pages import in_large_pages
+from rlhf_fast.ops.linear.pages import give_back, in_large_pages
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
@@ -242,6 +242,8 @@ def _reference_backward_(ops: Any, *args: Any) -> tuple[Tensor, ...]:
             local, here = loop.own_targets(tile.rows, tile.columns)
             wanted.turn(ops, tile.logits, tile.rows, local, here, loop.options)
             sums.add(tile.logits, tile.rows, tile.columns)
+            if tile.kept:
+                give_back(tile.logits)
         grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
     return (loop.rows.put(grad_hidden, (hidden.shape[-1],)) if needs.hidden else grad_hidden, *grads)
 
