@@ -377,6 +377,40 @@ def test_gradients_accumulate_in_float32(
     assert chunked <= 2 * at_once + 4e-3, f"{chunked:.2e} in chunks, {at_once:.2e} at once"
 
 
+@both
+@pytest.mark.parametrize("budget", [None, 0])
+def test_lora(backend: str, budget: int | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the head that the factors make, formed; in tiles of some rows and some columns."""
+    monkeypatch.setattr(tiles, "CPU_TILE", 4 * 7 * 40)
+    monkeypatch.setattr(tiles, "CPU_ROWS", 7)
+    inputs = head(generator, torch.float32, (20,))
+    inputs |= {"a": randn(3, HIDDEN, generator=generator), "b": randn(VOCABULARY, 3, generator=generator, scale=0.3)}
+    targets = randint(VOCABULARY, 20, generator=generator)
+
+    def ours(a: Tensor, b: Tensor, **x: Tensor) -> Tensor:
+        return rf.linear_token_logprobs(**x, targets=targets, lora=(a, b, 0.5), memory_budget=budget)
+
+    def formed(a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return eager_stats(hidden, weight + 0.5 * b @ a, targets, bias)["logprobs"]
+
+    got, grads = with_gradients(ours, inputs)
+    true, true_grads = with_gradients(formed, {k: upcast(v) for k, v in inputs.items()})
+    torch.testing.assert_close(got["out"], true["out"].float(), rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, true_grads[name].float(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_float_logits(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """From half-precision operands, without rounding the logits."""
+    inputs = head(generator, dtype, (20,))
+    targets = randint(VOCABULARY, 20, generator=generator)
+    got = rf.linear_token_logprobs(**inputs, targets=targets, logits_dtype=torch.float32)
+    true = eager_stats(**{k: upcast(v) for k, v in inputs.items()}, targets=targets)["logprobs"]
+    torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers of any size in large pages, and on a system that has none."""
     inputs = head(generator, torch.float32, (40,), width=4099)

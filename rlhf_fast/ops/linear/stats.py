@@ -74,7 +74,8 @@ def linear_token_logprobs(
         process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
             hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient. A
             weight that is a DTensor sharded on dim 0 says so itself; note that outside its module's forward an FSDP2
-            parameter is one too, although there each rank has tokens of its own.
+            parameter is one too, although there each rank has tokens of its own. Before
+            torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
 
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that
