@@ -64,7 +64,7 @@ CASES = [
     *(logprobs(d, dtype, share) for d in ("forward", "forward + backward") for dtype in DTYPES for share in HALVES),
     *(frozen_head(dtype) for dtype in DTYPES),
     *(policy_loss(dtype, share) for dtype in DTYPES for share in HALVES),
-    *(sampled(kept) for kept in (8, 32, 128, 512)),
+    *(sampled(kept) for kept in (8, 32, 128, 256, 512)),
 ]
 
 
