@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimisation phase of PPO on a language model of SmolLM2-135M's shape, part by part, in three variants:
+"""A step of PPO on a language model of SmolLM2-135M's shape, part by part, in three variants:
 
     full logits  the usual loop: logits of every position, log_softmax of (B, T, V), masked rows thrown away after it
     eager        the same ops on rows compacted to real tokens before the head
     native       ours: linear_token_logprobs for scoring, ppo_advantages, linear_policy_loss for the update
 
 The weights are random, which changes no time. Reward model and reference share frozen weights and run by themselves;
-the critic has a trunk of its own. Generation is the same code for all and stays outside: the responses are random.
+the critic has a trunk of its own. Generation is the same code for all: it is timed once a round and counts for each,
+and the responses that are learned from are random, so that their lengths are known.
 `python benchmarks/bench_ppo_step.py eager` prints the peak extra memory, of a process of its own.
 """
 
@@ -116,6 +117,14 @@ class Step:
             loss = self.head_loss(self.hidden(self.policy.model), old, advantages)
         loss.backward()
 
+    def generate(self) -> float:
+        """Seconds of sampling as many tokens as the step learns from."""
+        start = time.perf_counter()
+        options = {"do_sample": True, "max_new_tokens": RESPONSE, "min_new_tokens": RESPONSE, "pad_token_id": 0}
+        with torch.no_grad():
+            self.policy.generate(self.sequences[:, :PROMPT], **options)
+        return time.perf_counter() - start
+
     def finish(self) -> None:
         for optimiser in self.optimisers:
             optimiser.step()
@@ -183,7 +192,9 @@ def measured() -> dict[str, dict[str, list[float]]]:
     """Seconds by variant and part: all variants run in every round, after a warm-up."""
     step = Step()
     for _ in range(1 + ROUNDS):
+        seconds = step.generate()
         for variant in VARIANTS:
+            step.parts[variant]["generation"].append(seconds)
             step(variant)
     return {variant: {name: times[1:] for name, times in parts.items()} for variant, parts in step.parts.items()}
 
