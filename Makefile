@@ -68,9 +68,11 @@ measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 measure-trainer: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/trainer_steps.py $(ARGS)
 
-# The peers are compared with where they can be had: without them the tables are shorter.
-$(VENV)/bench-peers: $(VENV)/installed
-	$(PIP) --no-build-isolation --editable '.[trainer,test,peers]' || echo "Peers cannot be installed here: comparing without them."
+# Each by itself, so that one that cannot be had does not take the others with it: the tables say which are missing.
+# torchrl asks for an older tensordict than verl; its GAE works with the newer one.
+$(VENV)/bench-peers: $(VENV)/installed constraints.txt
+	@for peer in trl cut-cross-entropy "tensordict pyvers hoptorch cloudpickle" "--no-deps torchrl"; do \
+	  $(PIP) $$peer || echo "Cannot be installed here, compared without: $$peer"; done
 	touch $@
 
 bench: $(VENV)/built $(VENV)/bench-peers

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 import peers
+import pytest
 import torch
-from common import Call, Case, eager_gae, eager_ppo_advantages, versus
+from common import Call, Case, eager_gae, eager_ppo_advantages, on, versus
 from torch import Tensor
 
 import rlhf_fast as rf
@@ -57,3 +58,23 @@ CASES = [gae(64, 1024), gae(256, 1024), gae(16, 8192), gae(8, 32), ppo_advantage
 
 def test_gae(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
     compare(case, provider)
+
+
+@pytest.mark.parametrize("real", ["all real", "90% real", "no mask"])
+@pytest.mark.parametrize(("rows", "length"), [(64, 1024), (16, 8192)])
+def test_gae_in_cache(measure: Callable[..., None], rows: int, length: int, real: str) -> None:
+    """What one thread does where nothing evicts its data: beside the other providers of a case something always does.
+
+    The outputs are fresh in every call, but the allocator hands the same pages out again.
+    """
+    rewards, values, holes = inputs(rows, length)
+    mask = {"all real": torch.ones_like(holes), "90% real": holes, "no mask": None}[real]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        call = on("native", partial(rf.gae, rewards, values, mask=mask))
+        elements = rows * length
+        group = f"gae in cache, one thread, {rows} x {length} float32, {real}"
+        measure(call, group=group, moved=(17 if mask is not None else 16) * elements, elements=elements)
+    finally:
+        torch.set_num_threads(threads)

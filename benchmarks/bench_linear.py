@@ -2,64 +2,71 @@
 """The linear family against the whole logits at once, the peers, and the bare matmul that nobody can do without.
 
 Bytes: the weight once and the hidden states once, forward. These ops are bound by the matmul, so read the ratio to
-`bare matmul`, not the share of the bandwidth.
+`bare matmul`, not the share of the bandwidth. The reference in PyTorch is not timed: it is slow, and nobody's rival.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
+from common import Call, Case
 from linear_providers import Problem, Shape, logprob_providers, policy_providers, sampled_providers
 
-SHAPE = Shape(rows=256)
-PROVIDERS = ("bare matmul", "eager", "torch", "native", "F.linear_cross_entropy", "TRL", "CCE")
+SHAPE = Shape(rows=1024)
+SAMPLED = Shape(rows=256)  # a gather costs the same for every row: fewer rows tell as much
+PROVIDERS = ("native", "eager", "bare matmul", "F.linear_cross_entropy", "TRL", "CCE")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-masks = pytest.mark.parametrize("share", [1.0, 0.5], ids=["all_rows", "half_masked"])
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+HALVES = (1.0, 0.5)
 
 
-def name(op: str, dtype: str, share: float) -> str:
-    return f"{op} {SHAPE.rows} x {SHAPE.hidden} x {SHAPE.vocabulary} {dtype} {share:.0%} real"
+def case(
+    op: str,
+    dtype: str,
+    share: float,
+    providers: tuple[str, ...],
+    make: Callable[[Problem], dict[str, Call]],
+    shape: Shape = SHAPE,
+    frozen_head: bool = False,
+) -> Case:
+    def build() -> dict[str, Call]:
+        calls = make(Problem(shape, DTYPES[dtype], share, frozen_head))
+        return {name: calls[name] for name in providers if name in calls}
+
+    size = DTYPES[dtype].itemsize
+    moved = int(shape.vocabulary + share * shape.rows) * shape.hidden * size
+    name = f"{op} {shape.rows} x {shape.hidden} x {shape.vocabulary} {dtype} {share:.0%} real"
+    return Case(name, providers, build, moved)
 
 
-@masks
-@dtypes
-@pytest.mark.parametrize("direction", ["forward", "forward + backward"])
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_linear_token_logprobs(
-    measure: Callable[..., None], provider: str, direction: str, dtype: str, share: float
-) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], share)
-    calls = logprob_providers(problem, direction)
-    if provider not in calls:
-        pytest.skip(f"{provider} is not installed")
-    group = name(f"linear_token_logprobs {direction}", dtype, share)
-    measure(calls[provider], group=group, moved=problem.bytes)
+def logprobs(direction: str, dtype: str, share: float) -> Case:
+    op = f"linear_token_logprobs {direction}"
+    return case(op, dtype, share, PROVIDERS, lambda p: logprob_providers(p, direction))
 
 
-@dtypes
-@pytest.mark.parametrize("provider", ["native", "eager"])
-def test_frozen_head(measure: Callable[..., None], provider: str, dtype: str) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], 1.0, frozen_head=True)
-    calls = logprob_providers(problem, "forward + backward")
-    measure(calls[provider], group=name("frozen head", dtype, 1.0), moved=problem.bytes)
+def frozen_head(dtype: str) -> Case:
+    make = lambda p: logprob_providers(p, "forward + backward")  # noqa: E731
+    return case("frozen head", dtype, 1.0, ("native", "eager"), make, frozen_head=True)
 
 
-@masks
-@dtypes
-@pytest.mark.parametrize("provider", ["native", "loss on linear_token_logprobs", "eager"])
-def test_linear_policy_loss(measure: Callable[..., None], provider: str, dtype: str, share: float) -> None:
-    problem = Problem(SHAPE, DTYPES[dtype], share)
-    measure(policy_providers(problem)[provider], group=name("linear_policy_loss", dtype, share), moved=problem.bytes)
+def policy_loss(dtype: str, share: float) -> Case:
+    providers = ("native", "loss on linear_token_logprobs", "eager")
+    return case("linear_policy_loss", dtype, share, providers, policy_providers)
 
 
-@pytest.mark.parametrize("kept", [8, 32, 128, 512])
-@pytest.mark.parametrize("provider", ["native", "eager"])
-def test_linear_sampled_logprobs(measure: Callable[..., None], provider: str, kept: int) -> None:
+def sampled(kept: int) -> Case:
     """The break-even that `DENSE_FROM` in sampled.py states."""
-    problem = Problem(SHAPE, torch.float32, 1.0)
-    group = name(f"linear_sampled_logprobs {kept} kept", "float32", 1.0)
-    measure(sampled_providers(problem, kept)[provider], group=group, moved=problem.bytes)
+    op = f"linear_sampled_logprobs {kept} kept"
+    return case(op, "float32", 1.0, ("native", "eager"), lambda p: sampled_providers(p, kept), SAMPLED)
+
+
+CASES = [
+    *(logprobs(d, dtype, share) for d in ("forward", "forward + backward") for dtype in DTYPES for share in HALVES),
+    *(frozen_head(dtype) for dtype in DTYPES),
+    *(policy_loss(dtype, share) for dtype in DTYPES for share in HALVES),
+    *(sampled(kept) for kept in (8, 32, 128, 256, 512)),
+]
+
+
+def test_linear(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:
+    compare(case, provider)

@@ -39,9 +39,11 @@ measured: dict[str, dict[str, list[float]]] = {}  # case -> provider -> seconds 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    replayed = pytest.mark.benchmark(timer=REPLAY)
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", [pytest.param(v, marks=replayed) for v in metafunc.module.VARIANTS])
     if "case" in metafunc.fixturenames:
         pairs = [(case, provider) for case in metafunc.module.CASES for provider in case.providers]
-        replayed = pytest.mark.benchmark(timer=REPLAY)
         metafunc.parametrize(
             ("case", "provider"), [pytest.param(c, p, id=f"{c.name}: {p}", marks=replayed) for c, p in pairs]
         )
@@ -54,7 +56,20 @@ def limits() -> dict[str, float]:
 
 
 @pytest.fixture
-def compare(benchmark: Any, limits: dict[str, float]) -> Callable[[Case, str], None]:
+def replay(benchmark: Any) -> Callable[[list[float]], None]:
+    """Hands durations of rounds that were measured elsewhere to pytest-benchmark."""
+
+    def run(durations: list[float]) -> None:
+        REPLAY.durations = list(durations)
+        benchmark.pedantic(lambda: None, rounds=len(durations))
+
+    return run
+
+
+@pytest.fixture
+def compare(
+    benchmark: Any, replay: Callable[[list[float]], None], limits: dict[str, float]
+) -> Callable[[Case, str], None]:
     """`compare(case, provider)`: the case is measured when its first provider is asked for."""
 
     def run(case: Case, provider: str) -> None:
@@ -69,9 +84,8 @@ def compare(benchmark: Any, limits: dict[str, float]) -> Callable[[Case, str], N
             gc.collect()
         if provider not in measured[case.name]:
             pytest.skip(_why_not(provider))
-        REPLAY.durations = list(measured[case.name][provider])
         benchmark.group = case.name
-        benchmark.pedantic(lambda: None, rounds=len(REPLAY.durations))
+        replay(measured[case.name][provider])
         _report(benchmark, limits, provider, case.moved, case.elements, case.flops)
 
     return run
@@ -105,8 +119,8 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, limits: dict[str, fl
         once = machine_.seconds(call, rounds=2)
         rounds = int(max(3, min(9, 3 / once)))
         benchmark.pedantic(call, rounds=rounds, iterations=max(1, min(500, int(1e-3 / max(once, 1e-7)))))
-        provider = getattr(request.node, "callspec", None)
-        _report(benchmark, limits, provider.params["provider"] if provider else "native", moved, elements, flops)
+        params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        _report(benchmark, limits, params.get("provider", "native"), moved, elements, flops)
 
     return run
 

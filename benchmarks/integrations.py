@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, seconds
+from machine import machine, seconds
 
 from rlhf_fast.integrations import Patch, apply_rlhf_fast_to_openrlhf, apply_rlhf_fast_to_trl, apply_rlhf_fast_to_verl
 
@@ -41,7 +41,7 @@ def load(model: str) -> Any:
             vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
         )
         return transformers.LlamaForCausalLM(config)
-    from rlhf_fast.trainer.gguf import resolve_model
+    from rlhf_fast.models.gguf import resolve_model
 
     return transformers.AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=torch.float32)
 

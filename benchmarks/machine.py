@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -39,6 +40,20 @@ def machine_slug() -> str:
     """The machine as a file name, such as amd-epyc-2-threads."""
     facts = machine()
     return re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['threads']} threads".lower()).strip("-")
+
+
+PEERS = ("trl", "torchrl", "cut-cross-entropy")
+
+
+def peers() -> dict[str, str | None]:
+    """The version of each peer that the tables compare with, None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in PEERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def state() -> dict[str, Any]:

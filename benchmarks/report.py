@@ -29,8 +29,8 @@ README_ROWS = [
     ("`gae` 64 x 1024 (eager: the usual loop over tokens)", "gae 64 x 1024 float32"),
     ("`ppo_advantages` 64 x 1024", "ppo_advantages 64 x 1024 float32"),
     (
-        "`linear_token_logprobs` forward and backward, 512 x 576 x 49152",
-        "linear_token_logprobs forward + backward 512 x 576 x 49152 float32, 100% real rows",
+        "`linear_token_logprobs` forward and backward, 1024 x 576 x 49152",
+        "linear_token_logprobs forward + backward 1024 x 576 x 49152 float32 100% real",
     ),
     (
         "`linear_token_logprobs` forward and backward, 256 x 576 x 49152",
@@ -73,16 +73,25 @@ def heading(report: dict[str, Any]) -> str:
     matmul = f", matmul {limits['matmul'] / 1e9:.0f} GFLOP/s" if "matmul" in limits else ""
     state = report.get("state")
     quiet = f" Load average at the start: {state['load_average'][0]:.2f}." if state else ""
+    versions = report.get("peers", {})
+    here = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    missing = ", ".join(name for name, version in versions.items() if not version)
+    peers = f" Peers: {here or 'none'}{f'; not installed: {missing}' if missing else ''}." if versions else ""
     return (
         f"{facts['cpu']}, {facts['threads']} threads, {facts['served_by']}, PyTorch {facts['torch']}; measured limits: "
         f"read {limits['read'] / 1e9:.1f} GB/s, copy {limits['copy'] / 1e9:.1f} GB/s{matmul}. "
-        f"{report['date']}.{quiet}\n"
+        f"{report['date']}.{quiet}{peers}\n"
     )
+
+
+IN_CACHE = " in cache, "  # in the name of a case that says what a thread does, not what a call costs beside others
 
 
 def speed(report: dict[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
+        if IN_CACHE in row["case"]:
+            continue
         times = row["seconds"]
         others = [f"{k} {duration(v)}" for k, v in times.items() if k not in ("native", "eager", "compile")]
         rate = row["bytes"] / times["native"]
@@ -91,6 +100,16 @@ def speed(report: dict[str, Any]) -> str:
         rows.append([*cells, f"{rate / report['limits']['read']:.0%}", ", ".join(others)])
     header = ["op, shape", "native", "eager", "x eager", "x compile", "GB/s", "of read limit", "other"]
     return table(header, rows, range(1, 7))
+
+
+def in_cache(report: dict[str, Any]) -> str:
+    """One thread over and over on the same inputs, whole calls: elements a second."""
+    rows = [
+        [row["case"], duration(row["seconds"]["native"]), f"{row['million_elements_per_second'] / 1e3:.2f}"]
+        for row in report["rows"]
+        if IN_CACHE in row["case"]
+    ]
+    return table(["op, shape", "native", "G elements/s"], rows, range(1, 3)) if rows else ""
 
 
 def losses(report: dict[str, Any]) -> str:
@@ -131,15 +150,25 @@ def accuracy(report: dict[str, Any]) -> str:
     return table(["op", "dtype", "inputs", *names], rows, range(3, 3 + len(names)))
 
 
+VARIANTS = {"full logits": "full logits", "eager": "eager, compacted", "native": "ours"}
+
+
 def ppo_step(report: dict[str, Any]) -> str:
-    eager, native = (report["ppo_step"][name] for name in ("eager", "native"))
-    totals = sum(eager.values()), sum(native.values())
-    rows = [
-        [part, duration(t), f"{t / totals[0]:.1%}", duration(native[part]), f"{native[part] / totals[1]:.1%}"]
-        for part, t in eager.items()
-    ]
-    rows.append(["whole step", duration(totals[0]), "", duration(totals[1]), ""])
-    return table(["part", "eager", "share", "ours", "share"], rows, range(1, 5))
+    step = report["ppo_step"]
+    parts = step.get("parts", step)  # before memory was measured, the parts alone stood here
+    shown = [name for name in VARIANTS if name in parts]
+    totals = {name: sum(parts[name].values()) for name in shown}
+    rows = []
+    for part in parts["native"]:
+        times = [(parts[name][part], totals[name]) for name in shown]
+        rows.append([part, *(cell for t, total in times for cell in (duration(t), f"{t / total:.1%}"))])
+    rows.append(["whole step", *(cell for name in shown for cell in (duration(totals[name]), ""))])
+    for label in step.get("extra_bytes", {}).get("native", {}):
+        sizes = (step["extra_bytes"][name][label] / 2**20 for name in shown)
+        rows.append([label, *(cell for size in sizes for cell in (f"{size:.0f} MiB", ""))])
+    header = ["part", *(cell for name in shown for cell in (VARIANTS[name], "share"))]
+    shape = f"{step['shape']}.\n\n" if "shape" in step else ""
+    return shape + table(header, rows, range(1, len(header)))
 
 
 def plots(name: str, report: dict[str, Any]) -> str:
@@ -157,6 +186,8 @@ SECTIONS = {
 def results(name: str, report: dict[str, Any]) -> str:
     """All tables; sections that the file does not hold are left out."""
     parts = [heading(report), speed(report), "### Where we lose\n", losses(report)]
+    if figures := in_cache(report):
+        parts += ["### One thread, data in cache\n", figures]
     for key, (title, show) in SECTIONS.items():
         if report.get(key):
             parts += [f"### {title}\n", show(report)]

@@ -63,11 +63,14 @@ def speed(options: list[str]) -> list[dict[str, Any]]:
     return list(rows_of(pytest_benchmark(files, options)))
 
 
-def ppo_step(options: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds by part, for eager ops and ours; empty without transformers."""
+def ppo_step(options: list[str]) -> dict[str, Any]:
+    """By variant: seconds of the parts, and bytes of the update and of its head; empty without transformers."""
     records = pytest_benchmark([HERE / "bench_ppo_step.py"], options)
-    found = {r["extra_info"]["provider"]: r["extra_info"]["parts"] for r in records}
-    return found if {"eager", "native"} <= set(found) else {}
+    found = {r["extra_info"]["provider"]: r["extra_info"] for r in records}
+    if not {"eager", "native"} <= set(found):
+        return {}
+    keys = ("parts", "extra_bytes")
+    return {"shape": records[0]["group"], **{key: {n: x[key] for n, x in found.items()} for key in keys}}
 
 
 PARTS: dict[str, Callable[[list[str]], Any]] = {
@@ -85,6 +88,7 @@ def measured(parts: tuple[str, ...], options: list[str]) -> dict[str, Any]:
         "machine": machine.machine(),
         "state": machine.state(),
         "limits": machine.limits(),
+        "peers": machine.peers(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }

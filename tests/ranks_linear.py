@@ -131,6 +131,32 @@ def sampled(rank: int) -> None:
         process_group=group))  # fmt: skip
 
 
+def compiled(rank: int) -> None:
+    """fullgraph: the collectives are inside the operators. An eager call must come first, in which the ranks agree."""
+    moving, x = inputs()
+    weight, bias = slice_of(moving["weight"], rank), slice_of(moving["bias"], rank)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        logprobs = rf.linear_token_logprobs(
+            hidden, weight, x["targets"], bias=bias, mask=x["mask"], process_group=dist.group.WORLD
+        )
+        return logprobs.square().sum()
+
+    try:
+        torch.compile(loss, fullgraph=True)(moving["hidden"], weight)
+    except Exception as error:
+        assert "call the op once without compiling" in str(error), error
+    else:
+        raise AssertionError("the ranks agreed while torch.compile traced")
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [y.clone().requires_grad_() for y in (moving["hidden"], weight)]
+        value = function(*leaves)
+        results.append((value, *torch.autograd.grad(value, leaves)))
+    torch.testing.assert_close(*results)
+
+
 def unequal(rank: int) -> None:
     moving, x = inputs()
     mine = moving["weight"][: HALF - rank]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import tiles
+from rlhf_fast.ops.linear import pages, tiles
 
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
@@ -374,6 +375,80 @@ def test_gradients_accumulate_in_float32(
     scale = true["weight"].abs().max().item()
     chunked, at_once = (max_error(g["weight"], true["weight"]) / scale for g in (grads, whole))
     assert chunked <= 2 * at_once + 4e-3, f"{chunked:.2e} in chunks, {at_once:.2e} at once"
+
+
+@both
+@pytest.mark.parametrize("budget", [None, 0])
+def test_lora(backend: str, budget: int | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the head that the factors make, formed; in tiles of some rows and some columns."""
+    monkeypatch.setattr(tiles, "CPU_TILE", 4 * 7 * 40)
+    monkeypatch.setattr(tiles, "CPU_ROWS", 7)
+    inputs = head(generator, torch.float32, (20,))
+    inputs |= {"a": randn(3, HIDDEN, generator=generator), "b": randn(VOCABULARY, 3, generator=generator, scale=0.3)}
+    targets = randint(VOCABULARY, 20, generator=generator)
+
+    def ours(a: Tensor, b: Tensor, **x: Tensor) -> Tensor:
+        return rf.linear_token_logprobs(**x, targets=targets, lora=(a, b, 0.5), memory_budget=budget)
+
+    def formed(a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return eager_stats(hidden, weight + 0.5 * b @ a, targets, bias)["logprobs"]
+
+    got, grads = with_gradients(ours, inputs)
+    true, true_grads = with_gradients(formed, {k: upcast(v) for k, v in inputs.items()})
+    torch.testing.assert_close(got["out"], true["out"].float(), rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, true_grads[name].float(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_float_logits(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """From half-precision operands, without rounding the logits."""
+    inputs = head(generator, dtype, (20,))
+    targets = randint(VOCABULARY, 20, generator=generator)
+    got = rf.linear_token_logprobs(**inputs, targets=targets, logits_dtype=torch.float32)
+    true = eager_stats(**{k: upcast(v) for k, v in inputs.items()}, targets=targets)["logprobs"]
+    torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers of any size in large pages, and on a system that has none."""
+    inputs = head(generator, torch.float32, (40,), width=4099)
+    targets = randint(4099, 40, generator=generator)
+    call = lambda **x: {"logprobs": rf.linear_token_logprobs(**x, targets=targets)}  # noqa: E731
+    usual = with_gradients(call, inputs)
+    for least, madvise in ((0, lambda: None), (0, pages._madvise)):
+        monkeypatch.setattr(pages, "LEAST", least)
+        monkeypatch.setattr(pages, "_madvise", madvise)
+        torch.testing.assert_close(with_gradients(call, inputs), usual, rtol=0, atol=0)
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    out = call(**leaves)["logprobs"].sum()
+    first, second = (torch.autograd.grad(out, list(leaves.values()), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
+def test_large_pages_are_asked_for_whole_pages_inside() -> None:
+    x = torch.empty(pages.LEAST // 4 + 1)
+    asked: list[tuple[int, int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
+        assert pages.in_large_pages(x) is x
+        pages.in_large_pages(torch.empty(1000))  # small enough to be no mapping of its own
+    [(begin, length, _)] = asked
+    assert begin % mmap.PAGESIZE == 0 == length % mmap.PAGESIZE
+    assert x.data_ptr() <= begin and begin + length <= x.data_ptr() + x.nbytes
+    assert length > x.nbytes - 2 * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
+def test_what_is_given_back_is_one_piece() -> None:
+    x = torch.ones(pages.LEAST // 4 + 4096)
+    pages.give_back(x[3000:9000])
+    assert x[:3000].min() == 1 == x[9000:].min()
+    assert x[3000:9000].min() == 0
+    x.fill_(2)
+    assert x.min() == 2
 
 
 @both_and_dtype

@@ -243,6 +243,36 @@ def test_lora(backend: str, generator: torch.Generator) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["ppo", "dual_clip", "cispo"])
+def test_clip_fraction(name: str, generator: torch.Generator) -> None:
+    """Of the real tokens whose loss is no longer the ratio's."""
+    case = Case(generator)
+    logprobs = rf.linear_token_logprobs(**case.leaves, targets=case.targets)
+    ratio, gains = (logprobs - case.old).exp(), case.advantages
+    clipped = torch.where(gains > 0, ratio > 1.2, ratio < 0.8)
+    if name == "dual_clip":
+        assert bool(((gains < 0) & (ratio > 1.1) & case.mask).any())
+        clipped |= (gains < 0) & (ratio > 1.1)
+    elif name == "cispo":
+        clipped = (ratio > 1.2) | (ratio < 0.8)
+    got = ours(case, case.leaves, name, dual=1.1).clip_fraction
+    torch.testing.assert_close(got, (clipped & case.mask).sum() / case.mask.sum())
+
+
+@few_backends
+def test_the_gradient_of_the_loss_itself(backend: str, generator: torch.Generator) -> None:
+    """backward() brings a 1, by which nothing is multiplied; a third of it is a third."""
+    case = Case(generator)
+    grads = []
+    for factor in (1.0, 1 / 3):
+        leaves = {k: v.detach().clone().requires_grad_() for k, v in case.leaves.items()}
+        (factor * ours(case, leaves).loss).backward()
+        grads.append({k: v.grad for k, v in leaves.items()})
+    for name, whole in grads[0].items():
+        assert whole is not None and whole.abs().max() > 0
+        torch.testing.assert_close(3 * grads[1][name], whole)
+
+
 @few_backends
 def test_a_second_backward_raises(backend: str, generator: torch.Generator) -> None:
     case = Case(generator)

@@ -92,7 +92,72 @@ def test_ragged_supports(
     {"temperature": torch.linspace(0.5, 2.0, ROWS)},
 ], ids=["temperature", "softcap", "all", "per_row"])  # fmt: skip
 def test_options(backend: str, options: dict[str, Any], generator: torch.Generator) -> None:
-    check(head(generator, torch.float32), supports([5] * ROWS, generator), **options)
+    check(head(generator, torch.float32), supports([1 + n * 5 % 7 for n in range(ROWS)], generator), **options)
+
+
+@few_backends
+@pytest.mark.parametrize("dense_from", [1, 30, 10**6], ids=["gather", "mixed", "dense"])
+def test_lora(backend: str, dense_from: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the head that the factors make, formed."""
+    monkeypatch.setattr(sampled, "DENSE_FROM", dense_from)
+    inputs = head(generator, torch.float32)
+    factors = {"a": randn(3, HIDDEN, generator=generator), "b": randn(VOCABULARY, 3, generator=generator, scale=0.3)}
+    targets, ids, offsets = supports([1 + n for n in range(ROWS)], generator)
+    got, grads = with_gradients(
+        lambda a, b, hidden, weight, bias: rf.linear_sampled_logprobs(
+            hidden, weight, targets, ids, offsets, bias=bias, lora=(a, b, 0.5)
+        ),
+        {**factors, **inputs},
+    )
+
+    def formed(a: Tensor, b: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return eager(hidden, weight + 0.5 * b @ a, bias, targets, ids, offsets)
+
+    true, true_grads = with_gradients(formed, {k: upcast(v) for k, v in {**factors, **inputs}.items()})
+    torch.testing.assert_close(got["out"], true["out"].float(), rtol=1e-5, atol=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, true_grads[name].float(), rtol=1e-4, atol=1e-5, msg=name)
+
+
+@few_backends
+@pytest.mark.parametrize("dense_from", [1, 10**6], ids=["gather", "dense"])
+def test_mask(backend: str, dense_from: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked rows may hold anything; they return 0 and get no gradient."""
+    monkeypatch.setattr(sampled, "DENSE_FROM", dense_from)
+    inputs = head(generator, torch.float32)
+    targets, ids, offsets = supports([1 + n % 5 for n in range(ROWS)], generator)
+    mask = torch.arange(ROWS) % 3 != 0
+    temperature = torch.linspace(0.5, 2.0, ROWS)
+
+    def call(targets: Tensor, mask: Tensor | None, temperature: Tensor, **x: Tensor) -> Tensor:
+        return rf.linear_sampled_logprobs(
+            **x, targets=targets, support_ids=ids, support_offsets=offsets, mask=mask, temperature=temperature
+        )
+
+    whole, whole_grads = with_gradients(lambda **x: call(targets, None, temperature, **x) * mask, inputs)
+    spoilt = {**inputs, "hidden": inputs["hidden"].masked_fill(~mask.unsqueeze(-1), torch.nan)}
+    elsewhere, cold = targets.masked_fill(~mask, -100), temperature.masked_fill(~mask, 0)
+    got, grads = with_gradients(lambda **x: call(elsewhere, mask, cold, **x), spoilt)
+    torch.testing.assert_close(got["out"], whole["out"])
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, whole_grads[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@few_backends
+@pytest.mark.parametrize("dense_from", [1, 10**6], ids=["gather", "dense"])
+def test_float_logits(
+    backend: str, dense_from: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From half-precision operands, without rounding the logits."""
+    monkeypatch.setattr(sampled, "DENSE_FROM", dense_from)
+    inputs = head(generator, torch.bfloat16)
+    support = supports([9] * ROWS, generator)
+    got = rf.linear_sampled_logprobs(
+        inputs["hidden"], inputs["weight"], *support, bias=inputs["bias"], logits_dtype=torch.float32
+    )
+    targets, ids, offsets = support
+    true = eager(**{k: upcast(v) for k, v in inputs.items()}, targets=targets, ids=ids, offsets=offsets)
+    torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_float64(generator: torch.Generator) -> None:

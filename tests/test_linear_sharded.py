@@ -12,7 +12,9 @@ import pytest
 WORKER = Path(__file__).parent / "ranks_linear.py"
 
 
-@pytest.mark.parametrize("case", ["stats", "offset", "kl", "policy", "sampled", "unequal", "dtensor", "fsdp"])
+@pytest.mark.parametrize(
+    "case", ["stats", "offset", "kl", "policy", "sampled", "compiled", "unequal", "dtensor", "fsdp"]
+)
 def test_two_ranks(case: str, tmp_path: Path) -> None:
     script = [sys.executable, str(WORKER)]
     args = [str(tmp_path / "store"), case]

@@ -2,6 +2,8 @@
 // The CPU as a device of the bindings: its kernels take ranges of rows, spread over PyTorch's threads.
 #pragma once
 
+#include <algorithm>
+
 #include "../binding.h"
 #include "capability.h"
 
@@ -13,11 +15,14 @@ struct Cpu {
   static bool owns(const Tensor& x) { return x.is_cpu(); }
 };
 
-// Runs kernel(args, begin, end) over `rows` rows that cost `work` entries each, on PyTorch's threads.
+// Runs kernel(args, begin, end) over `rows` rows that each cost `work` logits of token_logprobs, on PyTorch's threads.
+// A thread that sleeps takes tens of microseconds to wake and to join, so each gets about 90 us of work, or sleeps on:
+// docs/performance.md has the measurements.
 template <class Args>
 void run_rows(Kernel<Args> kernel, const Args& args, int64_t rows, int64_t work) {
-  constexpr int64_t kGrain = 32768;  // entries a thread should have to be worth waking
-  const int64_t grain = work >= kGrain ? 1 : kGrain / (work > 0 ? work : 1) + 1;
+  constexpr int64_t kThreadsWork = 262144;
+  const int64_t threads = std::max<int64_t>(1, rows * work / kThreadsWork);
+  const int64_t grain = (rows + threads - 1) / threads;  // parallel_for takes as many threads as there are grains
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 

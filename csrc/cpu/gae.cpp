@@ -17,18 +17,19 @@ void add_moments(const double* row_moments, int64_t rows, double* moments) {
 
 struct CpuGae : Cpu {
   static void gae(Dtype dtype, const GaeArgs& args, int64_t sequences, int64_t total, const Tensor& /*like*/) {
-    run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? 4 * total / sequences : 1);
+    const int64_t token = args.dones || args.truncated ? 6 : 2;  // with flags there is no scan
+    run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? token * total / sequences : 1);
   }
   static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& /*like*/) {
-    run_rows(kernels().ppo_advantages[dtype], args, rows, 8 * args.length);
+    run_rows(kernels().ppo_advantages[dtype], args, rows, 4 * args.length);
     add_moments(args.row_moments, rows, args.moments);
   }
   static void whiten_moments(Dtype dtype, const WhitenArgs& args, int64_t rows, const Tensor& /*like*/) {
-    run_rows(kernels().whiten_moments[dtype], args, rows, 4 * args.length);
+    run_rows(kernels().whiten_moments[dtype], args, rows, args.length);
     add_moments(args.row_moments, rows, args.moments);
   }
   static void whiten(Dtype dtype, const WhitenArgs& args, int64_t rows, const Tensor& /*like*/) {
-    run_rows(kernels().whiten[dtype], args, rows, 2 * args.length);
+    run_rows(kernels().whiten[dtype], args, rows, args.length);
   }
 };
 

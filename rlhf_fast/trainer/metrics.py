@@ -26,6 +26,34 @@ class Sampled:
     better: Tensor  # (B,) bool, False = of a pair that is a tie, or not of a pair
 
 
+class Watch:
+    """Looks at each step's metrics for what goes wrong without an error; says each thing once."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.first_entropy: float | None = None
+        self.said: set[str] = set()
+
+    def look(self, metrics: dict[str, float]) -> list[str]:
+        """What is new and worth a line to the user."""
+        entropy = metrics["objective/entropy"]
+        if self.first_entropy is None:
+            self.first_entropy = entropy
+        found = {
+            "entropy": entropy < 0.2 * self.first_entropy
+            and f"the entropy has fallen from {self.first_entropy:.2f} to {entropy:.2f} nats a token: samples become "
+            "alike; a larger kl_coef or a smaller lr keeps them apart",
+            "ended": metrics["sample/ended"] == 0
+            and "no completion of this step ended by itself: the score is read where each was cut off; raise "
+            "max_new_tokens, set missing_eos_penalty, or see that SFT taught the end-of-sequence token",
+            "scores": metrics["objective/scores_std"] < 1e-6
+            and "all completions of this step got the same score: there is nothing to learn from them",
+        }
+        new = {name: text for name, text in found.items() if isinstance(text, str) and name not in self.said}
+        self.said |= set(new)
+        return list(new.values())
+
+
 def rollout_metrics(rollout: Rollout, scores: Tensor, entropy: Tensor, sampled: Sampled) -> dict[str, float]:
     """Means over all samples of the step.
 

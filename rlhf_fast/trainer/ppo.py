@@ -41,7 +41,7 @@ from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
 from .config import PPOConfig
-from .metrics import Sampled, rollout_metrics
+from .metrics import Sampled, Watch, rollout_metrics
 from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, exact_reference, value_loss
 from .policy_loss import policy_backward
 
@@ -71,6 +71,7 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
         before = evaluate_once("before", agent, held_out, config, run, rater)
 
     metrics: dict[str, float] = {}
+    watch = Watch()
     with StopFlag() as stop, Progress("ppo", config.max_steps) as bar:
         while step < config.max_steps and not out_of_time(config, timer, steps_done=step):
             try:
@@ -80,6 +81,8 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
                 save(agent, run, step)
                 raise UserError(f"{error}; saved after {step} steps, --resume goes on from there") from error
             step += 1
+            for message in watch.look(metrics):
+                notice(f"step {step}: {message}")
             run.log({**metrics, **timer.lap()}, step)
             bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
             stopping = ranks().any(stop.requested)  # asked once: a signal between two questions would end it unsaved

@@ -31,6 +31,7 @@ from rlhf_fast.trainer import agent as agents
 from rlhf_fast.trainer import objectives, ppo
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.kl import KLPrice
+from rlhf_fast.trainer.metrics import Watch
 
 
 @pytest.fixture(scope="session")
@@ -531,3 +532,16 @@ def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> 
 def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(config, **values).validate()
+
+
+def test_what_goes_wrong_silently_is_said_once() -> None:
+    good = {"objective/entropy": 2.0, "sample/ended": 0.5, "objective/scores_std": 1.0}
+    watch = Watch()
+    assert watch.look(good) == []
+    for name, value, word in (
+        ("objective/entropy", 0.3, "entropy has fallen from 2.00 to 0.30"),
+        ("sample/ended", 0.0, "no completion"),
+        ("objective/scores_std", 0.0, "same score"),
+    ):
+        (message,) = watch.look({**good, name: value})
+        assert word in message and watch.look({**good, name: value}) == []

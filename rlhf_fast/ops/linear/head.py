@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops.linear.pages import in_large_pages
 from rlhf_fast.ops.reference import accumulate_dtype
 
 CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
@@ -76,11 +77,14 @@ class HeadGradients:
         self.low_grad = hidden.new_zeros((rows if needs.hidden or needs.lora_a else 0, rank), dtype=dtype)
         self.bias = hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
         self.lora_b = hidden.new_zeros((columns if needs.lora_b else 0, rank), dtype=dtype)
-        make = torch.empty_like if self.once else torch.zeros_like
         whole_sum = dtype if revisits and not self.once else hidden.dtype
         self.weight: Tensor | None = None
         if needs.weight:
-            self.weight = make(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
+            self.weight = in_large_pages(
+                torch.empty_like(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
+            )
+            if not self.once:
+                self.weight.zero_()
         self._sum: Tensor | None = None  # float32 sum of the weight gradient at the current columns
         self._sum_at: tuple[int, int] = (0, 0)
 

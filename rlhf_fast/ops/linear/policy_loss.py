@@ -211,8 +211,9 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[An
         gradients = ops.linear_policy_loss_backward(grad_loss, *gradients)
     else:
         ctx.gradients = None
-        for gradient in gradients:
-            gradient.mul_(grad_loss)
+        if grad_loss.is_cuda or float(grad_loss) != 1:  # 1 is what loss.backward() brings; a GPU would be waited for
+            for gradient in gradients:
+                gradient.mul_(grad_loss)
     return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (ctx.inputs - 5))
 
 

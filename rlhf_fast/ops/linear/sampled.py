@@ -3,9 +3,8 @@
 
 A rollout that samples from the k best tokens draws from the softmax over these k. Its log-probability needs k rows of
 the weight, not V: rows are sorted by how many ids they keep, blocks of them gather their weight rows, multiply, and
-fold the (n, k) logits, padded with -inf, like any other tile. Where a block keeps more than V / 256 ids a row,
-gathering costs more than multiplying by the whole weight (measured on two Zen 4 threads: gathering 32 ids takes 1/6 to
-1/8 of the time of the product with 49 152).
+fold the (n, k) logits, padded with -inf, like any other tile. Where a block keeps more than V / 192 ids a row,
+gathering costs more than multiplying by the whole weight.
 """
 
 from __future__ import annotations
@@ -21,15 +20,19 @@ from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
-from rlhf_fast.ops.linear.inputs import check_head, fake_gradients
+from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, Lora, check_head, fake_gradients, tile_dtype
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold
 from rlhf_fast.ops.linear.tiles import CPU_ROW_TILE, GPU_TILE
-from rlhf_fast.ops.logprob import check_targets
+from rlhf_fast.ops.logprob import check_row_options, check_targets
 from rlhf_fast.ops.reference import accumulate_dtype
 from rlhf_fast.ops.reference.logprob import transform
 
-DENSE_FROM = 256  # a block that keeps more than V / DENSE_FROM ids a row multiplies by the whole weight
+# A block that keeps more than V / DENSE_FROM ids a row multiplies by the whole weight. Both ways side by side on two
+# busy Zen 4 threads, 256 x 576 x 49152, forward alone and with its backward: gathering takes of the product's time
+#     128 ids  1/3 to 1/2 in float32, 2/3 to 4/5 in bfloat16      256 ids  2/3 to 3/4 in float32, all of it in bfloat16
+#     512 ids  1.1 to 1.4 times it in float32, 2.6 in bfloat16
+DENSE_FROM = 192
 
 
 def linear_sampled_logprobs(
@@ -40,39 +43,46 @@ def linear_sampled_logprobs(
     support_offsets: Tensor,  # (N + 1,)
     *,
     bias: Tensor | None = None,  # (V,)
+    lora: Lora | None = None,  # A (r, H), B (V, r), scale
     temperature: float | Tensor = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    mask: Tensor | None = None,  # (...)
+    logits_dtype: torch.dtype | None = None,
     process_group: Any = None,
 ) -> Tensor:
     """log softmax of the logits at each row's kept ids, read at its target.
 
     Args:
-        hidden, weight, bias, temperature, logit_scale, softcap, process_group: as for `linear_token_logprobs`.
-        targets: int64, each one among its row's kept ids.
+        hidden, weight, bias, lora, temperature, logit_scale, softcap, mask, logits_dtype, process_group: as for
+            `linear_token_logprobs`.
+        targets: int64, each one among its row's kept ids; at masked rows anything.
         support_ids, support_offsets: int64 or int32; row n keeps support_ids[support_offsets[n]:support_offsets[n+1]],
             different ids in any order. The offsets are read by the host, which waits for a GPU once.
 
     Returns:
-        `(...)` float32 (float64 for float64), differentiable in hidden, weight and bias. A target outside its support
-        raises ValueError on CPU; on a GPU it gives -inf and no gradient.
+        `(...)` float32 (float64 for float64), differentiable in hidden, weight, bias, A and B. A target outside its
+        support raises ValueError on CPU; on a GPU it gives -inf and no gradient.
     """
     op = "linear_sampled_logprobs"
-    head = check_head(op, hidden, weight, bias, process_group=process_group)
+    head = check_head(op, hidden, weight, bias, lora, logits_dtype, process_group=process_group)
     rows = head.hidden.shape[:-1]
-    check_targets(op, targets, rows, head.vocabulary, None, head.hidden)
+    row_temperature, scalar, cap, _ = check_row_options(
+        op, rows, head.vocabulary, temperature, softcap, mask, None, head.hidden
+    )
+    check_targets(op, targets, rows, head.vocabulary, mask, head.hidden)
     _check.shape_is(op, "targets", targets, rows, "the rows of hidden")
-    row_temperature, scalar = _check.temperature(op, "temperature", temperature, rows, head.hidden, None)
-    cap = 0.0 if softcap is None else _check.positive(op, "softcap", softcap)
-    _check_support(op, support_ids, support_offsets, targets, head.vocabulary)
+    _check_support(op, support_ids, support_offsets, targets, mask, head.vocabulary)
     logprobs, _ = _dispatch.select(op, head.hidden).linear_sampled_logprobs(
-        *head.tensors[:3], targets, support_ids, support_offsets, row_temperature, scalar, float(logit_scale), cap,
-        head.group,
+        *head.tensors, targets, support_ids, support_offsets, mask, row_temperature, head.lora_scale, scalar,
+        float(logit_scale), cap, head.float_logits, head.group,
     )  # fmt: skip
     return logprobs
 
 
-def _check_support(op: str, ids: Tensor, offsets: Tensor, targets: Tensor, vocabulary: int) -> None:
+def _check_support(
+    op: str, ids: Tensor, offsets: Tensor, targets: Tensor, mask: Tensor | None, vocabulary: int
+) -> None:
     for name, x in (("support_ids", ids), ("support_offsets", offsets)):
         if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -93,7 +103,7 @@ def _check_support(op: str, ids: Tensor, offsets: Tensor, targets: Tensor, vocab
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"rlhf_fast.{op}: support_ids must be between 0 and {vocabulary - 1}, got {bad}")
     row = torch.repeat_interleave(torch.arange(targets.numel()), counts.long())
-    found = torch.zeros(targets.numel(), dtype=torch.bool)
+    found = torch.zeros(targets.numel(), dtype=torch.bool) if mask is None else ~mask.reshape(-1)
     found[row[ids == targets.reshape(-1)[row]]] = True
     if not bool(found.all()):
         lacking = int((~found).nonzero()[0])
@@ -119,29 +129,34 @@ class _Block(NamedTuple):
 
 
 class _Loop:
-    """The rows, sorted by how many ids they keep, in blocks."""
+    """The real rows, sorted by how many ids they keep, in blocks."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, support_ids: Tensor,
-        support_offsets: Tensor, row_temperature: Tensor | None, temperature: float, logit_scale: float,
-        softcap: float, group: int,
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+        targets: Tensor, support_ids: Tensor, support_offsets: Tensor, mask: Tensor | None,
+        row_temperature: Tensor | None, lora_scale: float, temperature: float, logit_scale: float, softcap: float,
+        float_logits: bool, group: int,
     ) -> None:  # fmt: skip
         self.shard = Shard(group, weight.shape[0])
-        self.head = Head(weight, bias, None, None, 0.0)
+        self.head = Head(weight, bias, lora_a, lora_b, lora_scale)
         offsets = support_offsets.long()
+        self.count = targets.numel()
         self.order = offsets.diff().argsort(stable=True)
+        if mask is not None:
+            self.order = self.order[mask.reshape(-1)[self.order]]
         self.begin, self.end = offsets[:-1][self.order], offsets[1:][self.order]
         self.ids = support_ids.long()
         self.hidden = hidden.reshape(-1, hidden.shape[-1])[self.order]
+        self.low = self.head.low_rank(self.hidden)
         self.targets = targets.reshape(-1)[self.order].unsqueeze(-1)
         temperatures = None if row_temperature is None else row_temperature.reshape(-1)[self.order]
         self.options = RowOptions(temperatures, temperature, 1.0, 0.0)  # scale and cap are applied here, before -inf
         self.logit_scale, self.softcap = logit_scale, softcap
-        self.dtype = accumulate_dtype(hidden.dtype)
+        self.dtype, self.tile_dtype = accumulate_dtype(hidden.dtype), tile_dtype(hidden, float_logits)
 
     def back(self, x: Tensor) -> Tensor:
-        """(N, ...) in the caller's order."""
-        return torch.empty_like(x).index_copy_(0, self.order, x)
+        """(N, ...) in the caller's order, 0 at masked rows."""
+        return x.new_zeros((self.count, *x.shape[1:])).index_copy_(0, self.order, x)
 
     def blocks(self) -> Iterator[_Block]:
         sizes = (self.end - self.begin).tolist()
@@ -171,15 +186,23 @@ class _Loop:
     def logits(self, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
         """(n, K) ready for the softmax, their slope in the raw ones, and the gathered rows of the weight (n, K, H)."""
         hidden, gathered = self.hidden[block.rows], None
+        low = None if self.low is None else self.low[block.rows]
         if block.dense:
-            tile = hidden.new_empty((hidden.shape[0], self.shard.columns))
-            raw = self.head.fill(tile, hidden, None, slice(0, self.shard.columns)).gather(1, block.ids)
+            tile = hidden.new_empty((hidden.shape[0], self.shard.columns), dtype=self.tile_dtype)
+            raw = self.head.fill(tile, hidden, low, slice(0, self.shard.columns)).gather(1, block.ids)
         else:
             gathered = self.head.weight.index_select(0, block.ids.view(-1)).view(*block.ids.shape, -1)
-            raw = torch.bmm(gathered, hidden.unsqueeze(-1)).squeeze(-1)
+            raw = self._dots(gathered, hidden)
             raw = raw if self.head.bias is None else raw + self.head.bias[block.ids]
+            if low is not None:
+                assert self.head.lora_b is not None
+                raw = raw + self._dots(self.head.lora_b[block.ids], low)
         z, slope = transform(raw, None, 1.0, self.logit_scale, self.softcap, -1)
         return z.masked_fill(~block.here, -torch.inf).contiguous(), slope, gathered
+
+    def _dots(self, of: Tensor, hidden: Tensor) -> Tensor:
+        """(n, K, H) and (n, H) -> (n, K)"""
+        return torch.bmm(of.to(self.tile_dtype), hidden.to(self.tile_dtype).unsqueeze(-1)).squeeze(-1)
 
 
 def _reference(ops: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -203,13 +226,13 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, Tensor]:
     return loop.back(logprobs).view(hidden.shape[:-1]), loop.back(parts)
 
 
-def _reference_backward(ops: Any, grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, parts = args[:-3]
-    needs = Needs(args[-3], args[-2], args[-1], False, False)
+def _reference_backward(ops: Any, grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *inputs, parts = args[:-5]
+    needs = Needs(*args[-5:])
     hidden, weight = inputs[0], inputs[1]
     with torch.autocast(hidden.device.type, enabled=False):
         loop = _Loop(*inputs)
-        sums = HeadGradients(loop.head, loop.hidden, None, needs, row_blocks=2)  # 2: nothing is complete at once
+        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, row_blocks=2)  # 2: nothing is complete at once
         entries: list[tuple[Tensor, Tensor, Tensor]] = []  # id, row and gradient of what was gathered
         given, sorted_parts = grad_logprobs.reshape(-1)[loop.order], parts[loop.order]
         for block in loop.blocks():
@@ -224,42 +247,49 @@ def _reference_backward(ops: Any, grad_logprobs: Tensor, *args: Any) -> tuple[Te
                 tile = grad.new_zeros((z.shape[0], loop.shard.columns)).scatter_add_(1, block.ids, grad)
                 sums.add(tile, rows, slice(0, loop.shard.columns))
                 continue
+            narrow = grad.to(hidden.dtype).unsqueeze(1)
             if needs.hidden:
-                sums.hidden[rows] = torch.bmm(grad.to(hidden.dtype).unsqueeze(1), gathered).squeeze(1).to(loop.dtype)
+                sums.hidden[rows] = torch.bmm(narrow, gathered).squeeze(1).to(loop.dtype)
+            if sums.low_grad.numel():
+                assert loop.head.lora_b is not None
+                sums.low_grad[rows] = torch.bmm(narrow, loop.head.lora_b[block.ids]).squeeze(1).to(loop.dtype)
             row = torch.arange(rows.start, rows.stop, device=grad.device).unsqueeze(-1).expand_as(grad)
             entries.append((block.ids[block.here], row[block.here], grad[block.here]))
         _add_entries(sums, entries)
-        grad_hidden, grad_weight, grad_bias, *_ = sums.finish(weight.shape[0], loop.shard.sum)
-    return (loop.back(grad_hidden).view(hidden.shape) if needs.hidden else grad_hidden), grad_weight, grad_bias
+        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
+    return (loop.back(grad_hidden).view(hidden.shape) if needs.hidden else grad_hidden, *grads)
 
 
 def _add_entries(sums: HeadGradients, entries: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     """The weight's gradient is a sparse (V, N) matrix times hidden, sorted by id: no atomics, one order."""
-    if not entries or not (sums.needs.weight or sums.needs.bias):
+    needs, low, vocabulary = sums.needs, sums.low, sums.head.weight.shape[0]
+    if not entries or not (needs.weight or needs.bias or needs.lora_b):
         return
     ids, rows, grads = (torch.cat(x) for x in zip(*entries, strict=True))
-    if sums.needs.bias:
-        sums.bias.index_put_((ids,), grads, accumulate=True)
-    if sums.weight is None or not ids.numel():
+    if needs.bias:
+        sums.bias.index_put_((ids,), grads.to(sums.bias.dtype), accumulate=True)
+    if not (needs.weight or needs.lora_b) or not ids.numel():
         return
     order = ids.argsort(stable=True)
-    vocabulary = sums.weight.shape[0]
     begins = torch.searchsorted(ids[order], torch.arange(vocabulary + 1, device=ids.device))
     with warnings.catch_warnings():  # PyTorch calls its sparse CSR tensors a beta
         warnings.simplefilter("ignore", UserWarning)
         sparse = torch.sparse_csr_tensor(begins, rows[order], grads[order], size=(vocabulary, sums.of.shape[0]))
-        product = sparse @ sums.of.to(grads.dtype)
-    total = sums.weight_sum(slice(0, vocabulary))
-    total += product
+        if needs.weight:
+            total = sums.weight_sum(slice(0, vocabulary))
+            total += sparse @ sums.of.to(grads.dtype)
+        if needs.lora_b and low is not None:
+            sums.lora_b += sparse @ low.to(grads.dtype)
 
 
 # ----------------------------------------------------------------------------------------------- registration
 
 INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor support_ids, Tensor support_offsets, "
-    "Tensor? row_temperature, float temperature, float logit_scale, float softcap, int group"
+    f"Tensor hidden, {HEAD}, Tensor targets, Tensor support_ids, Tensor support_offsets, Tensor? mask, "
+    "Tensor? row_temperature, float lora_scale, float temperature, float logit_scale, float softcap, "
+    "bool float_logits, int group"
 )
-TENSORS = 7  # of the inputs
+TENSORS = 10  # of the inputs
 
 
 def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -268,7 +298,7 @@ def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(args[:3], args[-3:])
+    return fake_gradients(args[:5], args[-5:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -279,11 +309,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (TENSORS - 3 + len(ctx.options))
+    nothing = (None,) * (TENSORS - 5 + len(ctx.options))
     if grad_logprobs is None:
-        return (None,) * 3 + nothing
+        return (None,) * 5 + nothing
     *inputs, parts = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs_input_grad[:5]
     grads = ops.linear_sampled_logprobs_backward(grad_logprobs, *inputs, *ctx.options, parts, *wanted)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing)
 
@@ -294,7 +324,6 @@ define(
 )  # fmt: skip
 define_backward(
     "linear_sampled_logprobs_backward",
-    f"(Tensor grad_logprobs, {INPUTS}, Tensor parts, bool needs_hidden, bool needs_weight, bool needs_bias) "
-    "-> (Tensor hidden, Tensor weight, Tensor bias)",
+    f"(Tensor grad_logprobs, {INPUTS}, Tensor parts, {NEEDS}) -> ({HEAD_GRADIENTS})",
     reference=_reference_backward, fake=_fake_backward, of="linear_sampled_logprobs",
 )  # fmt: skip

@@ -74,14 +74,23 @@ def local_part(op: str, name: str, x: Any, process_group: Any) -> tuple[Any, Any
 
 
 def handle_of(op: str, process_group: Any, weight: Tensor) -> int:
-    """The group as a number. The first time a shape is seen, the ranks agree that their slices are equal."""
+    """The group as a number. The first time a shape is seen, the ranks agree that their slices are equal.
+
+    torch.compile cannot trace that, nor would it keep what is noted here.
+    """
     if process_group is None:
         return NO_GROUP
-    if process_group not in _groups:
+    tracing = torch.compiler.is_compiling()
+    if process_group not in _groups and not tracing:
         _groups.append(process_group)
-    handle = _groups.index(process_group)
+    handle = _groups.index(process_group) if process_group in _groups else NO_GROUP
     shape = (handle, weight.shape[0], weight.shape[1], str(weight.dtype))
     if shape not in _agreed:
+        if tracing:
+            raise RuntimeError(
+                f"rlhf_fast.{op}: process_group must be known before torch.compile(fullgraph=True): call the "
+                "op once without compiling, with this group and weights of this shape"
+            )
         seen: list[Any] = [None] * dist.get_world_size(process_group)
         dist.all_gather_object(seen, shape[1:], group=process_group)
         if any(other != shape[1:] for other in seen):

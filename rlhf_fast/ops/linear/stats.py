@@ -25,6 +25,7 @@ from rlhf_fast.ops.linear.inputs import (
     fake_gradients,
     tile_dtype,
 )
+from rlhf_fast.ops.linear.pages import give_back, in_large_pages
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
@@ -73,7 +74,8 @@ def linear_token_logprobs(
         process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
             hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient. A
             weight that is a DTensor sharded on dim 0 says so itself; note that outside its module's forward an FSDP2
-            parameter is one too, although there each rank has tokens of its own.
+            parameter is one too, although there each rank has tokens of its own. Before
+            torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
 
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that
@@ -194,7 +196,8 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
         loop = _Loop(*inputs)
         dtype = tile_dtype(hidden, inputs[-2])
-        kept = hidden.new_empty(kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget), dtype=dtype)
+        elements = kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget)
+        kept = in_large_pages(hidden.new_empty(elements, dtype=dtype))
         tiles = loop.tiles(kept, budget)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
@@ -240,6 +243,8 @@ def _reference_backward_(ops: Any, *args: Any) -> tuple[Tensor, ...]:
             local, here = loop.own_targets(tile.rows, tile.columns)
             wanted.turn(ops, tile.logits, tile.rows, local, here, loop.options)
             sums.add(tile.logits, tile.rows, tile.columns)
+            if tile.kept:
+                give_back(tile.logits)
         grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
     return (loop.rows.put(grad_hidden, (hidden.shape[-1],)) if needs.hidden else grad_hidden, *grads)
 
