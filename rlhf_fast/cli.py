@@ -75,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not first_to_fail():
             return 1
+        if "closed by peer" in str(error):
+            print(
+                f"rlhf-fast {arguments[0]}: another process was killed; --resume goes on", file=sys.stderr, flush=True
+            )
+            return 1
         # of whatever library was writing
         if not any(reason in str(error) for reason in DISK_ERRORS):
             raise

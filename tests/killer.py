@@ -91,8 +91,10 @@ if __name__ == "__main__":
         config, cut = phases.jobs(data)[name], folder / "cut" / name
         ends[name] = [ending(spawn(config, folder / "whole" / name))]
         file = cut / ("feedback.jsonl" if name == "collect" else "metrics.jsonl")
+        # when the second step is logged the first one's checkpoint is there
+        lines = luck.randint(1, 9) if name == "collect" else 3 if name in ("sft", "lora") else 2
         ends[name].append(ending(spawn(config, cut, die_within_a_line)))
-        ends[name].append(kill_after(spawn(config, cut), file, luck.randint(1, 3), luck.uniform(0, 0.04)))
+        ends[name].append(kill_after(spawn(config, cut), file, lines, luck.uniform(0, 0.05)))
         for prepare in (die_within_a_line,) if name == "collect" else (die_while_saving, die_within_a_line):
             ends[name].append(ending(spawn(config, cut, prepare)))
         ends[name].append(ending(spawn(config, cut)))

@@ -25,11 +25,7 @@ from rlhf_fast.run.ranks import ranks
 
 
 class SumTrainer(Trainer):
-    """Takes models whose forward gives the loss summed over tokens.
-
-    What the Trainer would pickle goes through `save_state`, except where an engine (FSDP, DeepSpeed) shards it and
-    writes its own form of it.
-    """
+    """Takes models whose forward gives the loss summed over tokens. What it would pickle goes through `save_state`."""
 
     def compute_loss(
         self,
@@ -43,14 +39,8 @@ class SumTrainer(Trainer):
         assert num_items_in_batch is not None
         return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
 
-    @property
-    def _sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+        if self.args.should_save:
             assert self.optimizer is not None and self.lr_scheduler is not None
             inner = self.optimizer.state_dict()
             moments = {str(i): values for i, values in inner["state"].items()}
@@ -58,9 +48,7 @@ class SumTrainer(Trainer):
             save_state(output_dir, {"moments": moments, "groups": groups, "scheduler": scheduler})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._sharded:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
+        if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
             state = load_state(checkpoint)
             moments = {int(i): values for i, values in state["moments"].items()}

@@ -19,8 +19,6 @@ from .config import PPOConfig
 from .metrics import Sampled
 from .objectives import OBJECTIVES, Totals, dpo_loss
 
-DUAL_CLIP = 3.0
-
 
 def policy_backward(
     agent: Agent, sampled: Sampled, part: Batch, rows: Tensor, totals: Totals, config: PPOConfig
@@ -48,14 +46,14 @@ def policy_backward(
         weight, options = law_options(agent.policy, config.temperature)
         result = rf.linear_policy_loss(
             hidden, weight, targets, old, advantages, mask=torch.ones_like(targets, dtype=torch.bool),
-            objective=objective.token_loss, clip=(config.cliprange, high), dual_clip=DUAL_CLIP, normalizer=divisor,
+            objective=objective.token_loss, clip=(config.cliprange, high), normalizer=divisor,
             **kl_options(agent, part, ref, config), **options,
         )  # fmt: skip
         loss, logprobs, clipped = result.loss, result.logprobs, result.clip_fraction * len(targets)
     else:  # the fused loss knows no support: its two halves, one after the other
         logprobs = row_logprobs(agent.policy, hidden, targets, part.support, config.temperature)
         found = TOKEN_LOSSES[objective.token_loss](
-            logprobs.detach(), old, advantages, Clip(config.cliprange, high, DUAL_CLIP)
+            logprobs.detach(), old, advantages, Clip(config.cliprange, high, dual=torch.inf)
         )
         loss = (
             (found.loss + found.slope * (logprobs - logprobs.detach()) + kl_loss(logprobs, ref, old, config)) / divisor

@@ -154,6 +154,8 @@ def _train(
         )
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise UserError("every process holds the whole model: launch without FSDP and DeepSpeed, or set lora_rank")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(bridge := Bridge(run, stop))
         checkpoint = run.latest_checkpoint()

@@ -56,10 +56,12 @@ def test_weights_are_those_of_one_process(done: Folders, name: str) -> None:
     one, two = (load_file(folder / name / "model" / "model.safetensors") for folder in (done.one, done.two))
     start = load_file(done.data / ("reward" if name == "reward" else "model") / "model.safetensors")
     assert one.keys() == two.keys()
+    largest = 0.0
     for key in one:
         moved = float((one[key] - start[key]).abs().max())
-        assert moved > 1e-4
-        assert float((one[key] - two[key]).abs().max()) < 3e-3 * moved, key
+        assert float((one[key] - two[key]).abs().max()) <= 3e-3 * moved, key
+        largest = max(largest, moved)
+    assert largest > 1e-3
 
 
 @pytest.mark.parametrize("name", LEARN)
