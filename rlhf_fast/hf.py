@@ -104,6 +104,7 @@ def language_model_head(model: Any) -> LanguageModelHead:
     if not isinstance(getattr(base, "weight", None), Tensor) or base.weight.dim() != 2:
         raise TypeError(f"rlhf_fast.hf: the head must be a linear layer, got {type(base).__name__}")
     config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model with images, too
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None) or None
     return LanguageModelHead(base.weight, getattr(base, "bias", None), lora, float(scale), softcap)

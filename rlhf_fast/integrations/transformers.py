@@ -44,11 +44,10 @@ def patch_loss(model: Any, *, memory_budget: int | None = None) -> Patch:
     if hasattr(inner.forward, "rlhf_fast_replaces"):
         patch.rows[target] = "ours already, by an earlier call"
         return patch
-    options = _head_options(inner)
-    _check_head(inner, options)
+    _check_head(inner)
     had_own = "forward" in vars(inner)
     original = inner.forward
-    ours = _fused_forward(inner, original, {**options, "memory_budget": memory_budget})
+    ours = _fused_forward(inner, original, memory_budget)
     inner.forward = ours
 
     def put_back() -> None:
@@ -65,7 +64,7 @@ def patch_loss(model: Any, *, memory_budget: int | None = None) -> Patch:
     return patch
 
 
-def _fused_forward(model: Any, original: Any, options: dict[str, Any]) -> Any:
+def _fused_forward(model: Any, original: Any, memory_budget: int | None) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -80,13 +79,15 @@ def _fused_forward(model: Any, original: Any, options: dict[str, Any]) -> Any:
         for name in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "output_router_logits"):
             given.pop(name, None)
         trunk = model.base_model(**given)
-        head = model.get_output_embeddings()
+        head = rf.hf.language_model_head(model)
         hidden = trunk.last_hidden_state
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         shifted = shifted.to(hidden.device)
         mask = shifted != IGNORE
-        logprobs = rf.linear_token_logprobs(hidden, head.weight, shifted, bias=head.bias, mask=mask, **options)
+        logprobs = rf.linear_token_logprobs(
+            hidden, head.weight, shifted, mask=mask, memory_budget=memory_budget, **head.options()
+        )
         total = kwargs.get("num_items_in_batch")
         total = mask.sum() if total is None else torch.as_tensor(total, device=logprobs.device)
         return _output(trunk, -logprobs.sum() / total)
@@ -119,36 +120,25 @@ def _output(trunk: Any, loss: Tensor) -> Any:
     )
 
 
-def _head_options(model: Any) -> dict[str, Any]:
-    """What the model does to its head's product, from its configuration; `_check_head` sees whether that is all."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is None and getattr(config, "logits_scaling", None) is not None:
-        scale = 1.0 / config.logits_scaling
-    return {
-        "logit_scale": 1.0 if scale is None else float(scale),
-        "softcap": getattr(config, "final_logit_softcapping", None),
-    }
-
-
 @torch.no_grad()
-def _check_head(model: Any, options: dict[str, Any]) -> None:
-    """Raise unless logits are the configured function of a plain linear head, and the loss the usual one."""
+def _check_head(model: Any) -> None:
+    """Raise unless logits are the configured function of a linear head, and the loss the usual one."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    name, head = type(model).__name__, model.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        raise ValueError(f"rlhf_fast.patch_loss: {name}'s head must be a plain nn.Linear, got {type(head).__name__}")
+    name, layer = type(model).__name__, model.get_output_embeddings()
+    if type(getattr(layer, "base_layer", layer)) is not nn.Linear:
+        raise ValueError(f"rlhf_fast.patch_loss: {name}'s head must be a plain nn.Linear, got {type(layer).__name__}")
     if model.loss_function is not ForCausalLMLoss:
         raise ValueError(f"rlhf_fast.patch_loss: {name} has a loss function of its own")
     was_training = model.training
     model.eval()
     try:
+        head = rf.hf.language_model_head(model)
         ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
         logits = model(input_ids=ids, use_cache=False).logits.float()
-        z = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float() * options["logit_scale"]
-        if options["softcap"] is not None:
-            z = options["softcap"] * torch.tanh(z / options["softcap"])
+        z = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float() * head.logit_scale
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
     finally:
         model.train(was_training)
     if not torch.allclose(logits, z, rtol=2e-2, atol=2e-2 * float(z.abs().max())):

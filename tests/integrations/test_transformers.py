@@ -134,15 +134,21 @@ def test_heads_that_are_not_known_are_refused() -> None:
     assert model.training and "forward" not in vars(model)
 
 
-def test_a_peft_model(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_a_peft_model(generator: torch.Generator, targets: list[str]) -> None:
     peft = pytest.importorskip("peft")
     model, inputs = make("llama"), batch(generator)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets))
+    factors = [p for name, p in wrapped.named_parameters() if "lora_B" in name]
+    for factor in factors:
+        factor.data.normal_(generator=generator)  # 0 at first, which would hide it
     expected = wrapped(**inputs).loss
+    wanted = torch.autograd.grad(expected, factors)
     with patch_loss(wrapped):
         output = wrapped(**inputs)
     assert output.logits is None
     torch.testing.assert_close(output.loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(output.loss, factors), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_in_hf_trainer(generator: torch.Generator, tmp_path: Any) -> None:
