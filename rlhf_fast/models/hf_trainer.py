@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,11 @@ class Bridge(TrainerCallback):
             self.bar.__exit__(None, None, None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget metrics that will come again."""
+        """Forget metrics that will come again, and what a kill left of a checkpoint half written."""
         self.run.truncate_metrics(state.global_step)
+        for unfinished in (self.run.path / "checkpoints").glob("checkpoint-*") if ranks().main else ():
+            shutil.rmtree(unfinished)
+        ranks().wait()
         self.bar = Progress("sft", state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

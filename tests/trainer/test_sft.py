@@ -192,3 +192,12 @@ def test_a_prompt_longer_than_the_model_reads_is_named(tiny: Path, tmp_path: Pat
 def test_a_loss_that_is_not_finite_stops_the_run(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the SFT loss is nan at step \d+; lower lr"):
         train(config(tiny, tmp_path / "run", lr=1e30, max_steps=50))
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(tiny: Path, tmp_path: Path) -> None:
+    half = tmp_path / "run" / "checkpoints" / "checkpoint-2" / ".tmpCUO7oQ"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half a tensor file")
+    train(config(tiny, tmp_path / "run", max_steps=2, save_steps=2, resume=True))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
+    assert checkpoint.exists() and not list(checkpoint.parent.rglob(".tmp*"))
