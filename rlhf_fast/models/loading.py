@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading Hugging Face models, and reading log-probabilities, values and scores out of their hidden states.
-
-Everything is aligned with the tokens: `[b, t]` of a log-probability or a value belongs to `input_ids[b, t]` and is read
-from the hidden state at t - 1, the one that predicts this token. Full logits are never made: rows of hidden states at
-the tokens that count go to `rf.linear_token_logprobs`, flattened and contiguous.
-"""
+"""Loading Hugging Face models and tokenizers, and turning one kind of model into another."""
 
 from __future__ import annotations
 

@@ -42,7 +42,6 @@ class RunFolder:
 
     @staticmethod
     def _make(path: Path, overwrite: bool, resume: bool) -> None:
-        path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"the run folder {path} is a file; name another with --output-dir")
         try:

@@ -179,6 +179,10 @@ class PPOOptions(SamplingOptions):
                 self.kl_in in ("loss-straight-through", "loss-importance") and self.kl_estimator == "exact",
                 f"kl_in {self.kl_in!r} mends estimates; the exact KL has the right gradient: take loss",
             ),
+            (
+                objective.token_loss is None and (self.kl_estimator == "exact" or self.kl_in != "reward"),
+                f"objective {self.objective!r} has its KL in its own loss: leave kl_estimator k1 and kl_in reward",
+            ),
             (self.kl_target > 0 and self.kl_coef == 0, "kl_target moves kl_coef, which must then be above 0"),
             (
                 self.critic_warmup > 0 and not objective.critic,

@@ -138,7 +138,7 @@ def train_step(
         paid = scores - config.missing_eos_penalty * ~rollout.ended
         better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
         if objective.token_loss is None:  # learns from pairs alone
-            pairs, unit = best_and_worst(paid, config.samples_per_prompt), 2
+            pairs, unit = best_and_worst(paid, len(paid) // len(chosen[mine])), 2  # feedback brings two a prompt
             batch, paid = batch.rows(pairs), paid[pairs]
             better = (paid[0::2] > paid[1::2]).repeat_interleave(2)
 

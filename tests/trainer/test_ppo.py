@@ -500,6 +500,26 @@ def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, t
     assert rows[-1]["loss/policy_avg"] < 0.3 and rows[-1]["rewards/accuracies"] == 1
 
 
+def test_dpo_pairs_completions_of_one_prompt(
+    config: PPOConfig, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Feedback brings two completions a prompt, whatever samples_per_prompt says."""
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts_file).read_text().splitlines()[:4]]
+    ratings = [[1, 9], [2, 8], [7, 3], [6, 4]]  # over all prompts the extremes are those of the first
+    rows = [{"prompt": p, "completions": [" x", " y"], "ratings": r} for p, r in zip(prompts, ratings, strict=True)]
+    config = replace(config, objective="dpo", prompts_file=write_jsonl("feedback.jsonl", *rows), reward_model="")
+    assert config.samples_per_prompt == 4
+    seen: list[Any] = []
+    learn = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda agent, made, *rest: seen.append(made) or learn(agent, made, *rest))
+    agent = agents.load_agent(config)
+    ppo.train_step(agent, agents.load_prompts(config.prompts_file, config, agent, learned=True), config, 0, Timer())
+    batch = seen[0].batch
+    asked = [row[: int(mask.long().argmax())].tolist() for row, mask in zip(batch.input_ids, batch.mask, strict=True)]
+    assert len(asked) == 8 and asked[0::2] == asked[1::2] and len({tuple(ids) for ids in asked}) == 4
+    assert seen[0].better.all()
+
+
 def test_dpo_takes_the_best_and_the_worst_sample(config: PPOConfig) -> None:
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
     assert objectives.best_and_worst(scores, 3).tolist() == [1, 0, 3, 3]
@@ -524,6 +544,8 @@ def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> 
         ({"kl_estimator": "exact", "top_k": 5}, "whole vocabulary"),
         ({"kl_in": "loss"}, "no gradient on average"),
         ({"kl_in": "loss-importance", "kl_estimator": "exact"}, "take loss"),
+        ({"objective": "dpo", "kl_estimator": "exact"}, "in its own loss"),
+        ({"objective": "dpo", "kl_estimator": "k2", "kl_in": "loss"}, "in its own loss"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "above 0"),
         ({"critic_warmup": 1, "objective": "rloo"}, "with a critic"),
         ({"objective": "dapo", "samples_per_prompt": 1}, "2 or more"),
