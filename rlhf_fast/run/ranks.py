@@ -8,6 +8,7 @@ all-reduce before the optimizer steps. So the number of ranks changes speed, and
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -31,6 +32,8 @@ class Ranks:
         # Without a GPU it must be told so, or it would start no group at all.
         state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+        if self.count > 1:  # its threads may abort a process that ends with them
+            atexit.register(torch.distributed.destroy_process_group)
 
     @property
     def main(self) -> bool:
@@ -110,6 +113,7 @@ def first_to_fail() -> bool:
     of its having left. They notice at their next exchange, and launchers end who does not."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().count == 1:
         return True
+    atexit.unregister(torch.distributed.destroy_process_group)  # it could wait for peers that wait for this one
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:

@@ -7,6 +7,7 @@ gradient of hidden is summed over ranks, that of the weight stays where its slic
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from rlhf_fast.ops.linear.slices import Slices
 NO_GROUP = -1
 
 # Operators cannot take a process group, so it travels as its place in this list; and what was agreed on in it.
-_groups: list[Any] = []
+# Weakly: a group that outlives destroy_process_group keeps gloo's threads, which abort a process that ends.
+_groups: list[weakref.ref[Any]] = []
+_places: dict[str, int] = {}  # by the group's name, which torch.compile can read
 _agreed: set[tuple[int, int, int, str]] = set()
 
 
@@ -26,7 +29,11 @@ class Shard:
     """This rank's slice of the vocabulary; of all of it where there is no group."""
 
     def __init__(self, handle: int, columns: int) -> None:
-        self.group = None if handle == NO_GROUP else _groups[handle]
+        self.group = None if handle == NO_GROUP else _groups[handle]()
+        if handle != NO_GROUP and self.group is None:
+            raise RuntimeError(
+                "rlhf_fast: the process_group of this graph was destroyed; compile it again with a new one"
+            )
         self.ranks = 1 if self.group is None else dist.get_world_size(self.group)
         self.first = 0 if self.group is None else dist.get_rank(self.group) * columns
         self.columns = columns
@@ -81,9 +88,10 @@ def handle_of(op: str, process_group: Any, weight: Tensor) -> int:
     if process_group is None:
         return NO_GROUP
     tracing = torch.compiler.is_compiling()
-    if process_group not in _groups and not tracing:
-        _groups.append(process_group)
-    handle = _groups.index(process_group) if process_group in _groups else NO_GROUP
+    handle = _places.get(process_group.group_name, NO_GROUP)
+    if not tracing and (handle == NO_GROUP or _groups[handle]() is not process_group):
+        _groups.append(weakref.ref(process_group))
+        handle = _places[process_group.group_name] = len(_groups) - 1
     shape = (handle, weight.shape[0], weight.shape[1], str(weight.dtype))
     if shape not in _agreed:
         if tracing:
