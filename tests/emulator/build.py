@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from rlhf_fast.ops import _register
 
@@ -32,10 +33,12 @@ def build() -> Path:
     options = ["-DRLHF_FAST_EMULATOR=ON", f"-DPython_EXECUTABLE={sys.executable}"]
     options += [f"-DCMAKE_MAKE_PROGRAM={programs / 'ninja'}", f"-DCMAKE_CXX_FLAGS={flags}"]
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    for command in ([*configure, *options], make):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # several workers run the tests
+        for command in ([*configure, *options], make):
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
     return folder / "_emulated.so"
 
 

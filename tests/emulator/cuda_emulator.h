@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -153,11 +154,15 @@ inline void run_cluster(Block& b, unsigned first, unsigned blocks, unsigned thre
 inline void launch(int64_t blocks, int threads, std::function<void()> body, int cluster = 1) {
   Block& b = block();
   b.body = std::move(body);
+  std::fenv_t host;  // may flush denormals, which a GPU's kernels keep
+  std::fegetenv(&host);
+  std::fesetenv(FE_DFL_ENV);
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
   for (int64_t i = 0; i < blocks; i += cluster) {
     run_cluster(b, static_cast<unsigned>(i), static_cast<unsigned>(cluster), blockDim.x);
   }
+  std::fesetenv(&host);
 }
 
 inline uint32_t exchange(uint32_t value, unsigned from_lane) {

@@ -25,11 +25,15 @@ def nan_filled_allocations() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, and one thread repeats bit for bit."""
+    """Matrices this small are slower on several threads, and one thread repeats bit for bit.
+
+    Commands that run in this process make it flush denormals, which tests of kernels may not find so.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
