@@ -411,8 +411,8 @@ def test_float_logits(backend: str, dtype: torch.dtype, generator: torch.Generat
     torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buffers of any size in large pages, and on a system that has none."""
+def test_giving_memory_back_changes_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of any size, and on a system that takes none."""
     inputs = head(generator, torch.float32, (40,), width=4099)
     targets = randint(4099, 40, generator=generator)
     call = lambda **x: {"logprobs": rf.linear_token_logprobs(**x, targets=targets)}  # noqa: E731
@@ -427,21 +427,7 @@ def test_large_pages_change_nothing(generator: torch.Generator, monkeypatch: pyt
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
-def test_large_pages_are_asked_for_whole_pages_inside() -> None:
-    x = torch.empty(pages.LEAST // 4 + 1)
-    asked: list[tuple[int, int, int]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
-        assert pages.in_large_pages(x) is x
-        pages.in_large_pages(torch.empty(1000))  # small enough to be no mapping of its own
-    [(begin, length, _)] = asked
-    assert begin % mmap.PAGESIZE == 0 == length % mmap.PAGESIZE
-    assert x.data_ptr() <= begin and begin + length <= x.data_ptr() + x.nbytes
-    assert length > x.nbytes - 2 * mmap.PAGESIZE
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux's")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="Linux's")
 def test_what_is_given_back_is_one_piece() -> None:
     x = torch.ones(pages.LEAST // 4 + 4096)
     pages.give_back(x[3000:9000])

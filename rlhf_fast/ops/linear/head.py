@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.linear.pages import in_large_pages
 from rlhf_fast.ops.reference import accumulate_dtype
 
 CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
@@ -80,9 +79,7 @@ class HeadGradients:
         whole_sum = dtype if revisits and not self.once else hidden.dtype
         self.weight: Tensor | None = None
         if needs.weight:
-            self.weight = in_large_pages(
-                torch.empty_like(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
-            )
+            self.weight = torch.empty_like(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
             if not self.once:
                 self.weight.zero_()
         self._sum: Tensor | None = None  # float32 sum of the weight gradient at the current columns

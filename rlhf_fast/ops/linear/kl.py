@@ -13,7 +13,6 @@ from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, Lora, check_head, fake_gradients, tile_dtype
-from rlhf_fast.ops.linear.pages import in_large_pages
 from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
@@ -144,7 +143,7 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         loop = _Loop(*inputs)
         dtype = tile_dtype(hidden, inputs[19])
         elements = kept_elements(loop.rows.count, 2 * weight.shape[0], dtype.itemsize, budget)
-        kept = in_large_pages(hidden.new_empty(elements, dtype=dtype))
+        kept = hidden.new_empty(elements, dtype=dtype)
         kl = hidden.new_zeros(loop.rows.real, dtype=loop.dtype)
         parts = hidden.new_zeros((loop.rows.real, 6), dtype=loop.dtype)
         for tile in loop.tiles(kept, budget):

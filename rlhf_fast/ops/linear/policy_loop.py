@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import tile_dtype
-from rlhf_fast.ops.linear.pages import give_back, in_large_pages
+from rlhf_fast.ops.linear.pages import give_back
 from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
@@ -124,7 +124,7 @@ def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
         per_token = hidden.new_zeros((4, real), dtype=loop.dtype)  # logprobs, entropy, kl, loss
         clipped = torch.zeros(real, dtype=torch.bool, device=hidden.device)
         heads = 1 if loop.ref_head is None else 2
-        memory = in_large_pages(hidden.new_empty((heads, height * width), dtype=loop.tile_dtype))
+        memory = hidden.new_empty((heads, height * width), dtype=loop.tile_dtype)
         for top in range(0, real, height):
             rows = slice(top, min(top + height, real))
             per_token[:, rows], clipped[rows] = _block(ops, loop, settings, rows, memory, sums if any(needs) else None)

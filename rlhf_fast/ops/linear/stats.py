@@ -25,7 +25,7 @@ from rlhf_fast.ops.linear.inputs import (
     fake_gradients,
     tile_dtype,
 )
-from rlhf_fast.ops.linear.pages import give_back, in_large_pages
+from rlhf_fast.ops.linear.pages import give_back
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
@@ -197,7 +197,7 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
         loop = _Loop(*inputs)
         dtype = tile_dtype(hidden, inputs[-2])
         elements = kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget)
-        kept = in_large_pages(hidden.new_empty(elements, dtype=dtype))
+        kept = hidden.new_empty(elements, dtype=dtype)
         tiles = loop.tiles(kept, budget)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
