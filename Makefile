@@ -50,7 +50,7 @@ demo-tiny: $(VENV)/built
 	$(BIN)/rlhf-fast run --config examples/tiny/tiny.yaml $(ARGS)
 
 test: $(VENV)/built
-	$(BIN)/pytest --ignore=tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/pytest --ignore=tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])
