@@ -69,6 +69,8 @@ class RunOptions(Options):
     """Compute activations again in the backward instead of keeping them: less memory, about a third more time."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
+    fsdp: bool = False
+    """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
     trackers: tuple[str, ...] = ()
@@ -83,6 +85,8 @@ class RunOptions(Options):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
+        if self.fsdp and self.lora_rank:
+            raise UserError("fsdp and lora_rank exclude each other: with adapters there is little that could be cut")
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
