@@ -28,7 +28,7 @@ from rlhf_fast.trainer.ppo import train_ppo
 from rlhf_fast.trainer.reward import train_reward
 from rlhf_fast.trainer.sft import train_sft
 
-CUT = ("reward", "ppo", "grpo", "dpo", "ranked", "scarce")  # jobs that two processes also do with fsdp
+CUT = ("sft", "sft-packed", "reward", "ppo", "grpo", "dpo", "ranked", "scarce")  # jobs that two processes also do with fsdp
 RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 

@@ -74,7 +74,8 @@ def choose_attention(model: Any, length: int) -> None:
 def law_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
     """The head's weight (V, H), and the rest of what turns hidden states into the sampling law."""
     found = language_model_head(model)
-    return whole(found.weight), {**found.options(), "temperature": temperature}
+    bias = None if found.bias is None else whole(found.bias)
+    return whole(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
 
 
 def predicting_rows(

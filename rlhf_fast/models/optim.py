@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import cut_like, gathered, is_cut, own_part
+from rlhf_fast.run.shards import cut_like, gathered, is_cut, joined, own_part
 
 
 class AdamW:
@@ -98,10 +98,10 @@ class AdamW:
         inner = self.optimizer.state_dict()
         return {
             "moments": {
-                str(i): {name: gathered(x, self.pairs[i][0]) if x.dim() else x for name, x in moments.items()}
+                str(i): {name: gathered(joined(x, self.pairs[i][0])) if x.dim() else x for name, x in moments.items()}
                 for i, moments in inner["state"].items()
             },
-            "weights": {str(i): gathered(master, weight) for i, (weight, master) in enumerate(self.pairs)},
+            "weights": {str(i): gathered(joined(master, weight)) for i, (weight, master) in enumerate(self.pairs)},
             "lrs": [group["lr"] for group in self.param_groups],
         }
 
@@ -112,12 +112,12 @@ class AdamW:
         for group, lr in zip(groups, state["lrs"], strict=True):
             group["lr"] = lr
         moments = {
-            int(i): {name: cut_like(x, self.pairs[int(i)][0]) if x.dim() else x for name, x in kept.items()}
+            int(i): {name: own_part(cut_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in kept.items()}
             for i, kept in state["moments"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for i, (weight, master) in enumerate(self.pairs):
-            master.copy_(cut_like(state["weights"][str(i)], weight))
+            master.copy_(own_part(cut_like(state["weights"][str(i)], weight)))
             if master is not weight:
                 own_part(weight).copy_(master)
 

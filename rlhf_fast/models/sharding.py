@@ -22,7 +22,7 @@ from torch import nn
 
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import is_cut, whole
+from rlhf_fast.run.shards import cut, is_cut, whole
 
 from .prefix import can_share
 
@@ -37,25 +37,28 @@ def sharded(model: Any, wanted: bool) -> Any:
         raise UserError("fsdp cuts models over several processes and there is one: start with torchrun or accelerate")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     can_share(model)  # found out by forwards, which are the cheaper while all weights are here
     mesh = init_device_mesh(ranks().device.type, (ranks().count,))
     trunk = model.base_model
-    head = None if model.get_output_embeddings() is None else model.get_output_embeddings().weight
-    tied = _name_of(trunk, head)
+    head = head_of(model)
+    names = {id(weight): name for name, weight in trunk.named_parameters()}
+    tied = {name: names[id(weight)] for name, weight in head.named_parameters() if id(weight) in names}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*decoder_layers(model), trunk):
         # A trunk that stayed whole after a forward would be the old one after an optimizer step or a resume.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
-    if tied is not None:
-        model.get_output_embeddings().weight = trunk.get_parameter(tied)
-    elif head is not None:
-        part = distribute_tensor(head.detach(), mesh, [Shard(0)], src_data_rank=None)
-        model.get_output_embeddings().weight = nn.Parameter(part.clone(), requires_grad=head.requires_grad)
+    for name, weight in list(head.named_parameters()):
+        own = nn.Parameter(cut(weight, mesh), weight.requires_grad) if name not in tied else None
+        setattr(head, name, own if own is not None else trunk.get_parameter(tied[name]))
     return model
+
+
+def head_of(model: Any) -> nn.Module:
+    """The language-model head; a module without weights where there is none."""
+    return model.get_output_embeddings() or nn.Identity()
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -84,19 +87,19 @@ def together(model: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    layer = model.get_output_embeddings()
-    head = None if layer is None else layer.weight
+    head = head_of(model)
+    parts = dict(head.named_parameters())
     with torch.no_grad():
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
-        if head is not None:
-            layer.weight = nn.Parameter(whole(head), requires_grad=False)
+        for name, part in parts.items():
+            setattr(head, name, nn.Parameter(whole(part), requires_grad=False))
     try:
         yield
     finally:
-        if head is not None:
-            layer.weight = head
+        for name, part in parts.items():
+            setattr(head, name, part)
         for module in modules:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
@@ -107,8 +110,3 @@ def even(parts: list[T], model: Any, filler: T) -> list[T]:
     if not is_sharded(model):
         return parts
     return parts + [filler] * (max(ranks().every(len(parts))) - len(parts))
-
-
-def _name_of(trunk: nn.Module, weight: Any) -> str | None:
-    """The name that a weight of the head has in the trunk, where the two are tied."""
-    return next((name for name, other in trunk.named_parameters() if other is weight), None)

@@ -38,32 +38,39 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered(part: Tensor, like: Tensor) -> Tensor:
-    """Of `part`, this rank's rows of something cut like `like`: all rows, on the CPU of the main process, which saves.
+def gathered(tensor: Tensor) -> Tensor:
+    """All rows, on the CPU of the main process, which saves them.
 
     The others get an empty tensor: what is saved is larger than what one process should hold.
     """
+    if not is_cut(tensor):
+        return tensor
+    found = whole(tensor.detach())
+    return found.cpu() if ranks().main else found.new_empty(0)
+
+
+def cut(found: Tensor, mesh: Any) -> Tensor:
+    """A tensor that every rank has whole, cut over the ranks of a mesh; what a rank keeps is a copy."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(found.detach(), mesh, [Shard(0)], src_data_rank=None).clone()
+
+
+def cut_like(found: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every rank has whole, cut like another of its shape."""
+    return cut(found, like.device_mesh) if is_cut(like) else found  # type: ignore[attr-defined]
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows taken for a part of something that is cut like `like`."""
     if not is_cut(like):
         return part
     from torch.distributed.tensor import DTensor
 
-    cut: Any = like
-    found = whole(
-        DTensor.from_local(
-            part, cut.device_mesh, cut.placements, run_check=False, shape=cut.shape, stride=cut.stride()
-        )
+    other: Any = like
+    return DTensor.from_local(
+        part.detach(), other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
     )
-    return found.cpu() if ranks().main else found.new_empty(0)
-
-
-def cut_like(found: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of a tensor that every rank has whole."""
-    if not is_cut(like):
-        return found
-    from torch.distributed.tensor import distribute_tensor
-
-    cut: Any = like
-    return own_part(distribute_tensor(found, cut.device_mesh, cut.placements, src_data_rank=None)).clone()
 
 
 def whole_state(model: Any) -> dict[str, Tensor] | None:
@@ -77,5 +84,5 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
     found: dict[int, Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in found:
-            found[id(tensor)] = gathered(own_part(tensor), tensor).detach()
+            found[id(tensor)] = gathered(tensor).detach()
     return {name: found[id(tensor)] for name, tensor in state.items()}
