@@ -30,11 +30,9 @@ T = TypeVar("T")
 
 
 def sharded(model: Any, wanted: bool) -> Any:
-    """The model, cut over the ranks in place if that is `wanted`; UserError where it cannot be."""
+    """The model, cut over the ranks (several) in place if that is `wanted`; UserError where it cannot be."""
     if not wanted:
         return model
-    if ranks().count == 1:
-        raise UserError("fsdp cuts models over several processes and there is one: start with torchrun or accelerate")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from .errors import UserError
+from .ranks import ranks
 
 C = TypeVar("C")
 
@@ -86,7 +87,9 @@ class RunOptions(Options):
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
         if self.fsdp and self.lora_rank:
-            raise UserError("fsdp and lora_rank exclude each other: with adapters there is little that could be cut")
+            raise UserError("fsdp and lora_rank exclude each other so far: with adapters every process has whole models")
+        if self.fsdp and ranks().count == 1:
+            raise UserError("fsdp cuts models over several processes and this is one: start it with torchrun")
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
