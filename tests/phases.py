@@ -28,7 +28,7 @@ from rlhf_fast.trainer.ppo import train_ppo
 from rlhf_fast.trainer.reward import train_reward
 from rlhf_fast.trainer.sft import train_sft
 
-CUT = ("sft", "sft-packed", "reward", "ppo", "grpo", "dpo", "ranked", "scarce")  # jobs that two processes also do with fsdp
+CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several processes also do with fsdp
 RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
@@ -69,7 +69,7 @@ def jobs(data: Path) -> dict[str, Any]:
         samples_per_prompt=4, micro_batch_size=4, max_steps=3, lr=1e-3, critic_lr=1e-3, missing_eos_penalty=0.5,
         epochs=2,
     )  # fmt: skip
-    plain = {
+    return {
         "sft": sft,
         "lora": replace(sft, lora_rank=4, max_steps=3),
         "sft-packed": replace(sft, packing=True, max_steps=3),
@@ -100,9 +100,11 @@ def jobs(data: Path) -> dict[str, Any]:
         ),
         "scarce": replace(ppo, samples_per_prompt=1, prompts_per_step=4, num_minibatches=4, kl_estimator="exact"),
     }
-    # Models cut over the ranks instead of copied.
-    cut = {f"{name}-fsdp": replace(plain[name], fsdp=True) for name in CUT if ranks().count > 1}
-    return {**plain, **cut}
+
+
+def cut_jobs(data: Path) -> dict[str, Any]:
+    """The same with models cut over the ranks."""
+    return {f"{name}-fsdp": replace(jobs(data)[name], fsdp=True) for name in CUT}
 
 
 def run(config: Any, folder: Path, resume: bool = False) -> None:
@@ -141,7 +143,7 @@ if __name__ == "__main__":
     words, _, command = (" ".join(sys.argv[1:]) + " ").partition(" -- ")
     first, second, *names = words.split()
     data, folder = Path(first), Path(second)
-    for name, config in jobs(data).items():
+    for name, config in {**jobs(data), **(cut_jobs(data) if ranks().count > 1 else {})}.items():
         if not names or name in names:
             run(config, folder / name, resume=(folder / name).exists())
     if command:

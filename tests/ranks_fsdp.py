@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models cut over two processes against whole ones: `torchrun --nproc-per-node 2 ranks_fsdp.py CASE`, see test_fsdp.py.
+"""Models cut over two processes against whole ones: `torchrun --nproc-per-node 2 ranks_fsdp.py CASE ...`, see test_fsdp.py.
 
 Each rank learns from sequences of its own, the second of fewer micro-batches than the first.
 """
@@ -183,6 +183,6 @@ if __name__ == "__main__":
     ranks()
     for case in sys.argv[1:]:
         globals()[case]()
+        print(f" {case} done ", flush=True)
     ranks().wait()
-    print("done", flush=True)
     os._exit(0)  # past the end of Python, where the threads of torch's meshes may still ask for their group

@@ -13,17 +13,22 @@ import pytest
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.trainer.config import PPOConfig, RewardConfig
 
+CASES = ("tied", "untied", "biased", "gpt2", "critic", "reads", "refused")
 SCRIPT = Path(__file__).parents[1] / "ranks_fsdp.py"
 
 
-@pytest.mark.parametrize("case", ["tied", "untied", "biased", "gpt2", "critic", "reads", "refused"])
-def test_two_processes(case: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(SCRIPT), case],
-        capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+@pytest.fixture(scope="module")
+def result() -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    return subprocess.run(
+        [*command, *CASES],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert result.stdout.count("done") == 2, result.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(result: subprocess.CompletedProcess[str], case: str) -> None:
+    assert result.stdout.count(f" {case} done ") == 2, result.stderr
 
 
 def test_one_process_is_refused() -> None:
