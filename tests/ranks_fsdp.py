@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models cut over two processes against whole ones: `torchrun --nproc-per-node 2 ranks_fsdp.py CASE ...`, see test_fsdp.py.
+"""Models cut over two processes against whole ones: `torchrun --nproc-per-node 2 ranks_fsdp.py CASE ...`.
 
-Each rank learns from sequences of its own, the second of fewer micro-batches than the first.
+test_fsdp.py starts it. Each rank learns from sequences of its own, the second of fewer micro-batches than the first.
 """
 
 from __future__ import annotations

@@ -87,7 +87,9 @@ class RunOptions(Options):
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
         if self.fsdp and self.lora_rank:
-            raise UserError("fsdp and lora_rank exclude each other so far: with adapters every process has whole models")
+            raise UserError(
+                "fsdp and lora_rank exclude each other so far: with adapters every process has whole models"
+            )
         if self.fsdp and ranks().count == 1:
             raise UserError("fsdp cuts models over several processes and this is one: start it with torchrun")
         if self.overwrite and self.resume:

@@ -21,7 +21,7 @@ def is_cut(tensor: Tensor) -> bool:
 
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's rows, in the storage of `tensor`; outside of autograd."""
-    return tensor.detach().to_local() if is_cut(tensor) else tensor  # type: ignore[operator]
+    return tensor.detach().to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:

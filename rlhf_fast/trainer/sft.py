@@ -156,7 +156,7 @@ def _train(
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UserError("launch without FSDP and DeepSpeed: the option fsdp is what cuts a model over the processes")
+            raise UserError("launch without FSDP and DeepSpeed: --fsdp is what cuts a model over the processes")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(bridge := Bridge(run, stop))
         checkpoint = run.latest_checkpoint()
