@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
+    MixtralConfig,
     PhiConfig,
     PreTrainedConfig,
 )
@@ -40,6 +41,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "untied": LlamaConfig(**LLAMA, tie_word_embeddings=False),
     "biased": PhiConfig(**LLAMA, tie_word_embeddings=False),  # a bias on the head, too
+    "experts": MixtralConfig(
+        **{**LLAMA, "intermediate_size": 40}, num_local_experts=8, num_experts_per_tok=1
+    ),  # some read no token at all
     "gpt2": GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=61, n_positions=32, bos_token_id=1, eos_token_id=2),
 }
 
@@ -129,6 +133,10 @@ def untied() -> None:
 
 def biased() -> None:
     learns("biased")
+
+
+def experts() -> None:
+    learns("experts")
 
 
 def gpt2() -> None:

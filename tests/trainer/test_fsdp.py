@@ -13,7 +13,7 @@ import pytest
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.trainer.config import PPOConfig, RewardConfig
 
-CASES = ("tied", "untied", "biased", "gpt2", "critic", "reads", "refused")
+CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused")
 SCRIPT = Path(__file__).parents[1] / "ranks_fsdp.py"
 
 
