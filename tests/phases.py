@@ -103,8 +103,8 @@ def jobs(data: Path) -> dict[str, Any]:
 
 
 def cut_jobs(data: Path) -> dict[str, Any]:
-    """The same with models cut over the ranks."""
-    return {f"{name}-fsdp": replace(jobs(data)[name], fsdp=True) for name in CUT}
+    """The same with models cut over the ranks, in smaller micro-batches, of which a rank then has several."""
+    return {f"{name}-fsdp": replace(jobs(data)[name], fsdp=True, micro_batch_size=4) for name in CUT}
 
 
 def run(config: Any, folder: Path, resume: bool = False) -> None:

@@ -4,6 +4,7 @@
 A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e-5 would change nothing. The optimizer
 therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
 Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks.
+Of weights that are cut over the ranks each steps its own rows, and saves them whole.
 """
 
 from __future__ import annotations

@@ -49,8 +49,10 @@ def sharded(model: Any, wanted: bool) -> Any:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
     for name, weight in list(head.named_parameters()):
-        own = nn.Parameter(cut(weight, mesh), weight.requires_grad) if name not in tied else None
-        setattr(head, name, own if own is not None else trunk.get_parameter(tied[name]))
+        if name in tied:
+            setattr(head, name, trunk.get_parameter(tied[name]))
+        else:
+            setattr(head, name, nn.Parameter(cut(weight, mesh), weight.requires_grad))
     return model
 
 
@@ -77,7 +79,7 @@ def is_sharded(model: Any) -> bool:
 def together(model: Any) -> Iterator[None]:
     """All weights of the model on every rank, as ordinary tensors, and nothing exchanged while it runs; no gradients.
 
-    That takes the memory of the weights, not of what the optimizer keeps.
+    That takes the memory of the weights, not of what the optimizer keeps. Every rank must begin and end it.
     """
     if not is_sharded(model):
         yield
