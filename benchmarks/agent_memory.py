@@ -2,6 +2,9 @@
 """Memory of what PPO loads and of two tiny steps, beside the formula of docs/scaling.md.
 
     python benchmarks/agent_memory.py objective=grpo lora_rank=16
+    MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 benchmarks/agent_memory.py
+
+The second runs with fsdp, prints what each process takes, and has glibc give back what is freed.
 
 Resident memory of this process above what Python and the libraries take; Linux.
 """
@@ -16,6 +19,7 @@ from pathlib import Path
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.options import load_config
 from rlhf_fast.run.progress import Timer
+from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.trainer.agent import load_agent, load_prompts
 from rlhf_fast.trainer.config import PPOConfig
@@ -37,7 +41,8 @@ def formula(config: PPOConfig, policy: int, learned: int, critic: int, critic_le
         plain = (policy - learned) * (1 + reward) + critic - critic_learned
         return plain * weight + (learned + critic_learned) * each
     each = weight + master + 8 + 4
-    return (policy + critic) * each + (1 + reward) * policy * weight
+    whole = policy * weight if config.fsdp else 0  # the policy while it samples
+    return ((policy + critic) * each + (1 + reward) * policy * weight) / ranks().count + whole
 
 
 def main() -> None:
@@ -47,17 +52,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"
         file.write_text(json.dumps({"prompt": "The weather today is"}) + "\n")
-        overrides = {"prompts_file": str(file), "dtype": "bfloat16", "prompts_per_step": 1, "samples_per_prompt": 2}
+        overrides = {"prompts_file": str(file), "dtype": "bfloat16", "samples_per_prompt": 2}
         overrides |= {"max_new_tokens": 8, "num_minibatches": 1}
+        overrides |= {"prompts_per_step": ranks().count, "fsdp": ranks().count > 1}
         overrides |= dict(word.split("=", 1) for word in sys.argv[1:])
         config = load_config(PPOConfig, None, overrides)
         if not config.reward_model:
             reward = load_reward_model(config.model, config.dtype, load_tokenizer(config.model))
-            reward.save_pretrained(Path(folder) / "reward")
-            config.reward_model = str(Path(folder) / "reward")
+            config.reward_model = str(Path(ranks().every(folder)[0]) / "reward")
+            if ranks().main:
+                reward.save_pretrained(config.reward_model)
+            ranks().wait()
             del reward
         config.validate()
-        tune_process()
+        if not config.fsdp:  # pieces of models come and go, and what is kept for them would be counted
+            tune_process()
         before = memory("VmRSS")
         agent = load_agent(config)
         loaded = memory("VmRSS") - before

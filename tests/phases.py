@@ -28,6 +28,7 @@ from rlhf_fast.trainer.ppo import train_ppo
 from rlhf_fast.trainer.reward import train_reward
 from rlhf_fast.trainer.sft import train_sft
 
+CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several processes also do with fsdp
 RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
@@ -101,6 +102,11 @@ def jobs(data: Path) -> dict[str, Any]:
     }
 
 
+def cut_jobs(data: Path) -> dict[str, Any]:
+    """The same with models cut over the ranks, in smaller micro-batches, of which a rank then has several."""
+    return {f"{name}-fsdp": replace(jobs(data)[name], fsdp=True, micro_batch_size=4) for name in CUT}
+
+
 def run(config: Any, folder: Path, resume: bool = False) -> None:
     """Do one job in `folder`. PPO also writes what each rank sampled to rollouts-RANK.jsonl."""
     config = replace(config, output_dir=str(folder), resume=resume)
@@ -137,7 +143,7 @@ if __name__ == "__main__":
     words, _, command = (" ".join(sys.argv[1:]) + " ").partition(" -- ")
     first, second, *names = words.split()
     data, folder = Path(first), Path(second)
-    for name, config in jobs(data).items():
+    for name, config in {**jobs(data), **(cut_jobs(data) if ranks().count > 1 else {})}.items():
         if not names or name in names:
             run(config, folder / name, resume=(folder / name).exists())
     if command:

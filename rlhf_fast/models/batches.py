@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .rollout import Support
 
+NO_ROWS = torch.empty(0, dtype=torch.int64)  # a micro-batch of nothing
+
 
 class Batch(NamedTuple):
     """Sequences padded on the right. `mask` says which tokens are asked for (the completion's)."""
@@ -24,9 +26,9 @@ class Batch(NamedTuple):
     support: Support | None = None  # of the tokens of `mask`, where sampling cut the law
 
     def rows(self, index: Tensor) -> Batch:
-        """Those rows, cut to the longest of them."""
+        """Those rows, cut to the longest of them; of none, one column."""
         attention = self.attention_mask[index]
-        width = int(attention.sum(1).max())
+        width = int(attention.sum(1).max()) if len(index) else 1
         support = None
         if self.support is not None:
             numbers = torch.zeros_like(self.input_ids)
@@ -55,12 +57,11 @@ class Batch(NamedTuple):
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:
     """`function` of each micro-batch, without autograd, in the order of the batch: (B,), (B, T) or (B, T, n)."""
-    with torch.inference_mode():
+    with torch.no_grad():  # inference mode leaves tensors behind that FSDP cannot use in a backward
         outputs = [function(batch.rows(index)) for index in plan]
     whole = [len(batch.input_ids), *outputs[0].shape[1:]]
     if outputs[0].dim() > 1:
         whole[1] = batch.input_ids.shape[1]
-    # made outside of inference mode, since autograd refuses to save tensors from within
     result = torch.zeros(whole, dtype=outputs[0].dtype, device=outputs[0].device)
     for index, output in zip(plan, outputs, strict=True):
         if output.dim() > 1:

@@ -17,6 +17,7 @@ from rlhf_fast.hf import LanguageModelHead, language_model_head
 
 from .heads import position_ids
 from .rollout import Rollout, Support
+from .sharding import together
 
 
 class Law(NamedTuple):
@@ -61,7 +62,9 @@ def generate(
     total = (total_prompts or first_prompt + len(prompts)) * samples_per_prompt
     mine = slice(first_prompt * samples_per_prompt, (first_prompt + len(prompts)) * samples_per_prompt)
     law, end_ids = Law(temperature, top_k, top_p), ends(model, tokenizer)
-    tokens, kept = _sample(model, left, mask, end_ids, max_new_tokens, law, generator, samples_per_prompt, total, mine)
+    size = max_new_tokens, law, generator, samples_per_prompt, total, mine
+    with together(model):
+        tokens, kept = _sample(model, left, mask, end_ids, *size)
     tokens = tokens.cpu().clone()  # an ordinary tensor: autograd refuses those of inference mode
     return _assemble(tokenizer, prompts, tokens, kept, end_ids, samples_per_prompt, device)
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 import rlhf_fast as rf
 from rlhf_fast.hf import language_model_head
 from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.shards import whole
 
 from .loading import score_normalizer
 from .prefix import layout, shared_states
 from .rollout import Support
+from .sharding import together
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -35,6 +37,9 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positio
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
     fast causal path; states at pads are meaningless either way. Rows that begin alike share that part: `prefix.py`.
     """
+    if len(input_ids) == 0:  # a rank with nothing to do goes along, for the others to have its part of the weights
+        one = input_ids.new_zeros((1, 1))
+        return hidden_states(model, one, torch.ones_like(one))[:0]
     choose_attention(model, input_ids.shape[1])
     if positions is not None:
         return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -69,7 +74,8 @@ def choose_attention(model: Any, length: int) -> None:
 def law_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
     """The head's weight (V, H), and the rest of what turns hidden states into the sampling law."""
     found = language_model_head(model)
-    return found.weight, {**found.options(), "temperature": temperature}
+    bias = None if found.bias is None else whole(found.bias)
+    return whole(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
 
 
 def predicting_rows(
@@ -184,13 +190,14 @@ def _read_score(model: Any, rows: Tensor) -> Tensor:
     return (raw - mean) / std
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_head(model: Any, input_ids: Tensor) -> None:
     """Stop if the model's own logits for `input_ids` (1, T) disagree with its trunk and head taken apart."""
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     mask[:, 0] = False
-    ours = token_logprobs(model, input_ids, torch.ones_like(input_ids), mask)[:, 1:]
-    logits = model(input_ids=input_ids).logits[:, :-1].float()
+    with together(model):
+        ours = token_logprobs(model, input_ids, torch.ones_like(input_ids), mask)[:, 1:]
+        logits = model(input_ids=input_ids).logits[:, :-1].float()
     theirs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     gap = float((ours - theirs).abs().max()) if ours.numel() else 0.0
     if not gap < 0.25:  # bfloat16 logits near 30 are 0.125 apart; a head read wrongly is off by nats

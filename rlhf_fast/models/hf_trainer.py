@@ -23,10 +23,15 @@ from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag
 from rlhf_fast.run.ranks import ranks
+from rlhf_fast.run.shards import cut_like, gathered, whole_state
+
+from .sharding import is_sharded, sharded
 
 
 class SumTrainer(Trainer):
     """Takes models whose forward gives the loss summed over tokens. What it would pickle goes through `save_state`."""
+
+    fsdp = False  # True cuts the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
 
     def compute_loss(
         self,
@@ -38,21 +43,41 @@ class SumTrainer(Trainer):
         """The mean over the tokens of the whole optimizer step."""
         # Labels of the whole optimizer step on all ranks, counted by the Trainer. Engines average over ranks.
         assert num_items_in_batch is not None
-        return model(**inputs)["loss"] * (self.accelerator.num_processes / num_items_in_batch)
+        count = self.accelerator.num_processes
+        with self.accelerator.autocast():
+            loss = model(**inputs)["loss"] / num_items_in_batch
+        # Ours adds up gradients, while the Trainer shows the average of what the ranks return here.
+        return loss + (count - 1) * loss.detach() if is_sharded(model) else loss * count
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Before there is one, the model is cut over the ranks if that is wanted; accelerate takes it as it is."""
+        if self.fsdp and not is_sharded(self.model):
+            sharded(self.model, True)._is_accelerate_prepared = True
+        return super().create_optimizer()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """In one piece, whatever the ranks hold."""
+        state = whole_state(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        inner = self.optimizer.state_dict()
+        moments = {str(i): {k: gathered(x) for k, x in values.items()} for i, values in inner["state"].items()}
+        groups, scheduler = inner["param_groups"], self.lr_scheduler.state_dict()
         if self.args.should_save:
-            assert self.optimizer is not None and self.lr_scheduler is not None
-            inner = self.optimizer.state_dict()
-            moments = {str(i): values for i, values in inner["state"].items()}
-            groups, scheduler = inner["param_groups"], self.lr_scheduler.state_dict()
             save_state(output_dir, {"moments": moments, "groups": groups, "scheduler": scheduler})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
             state = load_state(checkpoint)
-            moments = {int(i): values for i, values in state["moments"].items()}
+            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+            moments = {
+                int(i): {k: cut_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
+                for i, values in state["moments"].items()
+            }
             self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
             self.lr_scheduler.load_state_dict(state["scheduler"])
 

@@ -44,7 +44,7 @@ def layout(model: Any, input_ids: Tensor, mask: Tensor) -> Layout | None:
     same = ((input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]).long().cumprod(1).sum(1).tolist()
     groups = _groups(lengths, same)
     longest = max(prefix + sum(lengths[i] - prefix for i in rows) for rows, prefix in groups)
-    if not _pays(model, groups, lengths, longest) or not _can(model):
+    if not _pays(model, groups, lengths, longest) or not can_share(model):
         return None
     return _layout(input_ids, lengths, groups, longest)
 
@@ -118,7 +118,7 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _can(model: Any) -> bool:
+def can_share(model: Any) -> bool:
     """Whether this model takes such a mask and such positions at their word; tried once, on a few tokens."""
     if model not in _known:
         ids = torch.tensor([[3, 4, 5, 6, 7, 8], [3, 4, 5, 9, 10, 11]], device=model.device) % model.config.vocab_size

@@ -40,7 +40,8 @@ class Rollout:
 class Sampler(Protocol):
     """Samples completions of prompts (token ids) from the policy's law softmax(logits / temperature), cut by top-k and
     top-p. Only the prompts that number `first_prompt` and on of `total_prompts` are given: the random numbers of a row
-    must depend on `generator` and the row's number among all, so that the number of processes changes no sample."""
+    must depend on `generator` and the row's number among all, so that the number of processes changes no sample.
+    With fsdp the model is cut over the processes: `sharding.together(model)` has all weights while it lasts."""
 
     def __call__(
         self,

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.models.sharding import even, is_sharded
 from rlhf_fast.run.ranks import ranks
 
 Rater = Callable[[Any, list[str]], list[float]]
@@ -47,9 +48,12 @@ def evaluate(
     """
     own: dict[int, list[dict[str, Any]]] = {}
     together = max(1, SAMPLES_AT_ONCE // samples)
-    for place, start in enumerate(range(0, len(prompts), together)):
-        if place % ranks().count != ranks().index:
-            continue
+    starts = range(0, len(prompts), together)
+    for place in range(ranks().index, -(-len(starts) // ranks().count) * ranks().count, ranks().count):
+        left = place < len(starts)
+        if not left and not is_sharded(policy):
+            break
+        start = starts[place] if left else 0  # in vain, but the others need this rank's part of the weights
         made = generate(
             policy,
             tokenizer,
@@ -61,7 +65,9 @@ def evaluate(
             seed=EVAL_SEED + start,
             samples_per_prompt=samples,
         )
-        own[start] = _measure(policy, reference, reward, made, temperature, micro_batch_size)
+        measured = _measure(policy, reference, reward, made, temperature, micro_batch_size)
+        if left:
+            own[start] = measured
     parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
     rows = [row for start in sorted(parts) for row in parts[start]]
     groups = [[row["completion"] for row in rows[place : place + samples]] for place in range(0, len(rows), samples)]
@@ -85,7 +91,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """One row for each sample; its entropy is the sum over its tokens."""
     batch = Batch(made.input_ids, made.attention_mask, made.response_mask, made.support)
-    plan = batch.plan(micro_batch_size)
+    plan = even(batch.plan(micro_batch_size), policy, NO_ROWS)
 
     def with_entropy(part: Batch) -> Tensor:
         return torch.stack(token_logprobs_entropy(policy, *part, temperature), -1)

@@ -14,6 +14,7 @@ from typing import Any
 from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints, save_state, write_json, write_text
 from .errors import UserError
 from .ranks import ranks
+from .shards import whole_state
 
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other
 
@@ -132,9 +133,10 @@ class RunFolder:
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
+        state = whole_state(model)
         if ranks().main:
             with folder_aside(self.path / "model") as folder:
-                model.save_pretrained(folder)
+                model.save_pretrained(folder, state_dict=state)
                 tokenizer.save_pretrained(folder)
         ranks().wait()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from .errors import UserError
+from .ranks import ranks
 
 C = TypeVar("C")
 
@@ -69,6 +70,8 @@ class RunOptions(Options):
     """Compute activations again in the backward instead of keeping them: less memory, about a third more time."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
+    fsdp: bool = False
+    """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
     trackers: tuple[str, ...] = ()
@@ -83,6 +86,12 @@ class RunOptions(Options):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
+        if self.fsdp and self.lora_rank:
+            raise UserError(
+                "fsdp and lora_rank exclude each other so far: with adapters every process has whole models"
+            )
+        if self.fsdp and ranks().count == 1:
+            raise UserError("fsdp cuts models over several processes and this is one: start it with torchrun")
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"

@@ -28,6 +28,7 @@ from rlhf_fast.models.loading import (
 from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.models.sharding import sharded
 from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
@@ -86,12 +87,15 @@ def load_agent(config: PPOConfig) -> Agent:
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
     functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
-    policy = load_causal_lm(config.model, dtype, trust)
-    frozen = None if config.lora_rank else load_causal_lm(config.model, dtype, trust).requires_grad_(False)
+    policy = sharded(load_causal_lm(config.model, dtype, trust), config.fsdp)
+    frozen = None
+    if not config.lora_rank:
+        frozen = sharded(load_causal_lm(config.model, dtype, trust).requires_grad_(False), config.fsdp)
     adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
     reward = None
     if config.reward_model:
         reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
+        reward = sharded(reward, config.fsdp)
         if reward.get_input_embeddings().num_embeddings != policy.get_input_embeddings().num_embeddings:
             raise UserError(
                 f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}; "
@@ -100,6 +104,7 @@ def load_agent(config: PPOConfig) -> Agent:
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
         critic = make_critic(load_reward_model(config.reward_model or config.model, dtype, tokenizer, trust))
+        critic = sharded(critic, config.fsdp)
         if reward is None:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
         if config.lora_rank:

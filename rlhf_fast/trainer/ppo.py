@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.feedback.raters import RaterError, load_rater
-from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.models.rollout import Sampler
+from rlhf_fast.models.sharding import even
 from rlhf_fast.report.evaluate import Rater, evaluate
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.checks import check_finite, check_logprobs, check_ratio
@@ -130,7 +131,7 @@ def train_step(
 
     # 2. Score them: one number a completion, by the reward model (read at the last token), by functions, or by both.
     with timer("reward"):
-        plan = batch.plan(config.micro_batch_size)
+        plan = even(batch.plan(config.micro_batch_size), agent.policy, NO_ROWS)
         scores = rollout.scores
         if scores is None:
             asked = [prompts.lines[i].prompt for i in chosen[mine]]
@@ -146,7 +147,8 @@ def train_step(
     # minibatch runs the very matmuls of the old log-probabilities, and its ratio is 1 to the last bits.
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000)
     plans = [
-        batch.plan(config.micro_batch_size, rows, unit) for rows in minibatches(len(paid), unit, config, generator)
+        even(batch.plan(config.micro_batch_size, rows, unit), agent.policy, NO_ROWS)
+        for rows in minibatches(len(paid), unit, config, generator)
     ]
     plan = [rows for part in plans for rows in part]
 
@@ -211,7 +213,7 @@ def update(
         for index in range(len(plans)) if epoch == 0 else torch.randperm(len(plans), generator=generator).tolist():
             # Losses of the micro-batches are sums over tokens, over what the whole minibatch has on all ranks: how it
             # is cut does not change the gradient.
-            rows = torch.cat(plans[index]) if plans[index] else torch.empty(0, dtype=torch.int64)
+            rows = torch.cat([NO_ROWS, *plans[index]])
             totals = Totals(*ranks().total([float(sampled.batch.mask[rows].sum()), len(rows)]))
             figures: dict[str, float] = {}
             for part in plans[index]:

@@ -35,6 +35,7 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora
 from rlhf_fast.models.optim import AdamW
+from rlhf_fast.models.sharding import even, sharded
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
@@ -64,6 +65,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+        model = sharded(model, config.fsdp)
         adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -206,13 +208,14 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size):
-        scores = forward_scores(model, part, pad_id)
-        part_loss = ranking_loss(scores, part, config.loss, config.centering) / len(batch)
+    for part in even(micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size), model, []):
+        shown = part or batch[:1]  # with nothing to do for one rank others still need its part of the weights
+        scores = forward_scores(model, shown, pad_id)
+        part_loss = ranking_loss(scores, shown, config.loss, config.centering) * bool(part) / len(batch)
         part_loss.backward()
         loss += float(part_loss.detach())
         count = sum(len(ranking.pairs) for ranking in part)
-        right += (pair_accuracy(part, scores) or 0.0) * count
+        right += (pair_accuracy(shown, scores) or 0.0) * count
         pairs += count
     loss, right, count_all = ranks().total([loss, right, pairs])
     norm = optimizer.step(MAX_GRAD_NORM)

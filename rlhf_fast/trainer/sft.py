@@ -152,10 +152,11 @@ def _train(
             train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
             data_collator=gather,
         )
+        trainer.fsdp = config.fsdp
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UserError("every process holds the whole model: launch without FSDP and DeepSpeed, or set lora_rank")
+            raise UserError("launch without FSDP and DeepSpeed: --fsdp is what cuts a model over the processes")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(bridge := Bridge(run, stop))
         checkpoint = run.latest_checkpoint()
