@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.feedback.prompts import Prompts, read_asked
 from rlhf_fast.feedback.raters import RaterError, load_rater
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
@@ -39,7 +40,7 @@ from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
-from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
+from .agent import Agent, calibrate_critic, encode_prompts, load_agent, restore, save
 from .config import PPOConfig
 from .metrics import Sampled, Watch, rollout_metrics
 from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, exact_reference, value_loss
@@ -60,10 +61,14 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     tune_process()
     timer = Timer()
     rater = load_rater(config.rater) if config.rater else None
+    scored = bool(config.reward_model or config.reward_functions)
+    lines = read_asked(config.prompts_file, feedback=config.objective == "dpo", scored=scored)
+    held_out_file = config.eval_prompts_file
+    held_out_lines = read_asked(held_out_file, feedback=False, scored=scored) if held_out_file else []
     with timer("load"):
         agent = load_agent(config)
-        prompts = load_prompts(config.prompts_file, config, agent, learned=True)
-        held_out = load_prompts(config.eval_prompts_file, config, agent) if config.eval_prompts_file else None
+        prompts = encode_prompts(lines, config, agent)
+        held_out = encode_prompts(held_out_lines, config, agent) if held_out_lines else None
     run.save_config(config)
     require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
     step = restore(agent, run)
@@ -111,7 +116,7 @@ def train_step(
 
     # 1. Sample completions, each rank of its share of the prompts. Rows of one prompt are next to each other.
     with timer("generate"):
-        chosen = prompts_of_step(len(prompts.ids), config, step)
+        chosen = prompts.chosen(step * config.prompts_per_step, config.prompts_per_step, config.seed)
         mine = ranks().share(len(chosen), "prompts_per_step")
         rollout = prompts.ranked(chosen[mine]) or sampler(
             agent.policy,
@@ -264,15 +269,6 @@ def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperat
 
     logprobs, entropy = in_micro_batches(both, batch, plan).unbind(-1)
     return logprobs.contiguous(), entropy
-
-
-def prompts_of_step(count: int, config: PPOConfig, step: int) -> list[int]:
-    """Prompts in random order, each once before any comes again; the order is a function of the seed alone."""
-    chosen = []
-    for place in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 7919 + place // count))
-        chosen.append(int(order[place % count]))
-    return chosen
 
 
 def out_of_time(config: PPOConfig, timer: Timer, steps_done: int) -> bool:

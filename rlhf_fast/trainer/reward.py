@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import encode_completion, encode_prompt, pad_right
-from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.data.examples import pad_right
+from rlhf_fast.feedback.encoded import EncodedRanking, encode
+from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import sequence_scores
@@ -43,7 +44,7 @@ from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .config import RewardConfig
-from .reward_losses import EncodedRanking, calibration, calibration_error, pair_accuracy, ranking_loss
+from .reward_losses import calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
 NORMALIZER_PROMPTS = 64
@@ -107,16 +108,6 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         run.log({"eval/pair_accuracy": accuracy}, steps)
     run.write_json("summary.json", summary)
     return summary
-
-
-def encode(tokenizer: Any, ranking: Ranking, max_length: int) -> EncodedRanking:
-    """Token ids of each completion behind its prompt; too long a completion is cut at `max_length`."""
-    prompt = encode_prompt(tokenizer, ranking.prompt, max_length=max_length, where=ranking.where)
-    sequences = [
-        (prompt + encode_completion(tokenizer, completion, ended=ended))[:max_length]
-        for completion, ended in zip(ranking.completions, ranking.ended, strict=True)
-    ]
-    return EncodedRanking(sequences, ranking.pairs(), ranking, len(prompt))
 
 
 def split(

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_fast.feedback.prompts import Prompts, read_asked
 from rlhf_fast.feedback.rewards import Rewards
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
@@ -65,6 +66,12 @@ def config(tiny: Path, reward_model: str) -> PPOConfig:
 
 def replace(config: PPOConfig, **values: Any) -> PPOConfig:
     return dataclasses.replace(config, **values)
+
+
+def asked(config: PPOConfig, agent: agents.Agent) -> Prompts:
+    """What `train_ppo` makes of the prompts file."""
+    feedback = config.objective == "dpo"
+    return agents.encode_prompts(read_asked(config.prompts_file, feedback=feedback, scored=True), config, agent)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -142,7 +149,7 @@ def test_the_value_loss_takes_the_larger_error() -> None:
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of one step, and the norms of all gradients at its first optimizer step."""
     agent = agents.load_agent(config)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     norms: dict[str, float] = {}
     step = agent.policy_optimizer.step
 
@@ -236,11 +243,12 @@ def test_the_time_limit_ends_the_phase_early(
     assert "ends the phase after 1 steps" in capsys.readouterr().err
 
 
-def test_prompts_come_once_before_any_comes_again(config: PPOConfig) -> None:
-    chosen = [i for step in range(6) for i in ppo.prompts_of_step(8, config, step)]
+def test_prompts_come_once_before_any_comes_again() -> None:
+    prompts = Prompts([], [[0]] * 8)
+    chosen = [i for place in range(0, 24, 4) for i in prompts.chosen(place, 4, seed=0)]
     assert all(sorted(chosen[start : start + 8]) == list(range(8)) for start in (0, 8, 16))
-    assert chosen[:8] != chosen[8:16]
-    assert chosen != [i for step in range(6) for i in ppo.prompts_of_step(8, replace(config, seed=1), step)]
+    assert chosen[:8] != chosen[8:16] and chosen == prompts.chosen(0, 24, seed=0)
+    assert chosen != prompts.chosen(0, 24, seed=1)
 
 
 def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
@@ -261,7 +269,7 @@ def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
 
 def test_dropout_is_noticed(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     hidden_states = heads.hidden_states
 
     def noisy(model: Any, *args: Any) -> Tensor:
@@ -283,7 +291,7 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
 )
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
     agent = agents.load_agent(config)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     broken = agent.rewards.model if model == "reward" else getattr(agent, model)
     broken.base_model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match=message):
@@ -292,7 +300,7 @@ def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str
 
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
         ppo.train_step(agent, prompts, config, 0, Timer())
@@ -313,10 +321,31 @@ def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, ti
         agents.load_agent(replace(config, reward_model=str(tmp_path / "other")))
 
 
+def test_files_and_functions_are_read_before_any_model(
+    config: PPOConfig, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ppo, "encode_prompts", lambda *args: pytest.fail("models were loaded first"))
+    monkeypatch.setattr(agents, "load_tokenizer", lambda *args: pytest.fail("a model's tokenizer was loaded first"))
+    bad = write_jsonl("bad.jsonl", {"prompt": "ann wants animals"}, "{not json")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("cannot read the data file none.jsonl", {"prompts_file": "none.jsonl"}),
+        ("bad.jsonl:2: not valid JSON", {"prompts_file": bad}),
+        ("bad.jsonl:2: not valid JSON", {"prompts_file": bad, "objective": "dpo"}),
+        ("bad.jsonl:2: not valid JSON", {"eval_prompts_file": bad}),
+        ("there is no file none.py", {"rater": "none.py:f"}),
+        ("there is no file none.py", {"reward_functions": ("none.py:f",)}),
+        ("say what samples are worth", {"objective": "dpo", "reward_model": ""}),
+        ("there is no folder './none'", {"reward_model": "./none"}),
+    ]
+    for message, values in cases:
+        with pytest.raises(UserError, match=message):
+            ppo.train_ppo(replace(config, **values), RunFolder.create(tmp_path / "run", overwrite=True))
+
+
 def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
     with pytest.raises(UserError, match="long.jsonl.*2"):
-        agents.load_prompts(path, config, agents.load_agent(config))
+        asked(replace(config, prompts_file=path), agents.load_agent(config))
 
 
 # ------------------------------------------------------------------------------------------- small parts
@@ -364,7 +393,7 @@ def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: 
         agent.rewards.__class__, "__call__", lambda *args: batch_scores.append(score(*args)) or batch_scores[-1]
     )
     truth = copy.deepcopy(agent.policy)
-    figures = ppo.train_step(agent, agents.load_prompts(config.prompts_file, config, agent), config, 0, Timer())
+    figures = ppo.train_step(agent, asked(config, agent), config, 0, Timer())
     batch, made = seen[0].batch, seen[0].made
     with torch.no_grad(), agent.reference() as reference:
         own, other = (
@@ -393,7 +422,7 @@ def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: s
     torch.manual_seed(0)
     for parameter in agent.policy.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     made = [ppo.train_step(agent, prompts, config, step, Timer()) for step in range(12)]
     distances = [row["objective/kl"] for row in made]
     assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
@@ -460,7 +489,7 @@ def test_gradient_checkpointing_changes_nothing(config: PPOConfig, tmp_path: Pat
 def test_with_lora_the_reference_is_the_policy_without_it(config: PPOConfig, tmp_path: Path) -> None:
     config = replace(config, lora_rank=4, objective="grpo", lr=1e-2)
     agent = agents.load_agent(config)
-    prompts = agents.load_prompts(config.prompts_file, config, agent)
+    prompts = asked(config, agent)
     separate = models.load_causal_lm(config.model, "float32")
     for step in range(2):
         ppo.train_step(agent, prompts, config, step, Timer())
@@ -513,10 +542,10 @@ def test_dpo_pairs_completions_of_one_prompt(
     learn = ppo.update
     monkeypatch.setattr(ppo, "update", lambda agent, made, *rest: seen.append(made) or learn(agent, made, *rest))
     agent = agents.load_agent(config)
-    ppo.train_step(agent, agents.load_prompts(config.prompts_file, config, agent, learned=True), config, 0, Timer())
+    ppo.train_step(agent, asked(config, agent), config, 0, Timer())
     batch = seen[0].batch
-    asked = [row[: int(mask.long().argmax())].tolist() for row, mask in zip(batch.input_ids, batch.mask, strict=True)]
-    assert len(asked) == 8 and asked[0::2] == asked[1::2] and len({tuple(ids) for ids in asked}) == 4
+    begins = [row[: int(mask.long().argmax())].tolist() for row, mask in zip(batch.input_ids, batch.mask, strict=True)]
+    assert len(begins) == 8 and begins[0::2] == begins[1::2] and len({tuple(ids) for ids in begins}) == 4
     assert seen[0].better.all()
 
 
@@ -533,9 +562,8 @@ def test_dpo_takes_the_best_and_the_worst_sample(config: PPOConfig) -> None:
 
 
 def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> None:
-    config = replace(config, objective="dpo", reward_model="")
     with pytest.raises(UserError, match="say what samples are worth"):
-        agents.load_prompts(config.prompts_file, config, agents.load_agent(config), learned=True)
+        read_asked(config.prompts_file, feedback=True, scored=False)
 
 
 @pytest.mark.parametrize(
