@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from .errors import UserError
+from .trackers import check_trackers
 
 C = TypeVar("C")
 
@@ -87,6 +88,8 @@ class RunOptions(Options):
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
             )
+        if self.trackers:
+            check_trackers(self.trackers)
 
 
 @dataclass

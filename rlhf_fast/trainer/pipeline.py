@@ -47,7 +47,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     config.validate()
     check_files(config)
     run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    run.save_config(config)
+    run.save_config(config, tracked=False)  # each phase opens its own
     timer = Timer()
     folder = run.path
     sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")

@@ -75,6 +75,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         train = standardised(train)
     elif not any(ranking.pairs for ranking in train):
         raise UserError(f"{config.feedback_file}: every rated line is a tie, so there is no pair to learn from")
+    run.save_config(config)
 
     with timer("train"):
         steps = _train(config, run, model, tokenizer.pad_token_id, train)

@@ -70,6 +70,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     room = min(config.max_length, context_length(model))
     examples = encode(tokenizer, demonstrations, room)
     eval_examples = encode(tokenizer, held_out, room)
+    run.save_config(config)
 
     with timer("evaluate"):
         before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
