@@ -54,6 +54,7 @@ class Agent:
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
     kl_price: KLPrice
+    asked: int = 0  # prompts so far: where in their order the next step begins
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -140,11 +141,12 @@ def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, age
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of what learns, and the KL's price; the rest follows from the step."""
+    """A checkpoint: float32 weights and moments of what learns, the KL's price, the place among the prompts."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
         "kl_coef": agent.kl_price.coef,
+        "asked": agent.asked,
     }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
@@ -161,7 +163,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
-    agent.kl_price.coef = float(state["kl_coef"])
+    agent.kl_price.coef, agent.asked = float(state["kl_coef"]), int(state["asked"])
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])
