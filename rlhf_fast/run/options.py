@@ -70,6 +70,8 @@ class RunOptions(Options):
     """Compute activations again in the backward instead of keeping them: less memory, about a third more time."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the trunk's weights in 4 bits (NF4, by bitsandbytes) under the adapters of `lora_rank`."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
     trackers: tuple[str, ...] = ()
@@ -88,6 +90,8 @@ class RunOptions(Options):
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
             )
+        if self.load_in_4bit and not self.lora_rank:
+            raise UserError("load_in_4bit needs lora_rank: weights of 4 bits do not learn, adapters on them do")
         if self.trackers:
             check_trackers(self.trackers)
 

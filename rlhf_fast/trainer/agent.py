@@ -87,7 +87,7 @@ def load_agent(config: PPOConfig) -> Agent:
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
     functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
-    policy = load_causal_lm(config.model, dtype, trust)
+    policy = load_causal_lm(config.model, dtype, trust, config.load_in_4bit)
     frozen = None if config.lora_rank else load_causal_lm(config.model, dtype, trust).requires_grad_(False)
     adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
     reward = None
@@ -100,7 +100,8 @@ def load_agent(config: PPOConfig) -> Agent:
             )
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
-        critic = make_critic(load_reward_model(config.reward_model or config.model, dtype, tokenizer, trust))
+        start = config.reward_model or config.model
+        critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit))
         if reward is None:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
         if config.lora_rank:

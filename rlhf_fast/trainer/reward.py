@@ -34,7 +34,7 @@ from rlhf_fast.models.loading import (
     resolve_dtype,
     set_score_normalizer,
 )
-from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.errors import Interrupted, UserError
@@ -64,7 +64,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     tune_process()
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+        trust, four_bit = config.trust_remote_code, config.load_in_4bit
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit)
         adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -86,7 +87,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores)
     set_score_normalizer(model, mean, std)
     with timer("save"):
-        run.save_model(model if adapters is None else adapters.merge_and_unload(), tokenizer)
+        run.save_model(model if adapters is None else merged(adapters), tokenizer)
         _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
 
     summary = {
@@ -235,7 +236,7 @@ def normalizer(
     """
     own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
     if 2 * len(own) < len(rankings):
-        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code)
+        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code, config.load_in_4bit)
         prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
         longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
         made = generate(
