@@ -16,12 +16,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rlhf_fast.data.examples import read_prompts
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.options import load_config
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
-from rlhf_fast.trainer.agent import load_agent, load_prompts
+from rlhf_fast.trainer.agent import encode_prompts, load_agent
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.ppo import train_step
 
@@ -70,7 +71,7 @@ def main() -> None:
         before = memory("VmRSS")
         agent = load_agent(config)
         loaded = memory("VmRSS") - before
-        prompts = load_prompts(config.prompts_file, config, agent)
+        prompts = encode_prompts(read_prompts(config.prompts_file), config, agent)
         for step in range(2):  # in the first one the critic's moments come when the policy's gradients have gone
             train_step(agent, prompts, config, step, Timer())
     count: list[int] = []

@@ -101,6 +101,7 @@ def our_config(model: str, folder: str, **options: Any) -> Any:
 
 
 def grpo_ours(model: str, rounds: int) -> dict[str, float]:
+    from rlhf_fast.data.examples import read_prompts
     from rlhf_fast.run.progress import Timer
     from rlhf_fast.run.runtime import tune_process
     from rlhf_fast.trainer import agent as agents
@@ -110,7 +111,7 @@ def grpo_ours(model: str, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         config = our_config(model, folder)
         agent = agents.load_agent(config)
-        prompts = agents.load_prompts(config.prompts_file, config, agent)
+        prompts = agents.encode_prompts(read_prompts(config.prompts_file), config, agent)
     times, lengths = [], []
     for step in range(rounds + 1):
         start = time.perf_counter()

@@ -32,6 +32,11 @@ CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several 
 RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
+def often_short(prompt: str, completions: list[str]) -> list[float]:
+    """1 for a completion of fewer than the most words."""
+    return [float(len(completion.split()) < 8) for completion in completions]
+
+
 def prepare(data: Path) -> None:
     """Add to the tiny task's folder what the jobs start from: feedback.jsonl and the model `reward`."""
     rows = [json.loads(line) for line in (data / "sft.jsonl").read_text().splitlines()[:60]]
@@ -93,6 +98,17 @@ def jobs(data: Path) -> dict[str, Any]:
         ),  # fmt: skip
         "ppo": ppo,
         "grpo": replace(ppo, objective="grpo", kl_in="loss", kl_estimator="k3", top_k=20),
+        # A reward that many prompts' samples agree on, so that each step takes a round or two more.
+        "dynamic": replace(
+            ppo,
+            objective="dapo",
+            reward_model="",
+            reward_functions=(f"{__file__}:often_short",),
+            eval_prompts_file=None,
+            samples_per_prompt=2,
+            dynamic_sampling=3,
+            top_k=20,
+        ),
         "dpo": replace(ppo, objective="dpo", kl_target=2.0, kl_coef=0.3),
         # Ranked samples, and minibatches in which a rank may have no row.
         "ranked": replace(

@@ -3,98 +3,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from typing import Any
 
 import pytest
 import torch
-import truths
+from linear_heads import (
+    ALL_OUTPUTS,
+    DIFFERENTIABLE,
+    HIDDEN,
+    VOCABULARY,
+    both,
+    both_and_dtype,
+    check_linear,
+    eager_stats,
+    head,
+)
 from tolerances import ATOL, assert_gradient, max_error
-from tools import NAN, Recorder, incoming, named_outputs, randint, randn, random_mask, scribble, upcast, with_gradients
+from tools import NAN, incoming, named_outputs, randint, randn, random_mask, scribble, upcast, with_gradients
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import pages, tiles
-
-ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
-DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")
-HIDDEN, VOCABULARY = 24, 301
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-# The loops are the same Python on every backend, and their row kernels have tests of their own: most of what is here
-# runs on two backends, the rest shows that the others serve tiles, masks and empty inputs too.
-both = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)
-both_and_dtype = pytest.mark.parametrize(
-    "backend, dtype",
-    [
-        pytest.param(backend, DTYPES[dtype], id=f"{backend}-{dtype}")
-        for backend, dtypes in (("torch", ("fp64", "fp32", "bf16")), ("native", ("fp32", "fp16", "bf16")))
-        for dtype in dtypes
-    ],
-    indirect=["backend"],
-)
-
-
-def head(
-    generator: torch.Generator, dtype: torch.dtype, rows: tuple[int, ...], width: int = VOCABULARY, bias: bool = True
-) -> dict[str, Tensor]:
-    inputs = {
-        "hidden": randn(*rows, HIDDEN, generator=generator, dtype=dtype),
-        "weight": randn(width, HIDDEN, generator=generator, dtype=dtype, scale=0.5),
-    }
-    if bias:
-        inputs["bias"] = randn(width, generator=generator, dtype=dtype)
-    return inputs
-
-
-def eager_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, **options: Any
-) -> dict[str, Tensor]:
-    """What a model's head and PyTorch give: logits in the dtype of the head, the statistics from them."""
-    return truths.token_stats(truths.linear_logits(hidden, weight, bias), targets, **options)
-
-
-def matmul_flops(event: Any) -> int:
-    """Of one profiled event: 2 n k m where it multiplies (n, k) by (k, m)."""
-    first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}.get(event.name)
-    if first is None:
-        return 0
-    (n, k), (_, m) = event.input_shapes[first : first + 2]
-    return 2 * n * k * m
-
-
-def check_linear(inputs: dict[str, Tensor], targets: Tensor, memory_budget: int | None = None, **options: Any) -> None:
-    """All outputs, and the gradients to hidden, weight and bias of each differentiable output alone and of all."""
-    dtype = inputs["hidden"].dtype
-    true_inputs = {k: upcast(v) for k, v in inputs.items()}
-    true_options = {k: upcast(v) for k, v in options.items()}
-    for subset in [DIFFERENTIABLE, *((name,) for name in DIFFERENTIABLE)]:
-        got, grads = with_gradients(
-            lambda **x: rf.linear_token_stats(
-                **x, targets=targets, outputs=ALL_OUTPUTS, memory_budget=memory_budget, **options
-            ),
-            inputs,
-            grads_of=subset,
-        )
-        true, true_grads = with_gradients(
-            lambda **x: eager_stats(**x, targets=targets, **true_options), true_inputs, grads_of=subset
-        )
-        eager, eager_grads = with_gradients(
-            lambda **x: eager_stats(**x, targets=targets, **options), inputs, grads_of=subset
-        )
-        for name in inputs:
-            assert_gradient(
-                grads[name], true_grads[name], eager_grads[name], dtype=dtype, what=f"gradient of {subset} to {name}"
-            )
-    for name in ALL_OUTPUTS[:-1]:
-        assert got[name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        limit = 2 * max_error(eager[name], true[name]) + ATOL[dtype]
-        assert max_error(got[name], true[name]) <= limit, name
-    if dtype in (torch.float64, torch.float32):  # rounded logits may tie otherwise
-        assert torch.equal(got["argmax"], true["argmax"])
+from rlhf_fast.ops.linear import tiles
 
 
 @both_and_dtype
@@ -235,25 +164,6 @@ def test_mask(
 
 
 @both
-def test_masked_rows_are_not_multiplied(backend: str, generator: torch.Generator) -> None:
-    """A quarter of the rows costs a quarter of the matmuls, forward and backward: three, as tiles are kept."""
-    inputs = head(generator, torch.float32, (8, 16), bias=False)
-    targets = randint(VOCABULARY, 8, 16, generator=generator)
-
-    def flops(mask: Tensor | None) -> int:
-        leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-            rf.linear_token_logprobs(**leaves, targets=targets, mask=mask).sum().backward()
-        return sum(matmul_flops(event) for event in seen.events())
-
-    few = torch.zeros(8, 16, dtype=torch.bool)
-    few[:2] = True
-    everything = flops(None)
-    assert everything == 3 * 2 * 128 * HIDDEN * VOCABULARY
-    assert flops(few) == everything // 4
-
-
-@both
 @pytest.mark.parametrize("frozen", ["weight", "hidden", "bias", "weight+bias"])
 def test_frozen_parts_get_no_gradient(backend: str, frozen: str, generator: torch.Generator) -> None:
     inputs = head(generator, torch.float32, (2, 5))
@@ -325,40 +235,6 @@ def test_minus_infinity_bias_forbids_a_token(backend: str, generator: torch.Gene
 
 
 @both
-@pytest.mark.parametrize("budget", [0, 2**20])
-def test_memory_stays_in_the_budget(
-    backend: str, budget: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No allocation near the size of [N, V]: what is kept, and one tile."""
-    monkeypatch.setattr(tiles, "CPU_TILE", 2**19)
-    rows, width = 512, 4096
-    inputs = {
-        "hidden": randn(rows, HIDDEN, generator=generator).requires_grad_(),
-        "weight": randn(width, HIDDEN, generator=generator).requires_grad_(),
-    }
-    targets = randint(width, rows, generator=generator)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        rf.linear_token_logprobs(**inputs, targets=targets, memory_budget=budget).sum().backward()
-    operators = [event for event in seen.events() if event.name.startswith("rlhf_fast")]
-    largest = max(event.cpu_memory_usage for event in seen.events())
-    assert operators and 0 < largest <= budget + 2**19 + 2**19, "kept, a tile (2 MiB in the reference), small things"
-
-
-@both
-def test_forward_alone_keeps_nothing(backend: str, generator: torch.Generator) -> None:
-    """Without a gradient to come, nothing is kept: under no_grad and where nothing requires grad."""
-    inputs = head(generator, torch.float32, (64,), width=4096)
-    targets = randint(4096, 64, generator=generator)
-    kept = []
-    for mode, grad in ((torch.no_grad(), True), (contextlib.nullcontext(), False), (contextlib.nullcontext(), True)):
-        leaves = {k: v.clone().requires_grad_(grad) for k, v in inputs.items()}
-        with mode, Recorder() as recorder:
-            rf.linear_token_logprobs(**leaves, targets=targets)
-        kept.append(recorder.calls[0][1][-1])
-    assert kept == [0, 0, tiles.DEFAULT_BUDGET["cpu"]]
-
-
-@both
 def test_gradients_accumulate_in_float32(
     backend: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,32 +285,6 @@ def test_float_logits(backend: str, dtype: torch.dtype, generator: torch.Generat
     got = rf.linear_token_logprobs(**inputs, targets=targets, logits_dtype=torch.float32)
     true = eager_stats(**{k: upcast(v) for k, v in inputs.items()}, targets=targets)["logprobs"]
     torch.testing.assert_close(got, true.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_giving_memory_back_changes_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of any size, and on a system that takes none."""
-    inputs = head(generator, torch.float32, (40,), width=4099)
-    targets = randint(4099, 40, generator=generator)
-    call = lambda **x: {"logprobs": rf.linear_token_logprobs(**x, targets=targets)}  # noqa: E731
-    usual = with_gradients(call, inputs)
-    for least, madvise in ((0, lambda: None), (0, pages._madvise)):
-        monkeypatch.setattr(pages, "LEAST", least)
-        monkeypatch.setattr(pages, "_madvise", madvise)
-        torch.testing.assert_close(with_gradients(call, inputs), usual, rtol=0, atol=0)
-    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    out = call(**leaves)["logprobs"].sum()
-    first, second = (torch.autograd.grad(out, list(leaves.values()), retain_graph=True) for _ in range(2))
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="Linux's")
-def test_what_is_given_back_is_one_piece() -> None:
-    x = torch.ones(pages.LEAST // 4 + 4096)
-    pages.give_back(x[3000:9000])
-    assert x[:3000].min() == 1 == x[9000:].min()
-    assert x[3000:9000].min() == 0
-    x.fill_(2)
-    assert x.min() == 2
 
 
 @both_and_dtype

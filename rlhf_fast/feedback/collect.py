@@ -57,6 +57,7 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
             model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
         room = min(config.max_length, context_length(model)) - config.max_new_tokens + 1
         encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
+        run.save_config(config)
         with StopFlag() as stop, Progress("collect", len(lines)) as bar:
             per_rank = max(1, config.micro_batch_size // config.samples_per_prompt)
             together = per_rank * ranks().count

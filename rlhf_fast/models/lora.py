@@ -10,6 +10,8 @@ from typing import Any
 
 from rlhf_fast.run.errors import UserError
 
+from .qlora import is_quantised, unquantised
+
 
 def add_lora(model: Any, rank: int, head: Any = None) -> Any:
     """Freeze `model`, add adapters to all linear layers of its trunk in place; returns peft's handle on them.
@@ -47,9 +49,14 @@ def adapters_off(handle: Any) -> Iterator[None]:
         yield
 
 
+def merged(handle: Any) -> Any:
+    """A plain model with what was learned added to its weights; the one that learned is used up."""
+    return unquantised(handle) if is_quantised(handle.get_base_model()) else handle.merge_and_unload()
+
+
 def merged_copy(handle: Any) -> Any:
-    """A plain model with what was learned added to its weights; the one that learns stays as it is.
+    """The same, but the one that learns stays as it is.
 
     A copy, because taking the sum apart again would not give back the very weights in bfloat16.
     """
-    return copy.deepcopy(handle).merge_and_unload()
+    return merged(handle if is_quantised(handle.get_base_model()) else copy.deepcopy(handle))

@@ -15,6 +15,7 @@ from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints,
 from .errors import UserError
 from .ranks import ranks
 from .shards import whole_state
+from .trackers import Trackers
 
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other
 
@@ -30,7 +31,7 @@ class RunFolder:
         self.path = path
         self.resume = resume
         self._board: Any = None
-        self._trackers: Any = None
+        self._trackers: Trackers | None = None
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
@@ -69,12 +70,12 @@ class RunFolder:
         """The folder of one phase of a pipeline."""
         return RunFolder.create(self.path / name, resume=self.resume)
 
-    def save_config(self, config: Any) -> None:
-        """Write a dataclass as config.yaml."""
+    def save_config(self, config: Any, tracked: bool = True) -> None:
+        """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open the trackers that it names."""
         import yaml
 
         if ranks().main:
-            self._trackers = _open_trackers(self.path, config)
+            self._trackers = Trackers(self.path, config) if tracked else None
             write_text(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -86,7 +87,7 @@ class RunFolder:
         for name, value in metrics.items():
             self._tensorboard().add_scalar(name, float(value), step)
         if self._trackers is not None:
-            self._trackers.log({name: float(value) for name, value in metrics.items()}, step=step)
+            self._trackers.log(metrics, step)
 
     def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]], behind: int | None = None) -> None:
         """Append one JSON object a line to a file of the folder; in place of all `behind` so many lines, if given."""
@@ -143,7 +144,7 @@ class RunFolder:
     def close(self) -> None:
         """Flush TensorBoard and the trackers."""
         if self._trackers is not None:
-            self._trackers.end_training()
+            self._trackers.close()
             self._trackers = None
         if self._board is not None:
             self._board.close()
@@ -158,24 +159,6 @@ class RunFolder:
             except ImportError:
                 self._board = _NoBoard()
         return self._board
-
-
-def _open_trackers(folder: Path, config: Any) -> Any:
-    """accelerate's trackers that the option names, or None."""
-    names = list(getattr(config, "trackers", ()))
-    if not names:
-        return None
-    from accelerate import Accelerator
-
-    try:
-        accelerator = Accelerator(log_with=names, project_dir=str(folder))
-        settings = {name: str(value) for name, value in dataclasses.asdict(config).items()}
-        accelerator.init_trackers(folder.name or "rlhf_fast", config=settings)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"trackers {names}: {error}") from None
-    if len(accelerator.trackers) < len(names):
-        raise UserError(f"trackers must be among accelerate's and installed, got {names}")
-    return accelerator
 
 
 class _NoBoard:

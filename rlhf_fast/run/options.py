@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from .errors import UserError
 from .ranks import ranks
+from .trackers import check_trackers
 
 C = TypeVar("C")
 
@@ -72,6 +73,8 @@ class RunOptions(Options):
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
     """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
+    load_in_4bit: bool = False
+    """QLoRA: keep the trunk's weights in 4 bits (NF4, by bitsandbytes) under the adapters of `lora_rank`."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
     trackers: tuple[str, ...] = ()
@@ -96,6 +99,10 @@ class RunOptions(Options):
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
             )
+        if self.load_in_4bit and not self.lora_rank:
+            raise UserError("load_in_4bit needs lora_rank: weights of 4 bits do not learn, adapters on them do")
+        if self.trackers:
+            check_trackers(self.trackers)
 
 
 @dataclass

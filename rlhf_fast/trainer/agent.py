@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import PromptLine, encode_prompt, pad_right, read_prompts
+from rlhf_fast.data.examples import PromptLine
+from rlhf_fast.feedback.prompts import Prompts, encode_asked
 from rlhf_fast.feedback.rewards import Rewards, load_functions
-from rlhf_fast.feedback.schema import holds_feedback, read_feedback
+from rlhf_fast.feedback.schema import Ranking
+from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
     checkpoint_activations,
     context_length,
-    device,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
@@ -27,7 +28,6 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.rollout import Rollout
 from rlhf_fast.models.sharding import sharded
 from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.errors import UserError
@@ -38,8 +38,6 @@ from rlhf_fast.run.ranks import ranks
 from .config import PPOConfig
 from .kl import KLPrice
 from .objectives import OBJECTIVES
-from .reward import encode as encode_ranking
-from .reward_losses import EncodedRanking
 
 BETAS = (0.9, 0.95)
 
@@ -57,6 +55,7 @@ class Agent:
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
     kl_price: KLPrice
+    asked: int = 0  # prompts so far: where in their order the next step begins
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -84,10 +83,12 @@ class Agent:
 
 def load_agent(config: PPOConfig) -> Agent:
     """Load all models. None is ever in training mode: dropout would make old and new log-probabilities differ."""
+    for name in filter(None, (config.model, config.reward_model)):
+        resolve_model(name)  # a wrong one is known before the other is loaded
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
     functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
-    policy = sharded(load_causal_lm(config.model, dtype, trust), config.fsdp)
+    policy = sharded(load_causal_lm(config.model, dtype, trust, config.load_in_4bit), config.fsdp)
     frozen = None
     if not config.lora_rank:
         frozen = sharded(load_causal_lm(config.model, dtype, trust).requires_grad_(False), config.fsdp)
@@ -103,7 +104,8 @@ def load_agent(config: PPOConfig) -> Agent:
             )
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
-        critic = make_critic(load_reward_model(config.reward_model or config.model, dtype, tokenizer, trust))
+        start = config.reward_model or config.model
+        critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit))
         critic = sharded(critic, config.fsdp)
         if reward is None:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
@@ -136,65 +138,21 @@ def calibrate_critic(critic: Any, values: Tensor, scores: Tensor, mask: Tensor) 
     return (values * slope + shift) * mask
 
 
-@dataclass
-class Prompts:
-    """Prompts of one file and their token ids; of a feedback file also its completions."""
-
-    lines: list[PromptLine]
-    ids: list[list[int]]
-    rankings: list[EncodedRanking] | None = None
-    pad_id: int = 0
-
-    def ranked(self, chosen: list[int]) -> Rollout | None:
-        """The completions that people ranked, best and worst of each prompt, in place of sampled ones."""
-        if self.rankings is None:
-            return None
-        rows, starts, texts, scores, ended = [], [], [], [], []
-        for i in chosen:
-            ranking = self.rankings[i]
-            goodness = list(ranking.source.goodness)
-            for k in (goodness.index(max(goodness)), goodness.index(min(goodness))):
-                rows.append(ranking.sequences[k])
-                starts.append(ranking.prompt_length)
-                texts.append(ranking.source.completions[k])
-                scores.append(goodness[k])
-                ended.append(ranking.source.ended[k])
-        input_ids, attention = (x.to(device()) for x in pad_right(rows, self.pad_id))
-        mask = attention.bool() & (
-            torch.arange(input_ids.shape[1], device=device()) >= torch.tensor(starts, device=device())[:, None]
-        )
-        numbers = torch.tensor(scores, dtype=torch.float32, device=device())
-        return Rollout(input_ids, attention.bool(), mask, texts, torch.tensor(ended, device=device()), None, numbers)
-
-
-def load_prompts(path: str, config: PPOConfig, agent: Agent, learned: bool = False) -> Prompts:
-    """Read and encode a file of prompts; UserError for one too long to leave room for a completion.
-
-    Prompts to be `learned` by dpo may be feedback, whose completions are then taken as they are.
-    """
+def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
+    """Token ids of what `read_asked` read; UserError for a prompt too long to leave room for a completion."""
     room = min(config.max_length, context_length(agent.policy))
-    if learned and config.objective == "dpo" and holds_feedback(path):
-        rankings = [encode_ranking(agent.tokenizer, ranking, room) for ranking in read_feedback(path)]
-        lines = [PromptLine(ranking.source.prompt, ranking.source.where) for ranking in rankings]
-        ids = [ranking.sequences[0][: ranking.prompt_length] for ranking in rankings]
-        return Prompts(lines, ids, rankings, agent.tokenizer.pad_token_id)
-    if not agent.rewards:
-        raise UserError("reward_model or reward_functions must say what samples are worth; feedback needs neither")
-    lines = read_prompts(path)
-    ids = [
-        encode_prompt(agent.tokenizer, line.prompt, max_length=room - config.max_new_tokens + 1, where=line.where)
-        for line in lines
-    ]
-    check_head(agent.policy, torch.tensor([ids[0]], device=agent.policy.device))
-    return Prompts(lines, ids)
+    prompts = encode_asked(lines, agent.tokenizer, room, config.max_new_tokens)
+    check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))
+    return prompts
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of what learns, and the KL's price; the rest follows from the step."""
+    """A checkpoint: float32 weights and moments of what learns, the KL's price, the place among the prompts."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
         "kl_coef": agent.kl_price.coef,
+        "asked": agent.asked,
     }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
@@ -211,7 +169,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
-    agent.kl_price.coef = float(state["kl_coef"])
+    agent.kl_price.coef, agent.asked = float(state["kl_coef"]), int(state["asked"])
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])

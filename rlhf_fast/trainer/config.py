@@ -109,6 +109,8 @@ class PPOOptions(SamplingOptions):
     """What is maximised: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
+    dynamic_sampling: Annotated[int, NOT_NEGATIVE] = 0
+    """Extra rounds of prompts, at most, in place of those whose samples all earn the same (DAPO); 0 keeps them."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 100
     """Steps of sampling and learning."""
     max_seconds: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -166,6 +168,10 @@ class PPOOptions(SamplingOptions):
             (
                 objective.compares and self.samples_per_prompt < 2,
                 f"objective {self.objective!r} compares samples of one prompt: samples_per_prompt must be 2 or more",
+            ),
+            (
+                self.dynamic_sampling > 0 and not objective.compares,
+                f"dynamic_sampling is for an objective that compares samples of one prompt, not for {self.objective!r}",
             ),
             (
                 self.kl_estimator == "exact" and (self.top_k > 0 or self.top_p < 1),

@@ -46,6 +46,10 @@ class Watch:
             "ended": metrics["sample/ended"] == 0
             and "no completion of this step ended by itself: the score is read where each was cut off; raise "
             "max_new_tokens, set missing_eos_penalty, or see that SFT taught the end-of-sequence token",
+            "unfilled": metrics.get("sample/unfilled", 0) > 0
+            and f"{metrics['sample/unfilled']:.0f} prompts of this step teach nothing, as all their samples earned the "
+            f"same, and dynamic_sampling {metrics['sample/extra_rounds']:.0f} found no others: raise it or "
+            "samples_per_prompt, or see whether the prompts are too easy or hopeless",
             "scores": metrics["objective/scores_std"] < 1e-6
             and "all completions of this step got the same score: there is nothing to learn from them",
         }
@@ -54,7 +58,7 @@ class Watch:
         return list(new.values())
 
 
-def rollout_metrics(rollout: Rollout, scores: Tensor, entropy: Tensor, sampled: Sampled) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, entropy: Tensor, sampled: Sampled) -> dict[str, float]:
     """Means over all samples of the step.
 
     objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: score minus the price of
@@ -62,7 +66,8 @@ def rollout_metrics(rollout: Rollout, scores: Tensor, entropy: Tensor, sampled: 
     """
     mask, made = sampled.batch.mask, sampled.made
     by_sample = torch.stack([made.kl.sum(1), made.rewards.sum(1)], 1)
-    by_completion = torch.stack([scores, rollout.response_mask.sum(1).float(), rollout.ended.float()], 1)
+    assert rollout.scores is not None
+    by_completion = torch.stack([rollout.scores, rollout.response_mask.sum(1).float(), rollout.ended.float()], 1)
     by_token = torch.stack([entropy[mask], made.returns[mask], sampled.values[mask]], 1)
     kl, rewards = ranks().cat(by_sample).unbind(1)
     scores, lengths, ended = ranks().cat(by_completion).unbind(1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import rlhf_fast as rf
+from rlhf_fast.models.rollout import Rollout
 
 from .config import PPOOptions
 
@@ -38,6 +39,18 @@ class Totals(NamedTuple):
 
     tokens: float
     sequences: float
+
+
+def payment(rollout: Rollout, config: PPOOptions) -> Tensor:
+    """(B,) what each sample earns: its score, less the penalty for one that did not end by itself."""
+    assert rollout.scores is not None
+    return rollout.scores - config.missing_eos_penalty * ~rollout.ended
+
+
+def counted(paid: Tensor, config: PPOOptions) -> Tensor:
+    """(B,) what of it the advantages see; pairs are compared as they are."""
+    clipped = config.score_clip and OBJECTIVES[config.objective].token_loss
+    return paid.clamp(-config.score_clip, config.score_clip) if clipped else paid
 
 
 # ------------------------------------------------------------------------------------------------ advantages

@@ -47,7 +47,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     config.validate()
     check_files(config)
     run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    run.save_config(config)
+    run.save_config(config, tracked=False)  # each phase opens its own
     timer = Timer()
     folder = run.path
     sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")
@@ -80,6 +80,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
 def check_files(config: PipelineConfig) -> None:
     """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
     from rlhf_fast.data.examples import read_prompts, read_sft
+    from rlhf_fast.feedback.prompts import read_asked
     from rlhf_fast.feedback.raters import load_rater
     from rlhf_fast.feedback.rewards import load_functions
     from rlhf_fast.feedback.schema import read_feedback
@@ -91,7 +92,7 @@ def check_files(config: PipelineConfig) -> None:
         read_feedback(config.reward.feedback_file)
     else:
         read_prompts(config.collect.prompts_file)
-    read_prompts(config.ppo.prompts_file)
+    read_asked(config.ppo.prompts_file, feedback=config.ppo.objective == "dpo", scored=True)
     if config.ppo.eval_prompts_file:
         read_prompts(config.ppo.eval_prompts_file)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:

@@ -24,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.feedback.prompts import Prompts, read_asked
 from rlhf_fast.feedback.raters import RaterError, load_rater
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
-from rlhf_fast.models.rollout import Sampler
+from rlhf_fast.models.refill import refill
+from rlhf_fast.models.rollout import Rollout, Sampler
 from rlhf_fast.models.sharding import even
 from rlhf_fast.report.evaluate import Rater, evaluate
 from rlhf_fast.run.checkpoint import require_space, seed_everything
@@ -40,10 +42,10 @@ from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
-from .agent import Agent, Prompts, calibrate_critic, load_agent, load_prompts, restore, save
+from .agent import Agent, calibrate_critic, encode_prompts, load_agent, restore, save
 from .config import PPOConfig
 from .metrics import Sampled, Watch, rollout_metrics
-from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, exact_reference, value_loss
+from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, counted, exact_reference, payment, value_loss
 from .policy_loss import policy_backward
 
 MAX_GRAD_NORM = 1.0
@@ -61,10 +63,14 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     tune_process()
     timer = Timer()
     rater = load_rater(config.rater) if config.rater else None
+    scored = bool(config.reward_model or config.reward_functions)
+    lines = read_asked(config.prompts_file, feedback=config.objective == "dpo", scored=scored)
+    held_out_file = config.eval_prompts_file
+    held_out_lines = read_asked(held_out_file, feedback=False, scored=scored) if held_out_file else []
     with timer("load"):
         agent = load_agent(config)
-        prompts = load_prompts(config.prompts_file, config, agent, learned=True)
-        held_out = load_prompts(config.eval_prompts_file, config, agent) if config.eval_prompts_file else None
+        prompts = encode_prompts(lines, config, agent)
+        held_out = encode_prompts(held_out_lines, config, agent) if held_out_lines else None
     run.save_config(config)
     require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
     step = restore(agent, run)
@@ -110,38 +116,23 @@ def train_step(
     """One step of the algorithm; returns its metrics."""
     objective = OBJECTIVES[config.objective]
 
-    # 1. Sample completions, each rank of its share of the prompts. Rows of one prompt are next to each other.
-    with timer("generate"):
-        chosen = prompts_of_step(len(prompts.ids), config, step)
-        mine = ranks().share(len(chosen), "prompts_per_step")
-        rollout = prompts.ranked(chosen[mine]) or sampler(
-            agent.policy,
-            agent.tokenizer,
-            [prompts.ids[i] for i in chosen[mine]],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step),
-            samples_per_prompt=config.samples_per_prompt,
-            first_prompt=mine.start,
-            total_prompts=len(chosen),
-        )
+    # 1. and 2. Sample completions and score them, each rank those of its share of the prompts; with dynamic sampling in
+    # rounds, until enough of them teach something. Rows of one prompt are next to each other.
+    rollout, drawn = refill(
+        lambda extra: sample(agent, prompts, config, step, extra, timer, sampler),
+        lambda made: counted(payment(made, config), config),
+        config.prompts_per_step,
+        config.dynamic_sampling,
+    )
+    agent.asked += config.prompts_per_step * (1 + int(drawn.get("sample/extra_rounds", 0)))
     batch = Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.support)
-
-    # 2. Score them: one number a completion, by the reward model (read at the last token), by functions, or by both.
-    with timer("reward"):
-        plan = even(batch.plan(config.micro_batch_size), agent.policy, NO_ROWS)
-        scores = rollout.scores
-        if scores is None:
-            asked = [prompts.lines[i].prompt for i in chosen[mine]]
-            scores = ranks().all_or_none(lambda: agent.rewards(batch, plan, asked, rollout.texts))
-        paid = scores - config.missing_eos_penalty * ~rollout.ended
-        better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
-        if objective.token_loss is None:  # learns from pairs alone
-            pairs, unit = best_and_worst(paid, len(paid) // len(chosen[mine])), 2  # feedback brings two a prompt
-            batch, paid = batch.rows(pairs), paid[pairs]
-            better = (paid[0::2] > paid[1::2]).repeat_interleave(2)
+    paid = payment(rollout, config)
+    better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
+    if objective.token_loss is None:  # learns from pairs alone
+        samples = len(paid) * ranks().count // config.prompts_per_step  # feedback brings two a prompt
+        pairs, unit = best_and_worst(paid, samples), 2
+        batch, paid = batch.rows(pairs), paid[pairs]
+        better = (paid[0::2] > paid[1::2]).repeat_interleave(2)
 
     # Which rows go through the models together. All passes of the step use the same cut, so that the update's first
     # minibatch runs the very matmuls of the old log-probabilities, and its ratio is 1 to the last bits.
@@ -190,9 +181,42 @@ def train_step(
         agent.train(config.gradient_checkpointing)  # in this mode only it works; dropout is off for good
         losses = update(agent, sampled, plans, priced, step, generator)
         agent.train(False)
-    metrics = {**rollout_metrics(rollout, scores, entropy, sampled), "objective/kl_coef": agent.kl_price.coef, **losses}
+    metrics = {**rollout_metrics(rollout, entropy, sampled), **drawn, **losses}
+    metrics["objective/kl_coef"] = agent.kl_price.coef
     agent.kl_price.update(metrics["objective/kl"])
     return metrics
+
+
+def sample(
+    agent: Agent, prompts: Prompts, config: PPOConfig, step: int, extra: int, timer: Timer, sampler: Sampler
+) -> Rollout:
+    """The samples of this rank's share of a round of prompts, and their scores; `extra` 0 is the step's first round.
+
+    A score is one number, by the reward model (read at the last token), by functions, by both, or by people.
+    """
+    with timer("generate"):
+        chosen = prompts.chosen(agent.asked + extra * config.prompts_per_step, config.prompts_per_step, config.seed)
+        mine = ranks().share(len(chosen), "prompts_per_step")
+        rollout = prompts.ranked(chosen[mine]) or sampler(
+            agent.policy,
+            agent.tokenizer,
+            [prompts.ids[i] for i in chosen[mine]],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step + extra * 10_000_019),
+            samples_per_prompt=config.samples_per_prompt,
+            first_prompt=mine.start,
+            total_prompts=len(chosen),
+        )
+    with timer("reward"):
+        if rollout.scores is None:
+            batch = Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+            asked = [prompts.lines[i].prompt for i in chosen[mine]]
+            plan = even(batch.plan(config.micro_batch_size), agent.policy, NO_ROWS)
+            rollout.scores = ranks().all_or_none(lambda: agent.rewards(batch, plan, asked, rollout.texts))
+    return rollout
 
 
 def minibatches(count: int, unit: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
@@ -266,15 +290,6 @@ def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperat
 
     logprobs, entropy = in_micro_batches(both, batch, plan).unbind(-1)
     return logprobs.contiguous(), entropy
-
-
-def prompts_of_step(count: int, config: PPOConfig, step: int) -> list[int]:
-    """Prompts in random order, each once before any comes again; the order is a function of the seed alone."""
-    chosen = []
-    for place in range(step * config.prompts_per_step, (step + 1) * config.prompts_per_step):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed * 7919 + place // count))
-        chosen.append(int(order[place % count]))
-    return chosen
 
 
 def out_of_time(config: PPOConfig, timer: Timer, steps_done: int) -> bool:

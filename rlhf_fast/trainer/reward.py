@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import encode_completion, encode_prompt, pad_right
-from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.data.examples import pad_right
+from rlhf_fast.feedback.encoded import EncodedRanking, encode
+from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import sequence_scores
@@ -33,7 +34,7 @@ from rlhf_fast.models.loading import (
     resolve_dtype,
     set_score_normalizer,
 )
-from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.models.sharding import even, sharded
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
@@ -44,7 +45,7 @@ from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .config import RewardConfig
-from .reward_losses import EncodedRanking, calibration, calibration_error, pair_accuracy, ranking_loss
+from .reward_losses import calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
 NORMALIZER_PROMPTS = 64
@@ -64,7 +65,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     tune_process()
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, config.trust_remote_code)
+        trust, four_bit = config.trust_remote_code, config.load_in_4bit
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit)
         model = sharded(model, config.fsdp)
         adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
         if config.gradient_checkpointing:
@@ -76,6 +78,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         train = standardised(train)
     elif not any(ranking.pairs for ranking in train):
         raise UserError(f"{config.feedback_file}: every rated line is a tie, so there is no pair to learn from")
+    run.save_config(config)
 
     with timer("train"):
         steps = _train(config, run, model, tokenizer.pad_token_id, train)
@@ -86,7 +89,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores)
     set_score_normalizer(model, mean, std)
     with timer("save"):
-        run.save_model(model if adapters is None else adapters.merge_and_unload(), tokenizer)
+        run.save_model(model if adapters is None else merged(adapters), tokenizer)
         _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
 
     summary = {
@@ -109,16 +112,6 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         run.log({"eval/pair_accuracy": accuracy}, steps)
     run.write_json("summary.json", summary)
     return summary
-
-
-def encode(tokenizer: Any, ranking: Ranking, max_length: int) -> EncodedRanking:
-    """Token ids of each completion behind its prompt; too long a completion is cut at `max_length`."""
-    prompt = encode_prompt(tokenizer, ranking.prompt, max_length=max_length, where=ranking.where)
-    sequences = [
-        (prompt + encode_completion(tokenizer, completion, ended=ended))[:max_length]
-        for completion, ended in zip(ranking.completions, ranking.ended, strict=True)
-    ]
-    return EncodedRanking(sequences, ranking.pairs(), ranking, len(prompt))
 
 
 def split(
@@ -246,7 +239,7 @@ def normalizer(
     """
     own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
     if 2 * len(own) < len(rankings):
-        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code)
+        policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code, config.load_in_4bit)
         prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
         longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
         made = generate(

@@ -9,23 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf_fast.feedback.schema import Ranking
-
-
-@dataclass(frozen=True)
-class EncodedRanking:
-    """Token ids of a prompt with each of its K completions, and the (better, worse) pairs among them."""
-
-    sequences: list[list[int]]
-    pairs: list[tuple[int, int]]
-    source: Ranking
-    prompt_length: int = 0
+from rlhf_fast.feedback.encoded import EncodedRanking
 
 
 def bradley_terry(scores: Tensor, ranking: EncodedRanking) -> Tensor:

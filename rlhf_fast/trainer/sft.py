@@ -27,7 +27,7 @@ from rlhf_fast.models.loading import (
     parameter_count,
     resolve_dtype,
 )
-from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.packing import (
     IGNORED,
     Example,
@@ -38,6 +38,7 @@ from rlhf_fast.models.packing import (
     packed_width,
     to_device,
 )
+from rlhf_fast.models.qlora import as_adapted
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
@@ -64,12 +65,14 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype)
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        model = load_causal_lm(config.model, torch.float32, config.trust_remote_code)
+        kept = dtype if config.load_in_4bit else torch.float32  # what is frozen needs no more
+        model = load_causal_lm(config.model, kept, config.trust_remote_code, config.load_in_4bit)
         adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
     room = min(config.max_length, context_length(model))
     examples = encode(tokenizer, demonstrations, room)
     eval_examples = encode(tokenizer, held_out, room)
+    run.save_config(config)
 
     with timer("evaluate"):
         before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
@@ -81,7 +84,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("evaluate"):
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     with timer("save"):
-        model = model if adapters is None else adapters.merge_and_unload()
+        model = model if adapters is None else merged(adapters)
         run.save_model(model.to(dtype), tokenizer)
 
     summary = {
@@ -146,12 +149,13 @@ def _train(
         return pack(batch, pad_id, width) if config.packing else collate(batch, pad_id)
 
     with StopFlag() as stop:
-        trainer = SumTrainer(
-            model=model,
-            args=_arguments(config, run, dtype),
-            train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
-            data_collator=gather,
-        )
+        with as_adapted(model):
+            trainer = SumTrainer(
+                model=model,
+                args=_arguments(config, run, dtype),
+                train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
+                data_collator=gather,
+            )
         trainer.fsdp = config.fsdp
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")

@@ -14,6 +14,9 @@ import phases
 import pytest
 import torch
 
+from rlhf_fast.models import loading
+from rlhf_fast.trainer.config import PPOConfig
+
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 WriteJsonl = Callable[..., str]
 
@@ -61,6 +64,36 @@ def job_data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_rater() -> str:
     """The tiny task's rater, in the form that `rater` options take."""
     return f"{TINY / 'raters.py'}:topic_share"
+
+
+@pytest.fixture(scope="session")
+def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained reward model with a normaliser: enough for everything but learning something useful."""
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    torch.manual_seed(0)
+    model = loading.load_reward_model(str(tiny / "model"), "float32", loading.load_tokenizer(str(tiny / "model")))
+    model.score.weight.data.mul_(20)
+    loading.set_score_normalizer(model, 0.1, 0.5)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(tiny: Path, reward_model: str) -> PPOConfig:
+    """Three small steps of PPO on the tiny task."""
+    return PPOConfig(
+        model=str(tiny / "model"),
+        reward_model=reward_model,
+        prompts_file=str(tiny / "feedback_prompts.jsonl"),
+        dtype="float32",
+        max_length=32,
+        max_new_tokens=8,
+        prompts_per_step=4,
+        samples_per_prompt=4,
+        max_steps=3,
+        lr=1e-3,
+        critic_lr=1e-3,
+    )
 
 
 @pytest.fixture

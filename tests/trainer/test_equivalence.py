@@ -16,14 +16,14 @@ from tools import native_is_built
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.data.examples import read_sft
+from rlhf_fast.data.examples import read_prompts, read_sft
 from rlhf_fast.models import packing
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.models.rollout import Rollout
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import ppo, sft
-from rlhf_fast.trainer.agent import load_agent, load_prompts
+from rlhf_fast.trainer.agent import encode_prompts, load_agent
 from rlhf_fast.trainer.config import PPOConfig
 
 STEP = 1  # the first step also fits the critic's head, which test_ppo.py looks at
@@ -43,7 +43,7 @@ class Recorded:
         self._watch("policy", self.agent.policy, self.agent.policy_optimizer)
         if self.agent.critic_optimizer is not None:
             self._watch("critic", self.agent.critic, self.agent.critic_optimizer)
-        prompts = load_prompts(config.prompts_file, config, self.agent)
+        prompts = encode_prompts(read_prompts(config.prompts_file), config, self.agent)
         self.figures = ppo.train_step(self.agent, prompts, config, STEP, Timer(), self._sample)
 
     def _copies(self) -> tuple[Any, Any]:

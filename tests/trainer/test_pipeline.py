@@ -36,6 +36,7 @@ def tiny_config(tiny: Path, folder: Path) -> PipelineConfig:
 @pytest.mark.parametrize("backend", ["native", "torch"], indirect=True)  # interpreters would take an hour
 def test_the_tiny_pipeline_learns(backend: str, tiny: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny, tmp_path / "run")
+    config.trackers = ("tensorboard",)
     summary = run_pipeline(config)
 
     ppo = summary["ppo"]
@@ -53,6 +54,7 @@ def test_the_tiny_pipeline_learns(backend: str, tiny: Path, tmp_path: Path) -> N
     assert all(title in page for title in ("Supervised fine-tuning", "Feedback", "Reward model", "PPO"))
     for phase in ("sft", "reward", "ppo"):
         assert (folder / phase / "model" / "model.safetensors").exists() and (folder / phase / "metrics.jsonl").exists()
+        assert (folder / phase / "config.yaml").exists() and list((folder / phase / phase).glob("*/hparams.yml"))
 
     with pytest.raises(UserError, match="exists and is not empty; .* --resume .* --overwrite"):
         run_pipeline(config)

@@ -15,7 +15,7 @@ import phases
 import pytest
 from safetensors.torch import load_file
 
-JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dpo", "ranked", "scarce")
+JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dynamic", "dpo", "ranked", "scarce")
 LEARN = (*(name for name in JOBS if name != "collect"), *(f"{name}-fsdp" for name in phases.CUT))
 RESUMED = ("sft-fsdp", "reward-fsdp", "ppo-fsdp")
 
@@ -97,6 +97,15 @@ def test_the_same_samples_are_drawn(done: Folders, name: str) -> None:
     for whole, first, second in zip(one, *two, strict=True):
         assert whole["ids"] == first["ids"] + second["ids"] and whole["ended"] == first["ended"] + second["ended"]
         assert whole["tokens"] == first["tokens"] + second["tokens"]
+
+
+def test_dynamic_sampling_takes_the_rounds_of_one_process(done: Folders) -> None:
+    """Each draws until all together have enough: nobody waits for a peer, and the batch is the same."""
+    rows = phases.metrics(done.two / "dynamic")
+    rounds = sum(1 + row["sample/extra_rounds"] for row in rows)
+    assert rounds > 3 and sum(row["sample/dropped"] for row in rows) > 0
+    for rank in (0, 1):
+        assert (done.two / "dynamic" / f"rollouts-{rank}.jsonl").read_text().count("\n") == rounds
 
 
 @pytest.mark.parametrize("name", ["ppo", "dpo", "ppo-fsdp", "ranked-fsdp"])

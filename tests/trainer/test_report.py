@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_fast.report.evaluate import variety
 from rlhf_fast.report.page import write_report
 from rlhf_fast.run.errors import UserError
 
@@ -115,3 +116,8 @@ def test_half_a_run_has_a_report_too(run: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run: wanted one of the folders sft, collect, reward, ppo"):
         write_report(tmp_path)
+
+
+def test_variety_counts_texts_and_word_pairs() -> None:
+    assert variety(["a b a", "a b a", "c"]) == {"distinct": 2 / 3, "distinct_2": 0.5}
+    assert variety(["a"]) == {"distinct": 1.0, "distinct_2": 1.0}

@@ -86,6 +86,30 @@ def test_the_configuration_is_kept(tmp_path: Path) -> None:
     assert "train_file: a.jsonl\n" in text and "lr: 0.5\n" in text
 
 
+def test_trackers_get_the_configuration_and_every_metric(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = SFTConfig(train_file="a.jsonl", lr=0.5, trackers=("tensorboard", "tensorboard"))
+    config.validate()
+    run = RunFolder.create(tmp_path / "run")
+    run.save_config(config)
+    for step in (1, 2):
+        run.log({"loss/policy_avg": torch.tensor(0.5 * step), "lr": 0.1}, step)
+    run.close()
+    (settings,) = run.path.glob("run/*/hparams.yml")  # TensorBoard's own way: a folder for the project, here "run"
+    assert "train_file: a.jsonl\n" in settings.read_text() and "lr: '0.5'\n" in settings.read_text()
+    seen = EventAccumulator(str(run.path / "run")).Reload()
+    assert [(event.step, event.value) for event in seen.Scalars("loss/policy_avg")] == [(1, 0.5), (2, 1.0)]
+    assert [event.step for event in seen.Scalars("lr")] == [1, 2]
+
+
+def test_a_tracker_that_is_not_there_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorbord", "wandb"):
+        monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
+        with pytest.raises(UserError, match=rf"trackers: '{name}' is none of .* installed here: \['tensorboard'\]"):
+            SFTConfig(train_file="a.jsonl", trackers=("tensorboard", name)).validate()
+
+
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     with pytest.raises(TypeError):

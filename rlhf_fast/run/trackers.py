@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""accelerate's trackers (wandb, mlflow, ...), which get the metrics beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+class Trackers:
+    """Those that `config.trackers` names, open; without names it does nothing.
+
+    Not through an `Accelerator`: the first of a process settles its precision, and the Trainer of SFT brings its own.
+    """
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        """Start them for a run in `folder`, whose configuration they keep."""
+        self._open: list[Any] = []
+        for name in dict.fromkeys(config.trackers):
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            cls = LOGGER_TYPE_TO_CLASS[name]
+            tracker = cls(folder.name, folder) if cls.requires_logging_directory else cls(folder.name)
+            tracker.start()
+            tracker.store_init_configuration({k: str(value) for k, value in dataclasses.asdict(config).items()})
+            self._open.append(tracker)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """A row of metrics."""
+        for tracker in self._open:
+            tracker.log({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        for tracker in self._open:
+            tracker.finish()
+        self._open = []
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError for a name that accelerate does not know, or whose package is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise UserError(f"trackers: {name!r} is none of those that accelerate finds installed here: {installed}")

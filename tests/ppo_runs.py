@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short runs of PPO for the tests of its parts; where they begin is the fixture `config` of tests/trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from phases import metrics
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_fast.feedback.prompts import Prompts, read_asked
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer import agent as agents
+from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer.config import PPOConfig
+
+
+def replace(config: PPOConfig, **values: Any) -> PPOConfig:
+    return dataclasses.replace(config, **values)
+
+
+def asked(config: PPOConfig, agent: agents.Agent) -> Prompts:
+    """What `train_ppo` makes of the prompts file."""
+    feedback = config.objective == "dpo"
+    return agents.encode_prompts(read_asked(config.prompts_file, feedback=feedback, scored=True), config, agent)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def steps(config: PPOConfig, folder: Path, **values: Any) -> list[dict[str, float]]:
+    """Metrics of a whole run."""
+    run = RunFolder.create(folder)
+    ppo.train_ppo(replace(config, **values), run)
+    return metrics(run.path)

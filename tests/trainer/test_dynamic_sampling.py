@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DAPO's dynamic sampling: prompts whose samples all earned the same are replaced, in rounds, up to a bound."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import phases
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlhf_fast.models.refill import chosen, joined, refill
+from rlhf_fast.models.rollout import Rollout, Support
+from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer import objectives, ppo
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.metrics import Watch
+
+SAMPLES = 2
+
+
+def rollout(first: int, scores: list[float], width: int = 5) -> Rollout:
+    """Prompts numbered from `first`, two samples each, whose first token is the prompt's number and whose last two are
+    sampled; each of these keeps as many ids as the prompt's number says."""
+    rows, prompts = len(scores), [first + i // SAMPLES for i in range(len(scores))]
+    columns = torch.arange(width).expand(rows, width)
+    counts = torch.tensor(prompts).repeat_interleave(2)
+    support = Support(counts.repeat_interleave(counts), torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    ids = columns.clone()
+    ids[:, 0] = torch.tensor(prompts)
+    return Rollout(
+        ids,
+        torch.ones(rows, width, dtype=torch.bool),
+        columns >= width - 2,
+        [f"{prompt}-{row % SAMPLES}" for row, prompt in enumerate(prompts)],
+        torch.tensor([row % 2 == 0 for row in range(rows)]),
+        support,
+        torch.tensor(scores).float(),
+    )
+
+
+def earned(made: Rollout) -> Tensor:
+    assert made.scores is not None
+    return made.scores
+
+
+ROUNDS = [
+    rollout(1, [0, 1, 1, 1, 0, 0]),  # 1 teaches; 2 and 3 do not
+    rollout(4, [5, 5, 2, 3, 7, 7], width=7),  # 5 teaches
+    rollout(7, [1, 2, 1, 2, 3, 3]),  # 7 and 8 teach, one more than is needed
+    rollout(10, [0, 1, 0, 1, 0, 1]),  # never asked
+]
+
+
+def test_rounds_are_drawn_until_the_batch_is_full() -> None:
+    asked: list[int] = []
+
+    def draw(extra: int) -> Rollout:
+        asked.append(extra)
+        return ROUNDS[extra]
+
+    made, figures = refill(draw, earned, wanted=3, rounds=9)
+    assert asked == [0, 1, 2] and made.texts == ["1-0", "1-1", "5-0", "5-1", "7-0", "7-1"]
+    assert made.scores is not None and made.scores.tolist() == [0, 1, 2, 3, 1, 2]
+    assert made.input_ids[:, 0].tolist() == [1, 1, 5, 5, 7, 7] and made.ended.tolist() == [True, False] * 3
+    assert made.response_mask.sum(1).tolist() == [2] * 6 and made.attention_mask.sum(1).tolist() == [5, 5, 7, 7, 5, 5]
+    assert made.support is not None and made.support.offsets.diff().tolist() == [1] * 4 + [5] * 4 + [7] * 4
+    assert made.support.ids.tolist() == [1] * 4 + [5] * 20 + [7] * 28
+    mean = sum(float(earned(one).sum()) for one in ROUNDS[:3]) / 18
+    assert figures == pytest.approx(
+        {"sample/extra_rounds": 2, "sample/dropped": 5, "sample/unfilled": 0, "sample/scores_drawn": mean}
+    )
+
+
+def test_at_the_bound_the_oldest_fill_the_batch() -> None:
+    made, figures = refill(lambda extra: ROUNDS[extra], earned, wanted=3, rounds=1)
+    assert made.texts == ["1-0", "1-1", "5-0", "5-1", "2-0", "2-1"]
+    assert [figures[f"sample/{name}"] for name in ("extra_rounds", "dropped", "unfilled")] == [1, 3, 1]
+    good = {"objective/entropy": 2.0, "sample/ended": 0.5, "objective/scores_std": 1.0}
+    watch = Watch()
+    (message,) = watch.look({**good, **figures})
+    assert "1 prompts of this step teach nothing" in message and "dynamic_sampling 1 found no others" in message
+    assert watch.look({**good, **figures}) == []
+
+
+def test_without_extra_rounds_nothing_is_touched() -> None:
+    made, figures = refill(lambda extra: ROUNDS[extra], earned, wanted=3, rounds=0)
+    assert made is ROUNDS[0] and figures == {}
+
+
+def test_joining_and_choosing_keep_rows_whole() -> None:
+    both = joined(ROUNDS[:2])
+    for part, rows in ((ROUNDS[0], torch.arange(6)), (ROUNDS[1], torch.arange(6, 12))):
+        back = chosen(both, rows)
+        for one, other in zip(vars(back).values(), vars(part).values(), strict=True):
+            assert all(map(torch.equal, one, other)) if isinstance(one, Support) else str(one) == str(other)
+
+
+@pytest.fixture
+def config(job_data: Path) -> PPOConfig:
+    job = phases.jobs(job_data)["dynamic"]
+    assert isinstance(job, PPOConfig)
+    return dataclasses.replace(job, save_steps=0)
+
+
+def samples_seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each step learns from."""
+    seen: list[Any] = []
+    learn = ppo.update
+    monkeypatch.setattr(ppo, "update", lambda agent, made, *rest: seen.append(made) or learn(agent, made, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("objective", ["dapo", "rloo", "dpo"])
+def test_every_prompt_of_a_full_batch_teaches(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    seen = samples_seen(monkeypatch)
+    config = dataclasses.replace(
+        config, objective=objective, dynamic_sampling=20, kl_coef=0.0 if objective != "dpo" else 0.1
+    )
+    ppo.train_ppo(config, RunFolder.create(tmp_path / "run"))
+    rows = phases.metrics(tmp_path / "run")
+    assert sum(row["sample/dropped"] for row in rows) > 0 and all(row["sample/unfilled"] == 0 for row in rows)
+    for made in seen:
+        if objective == "dpo":
+            assert made.better.all()
+        else:
+            assert (made.made.advantages.abs().sum(1) > 0).all()
+
+
+def test_a_score_that_clipping_makes_equal_teaches_nothing(config: PPOConfig) -> None:
+    paid = torch.tensor([7.0, 9.0, -1.0])
+    assert objectives.counted(paid, dataclasses.replace(config, score_clip=5.0)).tolist() == [5, 5, -1]
+    assert objectives.counted(paid, dataclasses.replace(config, score_clip=0.0)).tolist() == [7, 9, -1]
+    assert objectives.counted(paid, dataclasses.replace(config, objective="dpo")).tolist() == [7, 9, -1]
+
+
+def test_an_interrupted_run_goes_on_behind_the_prompts_it_has_asked(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], Any]
+) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    ppo.train_ppo(config, RunFolder.create(straight))
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "StopFlag", stop_at(2))
+        with pytest.raises(Interrupted, match="stopped after 2 of 3 steps"):
+            ppo.train_ppo(config, RunFolder.create(stopped))
+    ppo.train_ppo(config, RunFolder.create(stopped, resume=True))
+    assert phases.metrics(straight) == phases.metrics(stopped)
+    assert sum(row["sample/extra_rounds"] for row in phases.metrics(straight)[:2]) > 0
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (straight, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "reinforce++"])
+def test_objectives_that_compare_nothing_refuse_it(config: PPOConfig, objective: str) -> None:
+    with pytest.raises(
+        UserError, match=f"dynamic_sampling is for an objective that compares .*'{re.escape(objective)}'"
+    ):
+        dataclasses.replace(config, objective=objective).validate()

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's name that is no folder: an error at once where the hub is out of reach, the hub's own word where not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+
+from rlhf_fast.models import hub
+from rlhf_fast.models import loading as models
+from rlhf_fast.run.errors import UserError
+
+
+@pytest.fixture
+def asked_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A hub that cannot be reached, with an empty cache; what is asked of it."""
+    asked: list[str] = []
+
+    class Client:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Client)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub._answers.cache_clear()
+    return asked
+
+
+def test_a_name_that_is_no_folder_fails_at_once(asked_hub: list[str], tmp_path: Path) -> None:
+    """Without the hub; transformers would ask it for forty seconds, file by file."""
+    for name in ("./runs/sft", "/nothing/here", "~/model", "runs/sft/model", "runs/", r"runs\sft"):
+        with pytest.raises(UserError, match="there is no folder .* or an id such as org/name"):
+            models.load_tokenizer(name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; wanted the folder of a model"):
+        models.load_causal_lm(str(tmp_path / "file"), "float32")
+    assert not asked_hub
+    for load in (models.load_causal_lm, models.load_reward_model):
+        with pytest.raises(UserError, match="'org/name' here, the hub https://.* cannot be reached, and its cache has"):
+            load("org/name", "float32")
+    assert len(asked_hub) == 1
+
+
+def test_what_the_hub_gave_before_is_used_without_it(asked_hub: list[str], tiny: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(tiny / "model", kept / "snapshots" / "abc")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    assert models.load_causal_lm("org/name", "float32").config.vocab_size and len(asked_hub) == 1
+
+
+def test_a_hub_that_answers_is_asked(asked_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def head(self, url: str, timeout: float) -> object:
+            return object()  # whatever it says: it is there
+
+    monkeypatch.setattr("huggingface_hub.get_session", Client)
+    assert hub.on_hub("org/name") == "org/name" and hub.on_hub("gpt2") == "gpt2"

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stops PPO, each with a message that says what is wrong: options, files, models, numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_runs import asked, replace
+from torch import Tensor
+
+from rlhf_fast.models import heads
+from rlhf_fast.models import loading as models
+from rlhf_fast.run import checks
+from rlhf_fast.run.errors import UserError
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
+from rlhf_fast.trainer import agent as agents
+from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.metrics import Watch
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kl_estimator": "exact", "top_k": 5}, "whole vocabulary"),
+        ({"kl_in": "loss"}, "no gradient on average"),
+        ({"kl_in": "loss-importance", "kl_estimator": "exact"}, "take loss"),
+        ({"objective": "dpo", "kl_estimator": "exact"}, "in its own loss"),
+        ({"objective": "dpo", "kl_estimator": "k2", "kl_in": "loss"}, "in its own loss"),
+        ({"kl_target": 1.0, "kl_coef": 0.0}, "above 0"),
+        ({"critic_warmup": 1, "objective": "rloo"}, "with a critic"),
+        ({"objective": "dapo", "samples_per_prompt": 1}, "2 or more"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(config, **values).validate()
+
+
+def test_files_and_functions_are_read_before_any_model(
+    config: PPOConfig, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ppo, "encode_prompts", lambda *args: pytest.fail("models were loaded first"))
+    monkeypatch.setattr(agents, "load_tokenizer", lambda *args: pytest.fail("a model's tokenizer was loaded first"))
+    bad = write_jsonl("bad.jsonl", {"prompt": "ann wants animals"}, "{not json")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("cannot read the data file none.jsonl", {"prompts_file": "none.jsonl"}),
+        ("bad.jsonl:2: not valid JSON", {"prompts_file": bad}),
+        ("bad.jsonl:2: not valid JSON", {"prompts_file": bad, "objective": "dpo"}),
+        ("bad.jsonl:2: not valid JSON", {"eval_prompts_file": bad}),
+        ("there is no file none.py", {"rater": "none.py:f"}),
+        ("there is no file none.py", {"reward_functions": ("none.py:f",)}),
+        ("say what samples are worth", {"objective": "dpo", "reward_model": ""}),
+        ("there is no folder './none'", {"reward_model": "./none"}),
+    ]
+    for message, values in cases:
+        with pytest.raises(UserError, match=message):
+            ppo.train_ppo(replace(config, **values), RunFolder.create(tmp_path / "run", overwrite=True))
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+    model = models.load_reward_model(str(tiny / "model"), "float32")
+    model.resize_token_embeddings(99)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has another vocabulary than"):
+        agents.load_agent(replace(config, reward_model=str(tmp_path / "other")))
+
+
+def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
+    path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
+    with pytest.raises(UserError, match="long.jsonl.*2"):
+        asked(replace(config, prompts_file=path), agents.load_agent(config))
+
+
+def test_dropout_is_noticed(config: PPOConfig) -> None:
+    agent = agents.load_agent(config)
+    prompts = asked(config, agent)
+    hidden_states = heads.hidden_states
+
+    def noisy(model: Any, *args: Any) -> Tensor:
+        return torch.nn.functional.dropout(hidden_states(model, *args), 0.1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "hidden_states", noisy)
+        with pytest.raises(UserError, match="ratio of the first minibatch is not 1: .* at sample .* token .*dropout"):
+            ppo.train_step(agent, prompts, config, 0, Timer())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("reward", "the score is nan at sample"),
+        ("frozen", "ref_logprobs is nan at sample"),
+        ("critic", "values is nan"),
+    ],
+)
+def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
+    agent = agents.load_agent(config)
+    prompts = asked(config, agent)
+    broken = agent.rewards.model if model == "reward" else getattr(agent, model)
+    broken.base_model.norm.weight.data[3] = float("nan")
+    with pytest.raises(UserError, match=message):
+        ppo.train_step(agent, prompts, config, 1, Timer())
+
+
+def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
+    agent = agents.load_agent(config)
+    prompts = asked(config, agent)
+    agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
+    with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
+        ppo.train_step(agent, prompts, config, 0, Timer())
+
+
+def test_logprobs_above_zero_stop_the_run() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    checks.check_logprobs("old_logprobs", torch.tensor([[-1.0, 1e-6], [0.0, 99.0]]), mask)
+    with pytest.raises(UserError, match="old_logprobs is 0.5 at sample 1 token 0; a log-probability is at most 0"):
+        checks.check_logprobs("old_logprobs", torch.tensor([[-1.0, 0.0], [0.5, 0.0]]), mask)
+
+
+def test_what_goes_wrong_silently_is_said_once() -> None:
+    good = {"objective/entropy": 2.0, "sample/ended": 0.5, "objective/scores_std": 1.0}
+    watch = Watch()
+    assert watch.look(good) == []
+    for name, value, word in (
+        ("objective/entropy", 0.3, "entropy has fallen from 2.00 to 0.30"),
+        ("sample/ended", 0.0, "no completion"),
+        ("objective/scores_std", 0.0, "same score"),
+    ):
+        (message,) = watch.look({**good, name: value})
+        assert word in message and watch.look({**good, name: value}) == []

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KL of PPO: exact or estimated, in the reward or in the loss, its price, and under cut sampling."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ppo_runs import asked, metrics, replace, steps
+from torch import Tensor
+
+from rlhf_fast.feedback.rewards import Rewards
+from rlhf_fast.models.generate import generate
+from rlhf_fast.models.rollout import Rollout, Support
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
+from rlhf_fast.trainer import agent as agents
+from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.kl import KLPrice
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: pytest.MonkeyPatch, kl_in: str) -> None:
+    config = replace(config, kl_estimator="exact", kl_in=kl_in, kl_coef=0.3, temperature=0.8, score_clip=0.0)
+    agent = agents.load_agent(config)
+    for parameter in agent.policy.parameters():
+        parameter.data.mul_(1.5)
+    seen: list[Any] = []
+    learn = ppo.update
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, sampled, *rest: seen.append(sampled) or learn(agent, sampled, *rest)
+    )
+    batch_scores: list[Tensor] = []
+    score = agent.rewards.__class__.__call__
+    monkeypatch.setattr(
+        agent.rewards.__class__, "__call__", lambda *args: batch_scores.append(score(*args)) or batch_scores[-1]
+    )
+    truth = copy.deepcopy(agent.policy)
+    figures = ppo.train_step(agent, asked(config, agent), config, 0, Timer())
+    batch, made = seen[0].batch, seen[0].made
+    with torch.no_grad(), agent.reference() as reference:
+        own, other = (
+            (model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double() / 0.8).log_softmax(-1)
+            for model in (truth, reference)
+        )
+    kl = torch.nn.functional.pad((own.exp() * (own - other)).sum(-1), (1, 0)) * batch.mask
+    torch.testing.assert_close(made.kl.double(), kl, atol=2e-5, rtol=1e-4)
+    assert float(kl.sum(1).mean()) > 0.01
+    wanted = batch_scores[0] - 0.3 * made.kl.sum(1) * (kl_in == "reward")
+    torch.testing.assert_close(made.rewards.sum(1), wanted, atol=1e-4, rtol=1e-4)
+    assert figures["objective/kl"] == pytest.approx(float(kl.sum(1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "kl_in"),
+    [("k2", "loss"), ("k3", "loss"), ("k1", "loss-straight-through"), ("k3", "loss-importance"), ("exact", "loss")],
+)
+def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: str, kl_in: str) -> None:
+    """Where all completions earn the same, nothing else pulls."""
+    config = replace(
+        config, objective="grpo", kl_estimator=estimator, kl_in=kl_in, kl_coef=5.0, num_minibatches=1, lr=1e-3
+    )
+    agent = agents.load_agent(config)
+    agent.rewards = Rewards(None, [(1.0, lambda prompt, completions: [1.0] * len(completions))])
+    torch.manual_seed(0)
+    for parameter in agent.policy.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    prompts = asked(config, agent)
+    made = [ppo.train_step(agent, prompts, config, step, Timer()) for step in range(12)]
+    distances = [row["objective/kl"] for row in made]
+    assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
+    assert made[0]["objective/rlhf_reward"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss", "loss-straight-through", "loss-importance"])
+def test_the_fused_loss_and_its_two_halves_are_one(config: PPOConfig, tmp_path: Path, kl_in: str) -> None:
+    """A support of the whole vocabulary cuts nothing, but takes the way of sampled log-probabilities."""
+
+    def keeps_all(model: Any, *args: Any, **options: Any) -> Rollout:
+        rollout = generate(model, *args, **options)
+        size, tokens = model.config.vocab_size, int(rollout.response_mask.sum())
+        rollout.support = Support(torch.arange(size).repeat(tokens), torch.arange(tokens + 1) * size)
+        return rollout
+
+    config = replace(config, objective="grpo", kl_in=kl_in, kl_estimator="k3", kl_coef=0.5, max_steps=2, epochs=2)
+    made = {}
+    for name, sampler in (("fused", generate), ("halves", keeps_all)):
+        run = RunFolder.create(tmp_path / name)
+        ppo.train_ppo(config, run, sampler)
+        made[name] = metrics(run.path)
+    for one, other in zip(made["fused"], made["halves"], strict=True):
+        assert other == pytest.approx(one, rel=2e-3, abs=2e-4)
+
+
+@pytest.mark.parametrize("values", [{"top_k": 5}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.9, "temperature": 0.7}])
+def test_cut_sampling_keeps_the_ratio_at_one(config: PPOConfig, tmp_path: Path, values: dict[str, Any]) -> None:
+    rows = steps(config, tmp_path / "run", num_minibatches=1, max_steps=2, **values)
+    assert rows[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_the_price_of_the_kl_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:
+    rows = steps(config, tmp_path / "far", kl_target=1e-3, kl_coef=0.1, lr=1e-2, max_steps=4, objective="grpo")
+    prices = [row["objective/kl_coef"] for row in rows]
+    assert prices[0] == 0.1 and prices[1] == pytest.approx(0.1 * 0.98) and prices[3] == pytest.approx(prices[2] * 1.02)
+    price = KLPrice(0.1, 2.0)
+    price.update(2.2)
+    assert price.coef == pytest.approx(0.1 * 1.01)
