@@ -63,7 +63,7 @@ def test_lists_of_functions_and_names_of_data_sets(tmp_path: Path) -> None:
         ("batch_size: 1.5", "batch_size must be of type int, got 1.5"),
         ("batch_size: true", "batch_size must be of type int, got True"),
         ("train_file: null", "train_file must be of type str, got None"),
-        ("dtype: float8", "dtype must be one of 'auto', 'float32', 'bfloat16', got 'float8'"),
+        ("dtype: float8", "dtype must be one of 'auto', 'float32', 'bfloat16', 'nf4', got 'float8'"),
         ("- a list", "wanted a mapping of options, got list"),
         ("lr: [", "is not valid YAML"),
     ],

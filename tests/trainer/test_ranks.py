@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dynamic", "dpo", "ranked", "scarce")
+JOBS += ("sft-4bit", "grpo-4bit") if find_spec("bitsandbytes") else ()
 LEARN = tuple(name for name in JOBS if name != "collect")
 
 
