@@ -61,7 +61,7 @@ class RunOptions(Options):
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of everything that draws random numbers."""
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
-    """Of the weights; auto: bfloat16 where that is fast; nf4 (QLoRA): that, and 4 bits under the adapters of lora_rank."""
+    """Of the weights; auto: bfloat16 where that is fast; nf4 (QLoRA): that, and 4 bits under the adapters of LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
     """Most tokens in a sequence, prompt and completion together."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
