@@ -62,3 +62,8 @@ def test_a_hub_that_answers_is_asked(asked_hub: list[str], monkeypatch: pytest.M
 
     monkeypatch.setattr("huggingface_hub.get_session", Client)
     assert hub.on_hub("org/name") == "org/name" and hub.on_hub("gpt2") == "gpt2"
+
+
+def test_offline_the_hub_is_not_asked(asked_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.on_hub("org/name") == "org/name" and not asked_hub
