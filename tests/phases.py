@@ -11,10 +11,12 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytest import MonkeyPatch
 
 from rlhf_fast import cli
 from rlhf_fast.feedback.collect import CollectConfig, collect
@@ -74,7 +76,10 @@ def jobs(data: Path) -> dict[str, Any]:
         samples_per_prompt=4, micro_batch_size=4, max_steps=3, lr=1e-3, critic_lr=1e-3, missing_eos_penalty=0.5,
         epochs=2,
     )  # fmt: skip
+    four_bit: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "max_steps": 3}
+    quantised = {"sft-4bit": replace(sft, **four_bit), "grpo-4bit": replace(ppo, objective="grpo", **four_bit)}
     return {
+        **(quantised if find_spec("bitsandbytes") else {}),
         "sft": sft,
         "lora": replace(sft, lora_rank=4, max_steps=3),
         "sft-packed": replace(sft, packing=True, max_steps=3),
@@ -123,6 +128,12 @@ def cut_jobs(data: Path) -> dict[str, Any]:
     return {f"{name}-fsdp": replace(jobs(data)[name], fsdp=True, micro_batch_size=4) for name in CUT}
 
 
+def say_that_bfloat16_is(patch: MonkeyPatch, fast: bool) -> None:
+    """Have dtype auto, and what nf4 does not quantise, be the same on every CPU."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        patch.setattr(torch.cpu, name, lambda: fast)
+
+
 def run(config: Any, folder: Path, resume: bool = False) -> None:
     """Do one job in `folder`. PPO also writes what each rank sampled to rollouts-RANK.jsonl."""
     config = replace(config, output_dir=str(folder), resume=resume)
@@ -136,6 +147,8 @@ def run(config: Any, folder: Path, resume: bool = False) -> None:
         return made
 
     run_folder = RunFolder.create(folder, resume=resume)
+    patch = MonkeyPatch()
+    say_that_bfloat16_is(patch, fast=False)
     try:
         if isinstance(config, PPOConfig):
             train_ppo(config, run_folder, sampler)
@@ -145,6 +158,7 @@ def run(config: Any, folder: Path, resume: bool = False) -> None:
             (train_sft if isinstance(config, SFTConfig) else train_reward)(config, run_folder)  # type: ignore[operator]
     finally:
         run_folder.close()
+        patch.undo()
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

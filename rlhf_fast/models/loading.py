@@ -19,10 +19,13 @@ from .qlora import four_bit, is_quantised, keep_gradients
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of the weights. "auto" is bfloat16 on CUDA and on CPUs with AVX512_BF16 or AMX, else float32."""
+    """The dtype of the weights. "auto" is bfloat16 on CUDA and on CPUs with AVX512_BF16 or AMX, else float32.
+
+    Of "nf4" it is that of what is not quantised, and of all products.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype != "auto":
+    if dtype not in ("auto", "nf4"):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if torch.cuda.is_available():
         return torch.bfloat16

@@ -22,7 +22,7 @@ def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        raise UserError("load_in_4bit needs the package bitsandbytes: pip install 'rlhf-fast[qlora]'") from None
+        raise UserError("dtype nf4 needs the package bitsandbytes: pip install 'rlhf-fast[qlora]'") from None
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(

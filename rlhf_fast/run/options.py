@@ -61,8 +61,8 @@ class RunOptions(Options):
     """Folder of the run: config, metrics, checkpoints, model, summary."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of everything that draws random numbers."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto takes bfloat16 where the hardware is fast at it. The optimizer always works in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
+    """Of the weights; auto: bfloat16 where that is fast; nf4 (QLoRA): that, and 4 bits under the adapters of LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
     """Most tokens in a sequence, prompt and completion together."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
@@ -73,8 +73,6 @@ class RunOptions(Options):
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
     """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
-    load_in_4bit: bool = False
-    """QLoRA: keep the trunk's weights in 4 bits (NF4, by bitsandbytes) under the adapters of `lora_rank`."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
     trackers: tuple[str, ...] = ()
@@ -100,9 +98,14 @@ class RunOptions(Options):
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"
             )
         if self.load_in_4bit and not self.lora_rank:
-            raise UserError("load_in_4bit needs lora_rank: weights of 4 bits do not learn, adapters on them do")
+            raise UserError("dtype nf4 needs lora_rank: weights of 4 bits do not learn, adapters on them do")
         if self.trackers:
             check_trackers(self.trackers)
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Whether the trunk of what learns is quantised; `models/qlora.py`."""
+        return self.dtype == "nf4"
 
 
 @dataclass

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import httpx
+import huggingface_hub
 import pytest
 
 from rlhf_fast.models import hub
@@ -16,20 +19,23 @@ from rlhf_fast.run.errors import UserError
 
 @pytest.fixture
 def asked_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """A hub that cannot be reached, with an empty cache; what is asked of it."""
+    """A hub at a port where nobody listens, with an empty cache; grows by each question to it, by the real client."""
     asked: list[str] = []
+    session = huggingface_hub.get_session
 
-    class Client:
-        def head(self, url: str, timeout: float) -> None:
-            asked.append(url)
-            raise httpx.ConnectError("Name or service not known")
+    def counted() -> object:
+        asked.append(huggingface_hub.constants.ENDPOINT)
+        return session()
 
-    monkeypatch.setattr("huggingface_hub.get_session", Client)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub, "get_session", counted)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)  # where no folder is called like the names below
-    hub._answers.cache_clear()
     return asked
 
 
@@ -43,7 +49,7 @@ def test_a_name_that_is_no_folder_fails_at_once(asked_hub: list[str], tmp_path: 
         models.load_causal_lm(str(tmp_path / "file"), "float32")
     assert not asked_hub
     for load in (models.load_causal_lm, models.load_reward_model):
-        with pytest.raises(UserError, match="'org/name' here, the hub https://.* cannot be reached, and its cache has"):
+        with pytest.raises(UserError, match="'org/name' here, the hub http://.* cannot be reached, and its cache has"):
             load("org/name", "float32")
     assert len(asked_hub) == 1
 
@@ -57,9 +63,17 @@ def test_what_the_hub_gave_before_is_used_without_it(asked_hub: list[str], tiny:
 
 
 def test_a_hub_that_answers_is_asked(asked_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    class Client:
-        def head(self, url: str, timeout: float) -> object:
-            return object()  # whatever it says: it is there
+    class Refuses(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(403)  # whatever it says: it is there
 
-    monkeypatch.setattr("huggingface_hub.get_session", Client)
-    assert hub.on_hub("org/name") == "org/name" and hub.on_hub("gpt2") == "gpt2"
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub.on_hub("org/name") == "org/name" and hub.on_hub("gpt2") == "gpt2" and len(asked_hub) == 1
+        server.shutdown()
+
+
+def test_offline_the_hub_is_not_asked(asked_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub.on_hub("org/name") == "org/name" and not asked_hub

@@ -29,8 +29,8 @@ MASK = torch.arange(7)[None] > 0
 
 
 def test_it_needs_adapters_and_its_package(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="load_in_4bit needs lora_rank"):
-        SFTConfig(train_file="a.jsonl", load_in_4bit=True).validate()
+    with pytest.raises(UserError, match="dtype nf4 needs lora_rank"):
+        SFTConfig(train_file="a.jsonl", dtype="nf4").validate()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for load in (loading.load_causal_lm, loading.load_reward_model):
         with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install 'rlhf-fast\[qlora\]'"):
@@ -108,10 +108,11 @@ def test_what_is_saved_is_what_was_learned(bitsandbytes: Any, tiny: Path, tmp_pa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_phase_learns_and_saves_a_plain_model(
-    bitsandbytes: Any, job_data: Path, tmp_path: Path, dtype: str
+    bitsandbytes: Any, job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     jobs = phases.jobs(job_data)
-    options: dict[str, Any] = {"lora_rank": 4, "load_in_4bit": True, "dtype": dtype, "save_steps": 0}
+    options: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "save_steps": 0}
+    phases.say_that_bfloat16_is(monkeypatch, dtype == "bfloat16")
     options["gradient_checkpointing"] = dtype == "bfloat16"
     for name in ("sft", "reward", "ppo", "grpo"):
         config = dataclasses.replace(jobs[name], **options)
@@ -131,9 +132,9 @@ def test_every_phase_learns_and_saves_a_plain_model(
 
 
 def test_the_reference_is_the_quantised_model(bitsandbytes: Any, job_data: Path) -> None:
-    config = dataclasses.replace(phases.jobs(job_data)["grpo"], lora_rank=4, load_in_4bit=True)
+    config = phases.jobs(job_data)["grpo-4bit"]
     agent = agents.load_agent(config)
-    untouched = loading.load_causal_lm(config.model, "float32", load_in_4bit=True)
+    untouched = loading.load_causal_lm(config.model, "nf4", load_in_4bit=True)
     with torch.no_grad():
         for parameter in agent.policy.parameters():
             if parameter.requires_grad:
@@ -151,8 +152,8 @@ def test_it_resumes_bit_for_bit(
     stop_at: Callable[[int], Any],
 ) -> None:
     jobs = phases.jobs(job_data)
-    for name, module, phase in (("grpo", ppo, ppo.train_ppo), ("lora", sft, sft.train_sft)):
-        config = dataclasses.replace(jobs[name], lora_rank=4, load_in_4bit=True)
+    for name, module, phase in (("grpo-4bit", ppo, ppo.train_ppo), ("sft-4bit", sft, sft.train_sft)):
+        config = jobs[name]
         straight, stopped = tmp_path / name / "straight", tmp_path / name / "stopped"
         phase(config, RunFolder.create(straight))
         with monkeypatch.context() as patch:

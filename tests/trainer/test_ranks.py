@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dynamic", "dpo", "ranked", "scarce")
+JOBS += ("sft-4bit", "grpo-4bit") if find_spec("bitsandbytes") else ()
 LEARN = (*(name for name in JOBS if name != "collect"), *(f"{name}-fsdp" for name in phases.CUT))
 RESUMED = ("sft-fsdp", "reward-fsdp", "ppo-fsdp")
 
