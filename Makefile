@@ -67,6 +67,7 @@ measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 
 measure-trainer: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/trainer_steps.py $(ARGS)
+	$(BIN)/python benchmarks/ppo_phase.py $(ARGS)
 
 # Each by itself, so that one that cannot be had does not take the others with it: the tables say which are missing.
 # torchrl asks for an older tensordict than verl; its GAE works with the newer one.

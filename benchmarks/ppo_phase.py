@@ -47,11 +47,7 @@ from rlhf_fast.trainer import agent as agents
 
 VARIANTS = ("usual loop, full logits", "same loop, eager ops", "rlhf_fast")
 # prompts, samples of each, tokens of a prompt, most tokens of a completion
-SHAPES = {
-    "8 x 8, 8 + at most 20": (8, 8, 8, 20),
-    "4 x 4, 64 + at most 128": (4, 4, 64, 128),
-    "16 x 1, 64 + at most 128": (16, 1, 64, 128),
-}
+SHAPES = {"8 x 8, 8 + at most 20": (8, 8, 8, 20), "4 x 4, 64 + at most 128": (4, 4, 64, 128)}
 KL_COEF, CLIP = 0.1, 0.2
 
 
@@ -116,7 +112,7 @@ class Phase:
 
         def values(rows: Tensor) -> Tensor:
             trunk = agent.critic.base_model(ids[rows], attention_mask=real[rows].long(), use_cache=False)
-            return agent.critic.score(trunk.last_hidden_state).float()[:, :-1, 0]
+            return agent.critic.score(trunk.last_hidden_state.float())[:, :-1, 0]
 
         kept = mask[:, 1:]
         with torch.no_grad():
@@ -185,7 +181,7 @@ def peak(phase: Phase, variant: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help='"smollm2", or a folder')
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", nargs=2, metavar=("SHAPE", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
