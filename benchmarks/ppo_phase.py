@@ -52,8 +52,8 @@ KL_COEF, CLIP = 0.1, 0.2
 
 
 def worth(prompt: str, completions: list[str]) -> list[float]:
-    """PPO wants a reward to be named; the samples here come with their scores."""
-    raise NotImplementedError
+    """PPO wants a reward to be named; it is not asked, since the samples here come with their scores."""
+    return [0.0] * len(completions)
 
 
 def samples(shape: tuple[int, int, int, int], vocabulary: int) -> Rollout:
@@ -106,9 +106,11 @@ class Phase:
         assert agent.frozen is not None and rollout.scores is not None
         micro = torch.arange(len(ids)).split(self.config.micro_batch_size)
 
-        def logprobs(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-            logits = model(ids[rows], attention_mask=real[rows].long(), use_cache=False).logits[:, :-1]
-            return eager_logprobs_entropy(logits, ids[rows, 1:])
+        def logits(model: Any, rows: Tensor) -> Tensor:
+            return model(ids[rows], attention_mask=real[rows].long(), use_cache=False).logits[:, :-1]
+
+        def logprobs(model: Any, rows: Tensor) -> Tensor:
+            return logits(model, rows).float().log_softmax(-1).gather(-1, ids[rows, 1:, None]).squeeze(-1)
 
         def values(rows: Tensor) -> Tensor:
             trunk = agent.critic.base_model(ids[rows], attention_mask=real[rows].long(), use_cache=False)
@@ -116,13 +118,15 @@ class Phase:
 
         kept = mask[:, 1:]
         with torch.no_grad():
-            old, ref = (torch.cat([logprobs(m, rows)[0] for rows in micro]) for m in (agent.policy, agent.frozen))
+            # the entropy is a metric of this pass alone, as it is in the trainer
+            both = [eager_logprobs_entropy(logits(agent.policy, rows), ids[rows, 1:]) for rows in micro]
+            old = torch.cat([of_rows for of_rows, _ in both])
+            ref = torch.cat([logprobs(agent.frozen, rows) for rows in micro])
             before = torch.cat([values(rows) for rows in micro])
             advantages, returns = eager_ppo_advantages(rollout.scores, old, ref, before * kept, kept, KL_COEF)
         for rows in torch.randperm(len(ids)).chunk(self.config.num_minibatches):
             tokens = kept[rows].sum()
-            new, _ = logprobs(agent.policy, rows)
-            ratio, gain = (new - old[rows]).exp(), advantages[rows]
+            ratio, gain = (logprobs(agent.policy, rows) - old[rows]).exp(), advantages[rows]
             loss = -torch.minimum(ratio * gain, ratio.clamp(1 - CLIP, 1 + CLIP) * gain)
             ((loss * kept[rows]).sum() / tokens).backward()
             errors = (values(rows) - returns[rows]).square()

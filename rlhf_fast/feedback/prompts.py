@@ -32,11 +32,12 @@ class Prompts:
 
     def chosen(self, place: int, count: int, seed: int) -> list[int]:
         """The `count` prompts that follow the first `place`, in random order, each once before any comes again."""
-        size, chosen = len(self.ids), []
-        for i in range(place, place + count):
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + i // size))
-            chosen.append(int(order[i % size]))
-        return chosen
+        size = len(self.ids)
+        orders = {
+            round_: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + round_)).tolist()
+            for round_ in range(place // size, (place + count - 1) // size + 1)
+        }
+        return [orders[i // size][i % size] for i in range(place, place + count)]
 
     def ranked(self, chosen: list[int]) -> Rollout | None:
         """The completions that people ranked, best and worst of each prompt, in place of sampled ones."""
