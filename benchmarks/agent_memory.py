@@ -38,12 +38,12 @@ def formula(config: PPOConfig, policy: int, learned: int, critic: int, critic_le
     weight = 2 if config.dtype == "bfloat16" else 4
     master = 4 if config.dtype == "bfloat16" else 0
     if config.lora_rank:
-        each = 4 + 8 + 4  # adapters are float32: weight, moments, gradient
+        each = 4 + 8 + 4  # adapters are float32: weight, moments, gradient (small: both models' are counted)
         plain = (policy - learned) * (1 + reward) + critic - critic_learned
         return plain * weight + (learned + critic_learned) * each
-    each = weight + master + 8 + 4
+    each, gradients = weight + master + 8, 4 * max(policy, critic)  # of one model at a time
     whole = policy * weight if config.fsdp else 0  # the policy while it samples
-    return ((policy + critic) * each + (1 + reward) * policy * weight) / ranks().count + whole
+    return ((policy + critic) * each + gradients + (1 + reward) * policy * weight) / ranks().count + whole
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         file = Path(folder) / "prompts.jsonl"
         file.write_text(json.dumps({"prompt": "The weather today is"}) + "\n")
         overrides = {"prompts_file": str(file), "dtype": "bfloat16", "samples_per_prompt": 2}
-        overrides |= {"max_new_tokens": 8, "num_minibatches": 1}
+        overrides |= {"max_new_tokens": 8, "num_minibatches": 1, "micro_batch_size": 1}  # two: sums in float32
         overrides |= {"prompts_per_step": ranks().count, "fsdp": ranks().count > 1}
         overrides |= dict(word.split("=", 1) for word in sys.argv[1:])
         config = load_config(PPOConfig, None, overrides)
@@ -72,7 +72,7 @@ def main() -> None:
         agent = load_agent(config)
         loaded = memory("VmRSS") - before
         prompts = encode_prompts(read_prompts(config.prompts_file), config, agent)
-        for step in range(2):  # in the first one the critic's moments come when the policy's gradients have gone
+        for step in range(2):  # in the first one the moments come as the gradients go
             train_step(agent, prompts, config, step, Timer())
     count: list[int] = []
     for model in (agent.policy, agent.critic):

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -46,8 +46,21 @@ from rlhf_fast.trainer import PPOConfig, ppo
 from rlhf_fast.trainer import agent as agents
 
 VARIANTS = ("usual loop, full logits", "same loop, eager ops", "rlhf_fast")
-# prompts, samples of each, tokens of a prompt, most tokens of a completion
-SHAPES = {"8 x 8, 8 + at most 20": (8, 8, 8, 20), "4 x 4, 64 + at most 128": (4, 4, 64, 128)}
+
+
+class Shape(NamedTuple):
+    prompts: int
+    each: int  # samples of a prompt
+    prompt: int  # tokens of it
+    most: int  # tokens of a completion
+    checkpointing: bool = False  # of activations
+
+
+SHAPES = {
+    "8 x 8, 8 + at most 20": Shape(8, 8, 8, 20),
+    "4 x 4, 64 + at most 128": Shape(4, 4, 64, 128),
+    "4 x 8, 64 + at most 128, checkpointing": Shape(4, 8, 64, 128, checkpointing=True),
+}
 KL_COEF, CLIP = 0.1, 0.2
 
 
@@ -56,9 +69,9 @@ def worth(prompt: str, completions: list[str]) -> list[float]:
     return [0.0] * len(completions)
 
 
-def samples(shape: tuple[int, int, int, int], vocabulary: int) -> Rollout:
+def samples(shape: Shape, vocabulary: int) -> Rollout:
     """Random tokens; completions of a quarter of the longest at least."""
-    prompts, each, prompt, most = shape
+    prompts, each, prompt, most, _ = shape
     generator = torch.Generator().manual_seed(0)
     count = prompts * each
     begins = torch.randint(2, vocabulary, (prompts, prompt), generator=generator).repeat_interleave(each, 0)
@@ -75,11 +88,12 @@ def samples(shape: tuple[int, int, int, int], vocabulary: int) -> Rollout:
 class Phase:
     """The models of one run, and the phase by each variant."""
 
-    def __init__(self, model: str, shape: tuple[int, int, int, int]) -> None:
-        prompts, each, _, most = shape
+    def __init__(self, model: str, shape: Shape) -> None:
+        prompts, each, _, most, checkpointing = shape
         self.config = PPOConfig(
             model=model, reward_functions=(f"{__file__}:worth",), prompts_per_step=prompts, samples_per_prompt=each,
             max_new_tokens=most, num_minibatches=2, micro_batch_size=prompts * each // 2, kl_coef=KL_COEF, lr=1e-6,
+            gradient_checkpointing=checkpointing,
         )  # fmt: skip
         self.agent = agents.load_agent(self.config)
         self.rollout = samples(shape, self.agent.policy.config.vocab_size)
@@ -124,6 +138,7 @@ class Phase:
             ref = torch.cat([logprobs(agent.frozen, rows) for rows in micro])
             before = torch.cat([values(rows) for rows in micro])
             advantages, returns = eager_ppo_advantages(rollout.scores, old, ref, before * kept, kept, KL_COEF)
+        agent.train(self.config.gradient_checkpointing)
         for rows in torch.randperm(len(ids)).chunk(self.config.num_minibatches):
             tokens = kept[rows].sum()
             ratio, gain = (logprobs(agent.policy, rows) - old[rows]).exp(), advantages[rows]
@@ -133,6 +148,7 @@ class Phase:
             (0.5 * (errors * kept[rows]).sum() / tokens).backward()
             agent.policy_optimizer.step(1.0)
             agent.critic_optimizer.step(1.0)
+        agent.train(False)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class SumTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None
-            state = load_state(checkpoint)
+            state = load_state(checkpoint, "moments", "groups", "scheduler")
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             moments = {
                 int(i): {k: cut_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}

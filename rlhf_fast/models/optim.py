@@ -3,13 +3,14 @@
 
 A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e-5 would change nothing. The optimizer
 therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
-Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks.
-Of weights that are cut over the ranks each steps its own rows, and saves them whole.
+Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks;
+one alone waits as it came, in half the memory, and is made float32 a few weights at a time as they are stepped. Of
+weights that are cut over the ranks each steps its own rows, and saves them whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn import Parameter
 
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.shards import cut_like, gathered, is_cut, joined, own_part
+
+PORTION = 16 * 2**20  # numbers of weights whose low-precision gradients are float32 at the same time
 
 
 class AdamW:
@@ -44,9 +47,10 @@ class AdamW:
             masters = [_master(p) for p in weights]
             self.pairs += zip(weights, masters, strict=True)
             group["params"] = masters
+        self.alone: dict[Tensor, Tensor] = {}  # of a master, the gradient of the only backward so far
         for weight, master in self.pairs:
             if master is not weight:
-                weight.register_post_accumulate_grad_hook(_into(master))
+                weight.register_post_accumulate_grad_hook(self._into(master))
         self.optimizer = torch.optim.AdamW(dicts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @property
@@ -63,33 +67,80 @@ class AdamW:
         masters = [master for _, master in self.pairs]
         if ranks().count > 1:
             for master in masters:
+                self._widen(master)
                 if master.grad is None:  # this rank had no row in the minibatch
                     master.grad = torch.zeros_like(master)
             # FSDP has added up those of weights that are cut
             ranks().sum_(master.grad for weight, master in self.pairs if not is_cut(weight) and master.grad is not None)
         norm = self._norm()
-        torch.nn.utils.clip_grads_with_norm_(masters, float("inf") if max_norm is None else max_norm, norm)
+        most = float("inf") if max_norm is None else max_norm
+        scale = torch.clamp(most / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
         if torch.isfinite(norm):
-            self.optimizer.step()
-            low = [(own_part(weight), master) for weight, master in self.pairs if master.dtype != weight.dtype]
-            if low:
-                torch._foreach_copy_([weight for weight, _ in low], [master for _, master in low])
+            for portion in self._portions():
+                torch._foreach_mul_([master.grad for _, master in portion if master.grad is not None], scale)
+                self.optimizer.step()
+                low = [(own_part(weight), master) for weight, master in portion if master.dtype != weight.dtype]
+                if low:
+                    torch._foreach_copy_([weight for weight, _ in low], [master for _, master in low])
+                for _, master in portion:
+                    master.grad = None
         self.zero_grad()
         return float(norm)
 
+    def _portions(self) -> Iterator[list[tuple[Parameter, Tensor]]]:
+        """Weights whose gradients are float32 together: those that are so already, then the others, a few at a time.
+
+        The optimizer passes over a master that has no gradient, so that each call steps one portion.
+        """
+        portion = [(weight, master) for weight, master in self.pairs if master.grad is not None]
+        if portion:
+            yield portion
+        portion, numbers = [], 0
+        for weight, master in self.pairs:
+            if master in self.alone:
+                if portion and numbers + master.numel() > PORTION:
+                    yield portion
+                    portion, numbers = [], 0
+                self._widen(master)
+                portion.append((weight, master))
+                numbers += master.numel()
+        if portion:
+            yield portion
+
+    def _into(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook that takes a weight's gradient for its float32 master."""
+
+        def take(weight: Tensor) -> None:
+            assert weight.grad is not None
+            gradient, weight.grad = own_part(weight.grad), None
+            if master in self.alone or master.grad is not None:
+                self._widen(master)
+                assert master.grad is not None
+                master.grad.add_(gradient)
+            else:
+                self.alone[master] = gradient
+
+        return take
+
+    def _widen(self, master: Tensor) -> None:
+        """Make a gradient that is alone a float32 one."""
+        if master in self.alone:
+            master.grad = self.alone.pop(master).float()
+
     def _norm(self) -> Tensor:
         """Of the whole gradient: ranks have the same of some weights and their own part of others."""
-        grads = [(is_cut(weight), master.grad) for weight, master in self.pairs if master.grad is not None]
-        parts = [grad for cut, grad in grads if cut]
-        norm = torch.nn.utils.get_total_norm([grad for cut, grad in grads if not cut])
+        every = [(is_cut(weight), self.alone.get(master, master.grad)) for weight, master in self.pairs]
+        own, parts = ([grad for cut, grad in every if grad is not None and cut == wanted] for wanted in (False, True))
+        norm = _total_norm(own)
         if not parts:
             return norm
-        squares = torch.nn.utils.get_total_norm(parts).square()
+        squares = _total_norm(parts).square()
         ranks().sum_([squares])
         return (squares + norm.to(squares.device).square()).sqrt()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
+        self.alone.clear()
         for weight, master in self.pairs:
             weight.grad = None
             master.grad = None
@@ -130,15 +181,8 @@ def _master(weight: Parameter) -> Parameter:
     return Parameter(own_part(weight).detach().float())
 
 
-def _into(master: Tensor) -> Callable[[Tensor], None]:
-    """A hook that moves a weight's gradient into that of its float32 master."""
-
-    def move(weight: Tensor) -> None:
-        assert weight.grad is not None
-        if master.grad is None:
-            master.grad = own_part(weight.grad).float()
-        else:
-            master.grad.add_(own_part(weight.grad))
-        weight.grad = None
-
-    return move
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """Summed in float32, which `torch.nn.utils.get_total_norm` does not do for bfloat16."""
+    if not gradients:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))

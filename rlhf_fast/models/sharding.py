@@ -24,7 +24,7 @@ from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.shards import cut, is_cut, whole
 
-from .prefix import can_share
+from .layout import can_pack
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def sharded(model: Any, wanted: bool) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    can_share(model)  # found out by forwards, which are the cheaper while all weights are here
+    can_pack(model)  # found out by forwards, which are the cheaper while all weights are here
     mesh = init_device_mesh(ranks().device.type, (ranks().count,))
     trunk = model.base_model
     head = head_of(model)

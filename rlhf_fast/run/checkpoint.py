@@ -97,8 +97,8 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
     write_json(folder / "state.json", plain)
 
 
-def load_state(folder: str | Path) -> dict[str, Any]:
-    """What `save_state` saved; UserError if a file is missing or damaged."""
+def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
+    """What `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -106,11 +106,17 @@ def load_state(folder: str | Path) -> dict[str, Any]:
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
-        return _put_tensors(plain, tensors)
+        state: dict[str, Any] = _put_tensors(plain, tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint {folder} cannot be read ({error}); remove it to resume from an older one"
         ) from None
+    if missing := [name for name in names if name not in state]:
+        raise UserError(
+            f"the checkpoint {folder} has no {', '.join(missing)}: another version wrote it, or another phase; resume "
+            "with that version, or begin anew with --overwrite"
+        )
+    return state
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

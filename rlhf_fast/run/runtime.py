@@ -9,6 +9,8 @@ import sys
 
 import torch
 
+from rlhf_fast.ops.linear.pages import keep_freed_memory
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -25,3 +27,4 @@ def tune_process() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(_M_MMAP_THRESHOLD, 1 << 30)
             mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+            keep_freed_memory()

@@ -165,7 +165,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if checkpoint is None:
         run.truncate_metrics(0)
         return 0
-    state = load_state(checkpoint)
+    state = load_state(checkpoint, "step", "policy", "kl_coef", "asked")
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])

@@ -19,6 +19,8 @@ what is drawn for a sample, or which minibatch it falls into, depends on its num
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.generate import generate
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
+from rlhf_fast.models.optim import AdamW
 from rlhf_fast.models.refill import refill
 from rlhf_fast.models.rollout import Rollout, Sampler
 from rlhf_fast.models.sharding import even
@@ -239,17 +242,14 @@ def update(
             # is cut does not change the gradient.
             rows = torch.cat([NO_ROWS, *plans[index]])
             totals = Totals(*ranks().total([float(sampled.batch.mask[rows].sum()), len(rows)]))
+            # One model after the other, so that memory never holds the gradients of both.
             figures: dict[str, float] = {}
-            for part in plans[index]:
-                first, warm = epoch == index == 0, step < config.critic_warmup
-                for name, value in backward(agent, sampled, part, totals, config, first, warm).items():
-                    figures[name] = figures.get(name, 0.0) + value
-            names = sorted(set().union(*ranks().every(list(figures))))  # a rank without rows has none
-            figures = dict(zip(names, ranks().total([figures.get(name, 0.0) for name in names]), strict=True))
             if step >= config.critic_warmup:
-                figures["policy/grad_norm"] = agent.policy_optimizer.step(MAX_GRAD_NORM)
+                policy = partial(policy_gradients, agent, sampled, totals, config, epoch == index == 0)
+                figures |= learn(policy, plans[index], agent.policy_optimizer, "policy/grad_norm")
             if agent.critic_optimizer is not None:
-                figures["val/grad_norm"] = agent.critic_optimizer.step(MAX_GRAD_NORM)
+                critic = partial(critic_gradients, agent, sampled, totals, config)
+                figures |= learn(critic, plans[index], agent.critic_optimizer, "val/grad_norm")
             for name, value in figures.items():
                 check_finite(name, torch.tensor([value]))
                 sums[name] = sums.get(name, 0.0) + value
@@ -259,27 +259,44 @@ def update(
     return {**{name: value / done for name, value in sums.items()}, "policy/updates": done}
 
 
-def backward(
-    agent: Agent, sampled: Sampled, rows: Tensor, totals: Totals, config: PPOConfig, first: bool, warming: bool
+def learn(
+    gradients: Callable[[Tensor], dict[str, float]], plan: list[Tensor], optimizer: AdamW, norm: str
 ) -> dict[str, float]:
-    """Add the gradients of one micro-batch; what it adds to the means over the minibatch's tokens."""
+    """One step of one model: add up the gradients of its micro-batches and what they tell, over all ranks."""
+    sums: dict[str, float] = {}
+    for rows in plan:
+        for name, value in gradients(rows).items():
+            sums[name] = sums.get(name, 0.0) + value
+    names = sorted(set().union(*ranks().every(list(sums))))  # a rank without rows has none
+    figures = dict(zip(names, ranks().total([sums.get(name, 0.0) for name in names]), strict=True))
+    return {**figures, norm: optimizer.step(MAX_GRAD_NORM)}
+
+
+def policy_gradients(
+    agent: Agent, sampled: Sampled, totals: Totals, config: PPOConfig, first: bool, rows: Tensor
+) -> dict[str, float]:
+    """Add the policy's gradients of one micro-batch; what it adds to the means over the minibatch's tokens."""
+    part = sampled.batch.rows(rows)
+    old_logprobs = sampled.old_logprobs[rows, : part.input_ids.shape[1]]
+    logprobs, figures = policy_backward(agent, sampled, part, rows, totals, config)
+    if first:
+        check_ratio(logprobs, old_logprobs, part.mask, agent.policy.dtype)
+    log_ratio = (logprobs - old_logprobs)[part.mask]
+    figures["policy/ratio"] = float(log_ratio.exp().sum()) / totals.tokens
+    figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / totals.tokens
+    return figures
+
+
+def critic_gradients(
+    agent: Agent, sampled: Sampled, totals: Totals, config: PPOConfig, rows: Tensor
+) -> dict[str, float]:
+    """The same of the critic."""
     part = sampled.batch.rows(rows)
     width = part.input_ids.shape[1]
-    old_logprobs = sampled.old_logprobs[rows, :width]
-    figures: dict[str, float] = {}
-    if not warming:
-        logprobs, figures = policy_backward(agent, sampled, part, rows, totals, config)
-        if first:
-            check_ratio(logprobs, old_logprobs, part.mask, agent.policy.dtype)
-        log_ratio = (logprobs - old_logprobs)[part.mask]
-        figures["policy/ratio"] = float(log_ratio.exp().sum()) / totals.tokens
-        figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / totals.tokens
-    if agent.critic is not None:
-        values, returns = token_values(agent.critic, *part), sampled.made.returns[rows, :width]
-        loss = value_loss(values, sampled.values[rows, :width], returns, part.mask, config.cliprange_value)
-        (loss / totals.tokens).backward()
-        figures["loss/value_avg"] = float(loss.detach()) / totals.tokens
-    return figures
+    values, old_values = token_values(agent.critic, *part), sampled.values[rows, :width]
+    loss = value_loss(values, old_values, sampled.made.returns[rows, :width], part.mask, config.cliprange_value)
+    (loss / totals.tokens).backward()
+    return {"loss/value_avg": float(loss.detach()) / totals.tokens}
 
 
 def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:

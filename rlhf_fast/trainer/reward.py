@@ -170,7 +170,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     total = max(1, round(config.epochs * per_epoch))
     step = 0
     if (checkpoint := run.latest_checkpoint()) is not None:
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, "step", "optimizer", "rng")
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         step = int(state["step"])

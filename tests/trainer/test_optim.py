@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import Parameter
 
+from rlhf_fast.models import optim
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.checkpoint import load_state, save_state
 
@@ -33,6 +36,36 @@ def test_gradients_of_micro_batches_are_added_up_in_float32() -> None:
     for share in (1.0, *[2.0**-9] * 8):  # bfloat16 sums would stay at 1
         (low * share).sum().backward()
     assert low.grad is None and ours.step() == 1 + 2**-6
+
+
+def test_weights_stepped_a_few_at_a_time_go_where_all_at_once_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some weights see one backward, some two, some none; float32 ones are among them."""
+
+    def stepped(portion: int) -> list[Parameter]:
+        monkeypatch.setattr(optim, "PORTION", portion)
+        torch.manual_seed(0)
+        kinds = [torch.bfloat16] * 5 + [torch.float32] * 2
+        weights = [Parameter(torch.randn(7).to(kind)) for kind in kinds]
+        ours = AdamW(weights, lr=1e-2)
+        for _ in range(3):
+            for seen in (weights[:6], weights[2:4]):
+                sum((weight * torch.randn(7).to(weight.dtype)).sum() for weight in seen).backward()  # type: ignore[union-attr]
+            squares = sum(float(g.float().square().sum()) for g in [*ours.alone.values(), *wide(ours)])
+            assert len(ours.alone) == 3 and len(wide(ours)) == 3
+            assert math.isclose(ours.step(0.1), squares**0.5, rel_tol=1e-6)
+            assert not ours.alone and not wide(ours)
+        return weights
+
+    def wide(ours: AdamW) -> list[torch.Tensor]:
+        return [master.grad for _, master in ours.pairs if master.grad is not None]
+
+    torch.manual_seed(0)
+    start = [torch.randn(7) for _ in range(7)]
+    few, many = stepped(8), stepped(10**9)
+    for one, other in zip(few, many, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(few[6], start[6])
+    assert all((weight - was).abs().min() > 1e-3 for weight, was in zip(few[:6], start[:6], strict=True))
 
 
 def test_float32_weights_are_stepped_in_place() -> None:

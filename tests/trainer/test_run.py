@@ -166,6 +166,13 @@ def test_a_damaged_state_is_refused(tmp_path: Path, name: str) -> None:
         load_state(tmp_path)
 
 
+def test_a_state_of_another_version_is_refused(tmp_path: Path) -> None:
+    save_state(tmp_path, {"step": 3})
+    assert load_state(tmp_path, "step") == {"step": 3}
+    with pytest.raises(UserError, match="has no asked, policy: another version wrote it.*--overwrite"):
+        load_state(tmp_path, "asked", "step", "policy")
+
+
 def test_random_generators_come_back(tmp_path: Path) -> None:
     seed_everything(5)
     save_state(tmp_path, rng_state())

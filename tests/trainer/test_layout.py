@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that begin alike share that part: the states and gradients are those of separate rows."""
+"""Rows that share what they begin with, or a long row: the states and gradients are those of separate rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
-from rlhf_fast.models import heads, prefix
+from rlhf_fast.models import heads, layout
 from rlhf_fast.models.batches import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -59,7 +59,7 @@ def test_sharing_changes_neither_values_nor_gradients(
     model = model_of(name)
     model.set_attn_implementation(attention)
     ids, mask = samples()
-    found = prefix.layout(model, ids, mask)
+    found = layout.layout(model, ids, mask)
     assert found is not None and found.input_ids.numel() < ids.numel()
     shared, shared_gradients = states_and_gradients(model, ids, mask)
     monkeypatch.setattr(heads, "layout", lambda *args: None)
@@ -69,30 +69,56 @@ def test_sharing_changes_neither_values_nor_gradients(
         torch.testing.assert_close(shared_gradients[gradient_name], gradient, atol=2e-5, rtol=2e-4)
 
 
-def test_rows_that_have_nothing_in_common_are_left_alone() -> None:
-    ids, mask = pad_right([[1, 2, 3], [4, 5, 6, 7], [8, 9]], 0)
-    assert prefix.layout(model_of("llama"), ids, mask.bool()) is None
+def test_rows_of_one_length_that_have_nothing_in_common_are_left_alone() -> None:
+    ids, mask = pad_right([[1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 10, 11]], 0)
+    assert layout.layout(model_of("llama"), ids, mask.bool()) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unlike_rows_are_packed_and_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with one to four completions, of any length, prompts that begin alike among them."""
+    model = model_of("llama")
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(1, 99, (length,), generator=generator).tolist()
+
+    begin = tokens(2, 6)
+    prompts = [begin * (i % 2) + tokens(1, 9) for i in range(6)]
+    completions = [[tokens(1, 25) for _ in range(1 + (i + seed) % 4)] for i in range(6)]
+    ids, mask = rows_of(prompts, completions)
+    found = layout.layout(model, ids, mask)
+    assert found is not None
+    assert len(found.input_ids) > 1  # several rows of several prompts
+    assert found.input_ids.numel() < 1.25 * int(mask.sum())  # hardly any pads
+    packed, packed_gradients = states_and_gradients(model, ids, mask)
+    monkeypatch.setattr(heads, "layout", lambda *args: None)
+    alone, gradients = states_and_gradients(model, ids, mask)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-5, rtol=2e-4)
 
 
 def test_long_completions_of_a_short_prompt_are_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(99, (8, 400), generator=generator)
     ids[:, :4] = 7
-    assert prefix.layout(model_of("llama"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
+    assert layout.layout(model_of("llama"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
 def test_rows_longer_than_a_sliding_window_are_left_alone() -> None:
     ids = torch.randint(99, (1, 20)).repeat(4, 1)
     ids[:, 15:] = torch.randint(99, (4, 5), generator=torch.Generator().manual_seed(0))
-    assert prefix.layout(model_of("gemma3"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
+    assert layout.layout(model_of("gemma3"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
 def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     trunk = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda attention_mask=None, **more: trunk(**more))
-    assert prefix.layout(model, *samples()) is None
-    assert prefix.layout(model_of("llama"), *samples()) is not None
+    assert layout.layout(model, *samples()) is None
+    assert layout.layout(model_of("llama"), *samples()) is not None
 
 
 def test_a_plan_keeps_the_rows_of_a_prompt_together() -> None:
