@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from rlhf_fast.feedback.prompts import Prompts
 from rlhf_fast.models import loading as models
+from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.errors import Interrupted
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
@@ -24,20 +25,25 @@ from rlhf_fast.trainer.config import PPOConfig
 
 
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics of one step, and the norms of all gradients at its first optimizer step."""
+    """Metrics of one step, and the norms of all gradients at the first step of each optimizer."""
     agent = agents.load_agent(config)
     prompts = asked(config, agent)
     norms: dict[str, float] = {}
-    step = agent.policy_optimizer.step
 
-    def watched(norm: float | None = None) -> float:
-        for model in ("policy", "critic"):
+    def watch(model: str, optimizer: AdamW) -> None:
+        step = optimizer.step
+
+        def watched(norm: float | None = None) -> float:
             for name, parameter in getattr(agent, model).named_parameters():
                 if parameter.grad is not None:
                     norms.setdefault(f"{model}.{name}", float(parameter.grad.norm()))
-        return step(norm)
+            return step(norm)
 
-    agent.policy_optimizer.step = watched  # type: ignore[method-assign]
+        optimizer.step = watched  # type: ignore[method-assign]
+
+    watch("policy", agent.policy_optimizer)
+    if agent.critic_optimizer is not None:
+        watch("critic", agent.critic_optimizer)
     return ppo.train_step(agent, prompts, config, 0, Timer()), norms
 
 
