@@ -35,31 +35,33 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positio
     `positions` (B, T) are for rows that hold several sequences: each begins at 0, by which transformers knows that
     none may attend to another (a block-diagonal mask, or the varlen path of flash attention).
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
-    fast causal path; states at pads are meaningless either way. Rows that begin alike share that part: `layout.py`.
+    fast causal path; states at pads are meaningless either way. Rows are packed: `layout.py`.
     """
     if len(input_ids) == 0:  # a rank with nothing to do goes along, for the others to have its part of the weights
         one = input_ids.new_zeros((1, 1))
         return hidden_states(model, one, torch.ones_like(one))[:0]
-    choose_attention(model, input_ids.shape[1])
     if positions is not None:
+        choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
     mask = attention_mask.bool()
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
         packed = layout(model, input_ids, mask)
         if packed is not None:
-            choose_attention(model, packed.input_ids.shape[1], 512)
+            choose_attention(model, packed.input_ids.shape[1], masked=True)
             return packed_states(model, packed)
+        choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    choose_attention(model, input_ids.shape[1])
     return model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
 
 
-def choose_attention(model: Any, length: int, limit: int = 192) -> None:
+def choose_attention(model: Any, length: int, masked: bool = False) -> None:
     """Matmuls and a softmax for short sequences in bfloat16 on a CPU, where the fused kernel's backward is slow.
 
     Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16, 25
-    against 49 at 128, equal at 512; under the mask of a packed layout the plain one is ahead up to a `limit` of 512.
+    against 49 at 128, equal at 512; under the mask of a packed layout the plain one is ahead up to 480.
     Decided by the length alone, so that all passes over the same rows agree.
     """
     if (
@@ -67,7 +69,7 @@ def choose_attention(model: Any, length: int, limit: int = 192) -> None:
         and model.dtype == torch.bfloat16
         and model.config._attn_implementation in ("sdpa", "eager")
     ):
-        wanted = "eager" if length <= limit else "sdpa"
+        wanted = "eager" if length <= (512 if masked else 192) else "sdpa"
         if model.config._attn_implementation != wanted:
             model.set_attn_implementation(wanted)
 

@@ -12,8 +12,8 @@ are then packed into rows of like length:
 
 Positions begin at 0 with each prompt and go on from it in each of its completions, and a mask lets a completion see its
 prompt and itself only. So the states are those of separate rows, to rounding, and the trunk works on hardly more tokens
-than there are: half of them, for eight answers of 1 to 20 tokens to each question. Attention over a row is dense, which
-costs more the longer it is: `layout` takes what needs the least arithmetic in all.
+than there are. Attention over a row is dense, which costs more the longer it is: `layout` takes what needs the least
+arithmetic in all.
 """
 
 from __future__ import annotations

@@ -74,10 +74,9 @@ class AdamW:
             ranks().sum_(master.grad for weight, master in self.pairs if not is_cut(weight) and master.grad is not None)
         norm = self._norm()
         most = float("inf") if max_norm is None else max_norm
-        scale = torch.clamp(most / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
         if torch.isfinite(norm):
             for portion in self._portions():
-                torch._foreach_mul_([master.grad for _, master in portion if master.grad is not None], scale)
+                torch.nn.utils.clip_grads_with_norm_([master for _, master in portion], most, norm)
                 self.optimizer.step()
                 low = [(own_part(weight), master) for weight, master in portion if master.dtype != weight.dtype]
                 if low:

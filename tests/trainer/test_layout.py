@@ -51,6 +51,15 @@ def states_and_gradients(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     return logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same_as_alone(model: Any, ids: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, packed_gradients = states_and_gradients(model, ids, mask)
+    monkeypatch.setattr(heads, "layout", lambda *args: None)
+    alone, gradients = states_and_gradients(model, ids, mask)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-5, rtol=2e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_sharing_changes_neither_values_nor_gradients(
@@ -61,12 +70,7 @@ def test_sharing_changes_neither_values_nor_gradients(
     ids, mask = samples()
     found = layout.layout(model, ids, mask)
     assert found is not None and found.input_ids.numel() < ids.numel()
-    shared, shared_gradients = states_and_gradients(model, ids, mask)
-    monkeypatch.setattr(heads, "layout", lambda *args: None)
-    alone, gradients = states_and_gradients(model, ids, mask)
-    torch.testing.assert_close(shared, alone, atol=2e-5, rtol=2e-5)
-    for gradient_name, gradient in gradients.items():
-        torch.testing.assert_close(shared_gradients[gradient_name], gradient, atol=2e-5, rtol=2e-4)
+    assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
 def test_rows_of_one_length_that_have_nothing_in_common_are_left_alone() -> None:
@@ -92,12 +96,7 @@ def test_unlike_rows_are_packed_and_change_nothing(seed: int, monkeypatch: pytes
     assert found is not None
     assert len(found.input_ids) > 1  # several rows of several prompts
     assert found.input_ids.numel() < 1.25 * int(mask.sum())  # hardly any pads
-    packed, packed_gradients = states_and_gradients(model, ids, mask)
-    monkeypatch.setattr(heads, "layout", lambda *args: None)
-    alone, gradients = states_and_gradients(model, ids, mask)
-    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-5, rtol=2e-4)
+    assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
 def test_long_completions_of_a_short_prompt_are_left_alone() -> None:
