@@ -11,7 +11,8 @@ policy and critic over two minibatches, optimizers included. Models, dtype, opti
 - eager ops: the same, with each op of ours replaced by plain PyTorch on the same compacted rows.
 - usual loop: micro-batches in the order of the samples, padded on the right, full logits as models return them.
 
-Each runs in a process of its own for the peak of its memory; times are taken in one process, in turns.
+Times are taken in one process, in turns. For the peaks of its memory each runs in processes of its own: what is in use
+at most, and what is resident at most as the trainer sets the allocator.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -187,9 +189,11 @@ def eager_ops() -> Iterator[None]:
         yield
 
 
-def peak(phase: Phase, variant: str) -> int:
+def peak(model: str, shape: Shape, variant: str) -> int:
     """Bytes of the phase above what is resident before it, moments of the optimizer there already."""
+    phase = Phase(model, shape._replace(prompt=4, most=4))
     phase(variant)
+    phase.rollout = samples(shape, phase.agent.policy.config.vocab_size)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator kept would hide what the phase takes
     before = resident("VmRSS")
@@ -198,22 +202,41 @@ def peak(phase: Phase, variant: str) -> int:
     return resident("VmHWM") - before
 
 
+# glibc maps every block from so many bytes on by itself and unmaps it when it is freed: what is resident is in use
+IN_USE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def peaks(model: str, shape: str, variant: str) -> tuple[float, float]:
+    """GiB in use at most, and resident at most as the trainer sets the allocator, which keeps what is freed."""
+    found = []
+    for kept in (False, True):
+        command = [sys.executable, __file__, "--model", model, "--peak", shape, variant, *(["--keep"] * kept)]
+        environment = {**os.environ, **({} if kept else IN_USE)}
+        output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        found.append(json.loads(output.splitlines()[-1]) / 2**30)
+    return found[0], found[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help='"smollm2", or a folder')
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="which of them, by number")
     parser.add_argument("--peak", nargs=2, metavar=("SHAPE", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.peak:
-        print(json.dumps(peak(Phase(options.model, SHAPES[options.peak[0]]), options.peak[1])))
+        if options.keep:
+            tune_process()
+        print(json.dumps(peak(options.model, SHAPES[options.peak[0]], options.peak[1])))
         return
     tune_process()
     print(", ".join(f"{key} {value}" for key, value in machine().items()), time.strftime("%Y-%m-%d"), sep=", ")
-    columns = ["samples, tokens", "variant", "seconds", "speed-up", "peak extra GiB"]
-    print(f"\n| {' | '.join(columns)} |\n| --- | --- | ---: | ---: | ---: |")
-    for shape, numbers in SHAPES.items():
-        phase = Phase(options.model, numbers)
+    columns = ["samples, tokens", "variant", "seconds", "speed-up", "peak in use, GiB", "peak resident, GiB"]
+    print(f"\n| {' | '.join(columns)} |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for shape in [list(SHAPES)[i] for i in options.shapes]:
+        phase = Phase(options.model, SHAPES[shape])
         times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for round_ in range(1 + options.rounds):
             first = round_ % len(VARIANTS)  # in turns: what one leaves in the heap serves the next
@@ -224,11 +247,10 @@ def main() -> None:
                     times[variant].append(time.perf_counter() - start)
         del phase
         for variant in VARIANTS:
-            command = [sys.executable, __file__, "--model", options.model, "--peak", shape, variant]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             seconds = median(times[variant])
+            in_use, held = peaks(options.model, shape, variant)
             cells = [shape, variant, f"{seconds:.2f}", f"{median(times[VARIANTS[0]]) / seconds:.2f} x"]
-            print(f"| {' | '.join(cells)} | {json.loads(output.splitlines()[-1]) / 2**30:.2f} |", flush=True)
+            print(f"| {' | '.join(cells)} | {in_use:.2f} | {held:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

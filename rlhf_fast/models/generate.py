@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_fast.hf import LanguageModelHead, language_model_head
 
+from .attention import choose_attention
 from .heads import position_ids
 from .rollout import Rollout, Support
 from .sharding import together
@@ -91,6 +92,7 @@ def _sample(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """(P * samples, max_new_tokens) sampled ids, -1 after the end of a row; and of each step what the cut left: the
     tokens' places in that tensor, how many ids each kept, and these ids."""
+    choose_attention(model)
     trunk, head = model.base_model, language_model_head(model)
     output = trunk(input_ids=prompts, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True)
     cache = output.past_key_values

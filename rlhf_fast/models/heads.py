@@ -18,6 +18,7 @@ from rlhf_fast.hf import language_model_head
 from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.shards import whole
 
+from .attention import choose_attention
 from .layout import layout, packed_states
 from .loading import score_normalizer
 from .rollout import Support
@@ -47,7 +48,6 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positio
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
         packed = layout(model, input_ids, mask)
         if packed is not None:
-            choose_attention(model, packed.input_ids.shape[1], masked=True)
             return packed_states(model, packed)
         choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -55,23 +55,6 @@ def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positio
     return model.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
-
-
-def choose_attention(model: Any, length: int, masked: bool = False) -> None:
-    """Matmuls and a softmax for short sequences in bfloat16 on a CPU, where the fused kernel's backward is slow.
-
-    Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16, 25
-    against 49 at 128, equal at 512; under the mask of a packed layout the plain one is ahead up to 480.
-    Decided by the length alone, so that all passes over the same rows agree.
-    """
-    if (
-        model.device.type == "cpu"
-        and model.dtype == torch.bfloat16
-        and model.config._attn_implementation in ("sdpa", "eager")
-    ):
-        wanted = "eager" if length <= (512 if masked else 192) else "sdpa"
-        if model.config._attn_implementation != wanted:
-            model.set_attn_implementation(wanted)
 
 
 def law_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:

@@ -1,32 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows without waste: a prompt is read once for all its completions, and short rows share one long row.
+"""Rows without waste: no pads, and a prompt is read once for all its completions.
 
-Samples of one prompt stand next to each other. Their prompt is put into a row, their completions behind it; such groups
-are then packed into rows of like length:
+Samples of one prompt stand next to each other in a batch. All tokens are put into one row, each group's common prompt
+first, then what follows it in each sample:
 
-    prompt a a a          prompt a a a b b c c c
-    prompt b b       ->   question d d d query e
+    prompt a a a
+    prompt b b       ->   prompt question  a a a b b c c c d d d e
     prompt c c c
     question d d d
-    query e
+    question e
 
-Positions begin at 0 with each prompt and go on from it in each of its completions, and a mask lets a completion see its
-prompt and itself only. So the states are those of separate rows, to rounding, and the trunk works on hardly more tokens
-than there are. Attention over a row is dense, which costs more the longer it is: `layout` takes what needs the least
-arithmetic in all.
+Positions begin at 0 with each prompt and go on from it in each of its completions. `attention.py` lets a completion see
+its prompt and itself only. So the states are those of separate rows, to rounding, and everything else in the trunk
+works on the tokens there are.
 """
 
 from __future__ import annotations
 
-import heapq
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-LONGEST_ROW = 4096  # of the mask, which grows with its square
-WORTH_IT = 0.93  # packed over plain cost, from which packing pays for what it moves
+from .attention import NAME, Part, part_of
+
+WORTH_IT = 0.93  # tokens over places of the padded batch, from which packing pays for what it moves
 
 
 class Group(NamedTuple):
@@ -37,57 +36,60 @@ class Group(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Rows (G, L) of groups, one behind the other; in each, completions follow their common prefix."""
+    """The batch's tokens in one row: prefixes of all groups, then the completions."""
 
-    input_ids: Tensor  # (G, L)
-    positions: Tensor  # (G, L)
-    visible: Tensor  # (G, L, L) bool
-    row: Tensor  # (B, T) where the state of each token of the batch is
-    column: Tensor  # (B, T)
+    input_ids: Tensor  # (1, N)
+    positions: Tensor  # (1, N)
+    parts: tuple[Part, ...]  # what meets what in attention
+    places: Tensor  # (B, T) where the state of each token of the batch is
 
 
 def layout(model: Any, input_ids: Tensor, mask: Tensor) -> Layout | None:
-    """How rows padded on the right are put together; None if separate rows are cheaper, or the model cannot do it.
+    """How rows padded on the right are put together; None if that saves little, or the model cannot do it.
 
     The batch alone decides, so that all passes over it agree.
     """
     lengths = mask.sum(1).tolist()
-    same = ((input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]).long().cumprod(1).sum(1).tolist()
-    packed = _cheapest(model, lengths, same)
-    if packed is None or not can_pack(model):
+    window = getattr(model.config, "sliding_window", None)
+    if window and max(lengths) > window:
         return None
-    return _layout(input_ids, lengths, packed)
+    same = ((input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]).long().cumprod(1).sum(1).tolist()
+    groups = _groups(lengths, same)
+    tokens = sum(group.prefix + sum(lengths[i] - group.prefix for i in group.rows) for group in groups)
+    if tokens > WORTH_IT * len(lengths) * max(lengths) or not can_pack(model):
+        return None
+    return _layout(model, input_ids, lengths, groups)
 
 
-def _layout(input_ids: Tensor, lengths: list[int], packed: list[list[Group]]) -> Layout:
-    longest = max(sum(_size(group, lengths) for group in groups) for groups in packed)
-    ids, positions, first = (input_ids.new_zeros((len(packed), longest)) for _ in range(3))
-    owner = torch.full_like(ids, -1)  # whose token: of the row of the batch, -1 what several share
-    row, column = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    steps = torch.arange(max(longest, input_ids.shape[1]), device=ids.device)
-    for g, groups in enumerate(packed):
-        place = 0
-        for rows, prefix in groups:
-            start, shared = place, slice(place, place + prefix)
-            ids[g, shared], positions[g, shared] = input_ids[rows[0], :prefix], steps[:prefix]
-            place += prefix
-            for i in rows:
-                where = slice(place, place + lengths[i] - prefix)
-                ids[g, where], positions[g, where] = input_ids[i, prefix : lengths[i]], steps[prefix : lengths[i]]
-                owner[g, where] = i
-                row[i] = g
-                column[i, :prefix], column[i, prefix : lengths[i]] = steps[shared], steps[where]
-                place = where.stop
-            first[g, start:place] = start
-        first[g, place:] = place  # pads see each other
-    shared_or_own = (owner[:, None, :] == -1) | (owner[:, None, :] == owner[:, :, None])
-    begun = steps[None, None, :longest] >= first[:, :, None]
-    causal = steps[:longest, None] >= steps[None, :longest]
-    return Layout(ids, positions, shared_or_own & begun & causal, row, column)
+def _layout(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Group]) -> Layout:
+    device = input_ids.device
+    steps = torch.arange(input_ids.shape[1], device=device)
+    first = torch.tensor([group.rows[0] for group in groups], device=device)
+    prefix = torch.tensor([group.prefix for group in groups], device=device)
+    begin = prefix.cumsum(0) - prefix  # of each prefix, in the row of tokens
+    read = steps[: int(prefix.max())] < prefix[:, None]  # (G, P)
+    prompts = (begin[:, None] + steps[: read.shape[1]]) * read
+    parts = [part_of(model, prompts, prompts, steps[None, : read.shape[1]], read)]
+    ids, positions = [input_ids[first, : read.shape[1]][read]], [steps[: read.shape[1]].expand_as(read)[read]]
 
-
-def _size(group: Group, lengths: list[int]) -> int:
-    return group.prefix + sum(lengths[i] - group.prefix for i in group.rows)
+    group_of = torch.tensor([g for g, group in enumerate(groups) for _ in group.rows], device=device)  # (B,)
+    ends, shared = torch.tensor(lengths, device=device), prefix[group_of]  # rows of a group are next to each other
+    own = ends - shared
+    start = int(prefix.sum()) + own.cumsum(0) - own
+    real = steps < ends[:, None]  # (B, T)
+    in_prefix = steps < shared[:, None]
+    places = torch.where(in_prefix, begin[group_of][:, None] + steps, start[:, None] + steps - shared[:, None]) * real
+    further = own.nonzero().squeeze(1)
+    if len(further):
+        longest = int(own.max())
+        asked = steps[:longest] < own[further][:, None]  # (R, C)
+        last = shared[further][:, None] + steps[:longest]  # of a completion's token: it sees all up to itself
+        queries = (start[further][:, None] + steps[:longest]) * asked
+        keys = places[further, : int(ends[further].max())]
+        parts.append(part_of(model, queries, keys, last, asked))
+        ids.append(input_ids[real & ~in_prefix])
+        positions.append(last[asked])
+    return Layout(torch.cat(ids)[None], torch.cat(positions)[None], tuple(parts), places)
 
 
 def _groups(lengths: list[int], same: list[int]) -> list[Group]:
@@ -105,55 +107,16 @@ def _groups(lengths: list[int], same: list[int]) -> list[Group]:
     return groups
 
 
-def _cheapest(model: Any, lengths: list[int], same: list[int]) -> list[list[Group]] | None:
-    """The groups of each row, from many short rows to one long row, prompts shared or not; None for the batch as it is.
-
-    Multiplications in one layer are compared: weights of the layer for each token, and attention, which counts for more
-    than its share because of the softmax (fitted on two Zen 4 cores, rows of 30 to 480 tokens).
-    """
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    if window and max(lengths) > window:
-        return None
-    if "flash" in str(config._attn_implementation) or "flex" in str(config._attn_implementation):
-        return None
-    wide = config.hidden_size
-    weights = 4 * wide * wide + 3 * wide * (getattr(config, "intermediate_size", None) or 4 * wide)
-    attention = 3 * wide
-
-    def cost(rows: int, length: int) -> float:
-        return rows * length * (weights + attention * length)
-
-    best, found = WORTH_IT * cost(len(lengths), max(lengths)), None
-    for groups in (_groups(lengths, same), [Group([i], length) for i, length in enumerate(lengths)]):
-        count = len(groups)
-        while count:
-            packed, longest = _packed(groups, lengths, count)
-            if longest <= LONGEST_ROW and cost(count, longest) < best:
-                best, found = cost(count, longest), packed
-            count //= 2
-    return found
-
-
-def _packed(groups: list[Group], lengths: list[int], count: int) -> tuple[list[list[Group]], int]:
-    """`groups` in `count` rows of like length, and the longest of these: the largest first, each into the shortest."""
-    rows: list[list[Group]] = [[] for _ in range(count)]
-    filled = [(0, row) for row in range(count)]
-    for group in sorted(groups, key=lambda group: -_size(group, lengths)):
-        length, row = heapq.heappop(filled)
-        rows[row].append(group)
-        heapq.heappush(filled, (length + _size(group, lengths), row))
-    return rows, max(length for length, _ in filled)
-
-
 def packed_states(model: Any, found: Layout) -> Tensor:
     """(B, T, H) last hidden states, as separate rows would have them; those of pads mean nothing."""
-    bias = torch.zeros(found.visible.shape, dtype=model.dtype, device=found.visible.device)
-    bias.masked_fill_(~found.visible, torch.finfo(model.dtype).min)
+    # Left so afterwards: checkpointed layers run again in the backward, and without a layout it is "sdpa".
+    if model.config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    nothing = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=found.input_ids.device)  # nor is a mask to be made
     output = model.base_model(
-        input_ids=found.input_ids, attention_mask=bias[:, None], position_ids=found.positions, use_cache=False
+        input_ids=found.input_ids, attention_mask=nothing, position_ids=found.positions, use_cache=False, layout=found
     )
-    return output.last_hidden_state[found.row, found.column]
+    return output.last_hidden_state[0][found.places]
 
 
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -161,15 +124,24 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
-    """Whether this model takes such a mask and such positions at their word; tried once, on a few tokens."""
+    """Whether this model's attention is one that `attention.py` can stand in for; tried once, on a few tokens."""
     if model not in _known:
-        rows = [[3, 4, 5, 6, 7, 8], [3, 4, 5, 9, 10, 11], [12, 13, 14, 15, 16, 17]]
-        ids = torch.tensor(rows, device=model.device) % model.config.vocab_size
-        try:
-            shared = packed_states(model, _layout(ids, [6, 6, 6], [[Group([0, 1], 3), Group([2], 6)]])).float()
-            alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-            tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-            _known[model] = bool((shared - alone).abs().max() < tolerance * alone.abs().max())
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            _known[model] = False
+        before = model.config._attn_implementation
+        _known[model] = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False) and _agrees(model)
+        if not _known[model]:
+            model.set_attn_implementation(before)
     return _known[model]
+
+
+def _agrees(model: Any) -> bool:
+    """Half of the rows at least, for rounding alone may move the states of a few unusual tokens far."""
+    ids = (torch.arange(60, device=model.device) * 7919 + 1009).view(10, 6) % model.config.vocab_size
+    ids[1::2, :3] = ids[0::2, :3]
+    try:
+        alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        pairs = [Group([i, i + 1], 3) for i in range(0, 6, 2)] + [Group([i], 6) for i in range(6, 10)]
+        packed = packed_states(model, _layout(model, ids, [6] * 10, pairs)).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return False
+    error = (packed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)
+    return bool(error.median() < (1e-3 if model.dtype == torch.float32 else 0.08))

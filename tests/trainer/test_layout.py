@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that share what they begin with, or a long row: the states and gradients are those of separate rows."""
+"""One row of tokens, with prompts read once: the states and gradients are those of separate rows."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import transformers
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
-from rlhf_fast.models import heads, layout
+from rlhf_fast.models import attention, heads, layout
 from rlhf_fast.models.batches import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -20,13 +21,14 @@ MODELS = {
     "qwen3": transformers.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8),
     "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, bos_token_id=1, eos_token_id=2),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES),
+    "gemma2": transformers.Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8),
     "gemma3": transformers.Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=8, sliding_window=16),
 }
 
 
 def model_of(name: str) -> Any:
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(MODELS[name]).eval()
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(MODELS[name])).eval()
 
 
 def rows_of(prompts: list[list[int]], completions: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
@@ -60,16 +62,37 @@ def assert_same_as_alone(model: Any, ids: Tensor, mask: Tensor, monkeypatch: pyt
         torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-5, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_sharing_changes_neither_values_nor_gradients(
-    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=["fused", "plain"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Plain attention is for half precision; here it serves float32 too, whose digits show every mistake."""
+    monkeypatch.setattr(attention, "plain_is_faster", lambda *args: request.param == "plain")
+    return request.param
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"gemma2"}))
+def test_sharing_changes_neither_values_nor_gradients(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
-    model.set_attn_implementation(attention)
     ids, mask = samples()
     found = layout.layout(model, ids, mask)
     assert found is not None and found.input_ids.numel() < ids.numel()
+    assert {part.plain for part in found.parts} == {kernel == "plain"}
+    assert_same_as_alone(model, ids, mask, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointed_layers_find_the_layout_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name).train()
+    model.config.attn_pdrop = model.config.resid_pdrop = model.config.embd_pdrop = 0.0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids, mask = samples()
+    logprobs, gradients = states_and_gradients(model, ids, mask)
+    model.gradient_checkpointing_enable()
+    again, checkpointed = states_and_gradients(model, ids, mask)
+    assert torch.equal(again, logprobs)
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[parameter], gradient)
     assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
@@ -79,7 +102,7 @@ def test_rows_of_one_length_that_have_nothing_in_common_are_left_alone() -> None
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_unlike_rows_are_packed_and_change_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unlike_rows_are_packed_and_change_nothing(seed: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts with one to four completions, of any length, prompts that begin alike among them."""
     model = model_of("llama")
     generator = torch.Generator().manual_seed(seed)
@@ -94,8 +117,7 @@ def test_unlike_rows_are_packed_and_change_nothing(seed: int, monkeypatch: pytes
     ids, mask = rows_of(prompts, completions)
     found = layout.layout(model, ids, mask)
     assert found is not None
-    assert len(found.input_ids) > 1  # several rows of several prompts
-    assert found.input_ids.numel() < 1.25 * int(mask.sum())  # hardly any pads
+    assert found.input_ids.numel() <= int(mask.sum())  # no pads
     assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
@@ -112,12 +134,90 @@ def test_rows_longer_than_a_sliding_window_are_left_alone() -> None:
     assert layout.layout(model_of("gemma3"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
-def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     trunk = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda attention_mask=None, **more: trunk(**more))
+    monkeypatch.setattr(model.model, "forward", lambda layout=None, **more: trunk(**more))
     assert layout.layout(model, *samples()) is None
+    assert model.config._attn_implementation == "sdpa"  # as it was
     assert layout.layout(model_of("llama"), *samples()) is not None
+
+
+def test_attention_that_is_not_a_plain_softmax_is_left_alone() -> None:
+    """Gemma 2 caps its scores, which no fused kernel does."""
+    model = model_of("gemma2").bfloat16()
+    ids, mask = samples()
+    assert layout.layout(model, ids, mask) is None
+    for length in (8, 400):  # where others change to the fused kernel
+        heads.hidden_states(model, torch.ones((1, length), dtype=torch.int64), torch.ones(1, length))
+        assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
+def test_options_that_would_be_ignored_are_refused(option: dict[str, float]) -> None:
+    model = model_of("llama")
+    found = layout.layout(model, *samples())
+    q = torch.zeros(1, 4, found.input_ids.shape[1], 8) if found else torch.empty(0)
+    with pytest.raises(ValueError, match="dropout nor softcap"):
+        attention.attend(model, q, q[:, :2], q[:, :2], None, layout=found, **option)
+
+
+def test_without_a_layout_it_is_the_fused_attention_of_transformers() -> None:
+    model, ids = model_of("llama"), torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    wanted = model(ids, attention_mask=mask, position_ids=heads.position_ids(mask)).logits
+    model.set_attn_implementation(attention.NAME)
+    assert torch.equal(model(ids, attention_mask=mask, position_ids=heads.position_ids(mask)).logits, wanted)
+
+
+def test_long_rows_are_left_to_the_fused_kernel() -> None:
+    """In bfloat16, whose plain attention keeps a layer's weights."""
+    model = model_of("llama").bfloat16()
+    for length, plain in ((1000, True), (1025, False)):
+        ids = torch.ones(3, length, dtype=torch.int64)
+        ids[:, 8:] = torch.arange(3)[:, None]
+        mask = torch.arange(length) < torch.tensor([length, 20, 20])[:, None]
+        found = layout.layout(model, ids, mask)
+        assert found is not None and found.parts[-1].plain == plain
+
+
+def test_gradients_of_a_prompt_are_summed_in_float32() -> None:
+    tokens = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    places = torch.zeros(600, 1, dtype=torch.int64)
+    attention._Take.apply(tokens, places).sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.tolist() == [[600.0] * 3, [0.0] * 3]  # bfloat16 sums of ones end at 256
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+def test_plain_attention_in_bfloat16_is_as_exact_as_the_fused_one(sharpness: float) -> None:
+    """Against float64; transformers' eager attention, whose scores are bfloat16, is several times worse."""
+    generator = torch.Generator().manual_seed(0)
+    rows, asked, keys, heads_, key_heads, size = 3, 20, 45, 6, 2, 16
+    shapes = [(rows, asked, heads_, size), (rows, keys, key_heads, size), (rows, keys, key_heads, size)]
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs = [(x * (1 if i == 2 else sharpness)).bfloat16() for i, x in enumerate(drawn)]
+    incoming = torch.randn(shapes[0], generator=generator).bfloat16()
+    last = torch.arange(asked) + keys - asked
+    bias = torch.zeros(1, asked, keys).masked_fill_(torch.arange(keys) > last[:, None], -torch.inf)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = bias[:, None].to(q.dtype)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2)
+
+    def run(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        out.backward(incoming.to(dtype))
+        return [out.detach().double(), *(x.grad.double() for x in leaves if x.grad is not None)]
+
+    truth = run(fused, torch.float64)
+    ours = run(lambda q, k, v: attention._plain(q, k, v, bias, size**-0.5), torch.bfloat16)
+    theirs = run(fused, torch.bfloat16)
+    for wanted, mine, other in zip(truth, ours, theirs, strict=True):
+        assert (mine - wanted).norm() <= 1.5 * (other - wanted).norm()
+        assert (mine - wanted).norm() <= 6e-3 * wanted.norm()
 
 
 def test_a_plan_keeps_the_rows_of_a_prompt_together() -> None:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over tokens without pads, whose sequences may share what they begin with.
+
+Known to transformers as the attention implementation "rlhf_fast". With a `layout` among the trunk's arguments there is
+one row of tokens, and the layout says which queries meet which keys; without, it is "sdpa".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rlhf_fast"
+LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # keys, and scores of all heads (a layer keeps two bytes each); with a layout
+LONGEST_EAGER = 192  # keys, without
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # of some models' attention, and not of ours
+
+
+def choose_attention(model: Any, length: int | None = None) -> None:
+    """For the next passes without a layout over rows of this length; None is for generation.
+
+    In bfloat16 on a CPU, rows are read by matmuls and a softmax if they are short, since the fused kernel's backward is
+    slow. Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16,
+    25 against 49 at 128, equal at 512. Generation of 128 tokens takes 13 s by the fused kernel and 18 without.
+    Decided by the length alone, so that all passes over the same rows agree.
+    """
+    current = model.config._attn_implementation
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or current not in ("sdpa", "eager", NAME):
+        return
+    wanted = "eager" if length is not None and length <= LONGEST_EAGER else "sdpa"
+    # "rlhf_fast" is "sdpa" here; some models have nothing but "eager"
+    if wanted != current and (wanted == "eager" or (current == "eager" and getattr(model, "_supports_sdpa", False))):
+        model.set_attn_implementation(wanted)
+
+
+class Part(NamedTuple):
+    """Rows of queries, and of the keys they meet; both are places in the one row of tokens, 0 at pads."""
+
+    queries: Tensor  # (R, Q)
+    keys: Tensor  # (R, K)
+    bias: Tensor | None  # (R or 1, Q, K), -inf where a query does not see a key; None: Q = K, causal, not plain
+    plain: bool  # by two matmuls and a softmax
+    real: Tensor  # flat places (n,) of the queries that are no pads, in the order of the tokens
+
+
+def part_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tensor) -> Part:
+    """The rows of queries (R, Q) that each see the keys (R, K) up to their `last` (R or 1, Q); `real` (R, Q) bool."""
+    plain = plain_is_faster(model, queries, keys)
+    if not plain and queries is keys:
+        bias = None
+    else:
+        later = torch.arange(keys.shape[1], device=keys.device) > last.unsqueeze(-1)
+        dtype = torch.float32 if plain else model.dtype  # of the scores
+        bias = torch.zeros(later.shape, dtype=dtype, device=keys.device).masked_fill_(later, -torch.inf)
+    return Part(queries, keys, bias, plain, real.flatten().nonzero().squeeze(1))
+
+
+def plain_is_faster(model: Any, queries: Tensor, keys: Tensor) -> bool:
+    """Whether two matmuls and a softmax are ahead of the fused kernel, whose backward is slow in bfloat16 on a CPU.
+
+    Measured on two Zen 4 cores, forward and backward of 9 heads of 64 (ms, plain and fused): 18 and 50 for 16 rows of
+    124 queries and 188 keys, 68 and 116 for 8 of 256 and 768. Longer ones are left to the fused kernel because the
+    plain one keeps its weights.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or keys.shape[1] > LONGEST_PLAIN:
+        return False
+    return queries.numel() * keys.shape[1] * model.config.num_attention_heads <= MOST_SCORES
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, N, D)
+    key: Tensor,  # (1, key heads, N, D)
+    value: Tensor,  # (1, key heads, N, D')
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    layout: Any = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """(1, N, heads, D') what each token takes from those it sees; the signature is transformers'."""
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    if dropout or any(options.get(name) is not None for name in UNKNOWN):
+        raise ValueError(f"attention over packed rows knows neither dropout nor {', '.join(UNKNOWN)}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, D)
+    found = []
+    for part in layout.parts:
+        queries, keys, values = (
+            _Take.apply(x.flatten(1), places).unflatten(2, x.shape[1:])
+            for x, places in zip(tokens, (part.queries, part.keys, part.keys), strict=True)
+        )
+        if part.plain:
+            assert part.bias is not None
+            out = _plain(queries, keys, values, part.bias, scaling)
+        else:
+            mask = None if part.bias is None else part.bias.unsqueeze(1).to(query.dtype)  # autocast may lower it
+            heads = [x.transpose(1, 2) for x in (queries, keys, values)]
+            out, _ = sdpa_attention_forward(
+                module, heads[0], heads[1], heads[2], mask, scaling=scaling, is_causal=mask is None
+            )
+        found.append(out.flatten(0, 1).index_select(0, part.real))
+    return torch.cat(found).unsqueeze(0), None
+
+
+class _Take(torch.autograd.Function):
+    """tokens (N, W) at places (R, K); a token that stands in several rows gets the sum of its gradients in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.count = len(tokens)
+        ctx.save_for_backward(places)
+        return tokens.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        rows = grad.flatten(0, 1)
+        sums = rows.new_zeros((ctx.count, rows.shape[1]), dtype=torch.promote_types(rows.dtype, torch.float32))
+        return sums.index_add_(0, places.flatten(), rows.to(sums.dtype)).to(grad.dtype), None
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """(R, Q, heads, D) from rows (R, Q, heads, D) and (R, K, key heads, D)."""
+    rows, asked, heads, size = query.shape
+    key_heads, width = key.shape[2], value.shape[-1]
+    shared = heads // key_heads  # heads that read the same keys are one matmul
+    queries = query.view(rows, asked, key_heads, shared, size).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(rows * key_heads, shared * asked, size)
+    keys, values = (x.transpose(1, 2).reshape(rows * key_heads, x.shape[1], -1) for x in (key, value))
+    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, asked, width)
+    return found.permute(0, 3, 1, 2, 4).reshape(rows, asked, heads, width)
+
+
+class _Plain(torch.autograd.Function):
+    """softmax(queries @ keys.T * scaling + bias) @ values, by batches (R * key heads) of heads that share their keys.
+
+    Scores are float32: bfloat16 ones near 10 are 0.06 apart, which is what most of such attention's error comes from.
+    What is kept is the weights as the second matmul takes them, a third of what autograd would keep.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, rows: int, scaling: float
+    ) -> Tensor:
+        scores = queries.float() @ (keys.float() * scaling).transpose(1, 2)
+        scores.view(rows, -1, *bias.shape[1:]).add_(bias.unsqueeze(1))
+        weights = scores.softmax(-1).to(values.dtype)
+        ctx.save_for_backward(queries, keys, values, weights)
+        ctx.scaling = scaling
+        return weights @ values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        queries, keys, values, weights = ctx.saved_tensors
+        grad_scores = torch.ops.aten._softmax_backward_data(grad @ values.transpose(1, 2), weights, -1, weights.dtype)
+        grad_queries, grad_keys = grad_scores @ keys, grad_scores.transpose(1, 2) @ queries
+        return grad_queries * ctx.scaling, grad_keys * ctx.scaling, weights.transpose(1, 2) @ grad, None, None, None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
