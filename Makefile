@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check lint format clean
 help:
-	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about six minutes on two cores"
+	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
