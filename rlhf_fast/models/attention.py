@@ -7,18 +7,28 @@ one row of tokens, and the layout says which queries meet which keys; without, i
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 NAME = "rlhf_fast"
 LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # keys, and scores of all heads (a layer keeps two bytes each); with a layout
 LONGEST_EAGER = 192  # keys, without
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # of some models' attention, and not of ours
+
+
+@cache
+def registered() -> str:
+    """The name, known to transformers from now on. Imported here: its models take two seconds, and a wrong file name
+    should be told at once."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
 
 
 def choose_attention(model: Any, length: int | None = None) -> None:
@@ -84,6 +94,8 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """(1, N, heads, D') what each token takes from those it sees; the signature is transformers'."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -164,7 +176,3 @@ class _Plain(torch.autograd.Function):
         grad_scores = torch.ops.aten._softmax_backward_data(grad @ values.transpose(1, 2), weights, -1, weights.dtype)
         grad_queries, grad_keys = grad_scores @ keys, grad_scores.transpose(1, 2) @ queries
         return grad_queries * ctx.scaling, grad_keys * ctx.scaling, weights.transpose(1, 2) @ grad, None, None, None
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .attention import NAME, Part, part_of
+from .attention import NAME, Part, part_of, registered
 
 WORTH_IT = 0.93  # tokens over places of the padded batch, from which packing pays for what it moves
 
@@ -111,7 +111,7 @@ def packed_states(model: Any, found: Layout) -> Tensor:
     """(B, T, H) last hidden states, as separate rows would have them; those of pads mean nothing."""
     # Left so afterwards: checkpointed layers run again in the backward, and without a layout it is "sdpa".
     if model.config._attn_implementation != NAME:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(registered())
     nothing = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=found.input_ids.device)  # nor is a mask to be made
     output = model.base_model(
         input_ids=found.input_ids, attention_mask=nothing, position_ids=found.positions, use_cache=False, layout=found

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -166,8 +168,13 @@ def test_without_a_layout_it_is_the_fused_attention_of_transformers() -> None:
     model, ids = model_of("llama"), torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     wanted = model(ids, attention_mask=mask, position_ids=heads.position_ids(mask)).logits
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(attention.registered())
     assert torch.equal(model(ids, attention_mask=mask, position_ids=heads.position_ids(mask)).logits, wanted)
+
+
+def test_a_wrong_file_name_need_not_wait_for_the_models_of_transformers() -> None:
+    code = "import sys, rlhf_fast.trainer.ppo; sys.exit('transformers.modeling_utils' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_long_rows_are_left_to_the_fused_kernel() -> None:
