@@ -26,11 +26,13 @@ from rlhf_fast.ops.linear import (
     linear_token_stats,
 )
 from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
+from rlhf_fast.ops.token_losses import LOG_RATIO_LIMIT
 
 find_native_kernels()
 _triton.register()
 
 __all__ = [
+    "LOG_RATIO_LIMIT",
     "Advantages",
     "PolicyLoss",
     "TokenStats",

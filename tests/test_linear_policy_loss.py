@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
 from rlhf_fast.ops.linear import tiles
-from rlhf_fast.ops.objectives import OBJECTIVES
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES
 
 HIDDEN, VOCABULARY, ROWS = 16, 149, (4, 7)
 CLIPS: dict[str, Any] = {"ppo": 0.2, "dual_clip": 0.3, "grpo": 0.2, "dapo": (0.1, 0.3), "dr_grpo": 0.2,
@@ -126,12 +126,12 @@ def check(case: Case, **options: Any) -> None:
 
 @few_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_objectives(backend: str, name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     check(Case(generator, dtype), name=name, clip=CLIPS[name], dual=1.5)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
 def test_every_option_in_float64(name: str, generator: torch.Generator) -> None:
     """Every objective with every KL, with and without an entropy bonus, to 1e-9."""
     case = Case(generator, torch.float64)

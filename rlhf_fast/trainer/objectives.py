@@ -3,8 +3,8 @@
 
 1. Advantages: from what was sampled, the kl, rewards, advantages and returns of each token, all (B, T). Where the KL is
    in the reward every token is charged for it, so that a token pays for the divergence that follows it.
-2. The loss of a token given its advantage: a name in `rlhf_fast.ops.objectives`, where the fused op finds it. None for
-   an objective on whole sequences, which is `dpo_loss`.
+2. The loss of a token given its advantage: a name in `rlhf_fast.ops.token_losses`, where the fused op finds it. None
+   for an objective on whole sequences, which is `dpo_loss`.
 3. The divisor of the sum over tokens, from totals over all ranks and micro-batches of a minibatch, so that neither
    how it is cut nor how many processes share it changes the gradient.
 """

@@ -11,8 +11,7 @@ from torch import Tensor
 import rlhf_fast as rf
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import law_options, predicting_rows, row_logprobs, token_logprobs
-from rlhf_fast.ops.objectives import OBJECTIVES as TOKEN_LOSSES
-from rlhf_fast.ops.objectives import Clip
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip
 
 from .agent import Agent
 from .config import PPOConfig

@@ -17,11 +17,11 @@ from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
 from rlhf_fast.ops.linear.tiles import Tile, Tiles, budget_of, tile_shape, whole_rows
-from rlhf_fast.ops.objectives import OBJECTIVES, Clip
 from rlhf_fast.ops.reference import accumulate_dtype
+from rlhf_fast.ops.token_losses import LOG_RATIO_LIMIT, TOKEN_LOSSES, Clip, importance_ratio, kl_estimate
 
 EXACT = 4  # an estimator beside those of codes.ESTIMATORS: the KL over the vocabulary, against the reference's head
-BY_CODE = tuple(OBJECTIVES.values())
+BY_CODE = tuple(TOKEN_LOSSES.values())
 
 
 class Settings(NamedTuple):
@@ -153,7 +153,7 @@ def _block(
         wanted = settings.kl_coef * tokens.share if sums is not None and settings.kl_coef != 0 else None
         kl, exact_grad = _exact_kl(ops, tile, loop.reference_tile(rows, memory[1]), options, loop.shard, wanted)
     elif tokens.ref_logprobs is not None:
-        kl, kl_slope = _estimated_kl(ops, logprobs, tokens, settings)
+        kl, kl_slope = _estimated_kl(logprobs, tokens, settings)
         slope = slope + settings.kl_coef * kl_slope
     loss = objective.loss - settings.entropy_coef * entropy
     if settings.kl_coef != 0:  # a KL that is only watched may be infinite
@@ -185,10 +185,12 @@ def _exact_kl(
     return kl, pair_kl_backward(ops, wanted, *pair, parts, True, False)[0]
 
 
-def _estimated_kl(ops: Any, logprobs: Tensor, tokens: Tokens, settings: Settings) -> tuple[Tensor, Tensor]:
+def _estimated_kl(logprobs: Tensor, tokens: Tokens, settings: Settings) -> tuple[Tensor, Tensor]:
     """The estimate (n,), times the ratio if so wanted, and its derivative in logprobs."""
     assert tokens.ref_logprobs is not None
-    ratio = (logprobs - tokens.old_logprobs).exp() if settings.importance else None
-    estimate = (logprobs, tokens.ref_logprobs, ratio, None, settings.estimator, settings.gradient, torch.inf)
-    slope, ratio_slope = ops.approx_kl_backward(torch.ones_like(logprobs), *estimate)
-    return ops.approx_kl(*estimate), slope if ratio is None else slope + ratio_slope * ratio
+    kl, slope = kl_estimate(logprobs, tokens.ref_logprobs, settings.estimator, settings.gradient)
+    if not settings.importance:
+        return kl, slope
+    ratio = importance_ratio(logprobs, tokens.old_logprobs)
+    limited = (logprobs - tokens.old_logprobs).abs() > LOG_RATIO_LIMIT
+    return kl * ratio, slope * ratio + torch.where(limited, 0.0, kl * ratio)

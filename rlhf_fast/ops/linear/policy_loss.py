@@ -19,8 +19,8 @@ from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, HeadInputs, Lora, check_head, fake_gradients
 from rlhf_fast.ops.linear.policy_loop import EXACT, policy_loop
 from rlhf_fast.ops.logprob import ROW_OPTIONS, check_row_options, check_targets
-from rlhf_fast.ops.objectives import OBJECTIVES
 from rlhf_fast.ops.reference import accumulate_dtype
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES
 
 ESTIMATORS = {**codes.ESTIMATORS, "exact": EXACT}
 
@@ -73,8 +73,10 @@ def linear_policy_loss(
             `linear_token_logprobs`; hidden may be (B, T, H) or (N, H), and all per-token tensors follow it.
         targets: the sampled tokens; old_logprobs, advantages: float, what they were sampled with and what they earned.
         mask: bool, True = response token. Masked rows are dropped before the matmul.
-        objective: "ppo", "dual_clip", "grpo", "dapo", "dr_grpo" or "cispo", see `rlhf_fast.ops.objectives`: GRPO, DAPO
-            and Dr. GRPO are PPO at the token, and differ by `normalizer` and by how advantages are made.
+        objective: "ppo", "dual_clip", "grpo", "dapo", "dr_grpo" or "cispo", see `rlhf_fast.ops.token_losses`. GRPO,
+            DAPO and Dr. GRPO have PPO's token loss and differ in `normalizer` and in how advantages are computed.
+            The log-ratio is limited to +-rf.LOG_RATIO_LIMIT before its exp (in the ratio, in k3 and in kl_importance),
+            so loss and gradients are finite for finite inputs; beyond the limit a ratio has no gradient.
         clip: the ratio is limited to [1 - clip, 1 + clip], or to [1 - low, 1 + high] given (low, high).
         dual_clip: the largest ratio that counts for negative advantages, over 1; read by "dual_clip" alone.
         kl_coef, estimator, kl_gradient: a KL in the loss: "k1", "k2", "k3", "abs" from ref_logprobs, with
@@ -88,7 +90,7 @@ def linear_policy_loss(
 
     Returns:
         `PolicyLoss`; loss is differentiable, once, in hidden, weight, bias and lora. clip_fraction is the share of real
-        tokens whose loss the clip decides. Sequence-level ratios (GSPO) do not fit, see `rlhf_fast.ops.objectives`.
+        tokens whose loss the clip decides. Sequence-level ratios (GSPO) do not fit, see `rlhf_fast.ops.token_losses`.
     """
     op = "linear_policy_loss"
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, memory_budget, process_group)
@@ -109,7 +111,7 @@ def linear_policy_loss(
             raise ValueError(f"rlhf_fast.{op}: clip must be at least 0, got {clip}")
     if not dual_clip > 1:
         raise ValueError(f"rlhf_fast.{op}: dual_clip must be greater than 1, got {dual_clip}")
-    objective_code = _check.choice(op, "objective", objective, {name: i for i, name in enumerate(OBJECTIVES)})
+    objective_code = _check.choice(op, "objective", objective, {name: i for i, name in enumerate(TOKEN_LOSSES)})
     gradient = _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS)
     share = _share(op, normalizer, mask, accumulate_dtype(first.dtype))
     grad = torch.is_grad_enabled()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy losses of one token: one function each, shared by `linear_policy_loss` and the trainer.
+
+A function gets logprobs, old_logprobs and advantages of one shape, and the clip range. It returns each token's loss (to
+be minimised), the derivative of that loss in logprobs, and whether the clip decided it. The derivative is written out
+rather than left to autograd, because the linear op needs it while the token's logits are still in memory.
+
+With r = exp(logprobs - old_logprobs), A the advantage, r' = r clipped to [1 - low, 1 + high]:
+
+    ppo        max(-A r, -A r')                         Schulman et al. 2017 (1707.06347), eq. 7
+    dual_clip  for A < 0 limited to -A dual_clip        Ye et al. 2020 (1912.09729), eq. 5
+    cispo      -A logprobs, weighted by a constant r'   MiniMax-M1 2025 (2506.13585), eq. 4
+
+GRPO (2402.03300, eq. 3), DAPO (2503.14476, eq. 8) and Dr. GRPO (2503.20783) have PPO's token loss. They differ in how
+advantages are computed and in what the sum over tokens is divided by, so all three are `ppo` here and the caller's
+`normalizer` does the rest (B sequences in the batch, at most T tokens each):
+
+    grpo       mean over a sequence, then over sequences    normalizer = B * mask.sum(-1, keepdim=True)
+    dapo       mean over all tokens; low < high clips       normalizer = mask.sum(), the default
+    dr_grpo    a constant                                   normalizer = B * T
+
+The log-ratio is limited to [-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT] before `exp`, so every loss and derivative is finite for
+finite inputs, and an advantage of 0 gives exactly 0. Beyond the limit the loss is that at the limit and the derivative
+is 0, as `torch.clamp` and verl have it: such a token is e^20 times likelier, or less likely, than when it was sampled.
+Its gradient says nothing about the policy, and would drown the rest of the batch when the norm is clipped. cispo's
+weight has no derivative, so its tokens keep their gradient.
+
+GSPO (2507.18071) has one ratio per sequence: no token's gradient is known before all logprobs of its sequence are, so
+it does not fit into one pass. Use `linear_token_logprobs` and a loss in plain PyTorch: four matmuls, or three where the
+memory budget keeps the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops import codes
+from rlhf_fast.ops.reference.logprob import times
+
+# Largest |log-ratio| whose exp is taken. exp(20) = 4.9e8 is far beyond any ratio that a clip range lets through, and so
+# small that its product with an advantage, a KL or another ratio is finite in float32 and bfloat16. verl's number.
+LOG_RATIO_LIMIT = 20.0
+
+
+class Clip(NamedTuple):
+    """The ratio's range is [1 - low, 1 + high]; dual limits it for negative advantages."""
+
+    low: float
+    high: float
+    dual: float
+
+
+class TokenLoss(NamedTuple):
+    loss: Tensor
+    slope: Tensor  # d loss / d logprobs
+    clipped: Tensor  # bool
+
+
+TokenLossFunction = Callable[[Tensor, Tensor, Tensor, Clip], TokenLoss]
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """exp(logprobs - old_logprobs), the log-ratio limited to +-LOG_RATIO_LIMIT; differentiable, 0 beyond the limit."""
+    return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _zero_beyond_limit(slope: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    return torch.where((logprobs - old_logprobs).abs() > LOG_RATIO_LIMIT, 0.0, slope)
+
+
+def ppo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+    """The clipped surrogate: no reward for moving the ratio further than the clip range."""
+    ratio = importance_ratio(logprobs, old_logprobs)
+    plain = -advantages * ratio
+    limited = -advantages * ratio.clamp(1 - clip.low, 1 + clip.high)
+    clipped = limited > plain
+    slope = _zero_beyond_limit(torch.where(clipped, 0.0, plain), logprobs, old_logprobs)
+    return TokenLoss(torch.maximum(plain, limited), slope, clipped)
+
+
+def dual_clip(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+    """PPO's, and for negative advantages no more loss than at ratio `clip.dual`, however large the ratio."""
+    loss, slope, clipped = ppo(logprobs, old_logprobs, advantages, clip)
+    ceiling = -advantages * clip.dual
+    above = (advantages < 0) & (loss > ceiling)
+    return TokenLoss(torch.where(above, ceiling, loss), torch.where(above, 0.0, slope), clipped | above)
+
+
+def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+    """REINFORCE with a clipped importance weight that carries no gradient: every token keeps its own."""
+    ratio = importance_ratio(logprobs, old_logprobs)
+    weight = ratio.clamp(1 - clip.low, 1 + clip.high)
+    slope = -advantages * weight
+    return TokenLoss(times(slope, logprobs), slope, weight != ratio)
+
+
+TOKEN_LOSSES: dict[str, TokenLossFunction] = {
+    "ppo": ppo,
+    "dual_clip": dual_clip,
+    "grpo": ppo,
+    "dapo": ppo,
+    "dr_grpo": ppo,
+    "cispo": cispo,
+}
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, gradient: int) -> tuple[Tensor, Tensor]:
+    """A KL estimate for the loss and its derivative in logprobs; `codes` has the numbers of estimators and gradients.
+
+    As `approx_kl`, except that k3's exp is taken of at most LOG_RATIO_LIMIT and its derivative is then that at the
+    limit: the tokens that drifted furthest from the reference must keep being pulled back.
+    """
+    d = logprobs - ref_logprobs
+    if estimator == codes.K1:
+        value, slope = d, torch.ones_like(d)
+    elif estimator == codes.K2:
+        value, slope = 0.5 * d * d, d
+    elif estimator == codes.K3:
+        excess = (-d).clamp(max=LOG_RATIO_LIMIT).expm1()
+        value, slope = excess + d, -excess
+    else:
+        value, slope = d.abs(), torch.sign(d)
+    return value, d if gradient == codes.STRAIGHT_THROUGH else slope
