@@ -17,14 +17,14 @@ import tempfile
 from pathlib import Path
 
 from rlhf_fast.data.examples import read_prompts
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.options import load_config
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
-from rlhf_fast.trainer.agent import encode_prompts, load_agent
-from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.ppo import train_step
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl.agent import encode_prompts, load_agent
+from rlhf_fast.trainer.rl.ppo import train_step
 
 
 def memory(name: str) -> float:
@@ -48,7 +48,7 @@ def formula(config: PPOConfig, policy: int, learned: int, critic: int, critic_le
 
 def main() -> None:
     """Load, step, print."""
-    from rlhf_fast.trainer.objectives import OBJECTIVES
+    from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"

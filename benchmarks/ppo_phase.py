@@ -41,11 +41,12 @@ from machine import machine
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.run.runtime import tune_process
-from rlhf_fast.trainer import PPOConfig, ppo
-from rlhf_fast.trainer import agent as agents
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import ppo
 
 VARIANTS = ("usual loop, full logits", "same loop, eager ops", "rlhf_fast")
 

@@ -104,8 +104,8 @@ def grpo_ours(model: str, rounds: int) -> dict[str, float]:
     from rlhf_fast.data.examples import read_prompts
     from rlhf_fast.run.progress import Timer
     from rlhf_fast.run.runtime import tune_process
-    from rlhf_fast.trainer import agent as agents
-    from rlhf_fast.trainer import ppo
+    from rlhf_fast.trainer.rl import agent as agents
+    from rlhf_fast.trainer.rl import ppo
 
     tune_process()
     with tempfile.TemporaryDirectory() as folder:
@@ -124,9 +124,9 @@ def losses(model: str, rounds: int) -> dict[str, float]:
     """The loss of one batch by both, with old and reference log-probabilities that differ from the policy's."""
     import rlhf_fast as rf
     from rlhf_fast.models.batches import Batch
-    from rlhf_fast.trainer.metrics import Sampled
-    from rlhf_fast.trainer.objectives import Totals
-    from rlhf_fast.trainer.policy_loss import policy_backward
+    from rlhf_fast.trainer.rl.metrics import Sampled
+    from rlhf_fast.trainer.rl.objectives import Totals
+    from rlhf_fast.trainer.rl.policy_update import policy_backward
 
     generator = torch.Generator().manual_seed(0)
     count, prompt = PROMPTS_PER_STEP * SAMPLES, 6

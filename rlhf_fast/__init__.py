@@ -12,9 +12,10 @@ except ModuleNotFoundError as error:
         "    pip install torch"
     ) from error
 
-from rlhf_fast import _triton, hf
+from rlhf_fast import _triton
 from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
 from rlhf_fast._version import __version__
+from rlhf_fast.integrations import hf
 from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
 from rlhf_fast.ops.kl import approx_kl, token_kl, token_kl_and_grad
 from rlhf_fast.ops.linear import (

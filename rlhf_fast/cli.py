@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_fast.run.errors import Interrupted, UserError
-from rlhf_fast.run.ranks import first_to_fail, ranks
+from rlhf_fast.distributed.ranks import first_to_fail, ranks
+from rlhf_fast.errors import Interrupted, UserError
 
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]

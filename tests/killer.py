@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 import transformers  # noqa: F401  (imported once for all children)
 
-import rlhf_fast.models.hf_trainer  # noqa: F401
+import rlhf_fast.trainer.sft.hf_trainer  # noqa: F401
 from rlhf_fast.run.folder import RunFolder
 
 

@@ -19,16 +19,16 @@ import torch
 from pytest import MonkeyPatch
 
 from rlhf_fast import cli
-from rlhf_fast.feedback.collect import CollectConfig, collect
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models import loading
-from rlhf_fast.models.generate import generate
-from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.trainer.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.trainer.ppo import train_ppo
-from rlhf_fast.trainer.reward import train_reward
-from rlhf_fast.trainer.sft import train_sft
+from rlhf_fast.trainer import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainer.collection import CollectConfig, collect
+from rlhf_fast.trainer.reward.train import train_reward
+from rlhf_fast.trainer.rl.ppo import train_ppo
+from rlhf_fast.trainer.sft.train import train_sft
 
 CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several processes also do with fsdp
 RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"

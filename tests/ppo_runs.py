@@ -11,11 +11,11 @@ from phases import metrics
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_fast.feedback.prompts import Prompts, read_asked
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.prompts import Prompts, read_asked
 
 
 def replace(config: PPOConfig, **values: Any) -> PPOConfig:

@@ -24,15 +24,15 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from rlhf_fast.distributed.dtensors import whole_state
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.generate import generate
+from rlhf_fast.models.fsdp import even, sharded, together
 from rlhf_fast.models.heads import check_head, token_kl, token_logprobs, token_values
 from rlhf_fast.models.loading import checkpoint_activations, make_critic
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.sharding import even, sharded, together
-from rlhf_fast.run.errors import UserError
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import whole_state
+from rlhf_fast.rollout.builtin import generate
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

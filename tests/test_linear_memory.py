@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import pages, tiles
+from rlhf_fast import _pages as pages
+from rlhf_fast.ops.linear import tiles
 
 
 def matmul_flops(event: Any) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .files import read_lines
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 Row = dict[str, Any]
 T = TypeVar("T")

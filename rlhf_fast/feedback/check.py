@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlhf_fast.data.examples import Demonstration, demonstration, prompt_line
 from rlhf_fast.data.files import read_rows
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .agreement import agreement, by_pair_of_annotators
 from .schema import Ranking, each_ranking, last_words

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.examples import prompt_text
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
-from .desk import Desk
+from .answer_file import Desk
 
 KEYS = "1-9 answer, arrows choose a completion, Enter saves, s skips, u takes the last answer back"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from rlhf_fast.data.examples import Prompt, prompt_text
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 
 class RaterError(UserError):

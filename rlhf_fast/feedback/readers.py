@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 Row = dict[str, Any]
 PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "text")

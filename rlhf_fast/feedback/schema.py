@@ -23,7 +23,7 @@ from typing import Any
 
 from rlhf_fast.data.examples import Prompt, check_prompt
 from rlhf_fast.data.files import read_rows
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .readers import to_schema
 

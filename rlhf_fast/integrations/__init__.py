@@ -10,11 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_fast.integrations._patch import Patch
-    from rlhf_fast.integrations.openrlhf import apply_rlhf_fast_to_openrlhf
-    from rlhf_fast.integrations.transformers import patch_loss
-    from rlhf_fast.integrations.trl import apply_rlhf_fast_to_trl
-    from rlhf_fast.integrations.verl import apply_rlhf_fast_to_verl
+    from ._patch import Patch
+    from .openrlhf import apply_rlhf_fast_to_openrlhf
+    from .transformers import patch_loss
+    from .trl import apply_rlhf_fast_to_trl
+    from .verl import apply_rlhf_fast_to_verl
 
 __all__ = [
     "Patch",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.integrations._ops import as_one_dtype, row_entropy, served
-from rlhf_fast.integrations._patch import Maker, Patch, Target, disabled, logger, patch_package
+
+from ._ops import as_one_dtype, row_entropy, served
+from ._patch import Maker, Patch, Target, disabled, logger, patch_package
 
 MINORS = ("0.11", "0.10", "0.9")
 UTILS = "openrlhf.models.utils"

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rlhf_fast as rf
-from rlhf_fast.integrations._patch import Patch, disabled
+from rlhf_fast.ops.linear import linear_token_logprobs
+
+from ._patch import Patch, disabled
+from .causal_lm import language_model_head
 
 IGNORE = -100  # transformers' label of positions that do not count
 
@@ -79,13 +81,13 @@ def _fused_forward(model: Any, original: Any, memory_budget: int | None) -> Any:
         for name in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "output_router_logits"):
             given.pop(name, None)
         trunk = model.base_model(**given)
-        head = rf.hf.language_model_head(model)
+        head = language_model_head(model)
         hidden = trunk.last_hidden_state
         if shifted is None:
             shifted = F.pad(labels, (0, 1), value=IGNORE)[..., 1:]
         shifted = shifted.to(hidden.device)
         mask = shifted != IGNORE
-        logprobs = rf.linear_token_logprobs(
+        logprobs = linear_token_logprobs(
             hidden, head.weight, shifted, mask=mask, memory_budget=memory_budget, **head.options()
         )
         total = kwargs.get("num_items_in_batch")
@@ -133,7 +135,7 @@ def _check_head(model: Any) -> None:
     was_training = model.training
     model.eval()
     try:
-        head = rf.hf.language_model_head(model)
+        head = language_model_head(model)
         ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
         logits = model(input_ids=ids, use_cache=False).logits.float()
         z = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float() * head.logit_scale

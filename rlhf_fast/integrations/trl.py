@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL: the fused LM head under SFT, DPO, KTO, GRPO and RLOO, and the functions that take logits.
 
-    from rlhf_fast.integrations import apply_rlhf_fast_to_trl
+    from . import apply_rlhf_fast_to_trl
     patch = apply_rlhf_fast_to_trl()
     print(patch.report())
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.integrations._ops import logprobs_and_entropy, row_entropy, served
-from rlhf_fast.integrations._patch import Maker, Patch, Target, patch_package
+
+from ._ops import logprobs_and_entropy, row_entropy, served
+from ._patch import Maker, Patch, Target, patch_package
 
 MINORS = ("1.16", "1.15", "1.14")
 UTILS = "trl.trainer.utils"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl: log-probs, entropy, the fused head, GAE and the KL penalty.
 
-    from rlhf_fast.integrations import apply_rlhf_fast_to_verl
+    from . import apply_rlhf_fast_to_verl
     patch = apply_rlhf_fast_to_verl()
 
 verl's workers are processes of Ray. `RLHF_FAST_VERL=1` in their environment does the same there, through verl's plugin
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.integrations._ops import as_one_dtype, logprobs_and_entropy, row_entropy, served
-from rlhf_fast.integrations._patch import Maker, Patch, Target, patch_package
+
+from ._ops import as_one_dtype, logprobs_and_entropy, row_entropy, served
+from ._patch import Maker, Patch, Target, patch_package
 
 MINORS = ("0.9", "0.8", "0.7")
 FUNCTIONAL = "verl.utils.torch_functional"

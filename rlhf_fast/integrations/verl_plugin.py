@@ -7,8 +7,8 @@ loss mode "rlhf_fast" as well.
 
 import os
 
-from rlhf_fast.integrations import verl
-from rlhf_fast.integrations._patch import patch_package
+from . import verl
+from ._patch import patch_package
 
 switch = os.environ.get("RLHF_FAST_VERL", "0")
 if switch not in ("", "0"):

@@ -12,9 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rollout import Support
-
 NO_ROWS = torch.empty(0, dtype=torch.int64)  # a micro-batch of nothing
+
+
+class Support(NamedTuple):
+    """The ids that top-k or top-p sampling kept for each sampled token, tokens in row-major order of the mask."""
+
+    ids: Tensor  # (total,) int64
+    offsets: Tensor  # (N + 1,) int64: token n kept ids[offsets[n]:offsets[n + 1]]
+
+    def take(self, tokens: Tensor) -> Support:
+        """That of the tokens numbered `tokens` (n,)."""
+        begin, counts = self.offsets[tokens], self.offsets.diff()[tokens]
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        within = torch.arange(int(offsets[-1]), device=counts.device) - offsets[:-1].repeat_interleave(counts)
+        return Support(self.ids[begin.repeat_interleave(counts) + within], offsets)
 
 
 class Batch(NamedTuple):

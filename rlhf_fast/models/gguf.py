@@ -13,8 +13,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import folder_aside
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.progress import notice
 
 from .hub import on_hub

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_fast as rf
-from rlhf_fast.hf import language_model_head
-from rlhf_fast.run.errors import UserError
-from rlhf_fast.run.shards import whole
+from rlhf_fast.distributed.dtensors import whole
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.causal_lm import language_model_head
 
 from .attention import choose_attention
-from .layout import layout, packed_states
+from .batches import Support
+from .fsdp import together
 from .loading import score_normalizer
-from .rollout import Support
-from .sharding import together
+from .prefix_sharing import layout, packed_states
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 
 def on_hub(name: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
-from rlhf_fast.run.ranks import ranks
 
 from .gguf import resolve_model
 from .qlora import four_bit, is_quantised, keep_gradients

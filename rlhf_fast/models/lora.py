@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .qlora import is_quantised, unquantised
 

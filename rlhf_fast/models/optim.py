@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import cut_like, gathered, is_cut, joined, own_part
+from rlhf_fast.distributed.dtensors import cut_like, gathered, is_cut, joined, own_part
+from rlhf_fast.distributed.ranks import ranks
 
 PORTION = 16 * 2**20  # numbers of weights whose low-precision gradients are float32 at the same time
 

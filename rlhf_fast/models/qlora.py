@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.examples import encode_prompt
-from rlhf_fast.models.generate import generate
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.rollout.builtin import generate
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from rlhf_fast.data.examples import encode_prompt, read_prompts
+from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import context_length, load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_fast.rollout.evaluate import evaluate
 from rlhf_fast.run.checkpoint import write_json
-from rlhf_fast.run.errors import UserError
 
 from .chat import find_model
-from .evaluate import evaluate
 
 RESAMPLES = 2000
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .page import PHASES, Phase, read_json, read_jsonl
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.examples import prompt_text
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import write_text
-from rlhf_fast.run.errors import UserError
 
 from . import plots
 from .plots import BLUE, GREEN, GREY, ORANGE, Line

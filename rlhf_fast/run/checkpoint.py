@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from rlhf_fast.errors import UserError
 
 _TENSOR = "__tensor__"
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.distributed.dtensors import whole_state
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
+
 from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints, save_state, write_json, write_text
-from .errors import UserError
-from .ranks import ranks
-from .shards import whole_state
 from .trackers import Trackers
 
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from .errors import UserError
-from .ranks import ranks
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
+
 from .trackers import check_trackers
 
 C = TypeVar("C")

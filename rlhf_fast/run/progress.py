@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from .ranks import ranks
+from rlhf_fast.distributed.ranks import ranks
 
 
 def notice(message: str) -> None:

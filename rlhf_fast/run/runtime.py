@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from rlhf_fast.ops.linear.pages import keep_freed_memory
+from rlhf_fast._pages import keep_freed_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 

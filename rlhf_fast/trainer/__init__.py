@@ -3,7 +3,7 @@
 
 `rlhf-fast` is the command; from Python each phase is a configuration and a function:
 
-    from rlhf_fast.trainer import PPOConfig, RunFolder, train_ppo
+    from . import PPOConfig, RunFolder, train_ppo
     summary = train_ppo(PPOConfig(model="runs/sft/model", ...), RunFolder.create("runs/ppo"))
 
 The heavy libraries (transformers and what it brings) are imported when a phase starts, not here.
@@ -14,16 +14,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.options import load_config
 
-from .config import CollectConfig, PipelineConfig, PPOConfig, RewardConfig, SFTConfig, load_config
+from .collection import CollectConfig
+from .pipeline import PipelineConfig
+from .reward.config import RewardConfig
+from .rl.config import PPOConfig
+from .sft.config import SFTConfig
 
 _LAZY = {
-    "train_sft": ".sft",
-    "collect": "rlhf_fast.feedback.collect",
-    "train_reward": ".reward",
-    "train_ppo": ".ppo",
+    "train_sft": ".sft.train",
+    "collect": ".collection",
+    "train_reward": ".reward.train",
+    "train_ppo": ".rl.ppo",
     "run_pipeline": ".pipeline",
     "write_report": "rlhf_fast.report.page",
 }

@@ -6,16 +6,19 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import rlhf_fast as rf
-from rlhf_fast.feedback.collect import CollectConfig
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import Timer, notice
 
-from .config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from .collection import CollectConfig, CollectOptions
+from .reward.config import RewardConfig, RewardOptions
+from .rl.config import PPOConfig, PPOOptions
+from .sft.config import SFTConfig, SFTOptions
 
 P = TypeVar("P", bound=RunOptions)
 PHASES = ("sft", "collect", "reward", "ppo")
@@ -31,18 +34,37 @@ PPO_KEYS = (
 )
 
 
+@dataclass
+class PipelineConfig(RunOptions):
+    """All phases one after the other: sft, collect, reward, ppo."""
+
+    sft: SFTOptions = field(default_factory=SFTOptions)
+    collect: CollectOptions = field(default_factory=CollectOptions)
+    reward: RewardOptions = field(default_factory=RewardOptions)
+    ppo: PPOOptions = field(default_factory=PPOOptions)
+
+    def validate(self) -> None:
+        """Raise UserError if an option is out of its range; what an earlier phase makes need not be named."""
+        super().validate()
+        self.sft.validate()
+        self.reward.validate()
+        if not self.reward.feedback_file:
+            self.collect.validate()
+        dataclasses.replace(self.ppo, reward_model=self.ppo.reward_model or "reward/model").validate()
+
+
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     """Run what `config` describes and return the summary, also in summary.json of the run folder.
 
     With `resume` finished phases are taken as they are and an unfinished one goes on. Raises UserError for wrong
     input, before anything is loaded where it can be known, and Interrupted after a Ctrl-C or SIGTERM.
     """
-    from rlhf_fast.feedback.collect import collect
     from rlhf_fast.report.page import write_report
 
-    from .ppo import train_ppo
-    from .reward import train_reward
-    from .sft import train_sft
+    from .collection import collect
+    from .reward.train import train_reward
+    from .rl.ppo import train_ppo
+    from .sft.train import train_sft
 
     config.validate()
     check_files(config)
@@ -80,10 +102,11 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
 def check_files(config: PipelineConfig) -> None:
     """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
     from rlhf_fast.data.examples import read_prompts, read_sft
-    from rlhf_fast.feedback.prompts import read_asked
     from rlhf_fast.feedback.raters import load_rater
-    from rlhf_fast.feedback.rewards import load_functions
     from rlhf_fast.feedback.schema import read_feedback
+
+    from .rl.prompts import read_asked
+    from .rl.rewards import load_functions
 
     read_sft(config.sft.train_file)
     if config.sft.eval_file:

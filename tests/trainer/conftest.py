@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rlhf_fast.models import loading
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 WriteJsonl = Callable[..., str]

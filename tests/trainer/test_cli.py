@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.report import chat
-from rlhf_fast.run.errors import Interrupted, UserError
-from rlhf_fast.trainer.config import PPOConfig, SFTConfig
+from rlhf_fast.trainer import PPOConfig, SFTConfig
 
 WITHOUT = """
 import sys

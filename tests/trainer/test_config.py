@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.feedback.collect import CollectConfig
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import load_config
-from rlhf_fast.trainer.config import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainer import PipelineConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainer.collection import CollectConfig
 
 ALL = (SFTConfig, CollectConfig, RewardConfig, PPOConfig, PipelineConfig)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf_fast.data.examples import encode_completion, encode_prompt, pad_right, prompt_text, read_prompts, read_sft
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import load_tokenizer
-from rlhf_fast.run.errors import UserError
 
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}cat{% endif %}"
 MESSAGES = [{"role": "user", "content": "ann wants food"}]

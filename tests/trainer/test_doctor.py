@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.errors import UserError
 from rlhf_fast.report.compare import win_rate
 from rlhf_fast.report.doctor import diagnose
-from rlhf_fast.run.errors import UserError
 
 SFT = {"demonstrations": 9, "loss_before": 4.0, "loss_after": 2.5}
 REWARD = {

@@ -12,12 +12,12 @@ import pytest
 import torch
 from ppo_runs import asked, replace, steps
 
-from rlhf_fast.feedback.prompts import read_asked
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import objectives, ppo
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import objectives, ppo
+from rlhf_fast.trainer.rl.prompts import read_asked
 
 
 def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_fast.models.refill import chosen, joined, refill
-from rlhf_fast.models.rollout import Rollout, Support
-from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.models.batches import Support
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer import objectives, ppo
-from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.metrics import Watch
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import objectives, ppo
+from rlhf_fast.trainer.rl.dynamic_sampling import chosen, joined, refill
+from rlhf_fast.trainer.rl.metrics import Watch
 
 SAMPLES = 2
 

@@ -17,14 +17,15 @@ from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.data.examples import read_prompts, read_sft
-from rlhf_fast.models import packing
-from rlhf_fast.models.generate import generate
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
-from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.trainer import ppo, sft
-from rlhf_fast.trainer.agent import encode_prompts, load_agent
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.agent import encode_prompts, load_agent
+from rlhf_fast.trainer.sft import packing
+from rlhf_fast.trainer.sft import train as sft
 
 STEP = 1  # the first step also fits the critic's head, which test_ppo.py looks at
 

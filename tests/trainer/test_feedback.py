@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.feedback.collect import CollectConfig, collect
+from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.feedback.schema import read_feedback
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer.collection import CollectConfig, collect
 
 ROW = {"prompt": "p", "completions": ["a", "b", "c"]}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.run.errors import UserError
-from rlhf_fast.trainer.config import PPOConfig, RewardConfig
+from rlhf_fast.errors import UserError
+from rlhf_fast.trainer import PPOConfig, RewardConfig
 
 CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused")
 SCRIPT = Path(__file__).parents[1] / "ranks_fsdp.py"

@@ -12,9 +12,9 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import hub
 from rlhf_fast.models import loading as models
-from rlhf_fast.run.errors import UserError
 
 
 @pytest.fixture

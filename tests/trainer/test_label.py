@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.feedback.desk import Desk
+from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.answer_file import Desk
 from rlhf_fast.feedback.schema import read_feedback
-from rlhf_fast.run.errors import UserError
 
 EVIL = "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
-from rlhf_fast.models import attention, heads, layout
+from rlhf_fast.models import attention, heads
+from rlhf_fast.models import prefix_sharing as layout
 from rlhf_fast.models.batches import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -173,7 +174,7 @@ def test_without_a_layout_it_is_the_fused_attention_of_transformers() -> None:
 
 
 def test_a_wrong_file_name_need_not_wait_for_the_models_of_transformers() -> None:
-    code = "import sys, rlhf_fast.trainer.ppo; sys.exit('transformers.modeling_utils' in sys.modules)"
+    code = "import sys, rlhf_fast.trainer.rl.ppo; sys.exit('transformers.modeling_utils' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

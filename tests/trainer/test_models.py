@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import gguf, heads
 from rlhf_fast.models import loading as models
-from rlhf_fast.run.errors import UserError
 
 
 @pytest.fixture(scope="module")

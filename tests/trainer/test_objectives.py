@@ -8,8 +8,8 @@ import torch
 from ppo_runs import replace
 from torch import Tensor
 
-from rlhf_fast.trainer import objectives
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import objectives
 
 
 def random_batch() -> tuple[Tensor, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import load_config
-from rlhf_fast.trainer.config import PipelineConfig
+from rlhf_fast.trainer import PipelineConfig
 from rlhf_fast.trainer.pipeline import run_pipeline
 
 FILES = {

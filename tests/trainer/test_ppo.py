@@ -13,15 +13,15 @@ import torch
 from ppo_runs import asked, metrics, replace, steps, weights
 from safetensors.torch import load_file
 
-from rlhf_fast.feedback.prompts import Prompts
+from rlhf_fast.errors import Interrupted
 from rlhf_fast.models import loading as models
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.run.errors import Interrupted
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import objectives, ppo
-from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import objectives, ppo
+from rlhf_fast.trainer.rl.prompts import Prompts
 
 
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:

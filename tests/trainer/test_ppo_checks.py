@@ -12,16 +12,15 @@ import torch
 from ppo_runs import asked, replace
 from torch import Tensor
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
-from rlhf_fast.run import checks
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.metrics import Watch
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import checks, ppo
+from rlhf_fast.trainer.rl.metrics import Watch
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,16 @@ import torch
 from ppo_runs import asked, metrics, replace, steps
 from torch import Tensor
 
-from rlhf_fast.feedback.rewards import Rewards
-from rlhf_fast.models.generate import generate
-from rlhf_fast.models.rollout import Rollout, Support
+from rlhf_fast.models.batches import Support
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.kl import KLPrice
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.kl_controller import KLPrice
+from rlhf_fast.trainer.rl.rewards import Rewards
 
 
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])

@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models import loading, lora
 from rlhf_fast.models.heads import token_logprobs
-from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer import agent as agents
-from rlhf_fast.trainer import ppo, sft
-from rlhf_fast.trainer.config import PPOConfig, RewardConfig, SFTConfig
-from rlhf_fast.trainer.reward import train_reward
+from rlhf_fast.trainer import PPOConfig, RewardConfig, SFTConfig
+from rlhf_fast.trainer.reward.train import train_reward
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.sft import train as sft
 
 IDS = torch.tensor([[5, 9, 11, 23, 30, 8, 12]])
 MASK = torch.arange(7)[None] > 0

@@ -11,9 +11,9 @@ import pytest
 
 from rlhf_fast import cli
 from rlhf_fast.data.files import read_lines
+from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.agreement import agreement
 from rlhf_fast.feedback.schema import Ranking, read_feedback
-from rlhf_fast.run.errors import UserError
 
 USER = {"role": "user", "content": "q"}
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_fast.report.evaluate import variety
+from rlhf_fast.errors import UserError
 from rlhf_fast.report.page import write_report
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.rollout.evaluate import variety
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 VOID = {"meta", "br", "img", "path", "use"}

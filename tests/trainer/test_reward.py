@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast.data.examples import encode_completion, pad_right
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.schema import Ranking, read_feedback
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
-from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer import reward
-from rlhf_fast.trainer.config import RewardConfig
+from rlhf_fast.trainer import RewardConfig
+from rlhf_fast.trainer.reward import train as reward
 
 COMPLETIONS = ["cat dog", "red blue green pink", "rain", "egg salt soup"]
 

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
-from rlhf_fast.feedback.rewards import Rewards, load_functions
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.ppo import train_ppo
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl.ppo import train_ppo
+from rlhf_fast.trainer.rl.rewards import Rewards, load_functions
 
 
 @pytest.fixture

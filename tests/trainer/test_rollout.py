@@ -12,7 +12,7 @@ import torch
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
 from rlhf_fast.models.batches import Batch
-from rlhf_fast.models.generate import Law, draw, ends, generate
+from rlhf_fast.rollout.builtin import Law, draw, ends, generate
 
 PROMPTS = [[5, 9, 11], [8], [6, 33, 21, 50, 4], [7, 19]]
 

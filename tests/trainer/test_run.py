@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import (
     folder_aside,
     load_state,
@@ -24,10 +25,9 @@ from rlhf_fast.run.checkpoint import (
     set_rng_state,
     write_json,
 )
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
-from rlhf_fast.trainer.config import SFTConfig
+from rlhf_fast.trainer import SFTConfig
 
 
 def test_an_existing_folder_is_refused_emptied_or_used(tmp_path: Path) -> None:

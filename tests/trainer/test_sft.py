@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast.data.examples import Demonstration, read_sft
-from rlhf_fast.models import packing
-from rlhf_fast.models.generate import generate
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
-from rlhf_fast.run.errors import Interrupted, UserError
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.trainer import sft
-from rlhf_fast.trainer.config import SFTConfig
+from rlhf_fast.trainer import SFTConfig
+from rlhf_fast.trainer.sft import packing
+from rlhf_fast.trainer.sft import train as sft
 
 
 def config(tiny: Path, folder: Path, **values: Any) -> SFTConfig:

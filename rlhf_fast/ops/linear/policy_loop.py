@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast._pages import give_back
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import tile_dtype
-from rlhf_fast.ops.linear.pages import give_back
 from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard

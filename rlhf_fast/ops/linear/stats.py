@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _dispatch
+from rlhf_fast._pages import give_back
 from rlhf_fast.ops import codes
 from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
@@ -25,7 +26,6 @@ from rlhf_fast.ops.linear.inputs import (
     fake_gradients,
     tile_dtype,
 )
-from rlhf_fast.ops.linear.pages import give_back
 from rlhf_fast.ops.linear.rows import Rows
 from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import PromptLine
-from rlhf_fast.feedback.prompts import Prompts, encode_asked
-from rlhf_fast.feedback.rewards import Rewards, load_functions
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.schema import Ranking
+from rlhf_fast.models.fsdp import sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
@@ -28,16 +29,15 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.sharding import sharded
 from rlhf_fast.run.checkpoint import load_state
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
-from rlhf_fast.run.ranks import ranks
 
 from .config import PPOConfig
-from .kl import KLPrice
+from .kl_controller import KLPrice
 from .objectives import OBJECTIVES
+from .prompts import Prompts, encode_asked
+from .rewards import Rewards, load_functions
 
 BETAS = (0.9, 0.95)
 

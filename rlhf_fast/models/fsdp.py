@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_fast.run.errors import UserError
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import cut, is_cut, whole
+from rlhf_fast.distributed.dtensors import cut, is_cut, whole
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
 
-from .layout import can_pack
+from .prefix_sharing import can_pack
 
 T = TypeVar("T")
 

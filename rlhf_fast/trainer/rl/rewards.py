@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import Prompt
+from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.raters import Rater, load_rater
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.heads import sequence_scores
-from rlhf_fast.run.checks import check_finite
-from rlhf_fast.run.errors import UserError
 
-from .raters import Rater, load_rater
+from .checks import check_finite
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
-from rlhf_fast.models.generate import generate
+from rlhf_fast.models.fsdp import even, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
     checkpoint_activations,
@@ -36,16 +38,14 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.sharding import even, sharded
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
-from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
-from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .config import RewardConfig
-from .reward_losses import calibration, calibration_error, pair_accuracy, ranking_loss
+from .losses import calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
 NORMALIZER_PROMPTS = 64

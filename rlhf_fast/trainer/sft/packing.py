@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.models.loading import device
-from rlhf_fast.run.errors import UserError
 
 Example = dict[str, list[int]]  # input_ids (T,) and labels (T,), -100 where a token is not learned
 IGNORED = -100

@@ -26,30 +26,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.feedback.prompts import Prompts, read_asked
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.raters import RaterError, load_rater
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.generate import generate
+from rlhf_fast.models.fsdp import even
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.refill import refill
-from rlhf_fast.models.rollout import Rollout, Sampler
-from rlhf_fast.models.sharding import even
-from rlhf_fast.report.evaluate import Rater, evaluate
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.evaluate import Rater, evaluate
+from rlhf_fast.rollout.rollout import Rollout, Sampler
 from rlhf_fast.run.checkpoint import require_space, seed_everything
-from rlhf_fast.run.checks import check_finite, check_logprobs, check_ratio
-from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
-from rlhf_fast.run.ranks import ranks
 from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, calibrate_critic, encode_prompts, load_agent, restore, save
+from .checks import check_finite, check_logprobs, check_ratio
 from .config import PPOConfig
+from .dynamic_sampling import refill
 from .metrics import Sampled, Watch, rollout_metrics
 from .objectives import OBJECTIVES, Paid, Totals, best_and_worst, counted, exact_reference, payment, value_loss
-from .policy_loss import policy_backward
+from .policy_update import policy_backward
+from .prompts import Prompts, read_asked
 
 MAX_GRAD_NORM = 1.0
 

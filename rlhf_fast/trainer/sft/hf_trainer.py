@@ -11,6 +11,10 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from rlhf_fast.distributed.dtensors import cut_like, gathered, whole_state
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.fsdp import is_sharded, sharded
 from rlhf_fast.run.checkpoint import (
     load_state,
     remove_old_checkpoints,
@@ -19,13 +23,8 @@ from rlhf_fast.run.checkpoint import (
     set_rng_state,
     sync_folder,
 )
-from rlhf_fast.run.errors import UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.shards import cut_like, gathered, whole_state
-
-from .sharding import is_sharded, sharded
 
 
 class SumTrainer(Trainer):

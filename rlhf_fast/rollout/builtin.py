@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.hf import LanguageModelHead, language_model_head
+from rlhf_fast.integrations.causal_lm import LanguageModelHead, language_model_head
+from rlhf_fast.models.attention import choose_attention
+from rlhf_fast.models.batches import Support
+from rlhf_fast.models.fsdp import together
+from rlhf_fast.models.heads import position_ids
 
-from .attention import choose_attention
-from .heads import position_ids
-from .rollout import Rollout, Support
-from .sharding import together
+from .rollout import Rollout
 
 
 class Law(NamedTuple):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import rlhf_fast as rf
-from rlhf_fast.models.rollout import Rollout
+from rlhf_fast.rollout.rollout import Rollout
 
 from .config import PPOOptions
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.generate import generate
+from rlhf_fast.models.fsdp import even, is_sharded
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
-from rlhf_fast.models.rollout import Rollout
-from rlhf_fast.models.sharding import even, is_sharded
-from rlhf_fast.run.ranks import ranks
+
+from .builtin import generate
+from .rollout import Rollout
 
 Rater = Callable[[Any, list[str]], list[float]]
 Reference = Callable[[], AbstractContextManager[Any]]  # gives the model that the KL is taken from

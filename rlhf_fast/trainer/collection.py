@@ -12,14 +12,13 @@ from typing import Annotated, Any
 
 from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
 from rlhf_fast.data.files import read_lines
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.feedback.raters import Rater, load_rater
 from rlhf_fast.run.checkpoint import write_text
-from rlhf_fast.run.errors import Interrupted, UserError
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
-from rlhf_fast.run.ranks import ranks
-
-from .raters import Rater, load_rater
 
 FEEDBACK_FILE = "feedback.jsonl"
 
@@ -108,7 +107,7 @@ def _sample(
     timer: Timer,
 ) -> list[dict[str, Any]]:
     """One row a prompt. The seed depends on the position alone, for a resumed run to sample the same."""
-    from rlhf_fast.models.generate import generate
+    from rlhf_fast.rollout.builtin import generate
 
     if not lines:
         return []

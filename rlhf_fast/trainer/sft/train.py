@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import Demonstration, encode_answer, encode_prompt, read_sft
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.loading import (
     context_length,
     device,
@@ -28,7 +30,14 @@ from rlhf_fast.models.loading import (
     resolve_dtype,
 )
 from rlhf_fast.models.lora import add_lora, merged
-from rlhf_fast.models.packing import (
+from rlhf_fast.models.qlora import as_adapted
+from rlhf_fast.run.checkpoint import require_space, seed_everything
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import StopFlag, Timer, notice
+from rlhf_fast.run.runtime import tune_process
+
+from .config import SFTConfig
+from .packing import (
     IGNORED,
     Example,
     check_packing,
@@ -38,15 +47,6 @@ from rlhf_fast.models.packing import (
     packed_width,
     to_device,
 )
-from rlhf_fast.models.qlora import as_adapted
-from rlhf_fast.run.checkpoint import require_space, seed_everything
-from rlhf_fast.run.errors import Interrupted, UserError
-from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import StopFlag, Timer, notice
-from rlhf_fast.run.ranks import ranks
-from rlhf_fast.run.runtime import tune_process
-
-from .config import SFTConfig
 
 
 def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _train(
     """Run the Trainer over `examples`, changing `model` in place; returns the number of optimizer steps."""
     from transformers import PrinterCallback
 
-    from rlhf_fast.models.hf_trainer import Bridge, SumTrainer
+    from .hf_trainer import Bridge, SumTrainer
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

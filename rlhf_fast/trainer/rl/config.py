@@ -1,92 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the phases, as dataclasses; the line under a field is its help on the command line.
-
-Every option class holds what one phase alone needs, `RunOptions` what all share. `SFTConfig` and its kin join the
-two for a phase run by itself; `PipelineConfig` holds the shared ones once and each phase's own in a section:
-
-    model: smollm2
-    output_dir: runs/demo
-    sft: {train_file: train.jsonl, lr: 1.0e-4}
-    ppo: {kl_coef: 0.05}
-"""
+"""Options of reinforcement learning."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rlhf_fast.feedback.collect import CollectConfig, CollectOptions
-from rlhf_fast.run.errors import UserError
-from rlhf_fast.run.options import (
-    FILE,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    Options,
-    Range,
-    RunOptions,
-    SamplingOptions,
-    load_config,
-)
+from rlhf_fast.errors import UserError
+from rlhf_fast.run.options import FILE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, RunOptions, SamplingOptions
 
-__all__ = [
-    "CollectConfig",
-    "PPOConfig",
-    "PPOOptions",
-    "PipelineConfig",
-    "RewardConfig",
-    "RewardOptions",
-    "RunOptions",
-    "SFTConfig",
-    "SFTOptions",
-    "load_config",
-]
-
-PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
 OPEN_FRACTION = Range(lambda value: 0 < value < 1, "between 0 and 1")
-
-
-@dataclass
-class SFTOptions(Options):
-    """Supervised fine-tuning on demonstrations."""
-
-    train_file: Annotated[str, FILE] = ""
-    """{"prompt", "completion"}, {"messages"} or {"text"} on each line; JSONL, Parquet, CSV or datasets:NAME[:SPLIT]."""
-    eval_file: str | None = None
-    """Held-out demonstrations of the same form; their loss is reported before and after."""
-    epochs: Annotated[float, POSITIVE] = 2.0
-    """Passes over the training file."""
-    max_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """End after this many optimizer steps; 0 lets `epochs` decide."""
-    batch_size: Annotated[int, POSITIVE] = 16
-    """Demonstrations per optimizer step."""
-    lr: Annotated[float, POSITIVE] = 1e-4
-    """Peak learning rate of AdamW; linear decay to 0."""
-    packing: bool = False
-    """Put the demonstrations of a micro-batch end to end instead of padding them; the result is the same."""
-
-
-@dataclass
-class RewardOptions(Options):
-    """A scalar head on the model, trained on all pairs of every ranking."""
-
-    feedback_file: str = ""
-    """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
-    loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"
-    """What is learned from a ranking: its pairs, pairs with margins, its order, its best, or the ratings themselves."""
-    centering: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of the squared sum of two scores, which keeps scores near 0; 0.01 is usual."""
-    eval_fraction: Annotated[float, PROPER_FRACTION] = 0.2
-    """Share of the prompts held out to measure pair accuracy."""
-    epochs: Annotated[float, POSITIVE] = 2.0
-    """Passes over the training rankings."""
-    batch_size: Annotated[int, POSITIVE] = 8
-    """Rankings per optimizer step."""
-    lr: Annotated[float, POSITIVE] = 5e-5
-    """Peak learning rate of the trunk."""
-    head_lr: Annotated[float, POSITIVE] = 1e-3
-    """Peak learning rate of the new scalar head."""
 
 
 @dataclass
@@ -200,22 +123,6 @@ class PPOOptions(SamplingOptions):
 
 
 @dataclass
-class SFTConfig(SFTOptions, RunOptions):
-    """Fine-tune a language model on demonstrations."""
-
-
-@dataclass
-class RewardConfig(RewardOptions, RunOptions):
-    """Train a reward model on rankings or ratings."""
-
-    def validate(self) -> None:
-        """Raise UserError if an option is out of its range, or does not go with another."""
-        super().validate()
-        if not self.feedback_file:
-            raise UserError("feedback_file must be the name of a JSONL file, got ''")
-
-
-@dataclass
 class PPOConfig(PPOOptions, RunOptions):
     """Improve a language model against a reward model by PPO."""
 
@@ -226,22 +133,3 @@ class PPOConfig(PPOOptions, RunOptions):
             raise UserError(
                 f"max_new_tokens ({self.max_new_tokens}) must leave room for a prompt in max_length ({self.max_length})"
             )
-
-
-@dataclass
-class PipelineConfig(RunOptions):
-    """All phases one after the other: sft, collect, reward, ppo."""
-
-    sft: SFTOptions = field(default_factory=SFTOptions)
-    collect: CollectOptions = field(default_factory=CollectOptions)
-    reward: RewardOptions = field(default_factory=RewardOptions)
-    ppo: PPOOptions = field(default_factory=PPOOptions)
-
-    def validate(self) -> None:
-        """Raise UserError if an option is out of its range; what an earlier phase makes need not be named."""
-        super().validate()
-        self.sft.validate()
-        self.reward.validate()
-        if not self.reward.feedback_file:
-            self.collect.validate()
-        dataclasses.replace(self.ppo, reward_model=self.ppo.reward_model or "reward/model").validate()

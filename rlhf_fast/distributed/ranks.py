@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a distributed run, as accelerate sets them up from torchrun's or `accelerate launch`'s environment.
 
-Every rank holds the whole models (or its part of them, see `models/sharding.py`) and works on its share of each batch.
+Every rank holds the whole models (or its part of them, see `models/fsdp.py`) and works on its share of each batch.
 What is global stays global: token counts, whitening, the KL controller and the metrics are taken over all ranks, and
 gradients are summed in float32 before the optimizer steps. So the number of ranks changes speed, and results only by
 rounding.
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
 

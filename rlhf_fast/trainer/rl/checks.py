@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 # Old and new log-probabilities come from the same function on the same rows, once without and once with autograd. In
 # float32 they differ by rounding only. In bfloat16 autograd may pick another attention kernel, and hidden states carry

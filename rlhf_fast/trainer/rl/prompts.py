@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from rlhf_fast.data.examples import PromptLine, encode_prompt, pad_right, read_prompts
+from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.encoded import EncodedRanking, encode
+from rlhf_fast.feedback.schema import Ranking, holds_feedback, read_feedback
 from rlhf_fast.models.loading import device
-from rlhf_fast.models.rollout import Rollout
-from rlhf_fast.run.errors import UserError
-
-from .encoded import EncodedRanking, encode
-from .schema import Ranking, holds_feedback, read_feedback
+from rlhf_fast.rollout.rollout import Rollout
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.files import read_rows
-from rlhf_fast.run.errors import UserError
+from rlhf_fast.errors import UserError
 
 from .schema import Ranking, each_ranking
 

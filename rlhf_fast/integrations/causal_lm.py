@@ -154,10 +154,3 @@ def _wanted(op: str, input_ids: Tensor, attention_mask: Tensor | None, mask: Ten
         return mask
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     return real & nn.functional.pad(real[:, :-1], (1, 0))
-
-
-def patch_loss(model: Any, *, memory_budget: int | None = None) -> Any:
-    """Makes a causal LM's own `loss` go through the linear op; see `rlhf_fast.integrations.transformers.patch_loss`."""
-    from rlhf_fast.integrations.transformers import patch_loss as patch  # it imports this package
-
-    return patch(model, memory_budget=memory_budget)

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlhf_fast.run.ranks import ranks
-
-from .batches import Batch
-from .rollout import Rollout, Support
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.models.batches import Batch, Support
+from rlhf_fast.rollout.rollout import Rollout
 
 
 def refill(

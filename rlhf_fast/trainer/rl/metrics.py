@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.batches import Batch
-from rlhf_fast.models.rollout import Rollout
-from rlhf_fast.run.ranks import ranks
+from rlhf_fast.rollout.rollout import Rollout
 
 
 @dataclass

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.run.options import NOT_NEGATIVE, POSITIVE, Options, Range, RunOptions
+
+PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
+
+
+@dataclass
+class RewardOptions(Options):
+    """A scalar head on the model, trained on all pairs of every ranking."""
+
+    feedback_file: str = ""
+    """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
+    loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"
+    """What is learned from a ranking: its pairs, pairs with margins, its order, its best, or the ratings themselves."""
+    centering: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Weight of the squared sum of two scores, which keeps scores near 0; 0.01 is usual."""
+    eval_fraction: Annotated[float, PROPER_FRACTION] = 0.2
+    """Share of the prompts held out to measure pair accuracy."""
+    epochs: Annotated[float, POSITIVE] = 2.0
+    """Passes over the training rankings."""
+    batch_size: Annotated[int, POSITIVE] = 8
+    """Rankings per optimizer step."""
+    lr: Annotated[float, POSITIVE] = 5e-5
+    """Peak learning rate of the trunk."""
+    head_lr: Annotated[float, POSITIVE] = 1e-3
+    """Peak learning rate of the new scalar head."""
+
+
+@dataclass
+class RewardConfig(RewardOptions, RunOptions):
+    """Train a reward model on rankings or ratings."""
+
+    def validate(self) -> None:
+        """Raise UserError if an option is out of its range, or does not go with another."""
+        super().validate()
+        if not self.feedback_file:
+            raise UserError("feedback_file must be the name of a JSONL file, got ''")

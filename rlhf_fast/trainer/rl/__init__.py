@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phase 3: reinforcement learning from a reward."""
