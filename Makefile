@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+# Where a compiler is, a build that fails is an error here; pip would install less and say so.
+STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check lint format clean
@@ -25,11 +27,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is the largest part) ..."
 	$(PIP) --upgrade pip setuptools wheel cmake ninja pybind11
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[trainer,demo,label,test]'
+	$(STRICT) $(PIP) --no-build-isolation --editable '.[trainer,demo,label,test]'
 	touch $@ $(VENV)/built
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(STRICT) $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 setup: $(VENV)/installed

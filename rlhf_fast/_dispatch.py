@@ -84,7 +84,8 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
         if _ext.why_not:
             return _ext.why_not
         if (KERNEL_OF[op], device_type) not in _native:
-            return f"this build holds no {device_type} kernels"
+            reason = _ext.LEFT_OUT.get(device_type)
+            return f"this build holds no {device_type} kernels" + (f" ({reason})" if reason else "")
         if reason := _ext.why_not_gpu(device_type):
             return reason
     if backend == "triton" and (reason := _triton.why_not(device_type)):
@@ -153,5 +154,6 @@ def _served(op: str, device: str) -> Served:
         if not (reason := why_not(backend, op, device)):
             break
         reasons[backend] = reason
-    detail = f" ({_ext.cpu_capability()})" if backend == "native" and device == "cpu" else ""
+    instructions = _ext.cpu_capability() if backend == "native" and device == "cpu" else None
+    detail = f" ({instructions})" if instructions else ""
     return Served(op, device, backend + detail, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,12 +21,23 @@ if os.environ.get("RLHF_FAST_CPU", "default") not in CPU_CAPABILITIES:
     raise ValueError(f"RLHF_FAST_CPU must be one of {', '.join(CPU_CAPABILITIES)}, got {os.environ['RLHF_FAST_CPU']!r}")
 
 
+def _left_out() -> dict[str, str]:
+    """What setup.py left out of this installation ("extension", "cuda") and why."""
+    note = Path(__file__).with_name("_left_out.txt")
+    lines = note.read_text().splitlines() if note.exists() else []
+    return dict(line.split(": ", 1) for line in lines)
+
+
+LEFT_OUT = _left_out()
+
+
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The module, or why there is none."""
     try:
         return importlib.import_module(f"rlhf_fast.{name}"), ""
     except ModuleNotFoundError:
-        return None, "the extension is not built (no compiler at install time, or RLHF_FAST_EXT=0)"
+        reason = LEFT_OUT.get("extension", "no compiler at install time, or RLHF_FAST_EXT=0")
+        return None, f"the extension is not built ({reason})"
     except ImportError as error:  # built for another platform or an older torch: worth its own words
         return None, f"the extension does not load: {error}"
 
@@ -59,10 +71,13 @@ def why_not_gpu(device_type: str) -> str:
 
 
 def cpu_capability() -> str | None:
-    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None without the extension."""
+    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None where `_host` is missing.
+
+    Wheels from the index hold no `_host`: pybind11 would tie them to one Python.
+    """
     return None if _host is None else _host.cpu_capability()
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, instruction sets and CUDA architectures of the build; empty without the extension."""
+    """Compiler, instruction sets and CUDA architectures of the build; empty where `_host` is missing."""
     return {} if _host is None else dict(_host.build_info())

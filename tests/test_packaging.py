@@ -55,7 +55,8 @@ def build_wheel(source: Path, to: Path, **env: str) -> tuple[Path, str]:
         str(to),
         str(source),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=to)
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RLHF_FAST_")}
+    done = subprocess.run(command, capture_output=True, text=True, env={**ours, **env}, cwd=to)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
     return next(to.glob("rlhf_fast-*.whl")), log
@@ -99,6 +100,16 @@ def test_wheel_without_a_compiler(source: Path, tmp_path: Path) -> None:
     wheel, log = build_wheel(source, tmp_path, PATH=str(tools), CXX="")
     assert "No C++ compiler found" in log
     assert wheel.name.endswith("py3-none-any.whl")
+    assert "No C++ compiler found" in use_wheel(wheel, tmp_path)  # rf.backends() says so too
+
+
+def test_wheel_with_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
+    """The install succeeds with less and says so; RLHF_FAST_EXT=1 refuses."""
+    shutil.rmtree(source / "build", ignore_errors=True)  # CMake remembers the compiler that it found
+    wheel, log = build_wheel(source, tmp_path, CXX="/bin/false", RLHF_FAST_CUDA="0")
+    assert "The kernels do not compile" in log
+    printed = use_wheel(wheel, tmp_path)
+    assert "['torch']" in printed and "The kernels do not compile" in printed
 
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; "

@@ -36,7 +36,7 @@ def steps(results: Path) -> list[Step]:
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--print-limit", "20", "--tool"]
     return [
         Step("facts", ["nvidia-smi"], 20, "nvidia-smi"),
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 170, "nvcc"),
+        Step("build", ["env", "RLHF_FAST_CUDA=1", python, "setup.py", "build_ext", "--inplace"], 170, "nvcc"),
         Step("backends", [python, "-c", "import rlhf_fast as rf; print(rf.backends())"], 60),
         Step("tests", tests, 200),
         Step("memcheck", [*sanitizer, "memcheck", python, DRIVER], 90, "compute-sanitizer"),
