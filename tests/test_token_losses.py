@@ -14,7 +14,7 @@ from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.ops import codes
-from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, kl_estimate
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, kl_estimate, sequence_log_ratio
 
 LOG_RATIOS = (0.0, 1.0, -1.0, 20.0, -20.0, 100.0, -100.0, 1e4, -1e4)
 ADVANTAGES = (-1.0, -0.0, 0.0, 1e-30, 1e4)
@@ -40,7 +40,7 @@ def truth(name: str, logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tenso
 def test_finite_and_equal_to_autograd(name: str, dtype: torch.dtype) -> None:
     ratios, advantages = (torch.tensor(x, dtype=dtype) for x in zip(*PAIRS[: -len(MASKED)], strict=True))
     old = torch.full_like(ratios, -2.0)
-    got = TOKEN_LOSSES[name](old + ratios, old, advantages, Clip(*CLIP, DUAL))
+    got = TOKEN_LOSSES[name](old + ratios, ratios, advantages, Clip(*CLIP, DUAL))
     leaf = (old + ratios).double().requires_grad_()
     true = truth(name, leaf, old.double(), advantages.double())
     (slope,) = torch.autograd.grad(true.sum(), leaf)
@@ -53,7 +53,7 @@ def test_finite_and_equal_to_autograd(name: str, dtype: torch.dtype) -> None:
 def test_a_forbidden_token_without_advantage_gives_nothing() -> None:
     """A log-probability of -inf times an advantage of 0 is 0 in every loss."""
     for name, loss in TOKEN_LOSSES.items():
-        got = loss(torch.tensor([-INF]), torch.tensor([-1.0]), torch.tensor([0.0]), Clip(*CLIP, DUAL))
+        got = loss(torch.tensor([-INF]), torch.tensor([-INF]), torch.tensor([0.0]), Clip(*CLIP, DUAL))
         assert got.loss.item() == 0 and got.slope.item() == 0, name
 
 
@@ -77,10 +77,27 @@ def test_the_kl_in_the_loss(estimator: str, gradient: str) -> None:
 
 def test_importance_ratio_differentiates_as_a_clamp() -> None:
     leaf = torch.tensor(LOG_RATIOS, requires_grad=True)
-    ratio = importance_ratio(leaf, torch.zeros_like(leaf))
+    ratio = importance_ratio(leaf)
     assert ratio.max().item() == pytest.approx(math.exp(20), rel=1e-5) and ratio.min().item() > 0
     (slope,) = torch.autograd.grad(ratio.sum(), leaf)
     torch.testing.assert_close(slope, torch.where(leaf.detach().abs() > 20, 0.0, ratio.detach()))
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_sequence_log_ratio(mean: bool, generator: torch.Generator) -> None:
+    """One ratio a sequence, by a loop over sequences; what masked slots hold reaches nothing."""
+    logprobs, old = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    logprobs[~mask], old[~mask] = INF, -INF
+    leaf = logprobs.clone().requires_grad_()
+    got = sequence_log_ratio(leaf, old, mask, mean=mean)
+    for b in range(3):
+        real = (logprobs[b] - old[b])[mask[b]]
+        wanted = (real.mean() if mean else real.sum()) if len(real) else torch.tensor(0.0).double()
+        torch.testing.assert_close(got[b].detach(), torch.where(mask[b], wanted, 0.0))
+    (grad,) = torch.autograd.grad(got[2, 0], leaf)
+    torch.testing.assert_close(grad[2], torch.full((5,), 0.2 if mean else 1.0, dtype=torch.float64))
+    assert not grad[:2].any()
 
 
 KLS: tuple[dict[str, Any], ...] = (

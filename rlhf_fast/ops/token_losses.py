@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy losses of one token: one function each, shared by `linear_policy_loss` and the trainer.
 
-A function gets logprobs, old_logprobs and advantages of one shape, and the clip range. It returns each token's loss (to
-be minimised), the derivative of that loss in logprobs, and whether the clip decided it. The derivative is written out
-rather than left to autograd, because the linear op needs it while the token's logits are still in memory.
+A function gets logprobs, log_ratio (of one token: logprobs - old_logprobs) and advantages, all of one shape, and the
+clip range. It returns each token's loss (to be minimised), the derivative of that loss in logprobs, and whether the
+clip decided it. The derivative is written out rather than left to autograd, because the linear op needs it while the
+token's logits are still in memory.
 
-With r = exp(logprobs - old_logprobs), A the advantage, r' = r clipped to [1 - low, 1 + high]:
+With r = exp(log_ratio), A the advantage, r' = r clipped to [1 - low, 1 + high]:
 
     ppo        max(-A r, -A r')                         Schulman et al. 2017 (1707.06347), eq. 7
     dual_clip  for A < 0 limited to -A dual_clip        Ye et al. 2020 (1912.09729), eq. 5
@@ -25,9 +26,14 @@ is 0, as `torch.clamp` and verl have it: such a token is e^20 times likelier, or
 Its gradient says nothing about the policy, and would drown the rest of the batch when the norm is clipped. cispo's
 weight has no derivative, so its tokens keep their gradient.
 
-GSPO (2507.18071) has one ratio per sequence: no token's gradient is known before all logprobs of its sequence are, so
-it does not fit into one pass. Use `linear_token_logprobs` and a loss in plain PyTorch: four matmuls, or three where the
-memory budget keeps the logits.
+GSPO (2507.18071, eq. 5 and 7) and RLOO (Ahmadian et al. 2024, 2402.14740) have one ratio per sequence, which is known
+only when all logprobs of the sequence are. `sequence_log_ratio` gives it for every token of the sequence, from
+differentiable logprobs of `linear_token_logprobs`:
+
+    log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)        mean=False for RLOO
+    ratio = importance_ratio(log_ratio)
+    loss = -torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+    (loss * mask / (B * mask.sum(-1, keepdim=True))).sum().backward()
 """
 
 from __future__ import annotations
@@ -59,40 +65,60 @@ class TokenLoss(NamedTuple):
     slope: Tensor  # d loss / d logprobs
     clipped: Tensor  # bool
 
+    def differentiable(self, logprobs: Tensor) -> Tensor:
+        """The loss as autograd takes it: its gradient in `logprobs`, which this was computed from, is `slope`."""
+        return self.loss + self.slope * (logprobs - logprobs.detach())
+
 
 TokenLossFunction = Callable[[Tensor, Tensor, Tensor, Clip], TokenLoss]
 
 
-def importance_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """exp(logprobs - old_logprobs), the log-ratio limited to +-LOG_RATIO_LIMIT; differentiable, 0 beyond the limit."""
-    return (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+def importance_ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), limited to +-LOG_RATIO_LIMIT before exp; differentiable, with gradient 0 beyond the limit."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def _zero_beyond_limit(slope: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    return torch.where((logprobs - old_logprobs).abs() > LOG_RATIO_LIMIT, 0.0, slope)
+def zero_beyond_limit(slope: Tensor, log_ratio: Tensor) -> Tensor:
+    """The derivative of something that `importance_ratio` limits; NaN stays."""
+    return torch.where(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0, slope)
 
 
-def ppo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+def sequence_log_ratio(
+    logprobs: Tensor,  # (B, T)
+    old_logprobs: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    *,
+    mean: bool = True,
+) -> Tensor:
+    """(B, T) the log-ratio of a whole sequence at each of its real tokens, 0 elsewhere; differentiable in logprobs.
+
+    mean: over the sequence's real tokens (GSPO); False: their sum, log p(sequence) - log p_old(sequence) (RLOO).
+    """
+    total = torch.where(mask, logprobs - old_logprobs, 0.0).sum(-1, keepdim=True)
+    return torch.where(mask, total / mask.sum(-1, keepdim=True).clamp(min=1) if mean else total, 0.0)
+
+
+def ppo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
     """The clipped surrogate: no reward for moving the ratio further than the clip range."""
-    ratio = importance_ratio(logprobs, old_logprobs)
+    ratio = importance_ratio(log_ratio)
     plain = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip.low, 1 + clip.high)
     clipped = limited > plain
-    slope = _zero_beyond_limit(torch.where(clipped, 0.0, plain), logprobs, old_logprobs)
+    slope = zero_beyond_limit(torch.where(clipped, 0.0, plain), log_ratio)
     return TokenLoss(torch.maximum(plain, limited), slope, clipped)
 
 
-def dual_clip(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+def dual_clip(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
     """PPO's, and for negative advantages no more loss than at ratio `clip.dual`, however large the ratio."""
-    loss, slope, clipped = ppo(logprobs, old_logprobs, advantages, clip)
+    loss, slope, clipped = ppo(logprobs, log_ratio, advantages, clip)
     ceiling = -advantages * clip.dual
     above = (advantages < 0) & (loss > ceiling)
     return TokenLoss(torch.where(above, ceiling, loss), torch.where(above, 0.0, slope), clipped | above)
 
 
-def cispo(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
+def cispo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
     """REINFORCE with a clipped importance weight that carries no gradient: every token keeps its own."""
-    ratio = importance_ratio(logprobs, old_logprobs)
+    ratio = importance_ratio(log_ratio)
     weight = ratio.clamp(1 - clip.low, 1 + clip.high)
     slope = -advantages * weight
     return TokenLoss(times(slope, logprobs), slope, weight != ratio)

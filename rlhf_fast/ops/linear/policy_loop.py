@@ -18,7 +18,7 @@ from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
 from rlhf_fast.ops.linear.tiles import Tile, Tiles, budget_of, tile_shape, whole_rows
 from rlhf_fast.ops.reference import accumulate_dtype
-from rlhf_fast.ops.token_losses import LOG_RATIO_LIMIT, TOKEN_LOSSES, Clip, importance_ratio, kl_estimate
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, kl_estimate, zero_beyond_limit
 
 EXACT = 4  # an estimator beside those of codes.ESTIMATORS: the KL over the vocabulary, against the reference's head
 BY_CODE = tuple(TOKEN_LOSSES.values())
@@ -145,7 +145,7 @@ def _block(
     tiles = loop.block(rows, memory[0])
     logprobs, entropy, parts = loop.statistics(ops, rows, tiles)
     tokens, options = loop.tokens.at(rows), loop.options.at(rows)
-    objective = BY_CODE[settings.objective](logprobs, tokens.old_logprobs, tokens.advantages, settings.clip)
+    objective = BY_CODE[settings.objective](logprobs, logprobs - tokens.old_logprobs, tokens.advantages, settings.clip)
     slope = objective.slope
     kl, exact_grad = torch.zeros_like(logprobs), None
     if loop.ref_head is not None:
@@ -191,6 +191,6 @@ def _estimated_kl(logprobs: Tensor, tokens: Tokens, settings: Settings) -> tuple
     kl, slope = kl_estimate(logprobs, tokens.ref_logprobs, settings.estimator, settings.gradient)
     if not settings.importance:
         return kl, slope
-    ratio = importance_ratio(logprobs, tokens.old_logprobs)
-    limited = (logprobs - tokens.old_logprobs).abs() > LOG_RATIO_LIMIT
-    return kl * ratio, slope * ratio + torch.where(limited, 0.0, kl * ratio)
+    log_ratio = logprobs - tokens.old_logprobs
+    ratio = importance_ratio(log_ratio)
+    return kl * ratio, slope * ratio + zero_beyond_limit(kl * ratio, log_ratio)

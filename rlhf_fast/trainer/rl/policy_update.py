@@ -52,11 +52,9 @@ def policy_backward(
     else:  # the fused loss knows no support: its two halves, one after the other
         logprobs = row_logprobs(agent.policy, hidden, targets, part.support, config.temperature)
         found = TOKEN_LOSSES[objective.token_loss](
-            logprobs.detach(), old, advantages, Clip(config.cliprange, high, dual=torch.inf)
+            logprobs.detach(), logprobs.detach() - old, advantages, Clip(config.cliprange, high, dual=torch.inf)
         )
-        loss = (
-            (found.loss + found.slope * (logprobs - logprobs.detach()) + kl_loss(logprobs, ref, old, config)) / divisor
-        ).sum()
+        loss = ((found.differentiable(logprobs) + kl_loss(logprobs, ref, old, config)) / divisor).sum()
         logprobs, clipped = logprobs.detach(), found.clipped.sum()
     loss.backward()
     figures = {"loss/policy_avg": float(loss.detach()), "policy/clipfrac_avg": float(clipped) / totals.tokens}
