@@ -132,8 +132,8 @@ def trl_table(model: str, rounds: int) -> None:
 
 def gae_table(rounds: int) -> None:
     """One thread, as the loops' tiny tensors use anyway."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "integrations"))
-    from stubs import OPENRLHF_NEEDS, stubbed
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from helpers.stubs import OPENRLHF_NEEDS, stubbed
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -6,12 +6,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-import interpreter  # first: it must set TRITON_INTERPRET before anything looks at it
+from helpers import interpreter  # first: it must set TRITON_INTERPRET before anything looks at it
+
+# isort: split
 import pytest
 import torch
 from emulator import build as emulator
-from on_gpu import run_ops_on
-from tools import native_is_built
+from helpers.on_gpu import run_ops_on
+from helpers.tools import native_is_built
 
 import rlhf_fast as rf
 from rlhf_fast import _ext

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import ATOL, assert_gradient, assert_values
-from tools import INF, NAN, incoming, randn, random_mask, upcast, with_gradients
+from helpers import truths
+from helpers.tolerances import ATOL, assert_gradient, assert_values
+from helpers.tools import INF, NAN, incoming, randn, random_mask, upcast, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

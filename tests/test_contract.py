@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SAMPLES, Sample, build
-from tools import HALF, Recorder, named_outputs, with_gradients
+from helpers.samples import SAMPLES, Sample, build
+from helpers.tools import HALF, Recorder, named_outputs, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

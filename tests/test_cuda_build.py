@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 
-import codegen
 import pytest
 import torch
-from tools import native_is_built
+from helpers import codegen
+from helpers.tools import native_is_built
 
 from rlhf_fast import _ext, _triton
 
@@ -77,4 +77,4 @@ def test_hot_loops_go_by_sixteen_bytes(disassembler: None, arch: str) -> None:
 def test_the_page_is_that_of_this_build(disassembler: None) -> None:
     if "release 13.0" not in os.popen("nvcc --version").read():
         pytest.skip("docs/codegen.md was written with nvcc 13.0")
-    assert codegen.PAGE.read_text() == codegen.page(), "python tests/codegen.py writes it anew"
+    assert codegen.PAGE.read_text() == codegen.page(), "python tests/helpers/codegen.py writes it anew"

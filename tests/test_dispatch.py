@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from samples import SAMPLES, build
+from helpers.samples import SAMPLES, build
+from helpers.tools import native_is_built, native_is_wanted
 from test_contract import Recorder, assert_same, run
-from tools import native_is_built, native_is_wanted
 
 import rlhf_fast as rf
 from rlhf_fast import _dispatch, _ext, _triton
@@ -235,7 +235,7 @@ BUNDLE = """
 import sys
 sys.argv, sys.path = ["", {out!r}], [{tests!r}, *sys.path]
 import torch
-from samples import SAMPLES, build
+from helpers.samples import SAMPLES, build
 from test_contract import run
 import rlhf_fast as rf
 from rlhf_fast import _ext

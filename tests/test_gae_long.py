@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_values
-from tools import INF, NAN, randn, random_mask, upcast
+from helpers.tolerances import assert_values
+from helpers.tools import INF, NAN, randn, random_mask, upcast
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import assert_gradient, assert_values
-from tools import (
+from helpers import truths
+from helpers.tolerances import assert_gradient, assert_values
+from helpers.tools import (
     INF,
     LAYOUTS,
     NAN,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tolerances import assert_gradient, assert_values
+from helpers.tools import randn, upcast, with_gradients
 from test_kl import KINDS, check_kl
-from tolerances import assert_gradient, assert_values
-from tools import randn, upcast, with_gradients
 
 import rlhf_fast as rf
 

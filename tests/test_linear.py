@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_heads import (
+from helpers.linear_heads import (
     ALL_OUTPUTS,
     DIFFERENTIABLE,
     HIDDEN,
@@ -18,8 +18,8 @@ from linear_heads import (
     eager_stats,
     head,
 )
-from tolerances import ATOL, assert_gradient, max_error
-from tools import NAN, incoming, named_outputs, randint, randn, random_mask, scribble, upcast, with_gradients
+from helpers.tolerances import ATOL, assert_gradient, max_error
+from helpers.tools import NAN, incoming, named_outputs, randint, randn, random_mask, scribble, upcast, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

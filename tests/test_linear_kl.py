@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import ATOL, assert_gradient, max_error
-from tools import NAN, randn, random_mask, upcast, with_gradients
+from helpers import truths
+from helpers.tolerances import ATOL, assert_gradient, max_error
+from helpers.tools import NAN, randn, random_mask, upcast, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from linear_heads import HIDDEN, VOCABULARY, both, head
-from tools import Recorder, randint, randn, with_gradients
+from helpers.linear_heads import HIDDEN, VOCABULARY, both, head
+from helpers.tools import Recorder, randint, randn, with_gradients
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

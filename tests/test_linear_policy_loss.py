@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import ATOL, assert_gradient, max_error
-from tools import NAN, randint, randn, random_mask, scribble, upcast
+from helpers import truths
+from helpers.tolerances import ATOL, assert_gradient, max_error
+from helpers.tools import NAN, randint, randn, random_mask, scribble, upcast
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

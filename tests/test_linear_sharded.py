@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).parent / "ranks_linear.py"
+WORKER = Path(__file__).parent / "helpers" / "ranks_linear.py"
 
 
 @pytest.mark.parametrize(

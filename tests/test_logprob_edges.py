@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import truths
-from tolerances import assert_gradient, assert_values, max_error
-from tools import INF, NAN, named_outputs, randint, randn, with_gradients
+from helpers import truths
+from helpers.tolerances import assert_gradient, assert_values, max_error
+from helpers.tools import INF, NAN, named_outputs, randint, randn, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import assert_values
-from tools import NAN, named_outputs, randn, random_mask, upcast
+from helpers import truths
+from helpers.tolerances import assert_values
+from helpers.tools import NAN, named_outputs, randn, random_mask, upcast
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import assert_gradient, assert_values
-from tools import NAN, incoming, randn, random_mask, with_gradients
+from helpers import truths
+from helpers.tolerances import assert_gradient, assert_values
+from helpers.tools import NAN, incoming, randn, random_mask, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tools import native_is_built
+from helpers.tools import native_is_built
 
 from rlhf_fast import _ext
 

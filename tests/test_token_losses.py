@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tools import INF
+from helpers.tools import INF
 from torch import Tensor
 
 import rlhf_fast as rf

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_as_original, assert_replaces_and_restores, assert_signature, look_up
+from helpers.checks import assert_as_original, assert_replaces_and_restores, assert_signature, look_up
 from torch import Tensor
 
 from rlhf_fast.integrations import Patch, apply_rlhf_fast_to_trl

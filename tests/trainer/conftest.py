@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import phases
 import pytest
 import torch
+from helpers import phases
 
 from rlhf_fast.models import loading
 from rlhf_fast.trainer import PPOConfig
@@ -53,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def job_data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same folder with what the jobs of tests/phases.py start from."""
+    """The same folder with what the jobs of tests/helpers/phases.py start from."""
     folder = tmp_path_factory.mktemp("jobs") / "data"
     shutil.copytree(tiny, folder)
     phases.prepare(folder)

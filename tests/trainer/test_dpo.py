@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_runs import asked, replace, steps
+from helpers.ppo_runs import asked, replace, steps
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import Timer

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import phases
 import pytest
 import torch
-from tools import native_is_built
+from helpers import phases
+from helpers.tools import native_is_built
 from torch import Tensor
 
 import rlhf_fast as rf

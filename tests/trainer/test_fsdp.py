@@ -14,7 +14,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.trainer import PPOConfig, RewardConfig
 
 CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused")
-SCRIPT = Path(__file__).parents[1] / "ranks_fsdp.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks_fsdp.py"
 
 
 @pytest.fixture(scope="module")

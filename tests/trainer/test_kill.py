@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import killer
-import phases
 import pytest
+from helpers import phases
 
 LEARN = ("sft", "lora", "reward", "ppo", "dpo")
 SEED = 7
+TESTS = Path(__file__).parents[1]
 
 
 class Folders(NamedTuple):
@@ -27,8 +27,8 @@ class Folders(NamedTuple):
 def done(job_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """Each job in one go, and in five or six, in one process that forks."""
     folder = tmp_path_factory.mktemp("kill")
-    command = [sys.executable, killer.__file__, str(job_data), str(folder), str(SEED), *LEARN, "collect"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "helpers.killer", str(job_data), str(folder), str(SEED), *LEARN, "collect"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=TESTS)
     assert result.returncode == 0, result.stderr
     return Folders(folder / "whole", folder / "cut", json.loads(result.stdout.splitlines()[-1]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ppo_runs import replace
+from helpers.ppo_runs import replace
 from torch import Tensor
 
 from rlhf_fast.trainer import PPOConfig

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_runs import asked, metrics, replace, steps, weights
+from helpers.ppo_runs import asked, metrics, replace, steps, weights
 from safetensors.torch import load_file
 
 from rlhf_fast.errors import Interrupted

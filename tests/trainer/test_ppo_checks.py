@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_runs import asked, replace
+from helpers.ppo_runs import asked, replace
 from torch import Tensor
 
 from rlhf_fast.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_runs import asked, metrics, replace, steps
+from helpers.ppo_runs import asked, metrics, replace, steps
 from torch import Tensor
 
 from rlhf_fast.models.batches import Support

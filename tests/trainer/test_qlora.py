@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import phases
 import pytest
 import torch
+from helpers import phases
 from safetensors.torch import load_file
 from torch import Tensor
 

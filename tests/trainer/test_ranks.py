@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import phases
 import pytest
+from helpers import phases
 from safetensors.torch import load_file
 
 JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dynamic", "dpo", "ranked", "scarce")

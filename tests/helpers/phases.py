@@ -31,7 +31,7 @@ from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.sft.train import train_sft
 
 CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several processes also do with fsdp
-RATER = f"{Path(__file__).parents[1] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
+RATER = f"{Path(__file__).parents[2] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
 def often_short(prompt: str, completions: list[str]) -> list[float]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What nvcc made of the CUDA kernels: registers, shared memory, spills and 16-byte accesses, read from the built `_C`.
 
-`python tests/codegen.py` writes docs/codegen.md; tests/test_cuda_build.py asserts what must hold.
+`python tests/helpers/codegen.py` writes docs/codegen.md; tests/test_cuda_build.py asserts what must hold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "codegen.md"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 WIDE = ("LDG.E.128", "STG.E.128")
@@ -100,9 +100,9 @@ def page() -> str:
         [
             "# What nvcc makes of the CUDA kernels",
             "",
-            "Written by `python tests/codegen.py` from the built extension (nvcc 13.0). `tests/test_cuda_build.py`",
-            "fails when a kernel spills, or when a hot loop has lost its 16-byte loads. Local memory and stack of",
-            f"all kernels together, on all three architectures: {spills} bytes.",
+            "Written by `python tests/helpers/codegen.py` from the built extension (nvcc 13.0).",
+            "`tests/test_cuda_build.py` fails when a kernel spills, or when a hot loop has lost its 16-byte loads.",
+            f"Local memory and stack of all kernels together, on all three architectures: {spills} bytes.",
             "",
             "`<T, flags>`: the dtype, then what the kernel was compiled for (a softcap, all outputs, a kind of KL).",
             "Rows of logits take 512 threads a block: with 64 registers two blocks share a multiprocessor. Tokens",

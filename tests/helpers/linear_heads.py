@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tolerances import ATOL, assert_gradient, max_error
-from tools import randn, upcast, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf
+from helpers import truths
+from helpers.tolerances import ATOL, assert_gradient, max_error
+from helpers.tools import randn, upcast, with_gradients
 
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 DIFFERENTIABLE = ("logprobs", "entropy", "logsumexp")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills jobs of phases.py by SIGKILL and resumes them: `python killer.py DATA FOLDER SEED JOB ...`.
+"""Kills jobs of phases.py by SIGKILL and resumes them: `python -m helpers.killer DATA FOLDER SEED JOB ...` in tests/.
 
 Each run is a fork of this process, which has imported everything and computed nothing. Prints how each child ended.
 """
@@ -16,12 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import phases
 import safetensors.torch
 import torch
 import transformers  # noqa: F401  (imported once for all children)
 
 import rlhf_fast.trainer.sft.hf_trainer  # noqa: F401
+from helpers import phases
 from rlhf_fast.run.folder import RunFolder
 
 

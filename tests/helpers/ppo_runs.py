@@ -7,10 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from phases import metrics
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.phases import metrics
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents

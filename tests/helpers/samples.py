@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from tools import randint, randn, random_mask
 from torch import Tensor
 
 import rlhf_fast as rf
+from helpers.tools import randint, randn, random_mask
 
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 
