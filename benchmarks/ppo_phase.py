@@ -85,7 +85,14 @@ def samples(shape: Shape, vocabulary: int) -> Rollout:
     ids = ids[:, : real.shape[1]] * real
     scores = torch.randn(count, generator=generator)
     ended = torch.ones(count, dtype=torch.bool)
-    return Rollout(ids, real, real & (places[: real.shape[1]] >= prompt), [""] * count, ended, None, scores)
+    return Rollout(
+        input_ids=ids,
+        attention_mask=real,
+        response_mask=real & (places[: real.shape[1]] >= prompt),
+        texts=[""] * count,
+        ended=ended,
+        scores=scores,
+    )
 
 
 class Phase:

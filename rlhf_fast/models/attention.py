@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over tokens without pads, whose sequences may share what they begin with.
 
-Known to transformers as the attention implementation "rlhf_fast". With a `layout` among the trunk's arguments there is
-one row of tokens, and the layout says which queries meet which keys; without, it is "sdpa".
+Known to transformers as the attention implementation "rlhf_fast". With a `packed_row` (`prefix_sharing.py`) among the
+trunk's arguments there is one row of tokens, and its blocks say which queries see which keys; without, it is "sdpa".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "rlhf_fast"
-LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # keys, and scores of all heads (a layer keeps two bytes each); with a layout
+LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # keys, and scores of all heads (a layer keeps two bytes each); of packed rows
 LONGEST_EAGER = 192  # keys, without
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # of some models' attention, and not of ours
 
@@ -32,7 +32,7 @@ def registered() -> str:
 
 
 def choose_attention(model: Any, length: int | None = None) -> None:
-    """For the next passes without a layout over rows of this length; None is for generation.
+    """Pick the attention kernel for the coming padded passes over rows of `length` tokens; None means generation.
 
     In bfloat16 on a CPU, rows are read by matmuls and a softmax if they are short, since the fused kernel's backward is
     slow. Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16,
@@ -48,8 +48,8 @@ def choose_attention(model: Any, length: int | None = None) -> None:
         model.set_attn_implementation(wanted)
 
 
-class Part(NamedTuple):
-    """Rows of queries, and of the keys they meet; both are places in the one row of tokens, 0 at pads."""
+class AttentionBlock(NamedTuple):
+    """R rows of Q queries and the K keys that each row sees; both are places in the packed row, 0 at pads."""
 
     queries: Tensor  # (R, Q)
     keys: Tensor  # (R, K)
@@ -58,7 +58,7 @@ class Part(NamedTuple):
     real: Tensor  # flat places (n,) of the queries that are no pads, in the order of the tokens
 
 
-def part_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tensor) -> Part:
+def block_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tensor) -> AttentionBlock:
     """The rows of queries (R, Q) that each see the keys (R, K) up to their `last` (R or 1, Q); `real` (R, Q) bool."""
     plain = plain_is_faster(model, queries, keys)
     if not plain and queries is keys:
@@ -67,7 +67,7 @@ def part_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tenso
         later = torch.arange(keys.shape[1], device=keys.device) > last.unsqueeze(-1)
         dtype = torch.float32 if plain else model.dtype  # of the scores
         bias = torch.zeros(later.shape, dtype=dtype, device=keys.device).masked_fill_(later, -torch.inf)
-    return Part(queries, keys, bias, plain, real.flatten().nonzero().squeeze(1))
+    return AttentionBlock(queries, keys, bias, plain, real.flatten().nonzero().squeeze(1))
 
 
 def plain_is_faster(model: Any, queries: Tensor, keys: Tensor) -> bool:
@@ -90,13 +90,13 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    layout: Any = None,
+    packed_row: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """(1, N, heads, D') what each token takes from those it sees; the signature is transformers'."""
+    """(1, N, heads, D') attention of each token over those it sees; the signature is transformers'."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if layout is None:
+    if packed_row is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
@@ -105,21 +105,21 @@ def attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, D)
     found = []
-    for part in layout.parts:
+    for block in packed_row.blocks:
         queries, keys, values = (
             _Take.apply(x.flatten(1), places).unflatten(2, x.shape[1:])
-            for x, places in zip(tokens, (part.queries, part.keys, part.keys), strict=True)
+            for x, places in zip(tokens, (block.queries, block.keys, block.keys), strict=True)
         )
-        if part.plain:
-            assert part.bias is not None
-            out = _plain(queries, keys, values, part.bias, scaling)
+        if block.plain:
+            assert block.bias is not None
+            out = _plain(queries, keys, values, block.bias, scaling)
         else:
-            mask = None if part.bias is None else part.bias.unsqueeze(1).to(query.dtype)  # autocast may lower it
+            mask = None if block.bias is None else block.bias.unsqueeze(1).to(query.dtype)  # autocast may lower it
             heads = [x.transpose(1, 2) for x in (queries, keys, values)]
             out, _ = sdpa_attention_forward(
                 module, heads[0], heads[1], heads[2], mask, scaling=scaling, is_causal=mask is None
             )
-        found.append(out.flatten(0, 1).index_select(0, part.real))
+        found.append(out.flatten(0, 1).index_select(0, block.real))
     return torch.cat(found).unsqueeze(0), None
 
 
@@ -142,14 +142,14 @@ class _Take(torch.autograd.Function):
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
     """(R, Q, heads, D) from rows (R, Q, heads, D) and (R, K, key heads, D)."""
-    rows, asked, heads, size = query.shape
+    rows, count, heads, size = query.shape
     key_heads, width = key.shape[2], value.shape[-1]
     shared = heads // key_heads  # heads that read the same keys are one matmul
-    queries = query.view(rows, asked, key_heads, shared, size).permute(0, 2, 3, 1, 4)
-    queries = queries.reshape(rows * key_heads, shared * asked, size)
+    queries = query.view(rows, count, key_heads, shared, size).permute(0, 2, 3, 1, 4)
+    queries = queries.reshape(rows * key_heads, shared * count, size)
     keys, values = (x.transpose(1, 2).reshape(rows * key_heads, x.shape[1], -1) for x in (key, value))
-    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, asked, width)
-    return found.permute(0, 3, 1, 2, 4).reshape(rows, asked, heads, width)
+    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, count, width)
+    return found.permute(0, 3, 1, 2, 4).reshape(rows, count, heads, width)
 
 
 class _Plain(torch.autograd.Function):

@@ -6,7 +6,7 @@ The cut changes speed and memory, never results: what is computed for a row depe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,24 +21,40 @@ class Support(NamedTuple):
     ids: Tensor  # (total,) int64
     offsets: Tensor  # (N + 1,) int64: token n kept ids[offsets[n]:offsets[n + 1]]
 
+    @classmethod
+    def of_counts(cls, ids: Tensor, counts: Tensor) -> Support:
+        """From the ids of all tokens, one token's behind the other's, and how many each token kept (N,)."""
+        return cls(ids=ids, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+
+    @classmethod
+    def concatenate(cls, supports: Sequence[Support]) -> Support:
+        """The tokens of all, in order."""
+        counts = torch.cat([one.offsets.diff() for one in supports])
+        return cls.of_counts(torch.cat([one.ids for one in supports]), counts)
+
     def take(self, tokens: Tensor) -> Support:
         """That of the tokens numbered `tokens` (n,)."""
         begin, counts = self.offsets[tokens], self.offsets.diff()[tokens]
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         within = torch.arange(int(offsets[-1]), device=counts.device) - offsets[:-1].repeat_interleave(counts)
-        return Support(self.ids[begin.repeat_interleave(counts) + within], offsets)
+        return Support(ids=self.ids[begin.repeat_interleave(counts) + within], offsets=offsets)
+
+    def to(self, device: torch.device | str) -> Support:
+        """A copy on `device`."""
+        return Support(ids=self.ids.to(device), offsets=self.offsets.to(device))
 
 
 class Batch(NamedTuple):
-    """Sequences padded on the right. `mask` says which tokens are asked for (the completion's)."""
+    """Sequences padded on the right, and the tokens of them whose log-probabilities or values are wanted."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) bool
-    mask: Tensor  # (B, T) bool
-    support: Support | None = None  # of the tokens of `mask`, where sampling cut the law
+    mask: Tensor  # (B, T) bool, True = wanted (a completion's tokens); False at the first token of a sequence
+    support: Support | None = None  # of the tokens of `mask`, where top-k or top-p left some ids out
+    positions: Tensor | None = None  # (B, T) where a row holds several sequences: each begins at 0
 
     def rows(self, index: Tensor) -> Batch:
-        """Those rows, cut to the longest of them; of none, one column."""
+        """The rows numbered `index` (n,), padded to the longest of them; one column if there are none."""
         attention = self.attention_mask[index]
         width = int(attention.sum(1).max()) if len(index) else 1
         support = None
@@ -46,7 +62,13 @@ class Batch(NamedTuple):
             numbers = torch.zeros_like(self.input_ids)
             numbers[self.mask] = torch.arange(len(self.support.offsets) - 1, device=numbers.device)
             support = self.support.take(numbers[index][self.mask[index]])
-        return Batch(self.input_ids[index, :width], attention[:, :width], self.mask[index, :width], support)
+        return Batch(
+            input_ids=self.input_ids[index, :width],
+            attention_mask=attention[:, :width],
+            mask=self.mask[index, :width],
+            support=support,
+            positions=None if self.positions is None else self.positions[index, :width],
+        )
 
     def plan(self, size: int, index: Tensor | None = None, unit: int = 1) -> list[Tensor]:
         """Rows (all, or those of `index`) in micro-batches of at most `size`, prompts with the longest rows first.

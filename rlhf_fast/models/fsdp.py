@@ -7,8 +7,8 @@ what all ranks count. The head is ours to read, outside of any forward: a matrix
 gathers for an op. A tied head is the trunk's own weight, whose gradients from both meet in one place. A scalar head is
 left as it is, and so are its gradients: the optimizer adds them up, as it does without FSDP.
 
-Gathering takes all ranks. Where one has less to do than another (micro-batches are cut by length), it goes along with
-empty ones, see `even`; in generation each rank has its own number of tokens, so weights are gathered once, before.
+Gathering takes all ranks. A rank with fewer micro-batches than another runs empty ones as well (`pad_to_ranks`); in
+generation each rank has its own number of tokens, so weights are gathered once, before (`unsharded`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def is_sharded(model: Any) -> bool:
 
 
 @contextmanager
-def together(model: Any) -> Iterator[None]:
+def unsharded(model: Any) -> Iterator[None]:
     """All weights of the model on every rank, as ordinary tensors, and nothing exchanged while it runs; no gradients.
 
     That takes the memory of the weights, not of what the optimizer keeps. Every rank must begin and end it.
@@ -105,8 +105,11 @@ def together(model: Any) -> Iterator[None]:
             module.reshard()
 
 
-def even(parts: list[T], model: Any, filler: T) -> list[T]:
-    """As many parts as the rank with the most has, if the model is cut: `filler`, for nothing to do, behind them."""
+def pad_to_ranks(parts: list[T], model: Any, filler: T) -> list[T]:
+    """Pad this rank's micro-batches with `filler`, an empty one, so that every rank runs equally many.
+
+    Only a model that is cut over the ranks needs it; of any other `parts` come back as they are.
+    """
     if not is_sharded(model):
         return parts
     return parts + [filler] * (max(ranks().every(len(parts))) - len(parts))

@@ -19,10 +19,10 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.causal_lm import language_model_head
 
 from .attention import choose_attention
-from .batches import Support
-from .fsdp import together
+from .batches import Batch, Support
+from .fsdp import unsharded
 from .loading import score_normalizer
-from .prefix_sharing import layout, packed_states
+from .prefix_sharing import pack, packed_states
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -30,76 +30,62 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def hidden_states(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
     """(B, T, H) last hidden states from the trunk alone: what the head, the value head or the score head read.
 
-    `positions` (B, T) are for rows that hold several sequences: each begins at 0, by which transformers knows that
-    none may attend to another (a block-diagonal mask, or the varlen path of flash attention).
     Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
-    fast causal path; states at pads are meaningless either way. Rows are packed: `layout.py`.
+    fast causal path; states at pads are meaningless either way. Tokens may then be packed: `prefix_sharing.py`.
+    With `batch.positions` rows hold several sequences. transformers knows by the positions that none may attend to
+    another (a block-diagonal mask, or the varlen path of flash attention).
     """
+    input_ids, mask = batch.input_ids, batch.attention_mask.bool()
     if len(input_ids) == 0:  # a rank with nothing to do goes along, for the others to have its part of the weights
         one = input_ids.new_zeros((1, 1))
-        return hidden_states(model, one, torch.ones_like(one))[:0]
-    if positions is not None:
+        return hidden_states(model, Batch(one, one == 0, one != 0))[:0]
+    if batch.positions is not None:
         choose_attention(model, input_ids.shape[1])
-        return model.base_model(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
-    mask = attention_mask.bool()
+        return model.base_model(input_ids=input_ids, position_ids=batch.positions, use_cache=False).last_hidden_state
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
-        packed = layout(model, input_ids, mask)
+        packed = pack(model, input_ids, mask)
         if packed is not None:
             return packed_states(model, packed)
         choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     choose_attention(model, input_ids.shape[1])
     return model.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(mask), use_cache=False
+        input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
     ).last_hidden_state
 
 
-def law_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
-    """The head's weight (V, H), and the rest of what turns hidden states into the sampling law."""
+def head_and_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
+    """The head's weight (V, H), and the other arguments of the `rf.linear_*` ops: bias, scale, cap, temperature."""
     found = language_model_head(model)
     bias = None if found.bias is None else whole(found.bias)
     return whole(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
 
 
-def predicting_rows(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, positions: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The hidden states (N, H) that predict the tokens of `mask` (B, T), and the flat indices (N,) of those tokens.
-
-    A token in the first column has nothing before it, so it cannot be asked for.
-    """
-    hidden = hidden_states(model, input_ids, attention_mask, positions)
-    tokens = mask.flatten().nonzero().squeeze(1)  # (N,)
+def predicting_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The hidden states (N, H) that predict the tokens of `batch.mask`, and the flat indices (N,) of those tokens."""
+    hidden = hidden_states(model, batch)
+    tokens = batch.mask.flatten().nonzero().squeeze(1)  # (N,)
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, tokens - 1), tokens
 
 
-def token_logprobs(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mask: Tensor,
-    support: Support | None = None,
-    temperature: float = 1.0,
-    positions: Tensor | None = None,
-) -> Tensor:
-    """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `mask`, else 0. Differentiable.
+def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `batch.mask`, else 0. Differentiable.
 
-    `mask` (B, T) bool must be False at the first token of a sequence. The law is softmax(logits / temperature), over
-    the ids of `support` alone where it is given. `positions` (B, T): see `hidden_states`.
+    p is softmax(logits / temperature), over the ids of `batch.support` alone where there is one.
     """
-    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask, positions)
-    logprobs = row_logprobs(model, rows, input_ids.flatten()[tokens], support, temperature)
-    return scatter(logprobs, tokens, mask)
+    rows, tokens = predicting_rows(model, batch)
+    logprobs = row_logprobs(model, rows, batch.input_ids.flatten()[tokens], batch.support, temperature)
+    return scatter(logprobs, tokens, batch.mask)
 
 
 def row_logprobs(
     model: Any, rows: Tensor, targets: Tensor, support: Support | None = None, temperature: float = 1.0
 ) -> Tensor:
-    """(N,) log-probabilities of `targets` (N,) under the law that hidden states (N, H) predict."""
-    weight, options = law_options(model, temperature)
+    """(N,) log-probabilities of `targets` (N,), from the hidden states (N, H) that predict them."""
+    weight, options = head_and_options(model, temperature)
     if support is None:
         return rf.linear_token_logprobs(rows, weight, targets, **options)
     if options.pop("lora") is not None:
@@ -107,41 +93,35 @@ def row_logprobs(
     return rf.linear_sampled_logprobs(rows, weight, targets, support.ids, support.offsets, **options)
 
 
-def token_logprobs_entropy(
-    model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    mask: Tensor,
-    support: Support | None = None,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of softmax(logits / temperature), uncut."""
-    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
-    targets = input_ids.flatten()[tokens]
-    weight, options = law_options(model, temperature)
+def token_logprobs_entropy(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of softmax(logits / temperature) over all
+    ids, those outside of `batch.support` included."""
+    rows, tokens = predicting_rows(model, batch)
+    targets = batch.input_ids.flatten()[tokens]
+    weight, options = head_and_options(model, temperature)
     stats = rf.linear_token_stats(rows, weight, targets, **options)
-    assert stats.logprobs is not None and stats.entropy is not None  # both are asked for by default
-    logprobs = stats.logprobs if support is None else row_logprobs(model, rows, targets, support, temperature)
-    return scatter(logprobs, tokens, mask), scatter(stats.entropy, tokens, mask)
+    assert stats.logprobs is not None and stats.entropy is not None  # the op gives both by default
+    logprobs = stats.logprobs
+    if batch.support is not None:
+        logprobs = row_logprobs(model, rows, targets, batch.support, temperature)
+    return scatter(logprobs, tokens, batch.mask), scatter(stats.entropy, tokens, batch.mask)
 
 
-def token_kl(
-    model: Any, reference: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float = 1.0
-) -> Tensor:
-    """(B, T) nats: KL of the policy's law from the reference's, over the whole vocabulary, before each token of `mask`.
+def token_kl(model: Any, reference: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """(B, T) nats: KL(policy || reference) over the whole vocabulary, before each token of `batch.mask`, else 0.
 
     `reference` is a context manager that gives the reference model, as `Agent.reference` does.
     """
-    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
-    weight, options = law_options(model, temperature)
+    rows, tokens = predicting_rows(model, batch)
+    weight, options = head_and_options(model, temperature)
     with reference() as other:
-        ref_rows, _ = predicting_rows(other, input_ids, attention_mask, mask)
-        ref_weight, ref_options = law_options(other, temperature)
+        ref_rows, _ = predicting_rows(other, batch)
+        ref_weight, ref_options = head_and_options(other, temperature)
     ref_options.pop("lora")
     kl = rf.linear_token_kl(
         rows, weight, ref_rows, ref_weight, **options, **{f"ref_{k}": v for k, v in ref_options.items()}
     )
-    return scatter(kl, tokens, mask)
+    return scatter(kl, tokens, batch.mask)
 
 
 def scatter(values: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -149,22 +129,20 @@ def scatter(values: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.numel()).index_put((tokens,), values).view(mask.shape)
 
 
-def token_values(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, support: Support | None = None
-) -> Tensor:
-    """(B, T) float32: [b, t] = value of the state before input_ids[b, t] where `mask`, else 0. Differentiable.
+def token_values(model: Any, batch: Batch) -> Tensor:
+    """(B, T) float32: [b, t] = value of the state before input_ids[b, t] where `batch.mask`, else 0. Differentiable.
 
     The critic is a reward model whose head is read at every token instead of the last.
     """
-    rows, tokens = predicting_rows(model, input_ids, attention_mask, mask)
-    return scatter(_read_score(model, rows), tokens, mask)
+    rows, tokens = predicting_rows(model, batch)
+    return scatter(_read_score(model, rows), tokens, batch.mask)
 
 
-def sequence_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def sequence_scores(model: Any, batch: Batch) -> Tensor:
     """(B,) float32 normalised score of each sequence, read at its last attended token whatever the padding side."""
-    hidden = hidden_states(model, input_ids, attention_mask)
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    last = (attention_mask.long() * places).argmax(dim=1)  # (B,)
+    hidden = hidden_states(model, batch)
+    places = torch.arange(batch.attention_mask.shape[1], device=hidden.device)
+    last = (batch.attention_mask.long() * places).argmax(dim=1)  # (B,)
     return _read_score(model, hidden[torch.arange(len(last), device=last.device), last])
 
 
@@ -179,10 +157,11 @@ def _read_score(model: Any, rows: Tensor) -> Tensor:
 @torch.no_grad()
 def check_head(model: Any, input_ids: Tensor) -> None:
     """Stop if the model's own logits for `input_ids` (1, T) disagree with its trunk and head taken apart."""
-    mask = torch.ones_like(input_ids, dtype=torch.bool)
-    mask[:, 0] = False
-    with together(model):
-        ours = token_logprobs(model, input_ids, torch.ones_like(input_ids), mask)[:, 1:]
+    attended = torch.ones_like(input_ids, dtype=torch.bool)
+    wanted = attended.clone()
+    wanted[:, 0] = False
+    with unsharded(model):
+        ours = token_logprobs(model, Batch(input_ids, attended, wanted))[:, 1:]
         logits = model(input_ids=input_ids).logits[:, :-1].float()
     theirs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     gap = float((ours - theirs).abs().max()) if ours.numel() else 0.0

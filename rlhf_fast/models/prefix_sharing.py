@@ -23,31 +23,31 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .attention import NAME, Part, part_of, registered
+from .attention import NAME, AttentionBlock, block_of, registered
 
 WORTH_IT = 0.93  # tokens over places of the padded batch, from which packing pays for what it moves
 
 
-class Group(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Rows of the batch that begin alike, and the length of what they share: all of it, if it is one row."""
 
     rows: list[int]
     prefix: int
 
 
-class Layout(NamedTuple):
-    """The batch's tokens in one row: prefixes of all groups, then the completions."""
+class PackedRow(NamedTuple):
+    """The tokens of a batch in one row of N: the prefixes of all groups, then the completions."""
 
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N)
-    parts: tuple[Part, ...]  # what meets what in attention
+    blocks: tuple[AttentionBlock, ...]  # which queries see which keys
     places: Tensor  # (B, T) where the state of each token of the batch is
 
 
-def layout(model: Any, input_ids: Tensor, mask: Tensor) -> Layout | None:
-    """How rows padded on the right are put together; None if that saves little, or the model cannot do it.
+def pack(model: Any, input_ids: Tensor, mask: Tensor) -> PackedRow | None:
+    """The tokens of rows padded on the right (B, T) in one row; None if that saves little, or the model cannot do it.
 
-    The batch alone decides, so that all passes over it agree.
+    Depends on the batch alone, so that all passes over it agree.
     """
     lengths = mask.sum(1).tolist()
     window = getattr(model.config, "sliding_window", None)
@@ -58,10 +58,10 @@ def layout(model: Any, input_ids: Tensor, mask: Tensor) -> Layout | None:
     tokens = sum(group.prefix + sum(lengths[i] - group.prefix for i in group.rows) for group in groups)
     if tokens > WORTH_IT * len(lengths) * max(lengths) or not can_pack(model):
         return None
-    return _layout(model, input_ids, lengths, groups)
+    return _pack(model, input_ids, lengths, groups)
 
 
-def _layout(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Group]) -> Layout:
+def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[PrefixGroup]) -> PackedRow:
     device = input_ids.device
     steps = torch.arange(input_ids.shape[1], device=device)
     first = torch.tensor([group.rows[0] for group in groups], device=device)
@@ -69,7 +69,7 @@ def _layout(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Grou
     begin = prefix.cumsum(0) - prefix  # of each prefix, in the row of tokens
     read = steps[: int(prefix.max())] < prefix[:, None]  # (G, P)
     prompts = (begin[:, None] + steps[: read.shape[1]]) * read
-    parts = [part_of(model, prompts, prompts, steps[None, : read.shape[1]], read)]
+    blocks = [block_of(model, prompts, prompts, steps[None, : read.shape[1]], read)]
     ids, positions = [input_ids[first, : read.shape[1]][read]], [steps[: read.shape[1]].expand_as(read)[read]]
 
     group_of = torch.tensor([g for g, group in enumerate(groups) for _ in group.rows], device=device)  # (B,)
@@ -82,41 +82,45 @@ def _layout(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Grou
     further = own.nonzero().squeeze(1)
     if len(further):
         longest = int(own.max())
-        asked = steps[:longest] < own[further][:, None]  # (R, C)
+        real_queries = steps[:longest] < own[further][:, None]  # (R, C)
         last = shared[further][:, None] + steps[:longest]  # of a completion's token: it sees all up to itself
-        queries = (start[further][:, None] + steps[:longest]) * asked
+        queries = (start[further][:, None] + steps[:longest]) * real_queries
         keys = places[further, : int(ends[further].max())]
-        parts.append(part_of(model, queries, keys, last, asked))
+        blocks.append(block_of(model, queries, keys, last, real_queries))
         ids.append(input_ids[real & ~in_prefix])
-        positions.append(last[asked])
-    return Layout(torch.cat(ids)[None], torch.cat(positions)[None], tuple(parts), places)
+        positions.append(last[real_queries])
+    return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None], tuple(blocks), places)
 
 
-def _groups(lengths: list[int], same: list[int]) -> list[Group]:
+def _groups(lengths: list[int], same: list[int]) -> list[PrefixGroup]:
     """`same` is the length of the common prefix of each row and the next. Each keeps a token of its own."""
-    groups: list[Group] = []
+    groups: list[PrefixGroup] = []
     for i, length in enumerate(lengths):
         if groups and i:
             rows, prefix = groups[-1]
             common = min(prefix if len(rows) > 1 else lengths[rows[0]] - 1, same[i - 1], length - 1)
             # A row that shares less would shorten what the others share: it must lose nothing to join.
             if common > 1 and common * len(rows) >= (prefix if len(rows) > 1 else 0) * (len(rows) - 1):
-                groups[-1] = Group([*rows, i], common)
+                groups[-1] = PrefixGroup([*rows, i], common)
                 continue
-        groups.append(Group([i], length))
+        groups.append(PrefixGroup([i], length))
     return groups
 
 
-def packed_states(model: Any, found: Layout) -> Tensor:
+def packed_states(model: Any, packed: PackedRow) -> Tensor:
     """(B, T, H) last hidden states, as separate rows would have them; those of pads mean nothing."""
-    # Left so afterwards: checkpointed layers run again in the backward, and without a layout it is "sdpa".
+    # Left so afterwards: checkpointed layers run again in the backward, and without a packed row it is "sdpa".
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(registered())
-    nothing = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=found.input_ids.device)  # nor is a mask to be made
+    unmasked = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=packed.input_ids.device)  # a mask is not made then
     output = model.base_model(
-        input_ids=found.input_ids, attention_mask=nothing, position_ids=found.positions, use_cache=False, layout=found
+        input_ids=packed.input_ids,
+        attention_mask=unmasked,
+        position_ids=packed.positions,
+        use_cache=False,
+        packed_row=packed,
     )
-    return output.last_hidden_state[0][found.places]
+    return output.last_hidden_state[0][packed.places]
 
 
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -139,8 +143,8 @@ def _agrees(model: Any) -> bool:
     ids[1::2, :3] = ids[0::2, :3]
     try:
         alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
-        pairs = [Group([i, i + 1], 3) for i in range(0, 6, 2)] + [Group([i], 6) for i in range(6, 10)]
-        packed = packed_states(model, _layout(model, ids, [6] * 10, pairs)).float()
+        pairs = [PrefixGroup([i, i + 1], 3) for i in range(0, 6, 2)] + [PrefixGroup([i], 6) for i in range(6, 10)]
+        packed = packed_states(model, _pack(model, ids, [6] * 10, pairs)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     error = (packed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)

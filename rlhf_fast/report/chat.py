@@ -12,6 +12,7 @@ from rlhf_fast.data.examples import encode_prompt
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import SamplingParams
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str]) -> int:
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """One sampled completion of `prompt`."""
     ids = encode_prompt(tokenizer, prompt, max_length=context_length(model) - max_new_tokens, where="the prompt")
-    made = generate(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    return made.texts[0].strip()
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    return generate(model, tokenizer, [ids], params, seed=seed).texts[0].strip()
 
 
 def find_model(name: str) -> str:

@@ -17,6 +17,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import context_length, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_fast.rollout.evaluate import evaluate
+from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.checkpoint import write_json
 
 from .chat import find_model
@@ -65,9 +66,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             tokenizer,
             [line.prompt for line in lines],
             encoded,
+            SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature),
             samples=options.samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
             micro_batch_size=options.micro_batch_size,
             rater=rater,
         )

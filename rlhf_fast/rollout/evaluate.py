@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import even, is_sharded
+from rlhf_fast.models.fsdp import is_sharded, pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 
 from .builtin import generate
-from .rollout import Rollout
+from .rollout import Rollout, Sampler, SamplingParams
 
 Rater = Callable[[Any, list[str]], list[float]]
 Reference = Callable[[], AbstractContextManager[Any]]  # gives the model that the KL is taken from
@@ -31,14 +31,12 @@ def evaluate(
     tokenizer: Any,
     prompts: list[Any],
     encoded: list[list[int]],
+    params: SamplingParams,
     *,
     samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
     micro_batch_size: int,
     rater: Rater | None = None,
+    sampler: Sampler = generate,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Figures and one row for each sample: prompt, completion, reward, gold (if a rater is given), kl, tokens, ended.
 
@@ -48,25 +46,16 @@ def evaluate(
     themselves. With several ranks each samples its share of the prompts, and all get all rows.
     """
     own: dict[int, list[dict[str, Any]]] = {}
-    together = max(1, SAMPLES_AT_ONCE // samples)
-    starts = range(0, len(prompts), together)
+    size = max(1, SAMPLES_AT_ONCE // samples)
+    starts = range(0, len(prompts), size)
     for place in range(ranks().index, -(-len(starts) // ranks().count) * ranks().count, ranks().count):
         left = place < len(starts)
         if not left and not is_sharded(policy):
             break
         start = starts[place] if left else 0  # in vain, but the others need this rank's part of the weights
-        made = generate(
-            policy,
-            tokenizer,
-            encoded[start : start + together],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=EVAL_SEED + start,
-            samples_per_prompt=samples,
-        )
-        measured = _measure(policy, reference, reward, made, temperature, micro_batch_size)
+        part = encoded[start : start + size]
+        rollout = sampler(policy, tokenizer, part, params, seed=EVAL_SEED + start, samples_per_prompt=samples)
+        measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch_size)
         if left:
             own[start] = measured
     parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
@@ -75,7 +64,7 @@ def evaluate(
     for place, row in enumerate(rows):
         row["prompt"] = prompts[place // samples]
     if rater is not None:
-        ratings = ranks().once(lambda: [rater(*asked) for asked in zip(prompts, groups, strict=True)])
+        ratings = ranks().once(lambda: [rater(*group) for group in zip(prompts, groups, strict=True)])
         for row, rating in zip(rows, (x for group in ratings for x in group), strict=True):
             row["gold"] = rating
     figures = {shown: _mean(rows, name) for name, shown in SHOWN_AS.items() if name in rows[0]}
@@ -83,33 +72,32 @@ def evaluate(
     return {**figures, **variety([row["completion"] for row in rows])}, rows
 
 
-SAMPLES_AT_ONCE = 128  # sampled together; bounds the memory of the KV cache
+SAMPLES_AT_ONCE = 128  # bounds the memory of the KV cache
 SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", "ended": "ended"}
 
 
 def _measure(
-    policy: Any, reference: Reference, reward: Any, made: Rollout, temperature: float, micro_batch_size: int
+    policy: Any, reference: Reference, reward: Any, rollout: Rollout, temperature: float, micro_batch_size: int
 ) -> list[dict[str, Any]]:
     """One row for each sample; its entropy is the sum over its tokens."""
-    batch = Batch(made.input_ids, made.attention_mask, made.response_mask, made.support)
-    plan = even(batch.plan(micro_batch_size), policy, NO_ROWS)
+    batch = rollout.batch
+    plan = pad_to_ranks(batch.plan(micro_batch_size), policy, NO_ROWS)
 
     def with_entropy(part: Batch) -> Tensor:
-        return torch.stack(token_logprobs_entropy(policy, *part, temperature), -1)
+        return torch.stack(token_logprobs_entropy(policy, part, temperature), -1)
 
     own, entropy = in_micro_batches(with_entropy, batch, plan).unbind(-1)
     with reference() as model:
-        ref_own = in_micro_batches(lambda part: token_logprobs(model, *part, temperature), batch, plan)
+        ref_own = in_micro_batches(lambda part: token_logprobs(model, part, temperature), batch, plan)
     columns = {
-        "completion": made.texts,
+        "completion": rollout.texts,
         "kl": (own - ref_own).sum(1).tolist(),
         "entropy": entropy.sum(1).tolist(),
-        "tokens": made.response_mask.sum(1).tolist(),
-        "ended": made.ended.tolist(),
+        "tokens": rollout.response_mask.sum(1).tolist(),
+        "ended": rollout.ended.tolist(),
     }
     if reward is not None:
-        scores = in_micro_batches(lambda part: sequence_scores(reward, *part[:2]), batch, plan)
-        columns["reward"] = scores.tolist()
+        columns["reward"] = in_micro_batches(lambda part: sequence_scores(reward, part), batch, plan).tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

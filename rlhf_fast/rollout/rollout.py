@@ -1,15 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling gives, and what anything that samples must be: `generate` of this package, or an engine of yours."""
+"""What sampling takes and gives, and what anything that samples must be: `generate` of this package, or your own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rlhf_fast.models.batches import Support
+from rlhf_fast.models.batches import Batch, Support
+from rlhf_fast.run.options import SamplingOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The distribution that completions are sampled from, softmax(logits / temperature), and where they end.
+
+    The `top_k` likeliest tokens are kept (0: all), then the fewest of these that have `top_p` of their probability
+    (1: all). Log-probabilities are taken over what was kept.
+    """
+
+    max_new_tokens: int = 64  # the end-of-sequence token included
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> SamplingParams:
+        """Those of a phase's options."""
+        return cls(
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens cannot be sampled: a `Rollout` then has its `support`."""
+        return self.top_k > 0 or self.top_p < 1
 
 
 @dataclass
@@ -21,27 +53,76 @@ class Rollout:
     response_mask: Tensor  # (B, T) bool, True = token of the completion, the EOS that ended it included
     texts: list[str]  # (B,) completions without special tokens
     ended: Tensor  # (B,) bool, True = ended by itself with EOS
-    support: Support | None = None  # None = nothing was cut off
+    support: Support | None = None  # the ids that top-k and top-p kept for each sampled token; None = all
     scores: Tensor | None = None  # (B,) of completions that came with a rating
+
+    @property
+    def batch(self) -> Batch:
+        """What the models read: `mask` is that of the completions."""
+        return Batch(self.input_ids, self.attention_mask, self.response_mask, self.support)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The rows numbered `index` (n,), padded to the longest of them."""
+        batch = self.batch.rows(index)
+        return Rollout(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            response_mask=batch.mask,
+            texts=[self.texts[row] for row in index.tolist()],
+            ended=self.ended[index],
+            support=batch.support,
+            scores=None if self.scores is None else self.scores[index],
+        )
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """A copy on `device`."""
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Support)
+        }
+        return replace(self, **tensors)
+
+    @staticmethod
+    def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+        """The rows of all, in order, padded to one width. What only some of them have (support, scores) is an error."""
+        width = max(one.input_ids.shape[1] for one in rollouts)
+
+        def columns(name: str) -> Tensor:
+            return torch.cat([pad(getattr(one, name), (0, width - one.input_ids.shape[1])) for one in rollouts])
+
+        def optional(name: str) -> list[Any]:
+            found = [value for one in rollouts if (value := getattr(one, name)) is not None]
+            if found and len(found) != len(rollouts):
+                raise ValueError(f"{len(found)} of {len(rollouts)} rollouts have {name}: they do not go together")
+            return found
+
+        supports, scores = optional("support"), optional("scores")
+        return Rollout(
+            input_ids=columns("input_ids"),
+            attention_mask=columns("attention_mask"),
+            response_mask=columns("response_mask"),
+            texts=[text for one in rollouts for text in one.texts],
+            ended=torch.cat([one.ended for one in rollouts]),
+            support=Support.concatenate(supports) if supports else None,
+            scores=torch.cat(scores) if scores else None,
+        )
 
 
 class Sampler(Protocol):
-    """Samples completions of prompts (token ids) from the policy's law softmax(logits / temperature), cut by top-k and
-    top-p. Only the prompts that number `first_prompt` and on of `total_prompts` are given: the random numbers of a row
-    must depend on `generator` and the row's number among all, so that the number of processes changes no sample.
-    With fsdp the model is cut over the processes: `sharding.together(model)` has all weights while it lasts."""
+    """Samples `samples_per_prompt` completions of each prompt (token ids, not empty) from the policy, as `params` say.
+
+    `prompts` are those numbered `first_prompt` and on of `total_prompts`, one rank's share. The random numbers of a row
+    must depend on `seed` and the row's number among all ranks' rows, so that the number of processes changes no sample.
+    With fsdp the model is cut over the processes: `rlhf_fast.models.fsdp.unsharded(model)` has all weights on each.
+    """
 
     def __call__(
         self,
         model: Any,
         tokenizer: Any,
         prompts: list[list[int]],
+        params: SamplingParams,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
         samples_per_prompt: int = 1,
         first_prompt: int = 0,
         total_prompts: int | None = None,

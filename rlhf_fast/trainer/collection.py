@@ -108,6 +108,7 @@ def _sample(
 ) -> list[dict[str, Any]]:
     """One row a prompt. The seed depends on the position alone, for a resumed run to sample the same."""
     from rlhf_fast.rollout.builtin import generate
+    from rlhf_fast.rollout.rollout import SamplingParams
 
     if not lines:
         return []
@@ -117,10 +118,7 @@ def _sample(
             model,
             tokenizer,
             prompts,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
+            SamplingParams.of(config),
             seed=config.seed * 1_000_003 + start,
             samples_per_prompt=config.samples_per_prompt,
         )

@@ -28,11 +28,12 @@ from rlhf_fast.distributed.dtensors import whole_state
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import even, sharded, together
+from rlhf_fast.models.fsdp import pad_to_ranks, sharded, unsharded
 from rlhf_fast.models.heads import check_head, token_kl, token_logprobs, token_values
 from rlhf_fast.models.loading import checkpoint_activations, make_critic
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import SamplingParams
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -70,7 +71,7 @@ def batches() -> list[Batch]:
 
 
 def loss_of(model: Any, part: Batch, critic: bool) -> Tensor:
-    made = token_values(model, *part) if critic else token_logprobs(model, *part)
+    made = token_values(model, part) if critic else token_logprobs(model, part)
     return (made * torch.arange(1, made.shape[1] + 1)).sum() / 20
 
 
@@ -81,7 +82,7 @@ def compare(model: Any, critic: bool, tolerance: float) -> None:
     assert sum(master.numel() for _, master in mine.pairs) < 0.6 * sum(p.numel() for p in model.parameters())
     own = batches()[ranks().index]
     for _ in range(3):
-        plan = even(own.plan(2), cut, NO_ROWS)
+        plan = pad_to_ranks(own.plan(2), cut, NO_ROWS)
         assert len(plan) == 3 and (len(plan[-1]) == 0) == (ranks().index == 1)
         for rows in plan:
             loss_of(cut, own.rows(rows), critic).backward()
@@ -158,18 +159,16 @@ def reads() -> None:
         own = batches()[ranks().index]
         results = []
         for policy, other in (pair, cut_pair):
-            plan = even(own.plan(2), policy, NO_ROWS)
-            kl = in_micro_batches(
-                lambda part, p=policy, o=other: token_kl(p, lambda: nullcontext(o), *part[:3]), own, plan
-            )
+            plan = pad_to_ranks(own.plan(2), policy, NO_ROWS)
+            kl = in_micro_batches(lambda part, p=policy, o=other: token_kl(p, lambda: nullcontext(o), part), own, plan)
             check_head(policy, own.input_ids[:1])
             prompts = [row[keep].tolist() for row, keep in zip(own.input_ids, own.attention_mask, strict=True)]
-            made = generate(policy, Tokenizer(), prompts, max_new_tokens=3 + 9 * ranks().index, seed=1)
-            results.append((kl, made.input_ids, token_logprobs(policy, *own)))
+            made = generate(policy, Tokenizer(), prompts, SamplingParams(max_new_tokens=3 + 9 * ranks().index), seed=1)
+            results.append((kl, made.input_ids, token_logprobs(policy, own)))
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
         assert len(results[0][1]) == len(own.input_ids), name
         shapes = [tuple(p.shape) for p in cut_pair[0].parameters()]
-        with together(cut_pair[0]):
+        with unsharded(cut_pair[0]):
             assert not any(hasattr(p, "placements") for p in cut_pair[0].parameters())
         assert all(hasattr(p, "placements") for p in cut_pair[0].parameters())
         assert shapes == [tuple(p.shape) for p in model.parameters()]

@@ -21,7 +21,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import objectives, ppo
-from rlhf_fast.trainer.rl.dynamic_sampling import chosen, joined, refill
+from rlhf_fast.trainer.rl.dynamic_sampling import refill
 from rlhf_fast.trainer.rl.metrics import Watch
 
 SAMPLES = 2
@@ -33,7 +33,7 @@ def rollout(first: int, scores: list[float], width: int = 5) -> Rollout:
     rows, prompts = len(scores), [first + i // SAMPLES for i in range(len(scores))]
     columns = torch.arange(width).expand(rows, width)
     counts = torch.tensor(prompts).repeat_interleave(2)
-    support = Support(counts.repeat_interleave(counts), torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+    support = Support.of_counts(counts.repeat_interleave(counts), counts)
     ids = columns.clone()
     ids[:, 0] = torch.tensor(prompts)
     return Rollout(
@@ -97,9 +97,9 @@ def test_without_extra_rounds_nothing_is_touched() -> None:
 
 
 def test_joining_and_choosing_keep_rows_whole() -> None:
-    both = joined(ROUNDS[:2])
+    both = Rollout.concatenate(ROUNDS[:2])
     for part, rows in ((ROUNDS[0], torch.arange(6)), (ROUNDS[1], torch.arange(6, 12))):
-        back = chosen(both, rows)
+        back = both.rows(rows)
         for one, other in zip(vars(back).values(), vars(part).values(), strict=True):
             assert all(map(torch.equal, one, other)) if isinstance(one, Support) else str(one) == str(other)
 

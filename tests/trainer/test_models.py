@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import gguf, heads
 from rlhf_fast.models import loading as models
+from rlhf_fast.models.batches import Batch
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,11 @@ def padded(side: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 ROWS = [[5, 9, 11, 23, 30], [8, 12, 40], [6, 33, 21, 50]]
 
 
+def batch_of(ids: Tensor, mask: Tensor) -> Batch:
+    """All real tokens but the first of each row are wanted."""
+    return Batch(ids, mask, without_first(mask))
+
+
 def without_first(mask: Tensor) -> Tensor:
     """All real tokens but the first of each row."""
     return mask & (mask.cumsum(1) > 1)
@@ -55,30 +61,30 @@ def test_positions_do_not_count_pads() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_unpadded_rows(lm: Any, side: str, temperature: float) -> None:
     ids, mask = padded(side, ROWS)
-    asked = without_first(mask)
-    ours, entropy = heads.token_logprobs_entropy(lm, ids, mask, asked, temperature=temperature)
-    assert torch.equal(ours != 0, asked)
-    torch.testing.assert_close(heads.token_logprobs(lm, ids, mask, asked, temperature=temperature), ours)
+    wanted = without_first(mask)
+    ours, entropy = heads.token_logprobs_entropy(lm, batch_of(ids, mask), temperature=temperature)
+    assert torch.equal(ours != 0, wanted)
+    torch.testing.assert_close(heads.token_logprobs(lm, batch_of(ids, mask), temperature=temperature), ours)
     for i, row in enumerate(ROWS):
         law = (lm(input_ids=torch.tensor([row])).logits[0].double() / temperature).log_softmax(-1)
         truth = law[:-1].gather(1, torch.tensor(row[1:])[:, None]).squeeze(1)
-        torch.testing.assert_close(ours[i][asked[i]].double(), truth, atol=2e-5, rtol=0)
+        torch.testing.assert_close(ours[i][wanted[i]].double(), truth, atol=2e-5, rtol=0)
         spread = -(law.exp() * law).sum(-1)[:-1]
-        torch.testing.assert_close(entropy[i][asked[i]].double(), spread, atol=2e-5, rtol=0)
+        torch.testing.assert_close(entropy[i][wanted[i]].double(), spread, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_scores_are_read_at_the_last_token_and_values_before_each(reward: Any, side: str) -> None:
     models.set_score_normalizer(reward, 0.25, 2.0)
     ids, mask = padded(side, ROWS)
-    asked = without_first(mask)
-    scores = heads.sequence_scores(reward, ids, mask)
-    values = heads.token_values(reward, ids, mask, asked)
+    wanted = without_first(mask)
+    scores = heads.sequence_scores(reward, batch_of(ids, mask))
+    values = heads.token_values(reward, batch_of(ids, mask))
     for i, row in enumerate(ROWS):
         hidden = reward.base_model(input_ids=torch.tensor([row])).last_hidden_state[0]
         truth = ((hidden @ reward.score.weight.T).squeeze(1) - 0.25) / 2.0
         torch.testing.assert_close(scores[i], truth[-1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(values[i][asked[i]], truth[:-1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(values[i][wanted[i]], truth[:-1], atol=1e-5, rtol=0)
 
 
 def test_gradients_do_not_depend_on_the_padding_side(lm: Any) -> None:
@@ -86,7 +92,7 @@ def test_gradients_do_not_depend_on_the_padding_side(lm: Any) -> None:
     for side in ("left", "right"):
         ids, mask = padded(side, ROWS)
         lm.zero_grad()
-        heads.token_logprobs(lm, ids, mask, without_first(mask)).sum().backward()
+        heads.token_logprobs(lm, batch_of(ids, mask)).sum().backward()
         grads.append([p.grad.clone() for p in lm.parameters()])
     lm.zero_grad()
     for left, right in zip(*grads, strict=True):
@@ -96,9 +102,9 @@ def test_gradients_do_not_depend_on_the_padding_side(lm: Any) -> None:
 def test_a_critic_values_like_the_normalised_reward_model(reward: Any) -> None:
     models.set_score_normalizer(reward, 0.3, 0.5)
     ids, mask = padded("right", ROWS)
-    before = heads.token_values(reward, ids, mask, without_first(mask))
+    before = heads.token_values(reward, batch_of(ids, mask))
     critic = models.make_critic(reward)
-    torch.testing.assert_close(heads.token_values(critic, ids, mask, without_first(mask)), before)
+    torch.testing.assert_close(heads.token_values(critic, batch_of(ids, mask)), before)
     assert models.score_normalizer(critic) == (0.0, 1.0) and critic.score.bias is not None
 
 
@@ -115,8 +121,8 @@ def test_short_bfloat16_sequences_give_one_answer_with_and_without_autograd(tiny
     model = models.load_causal_lm(str(tiny / "model"), "bfloat16")
     ids, mask = padded("right", ROWS)
     with torch.inference_mode():
-        old = heads.token_logprobs(model, ids, mask, without_first(mask))
-    assert torch.equal(heads.token_logprobs(model, ids, mask, without_first(mask)), old)
+        old = heads.token_logprobs(model, batch_of(ids, mask))
+    assert torch.equal(heads.token_logprobs(model, batch_of(ids, mask)), old)
 
 
 @pytest.mark.parametrize("case", ["none", "eos"])

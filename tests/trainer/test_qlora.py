@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models import loading, lora
+from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig, RewardConfig, SFTConfig
@@ -63,8 +64,8 @@ def test_the_trunk_is_quantised_and_the_head_is_not(bitsandbytes: Any, tiny: Pat
 def logprobs_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """In evaluation mode, as PPO learns, and after a pass without gradients, as PPO samples."""
     with torch.no_grad():
-        before = token_logprobs(model, IDS, MASK | True, MASK)
-    after = token_logprobs(model, IDS, MASK | True, MASK)
+        before = token_logprobs(model, Batch(IDS, MASK | True, MASK))
+    after = token_logprobs(model, Batch(IDS, MASK | True, MASK))
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     after.sum().backward()
     return after.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

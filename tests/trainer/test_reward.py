@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rlhf_fast.data.examples import encode_completion, pad_right
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.schema import Ranking, read_feedback
+from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.folder import RunFolder
@@ -22,6 +23,10 @@ from rlhf_fast.trainer import RewardConfig
 from rlhf_fast.trainer.reward import train as reward
 
 COMPLETIONS = ["cat dog", "red blue green pink", "rain", "egg salt soup"]
+
+
+def batch_of(ids: torch.Tensor, mask: torch.Tensor) -> Batch:
+    return Batch(ids, mask.bool(), mask.bool())
 
 
 def ranked(goodness: list[float], prompt: str = "p") -> reward.EncodedRanking:
@@ -125,9 +130,10 @@ def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(tiny: Pat
     sequences = [encode_completion(tokenizer, text) for text in COMPLETIONS]
     with torch.no_grad():
         alone = torch.cat(
-            [sequence_scores(model, torch.tensor([ids]), torch.ones(1, len(ids)).bool()) for ids in sequences]
+            [sequence_scores(model, batch_of(torch.tensor([ids]), torch.ones(1, len(ids)))) for ids in sequences]
         )
-        right = sequence_scores(model, *pad_right(sequences, tokenizer.eos_token_id))  # pads look like the end
+        padded = pad_right(sequences, tokenizer.eos_token_id)  # pads look like the end
+        right = sequence_scores(model, batch_of(*padded))
     torch.testing.assert_close(alone, right, rtol=1e-5, atol=1e-6)
 
 
@@ -241,7 +247,7 @@ def test_the_result_is_an_ordinary_sequence_classifier(tiny: Path, tmp_path: Pat
     ids, mask = pad_right([encode_completion(tokenizer, text) for text in COMPLETIONS], tokenizer.pad_token_id)
     with torch.no_grad():
         raw = theirs(input_ids=ids, attention_mask=mask.long()).logits.squeeze(1)
-        normalised = sequence_scores(ours, ids, mask)
+        normalised = sequence_scores(ours, batch_of(ids, mask))
     assert theirs.config.num_labels == 1
     torch.testing.assert_close((raw - theirs.config.score_mean) / theirs.config.score_std, normalised)
 
@@ -257,6 +263,6 @@ def test_scores_are_normalised_on_samples_of_the_policy_when_others_made_the_com
     train(tiny, tmp_path / "run", path, epochs=1)
     model = load_reward_model(str(tmp_path / "run" / "model"), torch.float32)
     with torch.no_grad():
-        scores = sequence_scores(model, made[0].input_ids, made[0].attention_mask)
+        scores = sequence_scores(model, made[0].batch)
     assert len(scores) == 16 and float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)

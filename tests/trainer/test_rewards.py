@@ -54,7 +54,7 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
     texts = ["cat", "dog", "cat cat", "red"]
     total = Rewards(model, functions)(batch, [torch.arange(4)], ["ann", "ben"], texts)
     with torch.no_grad():
-        scores = sequence_scores(model, ids, batch.attention_mask)
+        scores = sequence_scores(model, batch)
     torch.testing.assert_close(total, scores + torch.tensor([1.5, -0.5, 3.0, -0.5]))
     assert Rewards(None, functions).of_functions(["ann"], texts).tolist() == [1.5, -0.5, 3.0, -0.5]
     rows = [

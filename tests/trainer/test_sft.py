@@ -15,6 +15,7 @@ from rlhf_fast.data.examples import Demonstration, read_sft
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import SFTConfig
 from rlhf_fast.trainer.sft import packing
@@ -65,7 +66,7 @@ def test_sft_learns_and_its_model_ends_by_itself(tiny: Path, tmp_path: Path) -> 
     folder = str(tmp_path / "run" / "model")
     tokenizer, model = load_tokenizer(folder), load_causal_lm(folder, torch.float32)
     prompt = tokenizer("ann wants food")["input_ids"]
-    rollout = generate(model, tokenizer, [prompt], max_new_tokens=12, seed=0, samples_per_prompt=32)
+    rollout = generate(model, tokenizer, [prompt], SamplingParams(max_new_tokens=12), seed=0, samples_per_prompt=32)
     assert rollout.ended.float().mean() > 0.8
 
 

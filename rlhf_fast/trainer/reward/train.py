@@ -23,7 +23,7 @@ from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
-from rlhf_fast.models.fsdp import even, sharded
+from rlhf_fast.models.fsdp import pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
     checkpoint_activations,
@@ -39,6 +39,7 @@ from rlhf_fast.models.loading import (
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
@@ -134,8 +135,8 @@ def split(
 def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
     """One (K,) float32 tensor of scores for each ranking, from one forward pass over all of them."""
     sequences = [ids for ranking in rankings for ids in ranking.sequences]
-    input_ids, attention_mask = pad_right(sequences, pad_id)
-    scores = sequence_scores(model, input_ids.to(device()), attention_mask.to(device()))
+    input_ids, attention_mask = (x.to(device()) for x in pad_right(sequences, pad_id))
+    scores = sequence_scores(model, Batch(input_ids, attention_mask.bool(), attention_mask.bool()))
     return list(scores.split([len(ranking.sequences) for ranking in rankings]))
 
 
@@ -201,7 +202,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in even(micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size), model, []):
+    for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size), model, []):
         shown = part or batch[:1]  # with nothing to do for one rank others still need its part of the weights
         scores = forward_scores(model, shown, pad_id)
         part_loss = ranking_loss(scores, shown, config.loss, config.centering) * bool(part) / len(batch)
@@ -242,20 +243,17 @@ def normalizer(
         policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code, config.load_in_4bit)
         prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
         longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
-        made = generate(
+        rollout = generate(
             policy,
             tokenizer,
             list(prompts.values())[:NORMALIZER_PROMPTS],
-            max_new_tokens=longest,
+            SamplingParams(max_new_tokens=longest),
             seed=config.seed,
             samples_per_prompt=2,
         )
-        batch = Batch(made.input_ids, made.attention_mask, made.response_mask)
-        own = [
-            in_micro_batches(
-                lambda part: sequence_scores(model, *part[:2]), batch, batch.plan(config.micro_batch_size)
-            ).cpu()
-        ]
+        batch = rollout.batch
+        plan = batch.plan(config.micro_batch_size)
+        own = [in_micro_batches(lambda part: sequence_scores(model, part), batch, plan).cpu()]
     every = torch.cat(list(own))
     return float(every.mean()), max(float(every.std(correction=0)), 1e-6)
 

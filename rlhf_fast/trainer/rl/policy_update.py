@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.models.batches import Batch
-from rlhf_fast.models.heads import law_options, predicting_rows, row_logprobs, token_logprobs
+from rlhf_fast.models.heads import head_and_options, predicting_rows, row_logprobs, token_logprobs
 from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip
 
 from .agent import Agent
@@ -26,7 +26,7 @@ def policy_backward(
     objective, mask = OBJECTIVES[config.objective], part.mask
     width = mask.shape[1]
     if objective.token_loss is None:
-        logprobs = token_logprobs(agent.policy, *part, config.temperature)
+        logprobs = token_logprobs(agent.policy, part, config.temperature)
         better = sampled.better[rows][0::2]
         loss, margins = dpo_loss(logprobs, sampled.ref_logprobs[rows, :width], better, config.kl_coef)
         loss = loss / (totals.sequences / 2)
@@ -34,7 +34,7 @@ def policy_backward(
         right = float((margins[better] > 0).sum()) / (totals.sequences / 2)
         return logprobs.detach(), {"loss/policy_avg": float(loss.detach()), "rewards/accuracies": right}
 
-    hidden, tokens = predicting_rows(agent.policy, *part[:3])
+    hidden, tokens = predicting_rows(agent.policy, part)
     targets = part.input_ids.flatten()[tokens]
     old, advantages, ref = (
         x[rows, :width][mask] for x in (sampled.old_logprobs, sampled.made.advantages, sampled.ref_logprobs)
@@ -42,7 +42,7 @@ def policy_backward(
     divisor = objective.divisor(mask, totals, config).expand_as(mask)[mask]
     high = config.cliprange_high or config.cliprange
     if part.support is None:
-        weight, options = law_options(agent.policy, config.temperature)
+        weight, options = head_and_options(agent.policy, config.temperature)
         result = rf.linear_policy_loss(
             hidden, weight, targets, old, advantages, mask=torch.ones_like(targets, dtype=torch.bool),
             objective=objective.token_loss, clip=(config.cliprange, high), normalizer=divisor,
@@ -67,8 +67,8 @@ def kl_options(agent: Agent, part: Batch, ref_logprobs: Tensor, config: PPOConfi
         return {}
     if config.kl_estimator == "exact":
         with torch.no_grad(), agent.reference() as reference:
-            ref_hidden, _ = predicting_rows(reference, *part[:3])
-            weight, options = law_options(reference, config.temperature)
+            ref_hidden, _ = predicting_rows(reference, part)
+            weight, options = head_and_options(reference, config.temperature)
         reference_head = {"ref_hidden": ref_hidden, "ref_weight": weight, "ref_bias": options["bias"]}
         return {"kl_coef": config.kl_coef, "estimator": "exact", **reference_head}
     return {

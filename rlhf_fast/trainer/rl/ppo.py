@@ -30,13 +30,13 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.raters import RaterError, load_rater
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import even
+from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.evaluate import Rater, evaluate
-from rlhf_fast.rollout.rollout import Rollout, Sampler
+from rlhf_fast.rollout.rollout import Rollout, Sampler, SamplingParams
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
@@ -128,7 +128,7 @@ def train_step(
         config.dynamic_sampling,
     )
     agent.asked += config.prompts_per_step * (1 + int(drawn.get("sample/extra_rounds", 0)))
-    batch = Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask, rollout.support)
+    batch = rollout.batch
     paid = payment(rollout, config)
     better, unit = torch.zeros_like(paid, dtype=torch.bool), 1
     if objective.token_loss is None:  # learns from pairs alone
@@ -141,7 +141,7 @@ def train_step(
     # minibatch runs the very matmuls of the old log-probabilities, and its ratio is 1 to the last bits.
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000)
     plans = [
-        even(batch.plan(config.micro_batch_size, rows, unit), agent.policy, NO_ROWS)
+        pad_to_ranks(batch.plan(config.micro_batch_size, rows, unit), agent.policy, NO_ROWS)
         for rows in minibatches(len(paid), unit, config, generator)
     ]
     plan = [rows for part in plans for rows in part]
@@ -153,13 +153,13 @@ def train_step(
     with timer("reference"):
         if config.kl_estimator == "exact":
             kl = in_micro_batches(
-                lambda part: token_kl(agent.policy, agent.reference, *part[:3], config.temperature), batch, plan
+                lambda part: token_kl(agent.policy, agent.reference, part, config.temperature), batch, plan
             )
             ref_logprobs = exact_reference(old_logprobs, kl)
         else:
             with agent.reference() as reference:
                 ref_logprobs = in_micro_batches(
-                    lambda part: token_logprobs(reference, *part, config.temperature), batch, plan
+                    lambda part: token_logprobs(reference, part, config.temperature), batch, plan
                 )
             check_logprobs("ref_logprobs", ref_logprobs, batch.mask)
 
@@ -167,7 +167,7 @@ def train_step(
     with timer("critic"):
         values = torch.zeros_like(old_logprobs)
         if agent.critic is not None:
-            values = in_micro_batches(lambda part: token_values(agent.critic, *part), batch, plan)
+            values = in_micro_batches(lambda part: token_values(agent.critic, part), batch, plan)
             if step == 0:
                 values = calibrate_critic(agent.critic, values, paid, batch.mask)
             check_finite("values", values, batch.mask)
@@ -204,20 +204,17 @@ def sample(
             agent.policy,
             agent.tokenizer,
             [prompts.ids[i] for i in chosen[mine]],
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step + extra * 10_000_019),
+            SamplingParams.of(config),
+            seed=config.seed * 1_000_003 + step + extra * 10_000_019,
             samples_per_prompt=config.samples_per_prompt,
             first_prompt=mine.start,
             total_prompts=len(chosen),
         )
     with timer("reward"):
         if rollout.scores is None:
-            batch = Batch(rollout.input_ids, rollout.attention_mask, rollout.response_mask)
+            batch = rollout.batch
             asked = [prompts.lines[i].prompt for i in chosen[mine]]
-            plan = even(batch.plan(config.micro_batch_size), agent.policy, NO_ROWS)
+            plan = pad_to_ranks(batch.plan(config.micro_batch_size), agent.policy, NO_ROWS)
             rollout.scores = ranks().all_or_none(lambda: agent.rewards(batch, plan, asked, rollout.texts))
     return rollout
 
@@ -293,7 +290,7 @@ def critic_gradients(
     """The same of the critic."""
     part = sampled.batch.rows(rows)
     width = part.input_ids.shape[1]
-    values, old_values = token_values(agent.critic, *part), sampled.values[rows, :width]
+    values, old_values = token_values(agent.critic, part), sampled.values[rows, :width]
     loss = value_loss(values, old_values, sampled.made.returns[rows, :width], part.mask, config.cliprange_value)
     (loss / totals.tokens).backward()
     return {"loss/value_avg": float(loss.detach()) / totals.tokens}
@@ -303,7 +300,7 @@ def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperat
     """Log-probabilities (B, T) and the entropies (B, T) of the laws they belong to, in one pass."""
 
     def both(part: Batch) -> Tensor:
-        return torch.stack(token_logprobs_entropy(policy, *part, temperature), -1)
+        return torch.stack(token_logprobs_entropy(policy, part, temperature), -1)
 
     logprobs, entropy = in_micro_batches(both, batch, plan).unbind(-1)
     return logprobs.contiguous(), entropy
@@ -337,11 +334,8 @@ def evaluate_once(
         agent.tokenizer,
         [line.prompt for line in held_out.lines],
         held_out.ids,
+        SamplingParams.of(config),
         samples=config.eval_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
         micro_batch_size=config.micro_batch_size,
         rater=rater,
     )

@@ -57,7 +57,14 @@ class Prompts:
             torch.arange(input_ids.shape[1], device=device()) >= torch.tensor(starts, device=device())[:, None]
         )
         numbers = torch.tensor(scores, dtype=torch.float32, device=device())
-        return Rollout(input_ids, attention.bool(), mask, texts, torch.tensor(ended, device=device()), None, numbers)
+        return Rollout(
+            input_ids=input_ids,
+            attention_mask=attention.bool(),
+            response_mask=mask,
+            texts=texts,
+            ended=torch.tensor(ended, device=device()),
+            scores=numbers,
+        )
 
 
 def read_asked(path: str, *, feedback: bool, scored: bool) -> Sequence[PromptLine | Ranking]:

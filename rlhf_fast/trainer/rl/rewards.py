@@ -37,7 +37,7 @@ class Rewards:
         """
         total = torch.zeros(len(texts), device=batch.input_ids.device)
         if self.model is not None:
-            scores = in_micro_batches(lambda part: sequence_scores(self.model, *part[:2]), batch, plan)
+            scores = in_micro_batches(lambda part: sequence_scores(self.model, part), batch, plan)
             check_finite("the score", scores)
             total += scores
         return total + self.of_functions(prompts, texts).to(total.device)

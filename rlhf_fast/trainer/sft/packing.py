@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.models.loading import device
 
@@ -57,7 +58,8 @@ def packed_width(model: Any, room: int) -> float:
 def completion_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) log-probs of the labelled tokens, 0 elsewhere."""
     mask = batch["labels"] != IGNORED
-    return token_logprobs(model, batch["input_ids"], batch["attention_mask"], mask, positions=batch.get("position_ids"))
+    ids, attended = batch["input_ids"], batch["attention_mask"].bool()
+    return token_logprobs(model, Batch(ids, attended, mask, positions=batch.get("position_ids")))
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ import transformers
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
-from rlhf_fast.models import attention, heads
-from rlhf_fast.models import prefix_sharing as layout
+from rlhf_fast.models import attention, heads, prefix_sharing
 from rlhf_fast.models.batches import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -51,14 +50,14 @@ def states_and_gradients(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     wanted = mask.clone()
     wanted[:, 0] = False
     model.zero_grad()
-    logprobs = heads.token_logprobs(model, ids, mask, wanted)
+    logprobs = heads.token_logprobs(model, Batch(ids, mask, wanted))
     (logprobs * torch.linspace(0.5, 1.5, logprobs.numel()).view_as(logprobs)).sum().backward()
     return logprobs.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same_as_alone(model: Any, ids: Tensor, mask: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, packed_gradients = states_and_gradients(model, ids, mask)
-    monkeypatch.setattr(heads, "layout", lambda *args: None)
+    monkeypatch.setattr(heads, "pack", lambda *args: None)
     alone, gradients = states_and_gradients(model, ids, mask)
     torch.testing.assert_close(packed, alone, atol=2e-5, rtol=2e-5)
     for name, gradient in gradients.items():
@@ -76,14 +75,14 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_sharing_changes_neither_values_nor_gradients(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name)
     ids, mask = samples()
-    found = layout.layout(model, ids, mask)
+    found = prefix_sharing.pack(model, ids, mask)
     assert found is not None and found.input_ids.numel() < ids.numel()
-    assert {part.plain for part in found.parts} == {kernel == "plain"}
+    assert {block.plain for block in found.blocks} == {kernel == "plain"}
     assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_checkpointed_layers_find_the_layout_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointed_layers_find_the_packed_row_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(name).train()
     model.config.attn_pdrop = model.config.resid_pdrop = model.config.embd_pdrop = 0.0
     for module in model.modules():
@@ -101,7 +100,7 @@ def test_checkpointed_layers_find_the_layout_again(name: str, monkeypatch: pytes
 
 def test_rows_of_one_length_that_have_nothing_in_common_are_left_alone() -> None:
     ids, mask = pad_right([[1, 2, 3, 4], [4, 5, 6, 7], [8, 9, 10, 11]], 0)
-    assert layout.layout(model_of("llama"), ids, mask.bool()) is None
+    assert prefix_sharing.pack(model_of("llama"), ids, mask.bool()) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,7 +117,7 @@ def test_unlike_rows_are_packed_and_change_nothing(seed: int, kernel: str, monke
     prompts = [begin * (i % 2) + tokens(1, 9) for i in range(6)]
     completions = [[tokens(1, 25) for _ in range(1 + (i + seed) % 4)] for i in range(6)]
     ids, mask = rows_of(prompts, completions)
-    found = layout.layout(model, ids, mask)
+    found = prefix_sharing.pack(model, ids, mask)
     assert found is not None
     assert found.input_ids.numel() <= int(mask.sum())  # no pads
     assert_same_as_alone(model, ids, mask, monkeypatch)
@@ -128,44 +127,45 @@ def test_long_completions_of_a_short_prompt_are_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(99, (8, 400), generator=generator)
     ids[:, :4] = 7
-    assert layout.layout(model_of("llama"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
+    assert prefix_sharing.pack(model_of("llama"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
 def test_rows_longer_than_a_sliding_window_are_left_alone() -> None:
     ids = torch.randint(99, (1, 20)).repeat(4, 1)
     ids[:, 15:] = torch.randint(99, (4, 5), generator=torch.Generator().manual_seed(0))
-    assert layout.layout(model_of("gemma3"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
+    assert prefix_sharing.pack(model_of("gemma3"), ids, torch.ones_like(ids, dtype=torch.bool)) is None
 
 
-def test_a_model_that_ignores_the_layout_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_ignores_the_packed_row_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     trunk = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda layout=None, **more: trunk(**more))
-    assert layout.layout(model, *samples()) is None
+    monkeypatch.setattr(model.model, "forward", lambda packed_row=None, **more: trunk(**more))
+    assert prefix_sharing.pack(model, *samples()) is None
     assert model.config._attn_implementation == "sdpa"  # as it was
-    assert layout.layout(model_of("llama"), *samples()) is not None
+    assert prefix_sharing.pack(model_of("llama"), *samples()) is not None
 
 
 def test_attention_that_is_not_a_plain_softmax_is_left_alone() -> None:
     """Gemma 2 caps its scores, which no fused kernel does."""
     model = model_of("gemma2").bfloat16()
     ids, mask = samples()
-    assert layout.layout(model, ids, mask) is None
+    assert prefix_sharing.pack(model, ids, mask) is None
     for length in (8, 400):  # where others change to the fused kernel
-        heads.hidden_states(model, torch.ones((1, length), dtype=torch.int64), torch.ones(1, length))
+        ones = torch.ones((1, length), dtype=torch.int64)
+        heads.hidden_states(model, Batch(ones, ones.bool(), ones.bool()))
         assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
 def test_options_that_would_be_ignored_are_refused(option: dict[str, float]) -> None:
     model = model_of("llama")
-    found = layout.layout(model, *samples())
+    found = prefix_sharing.pack(model, *samples())
     q = torch.zeros(1, 4, found.input_ids.shape[1], 8) if found else torch.empty(0)
     with pytest.raises(ValueError, match="dropout nor softcap"):
-        attention.attend(model, q, q[:, :2], q[:, :2], None, layout=found, **option)
+        attention.attend(model, q, q[:, :2], q[:, :2], None, packed_row=found, **option)
 
 
-def test_without_a_layout_it_is_the_fused_attention_of_transformers() -> None:
+def test_without_a_packed_row_it_is_the_fused_attention_of_transformers() -> None:
     model, ids = model_of("llama"), torch.randint(3, 99, (2, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     wanted = model(ids, attention_mask=mask, position_ids=heads.position_ids(mask)).logits
@@ -185,8 +185,8 @@ def test_long_rows_are_left_to_the_fused_kernel() -> None:
         ids = torch.ones(3, length, dtype=torch.int64)
         ids[:, 8:] = torch.arange(3)[:, None]
         mask = torch.arange(length) < torch.tensor([length, 20, 20])[:, None]
-        found = layout.layout(model, ids, mask)
-        assert found is not None and found.parts[-1].plain == plain
+        found = prefix_sharing.pack(model, ids, mask)
+        assert found is not None and found.blocks[-1].plain == plain
 
 
 def test_gradients_of_a_prompt_are_summed_in_float32() -> None:
