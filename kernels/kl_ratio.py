@@ -106,14 +106,16 @@ def _log2_sum(top, total):
 
 @triton.jit
 def _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost):
-    """log2 sums of both sides, sum a (log a - log b) with log b floored, and the divergence, in nats."""
+    """Maxima and log2 sums of both sides, sum a (log a - log b) with log b floored, and the divergence, in nats."""
     bits_a = _log2_sum(top_a, sum_a)
     bits_b = _log2_sum(top_b, sum_b)
     dead = (top_a == float("-inf")) & (sum_a == 0)
     safe_sum = tl.where(dead, 1.0, sum_a)
     mean = cross / safe_sum + (bits_b - bits_a) - lost / safe_sum * (bits_b + LOG_FLOOR)
     mean = tl.where(dead, 0.0, mean * LN2)
-    return bits_a, bits_b, mean, tl.where((lost > 0) & (mean == mean), float("inf"), mean)
+    top_a += 0.0 * bits_a  # NaN if the row holds a NaN: the maximum passes NaN over, the sum does not
+    top_b += 0.0 * bits_b
+    return top_a, top_b, bits_a, bits_b, mean, tl.where((lost > 0) & (mean == mean), float("inf"), mean)
 
 
 @triton.jit
@@ -126,9 +128,9 @@ def _store_pair(
         parts = parts_ptr + rows * 6
         first = parts + 2 * SWAPPED
         second = parts + 2 - 2 * SWAPPED
-        tl.store(first, tl.where(real, top_a + 0.0 * bits_a, 0.0), mask=exists)  # NaN if the sum is
+        tl.store(first, tl.where(real, top_a, 0.0), mask=exists)
         tl.store(first + 1, tl.where(real, bits_a * LN2, 0.0), mask=exists)
-        tl.store(second, tl.where(real, top_b + 0.0 * bits_b, 0.0), mask=exists)
+        tl.store(second, tl.where(real, top_b, 0.0), mask=exists)
         tl.store(second + 1, tl.where(real, bits_b * LN2, 0.0), mask=exists)
         tl.store(parts + 4 + SWAPPED, tl.where(real, mean, 0.0), mask=exists)
         tl.store(parts + 5 - SWAPPED, tl.zeros_like(mean), mask=exists)
@@ -164,7 +166,7 @@ def token_kl_fold(
         state[0], state[1], state[2], state[3], state[4], state[5], factors_a, factors_b
     )
     if partials_ptr is None:
-        bits_a, bits_b, mean, kl = _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost)
+        top_a, top_b, bits_a, bits_b, mean, kl = _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost)
         _store_pair(
             kl_ptr, parts_ptr, rows, exists, real, top_a, top_b, bits_a, bits_b, mean, kl, SWAPPED
         )  # fmt: skip
@@ -204,5 +206,5 @@ def token_kl_combine(
         row_factors(factor_a, temperature_a_ptr, rows, real),
         row_factors(factor_b, temperature_b_ptr, rows, real),
     )
-    bits_a, bits_b, mean, kl = _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost)
+    top_a, top_b, bits_a, bits_b, mean, kl = _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost)
     _store_pair(kl_ptr, parts_ptr, rows, exists, real, top_a, top_b, bits_a, bits_b, mean, kl, SWAPPED)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import truths
 from helpers.tolerances import assert_gradient, assert_values
-from helpers.tools import NAN, incoming, randn, random_mask, with_gradients
+from helpers.tools import INF, NAN, incoming, randn, random_mask, with_gradients
 from torch import Tensor
 
 import rlhf_fast as rf
 
 # Several blocks of any backend's tests. Triton's interpreter reads odd widths in vectors, even ones one by one.
 WIDTHS = (1037, 1300)
+KINDS = ("reverse", "forward", "jsd", "tv")
 ROWS = (1, 3, 7)  # there: many splits, few, one
 
 
@@ -114,3 +115,41 @@ def test_kl_keeps_every_share_of_a_forbidden_reference(backend: str, generator: 
         for side in grads:
             assert_gradient(grads[side], true_grads[side], dtype=torch.float32, what=f"{kind}, {side}")
         assert_gradient(both, true_grads["logits"], dtype=torch.float32, what=f"{kind}, token_kl_and_grad")
+
+
+@pytest.mark.parametrize(
+    ("kind", "softcap"), [*((kind, None) for kind in ("logprobs", "entropy", "logsumexp", *KINDS)), ("reverse", 5.0)]
+)
+def test_a_row_that_is_nan_throughout_is_nan_in_value_and_gradient(
+    backend: str, kind: str, softcap: float | None, generator: torch.Generator
+) -> None:
+    """A maximum that passes NaN over stays at -inf there, which is what a row without any probability has."""
+    inputs = {k: randn(6, 1037, generator=generator) for k in ("logits", "ref_logits")}
+    for x in inputs.values():
+        x[1] = NAN
+        x[2], x[2, 5] = -INF, NAN
+    inputs["logits"][3] = NAN
+    inputs["ref_logits"][4] = NAN
+    options: dict[str, Any] = {"softcap": softcap}
+    targets = torch.arange(6)
+    one_side = kind not in KINDS
+    hurt = torch.tensor([False, True, True, True, not one_side, False])
+
+    def ours(logits: Tensor, ref_logits: Tensor) -> Tensor:
+        if one_side:
+            return getattr(rf.token_stats(logits, targets, outputs=(kind,), **options), kind)
+        return rf.token_kl(logits, ref_logits, kind=kind, **options)
+
+    leaves = {k: v.clone().requires_grad_() for k, v in inputs.items()}
+    got = ours(**leaves)
+    got.sum().backward()
+    assert torch.equal(got.isnan(), hurt)
+    for name, leaf in leaves.items():
+        if one_side and name == "ref_logits":
+            continue
+        assert leaf.grad is not None and bool(leaf.grad[~hurt].isfinite().all())
+        finite = leaf.grad[hurt].isfinite()  # at -inf nothing is left to differentiate with softcap
+        assert not bool(finite[inputs[name][hurt].isfinite() | inputs[name][hurt].isnan()].any()), name
+    if not one_side:
+        both = rf.token_kl_and_grad(**inputs, grad_kl=torch.ones(6), kind=kind, **options)
+        assert torch.equal(both[0].isnan(), hurt) and not bool(both[1][hurt][:, 6].isfinite().any())

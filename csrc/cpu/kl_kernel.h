@@ -198,9 +198,9 @@ void token_kl(const TokenKlArgs& a, int64_t begin, int64_t end) {
     RowFold fold_x, fold_y, *p = forward ? &fold_y : &fold_x, *q = forward ? &fold_x : &fold_y;
     (cap ? fold_pair<true, T> : fold_pair<false, T>)(forward ? y : x, forward ? x : y, a.columns, forward ? of_y : of_x,
                                                      forward ? of_x : of_y, p, q);
-    parts[0] = fold_x.max;
+    parts[0] = fold_x.saved_max();
     parts[1] = fold_x.log_sum();
-    parts[2] = fold_y.max;
+    parts[2] = fold_y.saved_max();
     parts[3] = fold_y.log_sum();
     parts[4] = parts[5] = 0;
     if ((a.kind == kReverse || forward) && kl_of_folds(*p, *q, a.kl + n, parts + (forward ? 5 : 4))) continue;

@@ -105,6 +105,8 @@ struct RowFold {
   double squares = 0;     // sum of e^2
   int64_t max_block = 0;  // where the block with the (first) maximum begins
 
+  // The maximum that is saved for the backward: NaN if the row holds a NaN, which `block_max` passes over.
+  float saved_max() const { return sum == sum ? max : static_cast<float>(sum); }
   float safe_max() const { return max == -kInf ? 0.0f : max; }
   bool dead() const { return max == -kInf && sum == 0; }  // all -inf (a NaN would have made the sum NaN)
   float log_sum() const { return dead() ? 0.0f : static_cast<float>(std::log(sum)); }
@@ -208,7 +210,7 @@ void token_stats(const TokenStatsArgs& a, int64_t begin, int64_t end) {
     const RowTransform transform(a.transform, n);
     const RowFold fold = fold_row(x, a.columns, transform, a.entropy, a.sum_sq_probs);
     const float log_sum = fold.log_sum();
-    a.parts[2 * n] = fold.max;
+    a.parts[2 * n] = fold.saved_max();
     a.parts[2 * n + 1] = log_sum;
     for (int64_t k = 0; a.logprobs && k < a.k; ++k) {
       const int64_t target = a.targets[n * a.k + k];

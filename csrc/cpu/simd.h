@@ -329,7 +329,7 @@ inline Vec log(Vec x) {
   p = fma(p, f, 3.3333331174e-1f);
   const Vec f2 = f * f;
   const Vec small = fma(e, -2.12194440e-4f, fma(f * f2, p, -0.5f * f2));
-  return fma(e, 0.693359375f, small + f);
+  return fma(e, 0.693359375f, small + f) + 0.0f * x;  // NaN stays NaN
 }
 
 // tanh(x): relative error under 2e-7 (Cephes tanhf).

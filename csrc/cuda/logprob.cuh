@@ -35,7 +35,7 @@ __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, co
             : (transform.apply<kCap>(to_float(x[target])) - safe_max(fold)) * transform.factor - log_sum;
   }
   if (thread != 0) return;
-  a.parts[2 * n] = fold.max;
+  a.parts[2 * n] = saved_max(fold.max, fold.sum);
   a.parts[2 * n + 1] = log_sum;
   if (a.logsumexp) a.logsumexp[n] = fold.max * transform.factor + log_sum;
   if constexpr (kFull) {

@@ -136,6 +136,9 @@ __device__ __forceinline__ bool is_dead(const Fold<kFull>& fold) {
   return fold.max == -kInf && fold.sum == 0;
 }
 
+// The maximum that is saved for the backward: NaN if the row holds a NaN, which fmaxf passes over but the sum does not.
+__device__ __forceinline__ float saved_max(float max, float sum) { return sum == sum ? max : sum; }
+
 // The sums as if taken relative to `top`, at least the fold's own maximum.
 template <bool kFull>
 __device__ __forceinline__ void raise_to(float top, float factor2, Fold<kFull>* fold) {

@@ -75,7 +75,8 @@ def kl_slopes(logp: Tensor, logq: Tensor, kind: int, beta: float) -> tuple[Tenso
         logm = ((1 - beta) * p + beta * q).log()
         slope_p = torch.where(p > 0, (1 - beta) * (logp - logm), zero)
         return slope_p, torch.where(q > 0, beta * (logq - logm), zero)
-    return 0.5 * torch.sign(p - q), 0.5 * torch.sign(q - p)
+    slope = 0.5 * torch.sign(p - q) + 0.0 * (p - q)  # sign(NaN) is 0; NaN must stay NaN
+    return slope, -slope
 
 
 def _floored(logp: Tensor) -> Tensor:
