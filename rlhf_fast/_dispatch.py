@@ -105,8 +105,8 @@ def select(op: str, tensor: torch.Tensor) -> Any:
 def call(operator: Any, *args: Any) -> Any:
     """Calls an operator; where no gradient can be wanted, without autograd's layer.
 
-    That layer is a Python function which costs as much as a small kernel (some 10 us). Tracing, functorch's transforms
-    and forward-mode AD need it and get it.
+    That layer is a Python function which costs as much as a small kernel (some 10 us). Tracing needs it; so do
+    torch.func's transforms and forward mode, for it refuses what is not supported there (`ops/_register.py`).
     """
     if (
         torch.compiler.is_compiling()

@@ -170,8 +170,8 @@ __device__ __forceinline__ KlStats stats_of(const PairFold& fold) {
   const float sum_p = no_p ? 1.0f : sum, sum_q = no_q ? 1.0f : fold.other_sum, log_sum_q = logf(sum_q);
   const float mean =
       kLn2 * (fold.cross / sum_p) + logf(sum_q / sum_p) - fold.forbidden / sum_p * (log_sum_q + kLogFloor);
-  return {saved_max(fold.max, sum), logf(sum_p),           saved_max(fold.other_max, fold.other_sum),
-          log_sum_q,                no_p ? 0.0f : mean, 0.0f};
+  return {saved_max(fold.max, sum), logf(sum_p), saved_max(fold.other_max, fold.other_sum), log_sum_q,
+          no_p ? 0.0f : mean,       0.0f};
 }
 
 // Where the sides lie in `parts`.

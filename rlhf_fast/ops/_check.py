@@ -69,8 +69,10 @@ def in_unit_interval(op: str, name: str, value: float) -> float:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether looking at values is free: not on a device (it would wait for it), not while tracing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter)
+    """Whether looking at values is free: not on a device (it would wait for it), not while tracing or under vmap."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def temperature(

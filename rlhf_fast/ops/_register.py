@@ -7,15 +7,17 @@ reference runs there too, so an op exists with nothing compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from rlhf_fast._dispatch import NAMESPACES
 
 _definitions: list[Callable[[str], None]] = []  # each defines one op in a namespace
+_libraries: list[torch.library.Library] = []  # what a library registered lasts as long as the library
 
 
 def define(
@@ -42,7 +44,9 @@ def define(
         if fake is not None:
             torch.library.register_fake(qualified, fake)
         if backward is not None:
-            torch.library.register_autograd(qualified, partial(backward, ops), setup_context=setup_context)
+            _libraries.append(_CheckedLibrary(namespace, "FRAGMENT"))
+            checked = partial(_checked_backward, name, partial(backward, ops))
+            torch.library.register_autograd(qualified, checked, setup_context=setup_context, lib=_libraries[-1])
 
     _definitions.append(define_in)
     for namespace in NAMESPACES.values():
@@ -78,3 +82,82 @@ def define_backward(
 
 def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
+
+
+# ----------------------------------------------------------------------------------------------- what is refused
+
+
+class _CheckedLibrary(torch.library.Library):
+    """Registers autograd kernels that first refuse what PyTorch would answer wrongly, or with an error of its own.
+
+    PyTorch calls a kernel of `register_autograd` with dual tensors too, drops their tangents and says nothing.
+    """
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = partial(_checked_forward, op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+def _checked_forward(name: str, kernel: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"rlhf_fast.{name}: forward-mode differentiation (torch.func.jvp, torch.func.jacfwd, "
+            "torch.autograd.forward_ad) is not supported; use torch.autograd.grad or "
+            "torch.autograd.functional.jacobian, or write this part in plain PyTorch"
+        )
+    tracked = (x.requires_grad and torch._C._functorch.is_gradtrackingtensor(x) for x in tensors)
+    if torch.is_grad_enabled() and any(tracked):
+        raise NotImplementedError(
+            f"rlhf_fast.{name}: torch.func.grad, torch.func.vjp and torch.func.jacrev are not supported; use "
+            "torch.autograd.grad or torch.autograd.functional.jacobian, or write this part in plain PyTorch"
+        )
+    return kernel(keyset, *args, **kwargs)
+
+
+def _checked_backward(name: str, backward: Callable[..., Any], ctx: Any, *grads: Any) -> Any:
+    """`backward`, with an error in our words where a batch of gradients meets an operator that cannot take one."""
+    if not any_batched(grads):
+        return backward(ctx, *grads)
+    try:
+        return backward(ctx, *grads)
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"rlhf_fast.{name}: a batch of gradients (is_grads_batched=True, vectorize=True, torch.vmap around a "
+            "backward) is not supported; call torch.autograd.grad once for each"
+        ) from error
+
+
+def any_batched(tensors: Iterable[Any]) -> bool:
+    """Whether one of them stands for many: inside torch.vmap, or a gradient of `is_grads_batched=True`."""
+    is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    return any(isinstance(x, torch.Tensor) and (is_batched[0](x) or is_batched[1](x)) for x in tensors)
+
+
+# ----------------------------------------------------------------------------------------------- what is saved
+
+
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """`ctx.save_for_backward`, for tensors made under `torch.inference_mode()` too.
+
+    Autograd refuses to save those, since it cannot see whether they change. They are constants here: kept as they are.
+    """
+    ctx.constants = [x if x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(
+        *(None if constant is not None else x for constant, x in zip(ctx.constants, tensors, strict=True))
+    )
+
+
+def saved(ctx: Any, op: str) -> list[torch.Tensor | None]:
+    """What `save` was given, or an error that says what to do where an in-place backward has written over it."""
+    try:
+        tensors = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"rlhf_fast.{op}: its inputs were modified after the forward, perhaps by inplace_backward=True on another "
+            "view of the same tensor (logits.split(n)); call the op once on the whole tensor, or drop inplace_backward"
+        ) from error
+    return [x if constant is None else constant for constant, x in zip(ctx.constants, tensors, strict=True)]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.logprob import check_row_options
 
 
@@ -207,7 +207,7 @@ def _fake_token_kl_backward(grad_kl: Tensor, logits: Tensor, ref_logits: Tensor,
 def _setup_token_kl(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:5], output[1])
+    save(ctx, *inputs[:5], output[1])
     ctx.options = inputs[5:]
 
 
@@ -215,7 +215,7 @@ def _token_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor | None, _: Tensor | N
     if grad_kl is None:
         return (None,) * 12
     wanted = ctx.needs_input_grad[:2]
-    grads = ops.token_kl_backward(grad_kl, *ctx.saved_tensors, *ctx.options, *wanted)
+    grads = ops.token_kl_backward(grad_kl, *saved(ctx, "token_kl"), *ctx.options, *wanted)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
@@ -237,18 +237,19 @@ def _fake_approx_kl_backward(
 
 
 def _setup_approx_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+    save(ctx, *inputs[:4])
     ctx.options = inputs[4:]
 
 
 def _approx_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
-    logprobs, ref_logprobs, ratio, mask = ctx.saved_tensors
+    logprobs, ref_logprobs, ratio, mask = saved(ctx, "approx_kl")
+    assert logprobs is not None and ref_logprobs is not None
     grad, grad_ratio = ops.approx_kl_backward(grad_kl, logprobs, ref_logprobs, ratio, mask, *ctx.options)
     wanted, wanted_ref, wanted_ratio = ctx.needs_input_grad[:3]
     return (
         grad.to(logprobs.dtype) if wanted else None,
         grad.neg().to(ref_logprobs.dtype) if wanted_ref else None,
-        grad_ratio.to(ratio.dtype) if wanted_ratio else None,
+        grad_ratio.to(ratio.dtype) if ratio is not None and wanted_ratio else None,
         *(None,) * 4,
     )
 

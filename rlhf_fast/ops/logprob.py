@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import any_batched, define, define_backward, save, saved
 
 
 class TokenStats(NamedTuple):
@@ -58,7 +58,9 @@ def token_logprobs(
         softcap: then `softcap * tanh(. / softcap)`, before the temperature.
         mask: `(...)` bool, True = real token. Masked rows are not read, return 0 and get no gradient.
         vocab_size: number of columns that count, when V is padded.
-        inplace_backward: allow the backward to overwrite `logits` with its gradient; saves a logits-sized tensor.
+        inplace_backward: allow the backward to overwrite `logits` with its gradient; saves a logits-sized tensor. One
+            backward only, and no other op may need the logits: views of one tensor (`logits.split(n)`) share its
+            version, so the second view's backward raises. Call the op once on the whole instead.
 
     Returns:
         `targets.shape`, float32 (float64 for float64 logits), in nats, never above 0. NaN where a target of a real
@@ -263,8 +265,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     entropy, parts = output[1], output[-1]
     ctx.mark_non_differentiable(*not_differentiable(output, asked))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, mask, row_temperature, entropy if asked & codes.ENTROPY else None, parts)
-    ctx.options, ctx.inplace = options, inplace
+    save(ctx, logits, targets, mask, row_temperature, entropy if asked & codes.ENTROPY else None, parts)
+    ctx.options, ctx.inplace, ctx.overwritten = options, inplace, False
 
 
 def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -272,15 +274,22 @@ def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * 9
     if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
         return None, *nothing
-    logits, *saved = ctx.saved_tensors  # a second backward after an in-place one raises here: the version moved
+    if ctx.overwritten:  # autograd's version counter sees it too, unless hooks unpack what was saved
+        raise RuntimeError(
+            "rlhf_fast.token_stats: a second backward after one with inplace_backward=True, which has overwritten the "
+            "logits; drop inplace_backward, or do not backward twice"
+        )
+    logits, *others = saved(ctx, "token_stats")
+    assert logits is not None
     # With create_graph the gradient must be a tensor of its own, to carry the node that refuses double backward;
     # while tracing, functionalisation would copy the logits anyway.
-    free = ctx.inplace and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    free = ctx.inplace and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or any_batched(grads))
     if free and not rows_share_memory(logits):
-        ops.token_stats_backward_(grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved, *ctx.options)
+        ctx.overwritten = True
+        ops.token_stats_backward_(grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
         torch.autograd.graph.increment_version(logits)
         return logits.detach(), *nothing
-    grad = ops.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved, *ctx.options)
+    grad = ops.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
     return grad, *nothing
 
 

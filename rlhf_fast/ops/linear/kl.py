@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, Lora, check_head, fake_gradients, tile_dtype
 from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
@@ -215,7 +215,7 @@ def _fake_backward(grad_kl: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS], *output[1:])
+    save(ctx, *inputs[:TENSORS], *output[1:])
     ctx.options = inputs[TENSORS:]
 
 
@@ -223,7 +223,7 @@ def _backward(ops: Any, ctx: Any, grad_kl: Tensor | None, *_: Any) -> tuple[Any,
     nothing = (None,) * (TENSORS - 8 + len(ctx.options))
     if grad_kl is None:
         return (None,) * 8 + nothing
-    *inputs, parts, kept = ctx.saved_tensors
+    *inputs, parts, kept = saved(ctx, "linear_token_kl")
     *options, budget = ctx.options
     wanted = ctx.needs_input_grad[:8]
     grads = ops.linear_token_kl_backward(grad_kl, *inputs, *options, parts, kept, budget, *wanted)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, Lora, check_head, fake_gradients, tile_dtype
 from rlhf_fast.ops.linear.shards import Shard
@@ -304,7 +304,7 @@ def _fake_backward(grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:TENSORS], output[1])
+    save(ctx, *inputs[:TENSORS], output[1])
     ctx.options = inputs[TENSORS:]
 
 
@@ -312,7 +312,7 @@ def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, _: Tensor | None
     nothing = (None,) * (TENSORS - 5 + len(ctx.options))
     if grad_logprobs is None:
         return (None,) * 5 + nothing
-    *inputs, parts = ctx.saved_tensors
+    *inputs, parts = saved(ctx, "linear_sampled_logprobs")
     wanted = ctx.needs_input_grad[:5]
     grads = ops.linear_sampled_logprobs_backward(grad_logprobs, *inputs, *ctx.options, parts, *wanted)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlhf_fast import _dispatch
 from rlhf_fast._pages import give_back
 from rlhf_fast.ops import codes
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
 from rlhf_fast.ops.linear.inputs import (
     HEAD,
@@ -287,7 +287,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     entropy, parts, kept = output[1], output[5], output[6]
     ctx.mark_non_differentiable(*not_differentiable(output, outputs))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*arguments[:8], entropy if outputs & codes.ENTROPY else None, parts, kept)
+    save(ctx, *arguments[:8], entropy if outputs & codes.ENTROPY else None, parts, kept)
     ctx.options, ctx.budget, ctx.fresh = arguments[8:], budget, True
 
 
@@ -295,7 +295,7 @@ def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * (len(ctx.options) + 5)
     if all(g is None for g in grads[:3]):
         return (None,) * 5 + nothing
-    *inputs, entropy, parts, kept = ctx.saved_tensors
+    *inputs, entropy, parts, kept = saved(ctx, "linear_token_stats")
     wanted = ctx.needs_input_grad[:5]
     # With create_graph the gradients must come from an operator that refuses to be differentiated; while tracing,
     # functionalisation would copy the tiles anyway.
