@@ -7,7 +7,8 @@ PIP_ARGS ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+# --no-compile: of PyTorch's and transformers' ten thousand files few are imported, and Python compiles those by itself.
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 # Where a compiler is, a build that fails is an error here; pip would install less and say so.
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
@@ -55,6 +56,7 @@ demo-tiny: $(VENV)/built
 	$(BIN)/rlhf-fast run --config examples/tiny/tiny.yaml $(ARGS)
 
 test: $(VENV)/built
+	@echo "The whole suite: 10 to 15 minutes on two idle cores; a line every half minute says where it is."
 	$(BIN)/pytest --ignore=tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.

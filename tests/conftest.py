@@ -13,6 +13,7 @@ import pytest
 import torch
 from emulator import build as emulator
 from helpers.on_gpu import run_ops_on
+from helpers.progress import pytest_configure  # noqa: F401, a hook
 from helpers.tools import native_is_built
 
 import rlhf_fast as rf

@@ -145,6 +145,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         kernels = {(kernel, "cuda") for kernel in _dispatch.KERNEL_OF.values()}
         monkeypatch.setattr(_dispatch, "_native", frozenset(kernels if native else ()))
         monkeypatch.setattr(_ext, "why_not", "")
+        monkeypatch.setattr(_ext, "LEFT_OUT", {} if native else {"cuda": "No nvcc found"})
         monkeypatch.setattr(_ext, "_gpu_refused", None)
         monkeypatch.setattr(_triton, "installed", triton)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -166,7 +167,7 @@ def test_auto_on_a_gpu_goes_by_speed_and_says_why_not_faster(pretended_gpu: Call
     pretended_gpu()
     assert served() == ("rlhf_fast", "native", "")
     pretended_gpu(native=False)
-    assert served() == ("rlhf_fast_triton", "triton", "native: this build holds no cuda kernels")
+    assert served() == ("rlhf_fast_triton", "triton", "native: this build holds no cuda kernels (No nvcc found)")
     pretended_gpu(native=False, triton=False)
     namespace, backend, reason = served()
     assert (namespace, backend) == ("rlhf_fast_torch", "torch")

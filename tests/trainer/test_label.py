@@ -143,6 +143,7 @@ def test_three_prompts_ranked_in_a_browser_with_a_kill_in_between(source: str) -
 
     def page_of(browser: Any) -> Any:
         page = browser.new_page()
+        page.set_default_timeout(120_000)  # milliseconds: other tests may hold both cores
         page.goto(f"http://127.0.0.1:{port}", timeout=120_000)
         page.locator("#name textarea, #name input").fill("ann")
         page.locator("#name textarea, #name input").press("Enter")
