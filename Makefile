@@ -14,13 +14,14 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check check-cuda-torch lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
+	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -102,6 +103,16 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Beside a PyTorch with CUDA, of its own (5.5 GB) and kept apart: what a machine without a GPU can show of the two together.
+CUDA_TORCH ?= torch==2.14.1
+.venv-cuda/installed: Makefile
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(CUDA_TORCH)' numpy
+	touch $@
+
+check-cuda-torch: $(VENV)/built .venv-cuda/installed
+	.venv-cuda/bin/python tests/cuda_torch.py
 
 clean:
 	rm -rf build dist *.egg-info rlhf_fast/*.so $(VENV)/built

@@ -1,12 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module `_C`: empty. Importing it loads the shared object, whose static initialisers register the kernels.
+// The module `_C`. Importing it loads the shared object, whose static initialisers register the kernels.
 // Limited API (abi3) and PyTorch's stable ABI: one binary serves Python 3.11 and later, and PyTorch 2.10 and later. A
 // free-threaded Python has no limited API and gets a binary of its own.
 #include <Python.h>
 
+#ifdef RF_HAS_CUDA
+#include "cuda/probe.h"
+
+static PyObject* why_not_cuda(PyObject* /*module*/, PyObject* device) {
+  const long index = PyLong_AsLong(device);
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  return PyUnicode_FromString(rlhf_fast::why_not_cuda(static_cast<int>(index)).c_str());
+}
+#endif
+
 PyMODINIT_FUNC PyInit__C(void) {
+  static PyMethodDef methods[] = {
+#ifdef RF_HAS_CUDA
+      {"why_not_cuda", why_not_cuda, METH_O, "Why the CUDA kernels do not run on the device of this index, or ''."},
+#endif
+      {nullptr, nullptr, 0, nullptr},
+  };
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
 #ifdef Py_GIL_DISABLED
   // Loading it must not bring the GIL back: the kernels touch no Python object and keep no state between calls.

@@ -76,8 +76,10 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """Empty when the backend serves this, else the reason that it does not."""
+def why_not(
+    backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32, index: int | None = None
+) -> str:
+    """Empty when the backend serves this on the device (of that index; None: the current one), else the reason."""
     if backend == "torch":
         return ""
     if backend == "native":
@@ -86,9 +88,9 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
         if (KERNEL_OF[op], device_type) not in _native:
             reason = _ext.LEFT_OUT.get(device_type)
             return f"this build holds no {device_type} kernels" + (f" ({reason})" if reason else "")
-        if reason := _ext.why_not_gpu(device_type):
+        if reason := _ext.why_not_native_gpu(device_type, index):
             return reason
-    if backend == "triton" and (reason := _triton.why_not(device_type)):
+    if backend == "triton" and (reason := _triton.why_not(device_type, index)):
         return reason
     return "" if dtype in KERNEL_DTYPES else f"{dtype} is served by PyTorch alone"
 
@@ -96,7 +98,7 @@ def why_not(backend: str, op: str, device_type: str, dtype: torch.dtype = torch.
 def select(op: str, tensor: torch.Tensor) -> Any:
     """The operator namespace that serves `op` on tensors like this one (the return type is torch.ops' own)."""
     for backend in BY_SPEED if _requested == "auto" else (_requested,):
-        reason = why_not(backend, op, tensor.device.type, tensor.dtype)
+        reason = why_not(backend, op, tensor.device.type, tensor.dtype, tensor.device.index)
         if not reason:
             return getattr(torch.ops, NAMESPACES[backend])
     raise RuntimeError(f"rlhf_fast.{op}: the {_requested} backend was asked for, but {reason}; use 'auto' or 'torch'")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -54,20 +55,47 @@ def has_kernel(op: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-_gpu_refused: str | None = None  # asked once, and never while torch.compile traces, which cannot follow the question
+# GPU's index -> why it is refused, or ''. Asked once, and never while torch.compile traces, which cannot follow that.
+_gpu_refused: dict[int, str] = {}
+_native_refused: dict[int, str] = {}
 
 
-def why_not_gpu(device_type: str) -> str:
-    """Empty when the current GPU can run the compiled kernels, native and Triton alike, else the reason."""
-    global _gpu_refused
+def why_not_gpu(device_type: str, index: int | None = None) -> str:
+    """Empty when this GPU (the current one: None) can run the kernels, native and Triton alike, else the reason."""
     if device_type != "cuda" or torch.version.hip is not None:
         return ""
-    if _gpu_refused is None and not torch.compiler.is_compiling():
-        major, minor = torch.cuda.get_device_capability()
-        wanted = "{}.{}".format(*OLDEST_GPU)
-        old = f"the GPU has compute capability {major}.{minor}, and the kernels need {wanted}"
-        _gpu_refused = old if (major, minor) < OLDEST_GPU else ""
-    return _gpu_refused or ""
+    return _remembered(_gpu_refused, index, _why_not_capability)
+
+
+def why_not_native_gpu(device_type: str, index: int | None = None) -> str:
+    """Empty when the extension's kernels run on this GPU, else the reason: the driver's age, a missing architecture."""
+    if device_type != "cuda" or torch.version.hip is not None:
+        return ""
+    return why_not_gpu(device_type, index) or _remembered(_native_refused, index, _why_not_native)
+
+
+def _remembered(known: dict[int, str], index: int | None, ask: Callable[[int], str]) -> str:
+    if torch.compiler.is_compiling():
+        return known.get(index or 0, "")
+    if not torch.cuda.is_available():  # what claims to be there is a fake tensor
+        return ""
+    index = torch.cuda.current_device() if index is None else index
+    if index not in known:
+        known[index] = ask(index)
+    return known[index]
+
+
+def _why_not_capability(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    wanted = "{}.{}".format(*OLDEST_GPU)
+    old = f"the GPU has compute capability {major}.{minor}, and the kernels need {wanted}"
+    return old if (major, minor) < OLDEST_GPU else ""
+
+
+def _why_not_native(index: int) -> str:
+    """Launches a tiny kernel: the extension brings its own CUDA runtime, which may be newer than the driver."""
+    ask: Callable[[int], str] = getattr(_C, "why_not_cuda", lambda index: "this build holds no CUDA kernels")
+    return ask(index)
 
 
 def cpu_capability() -> str | None:

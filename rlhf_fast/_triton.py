@@ -50,10 +50,10 @@ def _launcher(family: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def why_not(device_type: str) -> str:
+def why_not(device_type: str, index: int | None = None) -> str:
     """Empty when Triton kernels serve this kind of device, else the reason that they do not."""
     if not installed:
         return "Triton is not installed (pip install 'rlhf-fast[triton]')"
     if device_type not in DEVICES:
         return f"Triton kernels run on GPUs, not on {device_type}"
-    return _ext.why_not_gpu(device_type)
+    return _ext.why_not_gpu(device_type, index)

@@ -146,9 +146,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(_dispatch, "_native", frozenset(kernels if native else ()))
         monkeypatch.setattr(_ext, "why_not", "")
         monkeypatch.setattr(_ext, "LEFT_OUT", {} if native else {"cuda": "No nvcc found"})
-        monkeypatch.setattr(_ext, "_gpu_refused", None)
+        monkeypatch.setattr(_ext, "_gpu_refused", {})
+        monkeypatch.setattr(_ext, "_native_refused", {})
+        monkeypatch.setattr(_ext, "_why_not_native", lambda index: "")  # tests/fake_cuda has the probe
         monkeypatch.setattr(_triton, "installed", triton)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     return pretend

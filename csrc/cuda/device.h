@@ -8,12 +8,9 @@
 #include "softmax.cuh"
 
 #ifndef RF_EMULATE
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// The one symbol that lives in PyTorch's CUDA library. Weak, so that a build with CUDA kernels loads beside a PyTorch
-// without CUDA; such a PyTorch has no CUDA tensors, and nothing here is ever called.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#include "torch_stream.h"
 #endif
 
 namespace rlhf_fast {
@@ -37,9 +34,10 @@ class Launch {
   int multiprocessors() const { return 4; }  // few, so that small tests split rows over blocks
 #else
   Launch(const char* op, const Tensor& like) : op_(op), device_(like.get_device_index()), guard_(device_) {
-    RF_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this PyTorch has no CUDA");
+    const CurrentStream current_stream = current_stream_of_torch();
+    RF_CHECK(current_stream != nullptr, op, ": this process has no PyTorch with CUDA (libtorch_cuda.so)");
     void* stream = nullptr;
-    RF_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, op, ": PyTorch gave no CUDA stream");
+    RF_CHECK(current_stream(device_, &stream) == 0, op, ": PyTorch gave no CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -59,7 +57,9 @@ class Launch {
 
   // Raises what the launch of `kernel` reported, with its name.
   void check(cudaError_t error, const char* kernel) const {
-    RF_CHECK(error == cudaSuccess, op_, ": the CUDA kernel ", kernel, " failed: ", cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // where the runtime keeps it, too; the next to ask there would take it for his own
+    RF_CHECK(false, op_, ": the CUDA kernel ", kernel, " failed: ", cudaGetErrorString(error));
   }
 
  private:

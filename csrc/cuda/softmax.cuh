@@ -184,12 +184,25 @@ __device__ __forceinline__ Fold<kFull> merge_folds(Fold<kFull> a, Fold<kFull> b,
   return a;
 }
 
-// How many blocks share a row, so that few long rows fill the GPU: each has at least one round of full loads.
+// How many blocks share a row: the fewest that keep the GPU busy. Blocks run in waves, of as many as the GPU holds, and
+// what the last wave leaves free is lost; so few rows are cut up, and so are rows that just miss a whole wave. A part
+// has at least one round of full loads.
 inline int64_t parts_of_row(int64_t rows, int64_t columns, int multiprocessors, int64_t entry_size) {
-  const int64_t wanted = (int64_t{kRowBlocks} * multiprocessors + rows - 1) / rows;
-  const int64_t possible = columns * entry_size / (int64_t{kRowThreads} * 16 * kUnroll);
-  const int64_t parts = wanted < possible ? wanted : possible;
-  return parts < 1 ? 1 : (parts > 64 ? 64 : parts);
+  constexpr int64_t kMost = 64, kOftenEnough = 8;
+  const int64_t wave = int64_t{kRowBlocks} * multiprocessors;
+  const int64_t rounds = columns * entry_size / (int64_t{kRowThreads} * 16 * kUnroll);
+  const int64_t few = wave / rows < kOftenEnough ? kOftenEnough : wave / rows;
+  const int64_t most = rounds < few ? rounds : few;
+  int64_t best = 1;
+  double best_share = 0;
+  for (int64_t parts = 1; parts <= kMost && (parts <= most || parts == 1); ++parts) {
+    const int64_t blocks = rows * parts;
+    const double share = static_cast<double>(blocks) / static_cast<double>((blocks + wave - 1) / wave * wave);
+    if (share <= 1.05 * best_share) continue;  // a little better is not worth more ends of parts
+    best = parts;
+    best_share = share;
+  }
+  return best;
 }
 
 }  // namespace cuda

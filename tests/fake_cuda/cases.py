@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bindings do on their way to a GPU, seen by the fake runtime. Run by tests/test_fake_cuda.py in a process of
+its own, since the CUDA kernels of that process are exchanged for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda.machine import Launch, Machine, launches, on_device
+from helpers.samples import SAMPLES, build
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+import rlhf_fast as rf
+from rlhf_fast import _dispatch, _ext, _triton
+
+STREAM = 0x1000  # of device 0; see torch_cuda.cpp
+DEVICE = 1
+PROCESSORS = 132
+# Samples whose Python computes with the tensors first, which PyTorch cannot without CUDA; others use the same kernels.
+COMPUTES = ("linear_", "gae_row_flags", "gae_packed", "token_logprobs_inplace")
+DIRECT = sorted(name for name in SAMPLES if not name.startswith(COMPUTES))
+
+
+@pytest.fixture(scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(tmp_path_factory.mktemp("fake_cuda"))
+
+
+@pytest.fixture(scope="session")
+def started(machine: Machine) -> Machine:
+    machine.load_torch_cuda()
+    return machine
+
+
+@pytest.fixture
+def gpu(started: Machine) -> Iterator[Machine]:
+    started.forget()
+    yield started
+    started.pretend()
+
+
+def launched(gpu: Machine) -> list[Launch]:
+    return launches(gpu.lines())
+
+
+def logits(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return on_device(torch.zeros(shape, dtype=dtype), DEVICE)
+
+
+# ------------------------------------------------------------------------------------------- no PyTorch with CUDA
+
+
+def test_without_libtorch_cuda_a_call_says_what_is_missing(machine: Machine) -> None:
+    """Must run before any test that loads it, hence its place."""
+    with pytest.raises(RuntimeError, match=r"rlhf_fast\.token_stats: .* no PyTorch with CUDA \(libtorch_cuda\.so\)"):
+        rf.token_logprobs(logits(2, 8), on_device(torch.zeros(2, dtype=torch.int64), DEVICE))
+    assert machine.why_not(0) == "this process has no PyTorch with CUDA (libtorch_cuda.so)"
+
+
+# ------------------------------------------------------------------------------------------- every op
+
+
+def moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rf.<op>(...) takes its tensors to the device."""
+
+    def there(op: Any) -> Any:
+        return lambda *args, **kwargs: op(*tree_map(move, args), **tree_map(move, kwargs))
+
+    def move(x: Any) -> Any:
+        return on_device(x, DEVICE) if isinstance(x, Tensor) and x.device.type == "cpu" else x
+
+    for name in _dispatch.KERNEL_OF:
+        monkeypatch.setattr(rf, name, there(getattr(rf, name)))
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_every_launch_goes_to_the_tensors_device_and_pytorchs_stream(
+    gpu: Machine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In a private library, found although no symbol of it is global; and the device is given back afterwards."""
+    moved(monkeypatch)
+    sample = build(name, torch.float32)
+    inputs = {k: on_device(x, DEVICE) for k, x in sample.inputs.items()}  # no gradient: autograd would start CUDA
+    with rf.use_backend("native"):
+        result = sample.call(**inputs)
+    lines = gpu.lines()
+    assert launches(lines), lines
+    assert {(x.device, x.stream) for x in launches(lines)} == {(DEVICE, STREAM + DEVICE)}
+    assert not [line for line in lines if line in ("synchronize", f"set device {DEVICE}")]
+    guards = [line for line in lines if line.startswith("guard")]
+    assert guards == [f"guard {DEVICE}", "guard back to 0"] * (len(guards) // 2)
+    assert all(x.device == torch.device("cuda", DEVICE) for x in torch.utils._pytree.tree_leaves(result))
+
+
+def backward(op: str, *args: Any) -> Any:
+    return getattr(torch.ops.rlhf_fast, op)(*args)
+
+
+def test_backwards_launch_there_too(gpu: Machine) -> None:
+    n, v = 4, 64
+    x, ones = logits(n, v), on_device(torch.ones(n), DEVICE)
+    targets = on_device(torch.zeros(n, dtype=torch.int64), DEVICE)
+    pair, plain = on_device(torch.zeros(n, 2), DEVICE), (1.0, 1.0, 0.0, -1)
+    backward("token_stats_backward", ones, ones, None, x, targets, None, None, ones, pair, *plain)
+    backward("token_stats_backward_", ones, None, None, x, targets, None, None, None, pair, *plain)
+    six = on_device(torch.zeros(n, 6), DEVICE)
+    backward("token_kl_backward", ones, x, x, None, None, None, six, 1.0, *plain, 0, 0.5, True, True)
+    backward("approx_kl_backward", ones, ones, ones, None, None, 0, 0, 1.0)
+    found = launched(gpu)
+    assert [x.kernel.split("<")[0] for x in found] == [
+        "token_stats_backward_kernel", "token_stats_backward_kernel",
+        "token_kl_kernel", "token_kl_kernel", "approx_kl_backward_kernel",
+    ]  # fmt: skip
+    assert {(x.device, x.stream) for x in found} == {(DEVICE, STREAM + DEVICE)}
+
+
+def test_nothing_is_launched_of_nothing(gpu: Machine) -> None:
+    none = on_device(torch.zeros(0, 8), DEVICE)
+    rf.token_stats(none, None, outputs=("entropy",))
+    rf.token_kl(none, none)
+    rf.approx_kl(none, none)
+    rf.gae(none, none)
+    assert launched(gpu) == []
+
+
+# ------------------------------------------------------------------------------------------- sizes
+
+
+def workspaces(gpu: Machine) -> list[tuple[int, int]]:
+    """Address and bytes of the scratch memory that was allocated and is not empty."""
+    return [(a.address, a.bytes) for a in gpu.allocations if a.dtype == torch.uint8 and a.bytes > 0]
+
+
+@pytest.mark.parametrize("rows", [3, 64, 100, 133, 200, 264, 265, 300, 527, 1000, 8192])
+def test_rows_are_split_so_that_few_multiprocessors_idle(gpu: Machine, rows: int) -> None:
+    """Blocks come in waves of two for each multiprocessor; and what the parts hand on has room."""
+    x = on_device(torch.zeros(1, 151_936, dtype=torch.bfloat16).expand(rows, 151_936), DEVICE)
+    rf.token_stats(x, None, outputs=("entropy",))
+    found, wave = launched(gpu), 2 * PROCESSORS
+    parts, rest = divmod(found[0].blocks, rows)
+    assert rest == 0 and found[0].threads == 512
+    used = found[0].blocks / (-(-found[0].blocks // wave) * wave)
+    assert used > 0.75 or parts == 9, f"{parts} parts use {used:.0%}"  # nine have four loads a thread each
+    assert sum(size for _, size in workspaces(gpu)) == (20 * found[0].blocks if parts > 1 else 0)
+    assert [x.kernel.split("<")[0] for x in found[1:]] == (["token_stats_merge_kernel"] if parts > 1 else [])
+
+
+def test_short_rows_are_not_split(gpu: Machine) -> None:
+    rf.token_stats(logits(3, 1000), None, outputs=("entropy",))
+    assert [x.blocks for x in launched(gpu)] == [3]
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 2048), (1, 2049), (3, 5000), (300, 777)])
+def test_gae_clears_exactly_the_memory_that_its_blocks_talk_through(gpu: Machine, rows: int, length: int) -> None:
+    zeros = on_device(torch.zeros(rows, length), DEVICE)
+    rf.gae(zeros, zeros)
+    lines = gpu.lines()
+    cleared = [tuple(int(part.split("=")[1]) for part in x.split()[1:]) for x in lines if x.startswith("memset")]
+    assert [(to, size) for to, _, size, _ in cleared] == workspaces(gpu)
+    assert all(stream == STREAM + DEVICE for *_, stream in cleared)
+    assert [x.kernel.split("<")[0] for x in launches(lines)] == ["gae_kernel"]
+
+
+@pytest.mark.usefixtures("lazy_memory")
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 2**31), r"token_stats: logits must have at most 2147483647 columns, got 2147483648"),
+        ((2**31, 1), r"token_stats: logits must have at most 2147483647 rows, got 2147483648"),
+    ],
+)
+def test_what_a_launch_cannot_count_is_refused(gpu: Machine, shape: tuple[int, int], message: str) -> None:
+    """Address space alone: nobody touches the memory."""
+    x = on_device(torch.empty(shape[0] if shape[1] == 1 else 1, shape[1], dtype=torch.bfloat16), DEVICE)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.rlhf_fast.token_stats(x, None, None, None, 1.0, 1.0, 0.0, -1, 4, False)
+    assert launched(gpu) == []
+
+
+# ------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failed_launch_names_op_and_kernel_and_leaves_the_next_alone(gpu: Machine) -> None:
+    x = logits(2, 8)
+    gpu.fail("launch")
+    with pytest.raises(RuntimeError, match="token_stats: the CUDA kernel token_stats_kernel failed: an error of the"):
+        rf.token_stats(x, None, outputs=("entropy",))
+    assert gpu.lines()[-1] == "guard back to 0"
+    rf.token_stats(x, None, outputs=("entropy",))
+    assert len(launched(gpu)) == 1
+    assert gpu.last_error() == 0
+
+
+def test_failing_surroundings_are_named(gpu: Machine) -> None:
+    zeros = on_device(torch.zeros(1, 5000), DEVICE)
+    gpu.fail("cudaMemsetAsync")
+    with pytest.raises(RuntimeError, match="rlhf_fast.gae: the CUDA kernel gae_kernel failed"):
+        rf.gae(zeros, zeros)
+    assert gpu.last_error() == 0, "PyTorch's next check would find an error that was raised already"
+    gpu.fail_streams(1)
+    try:
+        with pytest.raises(RuntimeError, match="rlhf_fast.gae: PyTorch gave no CUDA stream"):
+            rf.gae(zeros, zeros)
+    finally:
+        gpu.fail_streams(0)
+
+
+# ------------------------------------------------------------------------------------------- whether native serves
+
+
+@pytest.fixture
+def two_gpus(gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """PyTorch believes in them; the probe is the extension's, on the fake runtime."""
+    monkeypatch.setattr(_ext, "_gpu_refused", {})
+    monkeypatch.setattr(_ext, "_native_refused", {})
+    monkeypatch.setattr(_ext._C, "why_not_cuda", gpu.why_not)
+    monkeypatch.setattr(_triton, "installed", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
+    return gpu
+
+
+def served() -> tuple[str, str]:
+    row = next(row for row in rf.backends() if (row.op, row.device) == ("token_kl", "cuda"))
+    return row.backend, row.why_not_faster
+
+
+def test_a_device_is_probed_once_without_a_trace(two_gpus: Machine) -> None:
+    x = logits(2, 8)
+    for _ in range(2):
+        assert _dispatch.select("token_kl", x).name == "rlhf_fast", served()
+    lines = two_gpus.lines()
+    assert [x.kernel for x in launches(lines)] == ["rlhf_fast::probe_kernel"]
+    assert [line for line in lines if not line.startswith("launch")] == [
+        f"set device {DEVICE}", "capture mode 2", "synchronize", "capture mode 0", "set device 0",
+    ]  # fmt: skip
+    assert launches(lines)[0].device == DEVICE and launches(lines)[0].stream != STREAM + DEVICE
+    assert served() == ("native", "")  # device 0, asked for itself
+    assert launches(two_gpus.lines())[0].device == 0
+
+
+def test_an_old_driver_hands_over_to_triton(two_gpus: Machine) -> None:
+    two_gpus.pretend(driver=12080)
+    backend, reason = served()
+    assert backend == "triton"
+    assert "the NVIDIA driver supports CUDA 12.8, and the kernels were built with CUDA 13" in reason
+    assert "update the driver, or build with a CUDA 12 toolkit" in reason
+    assert _dispatch.select("gae", logits(2, 8)).name == "rlhf_fast_triton"
+    with (
+        rf.use_backend("native"),
+        pytest.raises(RuntimeError, match="native backend was asked for, but the NVIDIA"),
+    ):
+        rf.token_stats(logits(2, 8), None, outputs=("entropy",))
+    assert launches(two_gpus.lines()) == []
+
+
+def test_a_machine_without_a_driver_says_so(two_gpus: Machine) -> None:
+    two_gpus.pretend(driver=0)
+    assert served()[1] == "native: no NVIDIA driver is installed"
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("cudaDriverGetVersion", "the question for the driver's version failed: an error of the test"),
+        ("cudaFuncGetAttributes", "loading the kernels failed: an error of the test; build with CUDAARCHS"),
+        ("cudaStreamCreateWithFlags", "making a stream failed"),
+        ("launch", "a first launch failed"),
+        ("cudaStreamSynchronize", "a first launch failed"),
+        ("cudaSetDevice", "choosing the device failed"),
+    ],
+)
+def test_whatever_fails_in_the_probe_is_the_reason(two_gpus: Machine, function: str, reason: str) -> None:
+    two_gpus.fail(function)
+    backend, why = served()
+    assert backend == "triton" and why.startswith(f"native: {reason}")
+    assert "capture mode 2" not in two_gpus.lines()[-2:], "the thread's capture mode is not given back"
+
+
+def test_the_test_would_notice_a_weak_symbol(started: Machine) -> None:
+    """The mock is as private as Python loads PyTorch's library: a global look-up does not find it."""
+    import ctypes
+
+    with pytest.raises(AttributeError):
+        _ = ctypes.CDLL(None).aoti_torch_get_current_cuda_stream
