@@ -40,7 +40,7 @@ struct TokenStatsArgs {
   float* logsumexp;
   float* sum_sq_probs;
   int64_t* argmax;
-  float* parts;  // (N, 2): row max before the temperature, log-sum
+  float* parts;  // (N, 2): row max of u (cpu/logprob_kernel.h), log-sum
 };
 
 struct TokenStatsBackwardArgs {

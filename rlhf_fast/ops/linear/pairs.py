@@ -16,7 +16,7 @@ from rlhf_fast.ops.linear.shards import Shard
 from rlhf_fast.ops.linear.slices import RowOptions, Slices, fold
 from rlhf_fast.ops.reference import accumulate_dtype
 from rlhf_fast.ops.reference.kl import kl_slopes, kl_terms
-from rlhf_fast.ops.reference.logprob import from_parts, transform
+from rlhf_fast.ops.reference.logprob import log_softmax_again, shape_logits
 
 
 def pair_kl(
@@ -101,8 +101,6 @@ def _global_logprobs(
     """This rank's columns of the log-probabilities (n, V / ranks), and the rows' max and log-sum (n, 2) over all."""
     slices = Slices.dead(1, tile.shape[0], 0, 0, tile, dtype)
     fold(ops, slices, 0, slice(0, tile.shape[0]), tile, None, None, options, 0, 0)
-    unit = options.max_unit(ops, tile.dtype)
-    parts = shard.merge(slices, unit).results(unit, dtype, False)[-1]
+    parts = shard.merge(slices, options.factor).results(options.factor, dtype, False)[-1]
     assert parts is not None
-    z, _ = transform(tile, options.row_temperature, options.temperature, options.logit_scale, options.softcap, -1)
-    return from_parts(z, (parts[:, 0].double() * unit).to(dtype), parts[:, 1]), parts
+    return log_softmax_again(shape_logits(tile, *options, -1), parts[:, 0], parts[:, 1]), parts

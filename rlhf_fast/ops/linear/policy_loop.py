@@ -95,8 +95,8 @@ class _Loop:
         for at, tile in enumerate(tiles):
             self.head.fill(tile.logits, self.hidden[rows], low, tile.columns)
             fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), options, asked, 0)
-        unit = options.max_unit(ops, self.hidden.dtype)
-        logprobs, entropy, _, _, _, parts = self.shard.merge(slices, unit).results(unit, self.dtype, False)
+        merged = self.shard.merge(slices, options.factor)
+        logprobs, entropy, _, _, _, parts = merged.results(options.factor, self.dtype, False)
         assert logprobs is not None and entropy is not None and parts is not None
         return logprobs.squeeze(-1), entropy, parts
 

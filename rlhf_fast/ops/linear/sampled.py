@@ -26,7 +26,7 @@ from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold
 from rlhf_fast.ops.linear.tiles import CPU_ROW_TILE, GPU_TILE
 from rlhf_fast.ops.logprob import check_row_options, check_targets
 from rlhf_fast.ops.reference import accumulate_dtype
-from rlhf_fast.ops.reference.logprob import transform
+from rlhf_fast.ops.reference.logprob import shape_logits
 
 # A block that keeps more than V / DENSE_FROM ids a row multiplies by the whole weight. Both ways side by side on two
 # busy Zen 4 threads, 256 x 576 x 49152, forward alone and with its backward: gathering takes of the product's time
@@ -197,8 +197,8 @@ class _Loop:
             if low is not None:
                 assert self.head.lora_b is not None
                 raw = raw + self._dots(self.head.lora_b[block.ids], low)
-        z, slope = transform(raw, None, 1.0, self.logit_scale, self.softcap, -1)
-        return z.masked_fill(~block.here, -torch.inf).contiguous(), slope, gathered
+        shaped = shape_logits(raw, None, 1.0, self.logit_scale, self.softcap, -1)
+        return shaped.z.masked_fill(~block.here, -torch.inf).contiguous(), shaped.slope, gathered
 
     def _dots(self, of: Tensor, hidden: Tensor) -> Tensor:
         """(n, K, H) and (n, H) -> (n, K)"""
@@ -218,8 +218,7 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, Tensor]:
             slices = Slices.dead(1, z.shape[0], 1, codes.LOGPROBS, z, loop.dtype)
             everything = slice(0, z.shape[0])
             fold(ops, slices, 0, everything, z, block.target, block.target_here, options, codes.LOGPROBS, 0)
-            unit = options.max_unit(ops, hidden.dtype)
-            found, *_, block_parts = loop.shard.merge(slices, unit).results(unit, loop.dtype, False)
+            found, *_, block_parts = loop.shard.merge(slices, options.factor).results(options.factor, loop.dtype, False)
             assert found is not None and block_parts is not None
             logprobs[block.rows] = torch.where(block.found, found.squeeze(-1), -torch.inf)
             parts[block.rows] = block_parts

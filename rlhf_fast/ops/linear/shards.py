@@ -42,9 +42,9 @@ class Shard:
         """How many of this rank's columns count when only the first `vocab_size` of all do (-1: all)."""
         return self.columns if vocab_size < 0 else max(0, min(self.columns, vocab_size - self.first))
 
-    def merge(self, slices: Slices, unit: Tensor | float) -> Slices:
+    def merge(self, slices: Slices, factor: Tensor | float) -> Slices:
         """One slice (1, n) of all slices of all ranks."""
-        mine = slices.merge(unit)
+        mine = slices.merge(factor)
         if self.group is None:
             return mine
         target = mine.target[0].t().double() if mine.target is not None else None
@@ -56,7 +56,7 @@ class Shard:
         whole = [None if x is None else next(columns).to(x.dtype) for x in fields]
         if target is not None:
             whole[Slices._fields.index("target")] = torch.stack(list(columns), -1)
-        return Slices(*whole).merge(unit)  # type: ignore[arg-type]
+        return Slices(*whole).merge(factor)  # type: ignore[arg-type]
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over ranks, in place."""

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import _dispatch
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.logprob import times
 
@@ -31,14 +30,12 @@ class RowOptions(NamedTuple):
     def at(self, rows: slice) -> RowOptions:
         return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
 
-    def max_unit(self, ops: Any, dtype: torch.dtype) -> Tensor | float:
-        """What `parts[..., 0]` of token_stats is to be multiplied by to give the row's largest z.
+    @property
+    def factor(self) -> Tensor | float:
+        """What `parts[..., 0]` of token_stats, the row's largest u, is multiplied by to give its largest z.
 
-        The kernels keep the largest u, z = u * unit: a common offset then costs no digits. The reference, which alone
-        serves float64, keeps the largest z itself.
+        See `rlhf_fast.ops.reference.logprob.ShapedLogits`; (n,) float64 where temperatures are per row.
         """
-        if ops.name == _dispatch.NAMESPACES["torch"] or dtype == torch.float64:
-            return 1.0
         temperature: Any = self.temperature if self.row_temperature is None else self.row_temperature.double()
         return (1.0 if self.softcap > 0 else abs(self.logit_scale)) / temperature
 
@@ -46,7 +43,7 @@ class RowOptions(NamedTuple):
 class Slices(NamedTuple):
     """Per slice and row. What was not asked for is None."""
 
-    max: Tensor  # (S, n) in the kernels' unit, see RowOptions.max_unit
+    max: Tensor  # (S, n) of u, see RowOptions.factor
     log_sum: Tensor  # (S, n)
     target: Tensor | None  # (S, n, K) float64: z - max, NaN where the target is in another slice
     entropy: Tensor | None  # (S, n)
@@ -66,12 +63,12 @@ class Slices(NamedTuple):
             zeros.to(torch.int64) if outputs & codes.ARGMAX else None,
         )
 
-    def merge(self, unit: Tensor | float) -> Slices:
+    def merge(self, factor: Tensor | float) -> Slices:
         """One slice (1, n) of all."""
         best = self.max.argmax(0, keepdim=True)  # the first among ties, so argmax has the lowest index
         top = self.max.gather(0, best)
         safe_top = torch.where(top == -torch.inf, 0.0, top.double())
-        shift = (self.max.double() - safe_top) * unit
+        shift = (self.max.double() - safe_top) * factor
         mass = shift + self.log_sum  # log of the slice's sum, relative to the row's max
         log_sum = torch.logsumexp(mass, 0, keepdim=True)
         log_sum = torch.where(log_sum == -torch.inf, 0.0, log_sum)
@@ -90,14 +87,14 @@ class Slices(NamedTuple):
         argmax = None if self.argmax is None else self.argmax.gather(0, best)
         return Slices(top, log_sum, target, entropy, squares, argmax)
 
-    def results(self, unit: Tensor | float, dtype: torch.dtype, wanted_logsumexp: bool) -> list[Tensor | None]:
+    def results(self, factor: Tensor | float, dtype: torch.dtype, wanted_logsumexp: bool) -> list[Tensor | None]:
         """logprobs (n, K), entropy, logsumexp, sum_sq_probs, argmax (n,) and parts (n, 2) of one merged slice."""
         top, log_sum = self.max[0], self.log_sum[0]
         logprobs = None if self.target is None else (self.target[0] - log_sum.unsqueeze(-1)).clamp(max=0).to(dtype)
         return [
             logprobs,
             None if self.entropy is None else self.entropy[0].clamp(min=0),
-            (top.double() * unit + log_sum).to(dtype) if wanted_logsumexp else None,
+            (top.double() * factor + log_sum).to(dtype) if wanted_logsumexp else None,
             None if self.sum_sq_probs is None else self.sum_sq_probs[0],
             None if self.argmax is None else self.argmax[0],
             torch.stack([top.to(dtype), log_sum.to(dtype)], -1),

@@ -209,9 +209,8 @@ def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
                 ops, slices, tile.columns.start // tiles.width, tile.rows, tile.logits, local, here, loop.options,
                 outputs, tile.columns.start + loop.shard.first,
             )  # fmt: skip
-        unit = loop.options.max_unit(ops, hidden.dtype)
-        whole = loop.shard.merge(slices, unit)
-        results = whole.results(unit, loop.dtype, bool(outputs & codes.LOGSUMEXP))
+        whole = loop.shard.merge(slices, loop.options.factor)
+        results = whole.results(loop.options.factor, loop.dtype, bool(outputs & codes.LOGSUMEXP))
     if results[0] is not None and not loop.k:
         results[0] = results[0].squeeze(-1)
     widths = (loop.k, (), (), (), (), (2,))

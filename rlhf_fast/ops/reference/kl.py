@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.common import accumulate_dtype, zero_where_masked
-from rlhf_fast.ops.reference.logprob import from_parts, softmax_parts, times, transform
+from rlhf_fast.ops.reference.logprob import log_softmax, log_softmax_again, shape_logits, times
 
 # In the gradient of a KL that is +inf, a reference log-probability of -inf counts as this many nats:
 # just under log(smallest float32), so the gradient still pushes mass off the forbidden token, finitely.
@@ -31,12 +31,12 @@ def token_kl(
     kind: int,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    z, _ = transform(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
-    y, _ = transform(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
-    if z.numel() == 0:
-        return z.new_zeros(z.shape[:-1]), z.new_zeros((*z.shape[:-1], 6))
-    row_max, log_sum, logp = softmax_parts(z)
-    ref_max, ref_log_sum, logq = softmax_parts(y)
+    policy = shape_logits(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
+    ref = shape_logits(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
+    if policy.u.numel() == 0:
+        return policy.u.new_zeros(policy.u.shape[:-1]), policy.u.new_zeros((*policy.u.shape[:-1], 6))
+    row_max, log_sum, logp = log_softmax(policy)
+    ref_max, ref_log_sum, logq = log_softmax(ref)
     p, q = logp.exp(), logq.exp()
     kl = kl_terms(logp, logq, kind, beta).sum(-1)
     slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
@@ -90,7 +90,7 @@ def token_kl_backward(
     mask: Tensor | None,  # (...)
     row_temperature: Tensor | None,  # (...)
     ref_row_temperature: Tensor | None,  # (...)
-    parts: Tensor,  # (..., 6): max, log-sum, ref max, ref log-sum, sum p s_p, sum q s_q
+    parts: Tensor,  # (..., 6): max of u, log-sum, the same of the reference, sum p s_p, sum q s_q
     temperature: float,
     ref_temperature: float,
     logit_scale: float,
@@ -101,13 +101,13 @@ def token_kl_backward(
     needs_grad: bool,
     needs_ref_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    z, dz = transform(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
-    y, dy = transform(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
-    if z.numel() == 0:
-        logp, logq = z, y
+    policy = shape_logits(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
+    ref = shape_logits(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
+    if policy.u.numel() == 0:
+        logp, logq = policy.u, ref.u
     else:
-        logp = from_parts(z, parts[..., 0], parts[..., 1])
-        logq = from_parts(y, parts[..., 2], parts[..., 3])
+        logp = log_softmax_again(policy, parts[..., 0], parts[..., 1])
+        logq = log_softmax_again(ref, parts[..., 2], parts[..., 3])
     p, q = logp.exp(), logq.exp()
     slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
     wrt_z = p - q if kind == codes.FORWARD else p * (slope_p - parts[..., 4:5])
@@ -121,8 +121,8 @@ def token_kl_backward(
         return result
 
     return (
-        finish(wrt_z, dz, parts[..., 0], logits) if needs_grad else logits.new_empty(0),
-        finish(wrt_y, dy, parts[..., 2], ref_logits) if needs_ref_grad else logits.new_empty(0),
+        finish(wrt_z, policy.slope, parts[..., 0], logits) if needs_grad else logits.new_empty(0),
+        finish(wrt_y, ref.slope, parts[..., 2], ref_logits) if needs_ref_grad else logits.new_empty(0),
     )
 
 
