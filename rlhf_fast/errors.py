@@ -8,6 +8,8 @@ class UserError(Exception):
     The message says what was wanted, what came, and what to do about it.
     """
 
+    on_every_rank = False  # True once every process of the run has raised it
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM came, and everything was saved before this was raised. Exit code 130."""

@@ -33,6 +33,7 @@ class Ranks:
         # Without a GPU it must be told so, or it would start no group at all.
         state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
+        self._alone = self.count == 1
         if self.count > 1:  # its threads may abort a process that ends with them
             atexit.register(torch.distributed.destroy_process_group)
 
@@ -55,7 +56,7 @@ class Ranks:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Add each tensor to those of the other ranks, in place."""
-        if self.count > 1:
+        if not self._alone:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
@@ -71,7 +72,7 @@ class Ranks:
 
     def every(self, value: T) -> list[T]:
         """The value of every rank, in order of rank."""
-        if self.count == 1:
+        if self._alone:
             return [value]
         found: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(found, value)
@@ -90,6 +91,7 @@ class Ranks:
             error = caught
         for found in self.every(error):
             if found is not None:
+                found.on_every_rank = True
                 raise found
         return result  # type: ignore[return-value]
 
@@ -99,8 +101,16 @@ class Ranks:
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        if self.count > 1:
+        if not self._alone:
             torch.distributed.barrier()
+
+    def all_raised(self, error: BaseException) -> bool:
+        """True if every rank has this error, so that they can still work together."""
+        return self._alone or getattr(error, "on_every_rank", False)
+
+    def leave(self) -> None:
+        """Exchange nothing from now on: a rank has failed, and the others would wait for it."""
+        self._alone = True
 
 
 @lru_cache(maxsize=1)

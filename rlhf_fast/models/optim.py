@@ -153,15 +153,12 @@ class AdamW:
                 for i, moments in inner["state"].items()
             },
             "weights": {str(i): gathered(joined(master, weight)) for i, (weight, master) in enumerate(self.pairs)},
-            "lrs": [group["lr"] for group in self.param_groups],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave, the model's weights included."""
+        """Put back what `state_dict` gave, the model's weights included; learning rates stay those of the options."""
         groups = self.optimizer.state_dict()["param_groups"]
-        for group, lr in zip(groups, state["lrs"], strict=True):
-            group["lr"] = lr
         moments = {
             int(i): {name: own_part(cut_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in kept.items()}
             for i, kept in state["moments"].items()

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +23,17 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
+from .progress import notice
+
 _TENSOR = "__tensor__"
+SURROGATES = "backslashreplace"  # a lone surrogate is written as JSON's own escape of it
+CHECKSUMS = "checksums.json"  # in every checkpoint
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the whole new one."""
     aside = path.with_name(path.name + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -74,15 +79,54 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that the disk of a folder can still take."""
+    return shutil.disk_usage(folder).free
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_space(folder: Path, parameters: int, save_steps: int) -> None:
     """Stop if the disk cannot hold the float32 model and its checkpoints (weights and two moments each)."""
     checkpoints = 3 if save_steps else 1  # two are kept while a third is written; Ctrl-C writes one
-    needed, free = parameters * (4 + 12 * checkpoints), shutil.disk_usage(folder).free
+    needed, free = parameters * (4 + 12 * checkpoints), free_space(folder)
     if free < needed:
         raise UserError(
             f"the disk of {folder} has {free / 2**30:.2f} GiB free, but the model and its checkpoints may take "
             f"{needed / 2**30:.2f}; free some, or name another folder with --output-dir"
         )
+
+
+def write_checksums(folder: Path) -> None:
+    """Write CRC-32 of every file of a folder into it, for `damaged_file`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {str(path.relative_to(folder)): _checksum(path) for path in files})
+
+
+def damaged_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing or is not as it was written; None if all are whole."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, checksum in checksums.items():
+            if _checksum(folder / name) != checksum:
+                return str(name)
+    except OSError as error:
+        return Path(error.filename or CHECKSUMS).name
+    except (ValueError, AttributeError):
+        return CHECKSUMS
+    known = {*checksums, CHECKSUMS}
+    return None if {"state.json", "trainer_state.json"} & known else CHECKSUMS
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def save_state(folder: str | Path, state: dict[str, Any]) -> None:
@@ -179,16 +223,38 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of `folder/checkpoints`, oldest first."""
+    paths = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the largest step in `folder/checkpoints`, or None."""
-    found = {
-        int(m[1]): p for p in (folder / "checkpoints").glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))
-    }
-    return found[max(found)] if found else None
+    return next(reversed(checkpoints(folder)), None)
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint without a damaged file, or None if there is none at all.
+
+    Damaged ones are renamed, so that nothing takes them for good. UserError if all are damaged.
+    """
+    damaged = ""
+    for path in reversed(checkpoints(folder)):
+        file = damaged_file(path)
+        if file is None:
+            return path
+        aside = path.with_name(path.name + ".damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(aside)
+        damaged = f"the checkpoint {path} is damaged: its file {file} is missing or not as it was written"
+        notice(f"{damaged}; trying the one before")
+    if damaged:
+        raise UserError(f"{damaged}, and there is no older one; begin anew with --overwrite")
+    return None
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
     """Leave the `keep` newest checkpoints of `folder/checkpoints`."""
-    paths = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-    for path in sorted(paths, key=lambda p: int(p.name.removeprefix("step-")))[:-keep]:
+    for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)

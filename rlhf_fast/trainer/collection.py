@@ -19,6 +19,7 @@ from rlhf_fast.run.checkpoint import write_text
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.resume import finished_summary
 
 FEEDBACK_FILE = "feedback.jsonl"
 
@@ -26,6 +27,10 @@ FEEDBACK_FILE = "feedback.jsonl"
 @dataclass
 class CollectOptions(SamplingOptions):
     """Several completions of each prompt, rated by a function or left for a person to rate."""
+
+    CHANGEABLE = frozenset({"rater"})
+    EXTENDS = frozenset({"prompts_file"})
+    KEEPS_CHECKPOINTS = False
 
     prompts_file: Annotated[str, FILE] = ""
     """JSONL of prompts: {"prompt": text or messages} on each line."""
@@ -46,6 +51,8 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
 
     config.validate()
+    if (finished := finished_summary(run, config)) is not None:
+        return finished
     lines = read_prompts(config.prompts_file)
     rater = load_rater(config.rater) if config.rater else None
     done = _rows_done(run, lines)

@@ -7,13 +7,13 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import rlhf_fast as rf
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import Timer, notice
+from rlhf_fast.run.resume import finished_summary
 
 from .collection import CollectConfig, CollectOptions
 from .reward.config import RewardConfig, RewardOptions
@@ -127,17 +127,20 @@ def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -
     """The configuration of one phase: what all share, the phase's section, and what earlier phases made."""
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunOptions)}
     shared["overwrite"] = False  # the pipeline's folder was emptied as a whole
+    shared["save_last"] = config.save_last and cls is PPOConfig  # of what no later phase begins from
     return cls(**{**shared, **dataclasses.asdict(section), **values})
 
 
 def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config: Any, run: RunFolder) -> dict[str, Any]:
     """Run one phase in its folder, or read the summary of one that had finished; adds the `seconds` it took."""
     config.output_dir = str(run.path / name)
-    if run.resume and (Path(config.output_dir) / "summary.json").exists():
-        return run.read_json(f"{name}/summary.json")
     timer = Timer()
     child = run.child(name)
+    later = PHASES[PHASES.index(name) + 1 :]
     try:
+        finished = finished_summary(child, config, may_extend=not any((run.path / other).exists() for other in later))
+        if finished is not None:
+            return finished
         summary = phase(config, child)
     finally:
         child.close()

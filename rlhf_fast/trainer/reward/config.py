@@ -16,6 +16,9 @@ PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
 class RewardOptions(Options):
     """A scalar head on the model, trained on all pairs of every ranking."""
 
+    CHANGEABLE = frozenset({"lr", "head_lr", "centering"})
+    EXTENDS = frozenset({"epochs"})
+
     feedback_file: str = ""
     """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
     loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"

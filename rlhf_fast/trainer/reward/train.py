@@ -40,9 +40,11 @@ from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 
 from .config import RewardConfig
@@ -58,8 +60,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     Raises UserError for bad data, Interrupted after a Ctrl-C that was saved.
     """
     config.validate()
-    if run.resume and (run.path / "summary.json").exists():
-        return run.read_json("summary.json")
+    if (finished := finished_summary(run, config)) is not None:
+        return finished
     timer = Timer()
     rankings = read_feedback(config.feedback_file)
     seed_everything(config.seed)
@@ -177,8 +179,15 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
         step = int(state["step"])
     run.truncate_metrics(step)
 
+    def save(step: int) -> None:
+        run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
+
     model.train()
-    with StopFlag() as stop, Progress("reward", total) as bar:
+    with (
+        StopFlag() as stop,
+        Progress("reward", total) as bar,
+        Autosave(run, config, [model], step, save) as autosave,
+    ):
         while step < total:
             epoch, place = divmod(step, per_epoch)
             order = torch.randperm(len(rankings), generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
@@ -189,11 +198,9 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             step += 1
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.update(step, **metrics)
-            stopping = ranks().any(stop.requested)  # read once: a signal between save and raise would lose the step
-            if stopping or (config.save_steps and step % config.save_steps == 0):
-                run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
-            if stopping and step < total:
+            if autosave.after_step(step, stop.requested) and step < total:
                 raise Interrupted(f"reward model stopped at step {step} of {total}; --resume goes on from there")
+        autosave.finish(step)
     return step
 
 

@@ -169,7 +169,9 @@ def restore(agent: Agent, run: RunFolder) -> int:
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
-    agent.kl_price.coef, agent.asked = float(state["kl_coef"]), int(state["asked"])
+    if agent.kl_price.target and "kl_coef" not in run.changed:  # a fixed one is that of the options
+        agent.kl_price.coef = float(state["kl_coef"])
+    agent.asked = int(state["asked"])
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])

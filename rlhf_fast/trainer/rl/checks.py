@@ -22,7 +22,7 @@ def check_finite(name: str, values: Tensor, mask: Tensor | None = None) -> None:
     if bool(bad.any()):
         raise UserError(
             f"{name} is {_at(values, bad)}, {int(bad.sum())} such entries in all. "
-            "Lower the learning rate, or set dtype to float32, and --resume from the last checkpoint"
+            "Lower the learning rate, or set dtype to float32"
         )
 
 

@@ -16,6 +16,13 @@ OPEN_FRACTION = Range(lambda value: 0 < value < 1, "between 0 and 1")
 class PPOOptions(SamplingOptions):
     """Reinforcement learning of a copy of the model against the reward model, held near the original."""
 
+    CHANGEABLE = frozenset(
+        {"lr", "critic_lr", "critic_warmup", "kl_coef", "kl_target", "early_stop_kl", "gamma", "lam", "cliprange"}
+        | {"cliprange_high", "cliprange_value", "score_clip", "missing_eos_penalty", "epochs", "num_minibatches"}
+        | {"prompts_per_step", "samples_per_prompt", "dynamic_sampling"}
+    )
+    EXTENDS = frozenset({"max_steps", "max_seconds"})
+
     prompts_file: Annotated[str, FILE] = ""
     """JSONL of prompts to learn on. With the objective dpo also feedback: ranked completions are then not sampled."""
     eval_prompts_file: str | None = None

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.feedback.raters import RaterError, load_rater
+from rlhf_fast.errors import Interrupted
+from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import token_kl, token_logprobs, token_logprobs_entropy, token_values
@@ -37,9 +37,11 @@ from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.evaluate import Rater, evaluate
 from rlhf_fast.rollout.rollout import Rollout, Sampler, SamplingParams
+from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 
 from .agent import Agent, calibrate_critic, encode_prompts, load_agent, restore, save
@@ -60,8 +62,8 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     Raises UserError for wrong input or when a check fails, Interrupted after a Ctrl-C or SIGTERM (all is saved).
     """
     config.validate()
-    if run.resume and (run.path / "summary.json").exists():
-        return run.read_json("summary.json")
+    if (finished := finished_summary(run, config)) is not None:
+        return finished
     seed_everything(config.seed)
     tune_process()
     timer = Timer()
@@ -82,28 +84,21 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
 
     metrics: dict[str, float] = {}
     watch = Watch()
-    with StopFlag() as stop, Progress("ppo", config.max_steps) as bar:
+    autosave = Autosave(run, config, (agent.policy, agent.critic), step, partial(save, agent, run))
+    with StopFlag() as stop, Progress("ppo", config.max_steps) as bar, autosave:
         while step < config.max_steps and not out_of_time(config, timer, steps_done=step):
-            try:
-                with timer("step"):
-                    metrics = train_step(agent, prompts, config, step, timer, sampler)
-            except RaterError as error:  # comes before anything of the step is learned
-                save(agent, run, step)
-                raise UserError(f"{error}; saved after {step} steps, --resume goes on from there") from error
+            with timer("step"):
+                metrics = train_step(agent, prompts, config, step, timer, sampler)
             step += 1
             for message in watch.look(metrics):
                 notice(f"step {step}: {message}")
             run.log({**metrics, **timer.lap()}, step)
             bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
-            stopping = ranks().any(stop.requested)  # asked once: a signal between two questions would end it unsaved
-            if stopping or (config.save_steps and step % config.save_steps == 0):
-                save(agent, run, step)
-            if stopping:
+            if autosave.after_step(step, stop.requested):
                 raise Interrupted(f"stopped after {step} of {config.max_steps} steps; --resume goes on")
 
         with timer("save"):  # still in reach of `stop`: a signal that comes now waits until all is written
-            if config.save_steps:
-                save(agent, run, step)
+            autosave.finish(step)
             run.save_model(agent.merged_policy(), agent.tokenizer)
         with timer("evaluate"):
             after = evaluate_once("after", agent, held_out, config, run, rater)

@@ -13,6 +13,9 @@ from rlhf_fast.run.options import FILE, NOT_NEGATIVE, POSITIVE, Options, RunOpti
 class SFTOptions(Options):
     """Supervised fine-tuning on demonstrations."""
 
+    CHANGEABLE = frozenset({"lr", "packing"})
+    EXTENDS = frozenset({"epochs", "max_steps"})
+
     train_file: Annotated[str, FILE] = ""
     """{"prompt", "completion"}, {"messages"} or {"text"} on each line; JSONL, Parquet, CSV or datasets:NAME[:SPLIT]."""
     eval_file: str | None = None

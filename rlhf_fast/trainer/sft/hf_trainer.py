@@ -15,6 +15,7 @@ from rlhf_fast.distributed.dtensors import cut_like, gathered, whole_state
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fsdp import is_sharded, sharded
+from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import (
     load_state,
     remove_old_checkpoints,
@@ -22,6 +23,7 @@ from rlhf_fast.run.checkpoint import (
     save_state,
     set_rng_state,
     sync_folder,
+    write_checksums,
 )
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag
@@ -77,8 +79,12 @@ class SumTrainer(Trainer):
                 int(i): {k: cut_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
                 for i, values in state["moments"].items()
             }
+            lrs = self.lr_scheduler.base_lrs  # of the options, which may have changed
             self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
-            self.lr_scheduler.load_state_dict(state["scheduler"])
+            self.lr_scheduler.load_state_dict({**state["scheduler"], "base_lrs": lrs})
+            schedule: Any = self.lr_scheduler
+            for group, lr, factor in zip(self.optimizer.param_groups, lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = lr * factor(schedule.last_epoch)
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_state(Path(output_dir) / f"rng-{ranks().index}", rng_state())
@@ -91,9 +97,9 @@ class SumTrainer(Trainer):
 class Bridge(TrainerCallback):
     """What joins the Trainer to our run folder: metrics, progress bar, stop signal, checkpoints' names."""
 
-    def __init__(self, run: RunFolder, stop: StopFlag) -> None:
+    def __init__(self, run: RunFolder, stop: StopFlag, autosave: Autosave) -> None:
         """The bar comes when training begins."""
-        self.run, self.stop = run, stop
+        self.run, self.stop, self.autosave = run, stop, autosave
         self.bar: Progress | None = None
 
     def close(self) -> None:
@@ -103,6 +109,7 @@ class Bridge(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget metrics that will come again, and what a kill left of a checkpoint half written."""
+        self.autosave.step = state.global_step
         self.run.truncate_metrics(state.global_step)
         for unfinished in (self.run.path / "checkpoints").glob("checkpoint-*") if ranks().main else ():
             shutil.rmtree(unfinished)
@@ -121,9 +128,12 @@ class Bridge(TrainerCallback):
             self.bar.update(state.global_step, loss=logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop all ranks where one was asked to."""
-        if ranks().any(self.stop.requested):
-            control.should_save = control.should_training_stop = True
+        """Say whether to save, and stop all ranks where one was told to."""
+        save, stop = self.autosave.due(state.global_step, self.stop.requested)
+        control.should_save |= save or (state.global_step >= state.max_steps and self.autosave.keeps_last())
+        control.should_training_stop |= stop
+        if control.should_save:
+            self.autosave.check_finite(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Until it has this name, no resume looks at it: a kill while it is written costs nothing."""
@@ -131,7 +141,8 @@ class Bridge(TrainerCallback):
         ranks().wait()
         if ranks().main:
             (made / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            write_checksums(made)
             sync_folder(made)
             made.rename(made.with_name(f"step-{state.global_step}"))
-            remove_old_checkpoints(self.run.path, keep=2)
+            remove_old_checkpoints(self.run.path, self.run.keep)
         ranks().wait()

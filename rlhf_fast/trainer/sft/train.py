@@ -31,9 +31,11 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.qlora import as_adapted
+from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import StopFlag, Timer, notice
+from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 
 from .config import SFTConfig
@@ -55,8 +57,8 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     Raises UserError for bad data or a model that does not fit it, Interrupted after a Ctrl-C that was saved.
     """
     config.validate()
-    if run.resume and (run.path / "summary.json").exists():
-        return run.read_json("summary.json")
+    if (finished := finished_summary(run, config)) is not None:
+        return finished
     timer = Timer()
     demonstrations = read_sft(config.train_file)
     held_out = read_sft(config.eval_file) if config.eval_file else []
@@ -162,10 +164,17 @@ def _train(
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise UserError("launch without FSDP and DeepSpeed: --fsdp is what cuts a model over the processes")
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(bridge := Bridge(run, stop))
+
+        def save(step: int) -> None:
+            trainer._save_checkpoint(model, None)
+            bridge.on_save(trainer.args, trainer.state, trainer.control)
+
+        autosave = Autosave(run, config, [model], 0, save)
+        trainer.add_callback(bridge := Bridge(run, stop, autosave))
         checkpoint = run.latest_checkpoint()
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with autosave:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             bridge.close()
             del model.forward
@@ -200,8 +209,7 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         max_grad_norm=1.0,
         bf16=dtype == torch.bfloat16,
         seed=config.seed,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
+        save_strategy="no",  # Autosave says when
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

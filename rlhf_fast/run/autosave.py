@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a run saves: every so many steps or minutes, on Ctrl-C, at the end, and on any exception."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from rlhf_fast.distributed.dtensors import is_cut, own_part
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted, UserError
+
+from .checkpoint import folder_size, free_space, newest_checkpoint, remove_old_checkpoints
+from .folder import RunFolder
+from .options import RunOptions
+from .progress import notice
+
+BYTES_PER_WEIGHT = 12  # a float32 weight and two moments
+SAVING_SHARE = 20  # of the time between two saves by the clock, at most one part in so many is spent on saving
+
+
+class Autosave:
+    """`with Autosave(...) as autosave:` around the loop of a phase, whose steps end with `autosave.after_step(step)`.
+
+    An exception in the block has the last good state saved, unless it is on disk already, and then goes on its way; a
+    UserError says in its message where `--resume` would begin. "Good" means that every weight is finite.
+    """
+
+    def __init__(
+        self, run: RunFolder, config: RunOptions, models: Sequence[Any], step: int, save: Callable[[int], None]
+    ) -> None:
+        """`models` (None among them is passed over) are what learns, `step` how many steps are done, `save(step)`
+        writes a checkpoint of them."""
+        self.run, self.config, self.save, self.step = run, config, save, step
+        self.weights = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
+        self.room_is_short = False
+        self._seconds = 0.0  # that the last save took
+        self._saved_at = time.monotonic()  # not the wall clock, which may be set back
+
+    def __enter__(self) -> Autosave:
+        return self
+
+    def after_step(self, step: int, stop_requested: bool = False) -> bool:
+        """Save if it is time to. Returns True on every rank if one of them was told to stop; it is saved then."""
+        wanted, stopping = self.due(step, stop_requested)
+        if wanted:
+            self.save_now(step)
+        return stopping
+
+    def due(self, step: int, stop_requested: bool = False) -> tuple[bool, bool]:
+        """Whether to save after `step` steps, and whether to stop; the same on every rank."""
+        self.step = step
+        every, minutes = self.config.save_steps, self.config.save_minutes
+        waited = time.monotonic() - self._saved_at
+        by_clock = ranks().main and 0 < minutes * 60 <= waited and waited > SAVING_SHARE * self._seconds
+        # one exchange: a signal between two of them would end the run unsaved
+        by_clock = by_clock and self._has_room()
+        stopping, by_clock = (bool(count) for count in ranks().total([float(stop_requested), float(by_clock)]))
+        if by_clock:
+            self._saved_at = time.monotonic()
+        return stopping or by_clock or (every > 0 and step % every == 0), stopping
+
+    def save_now(self, step: int) -> None:
+        """Write a checkpoint of `step`; UserError if a weight is not finite, which would push good ones out."""
+        self.check_finite(step)
+        start = time.monotonic()
+        self.save(step)
+        self._seconds, self._saved_at = time.monotonic() - start, time.monotonic()
+
+    def check_finite(self, step: int) -> None:
+        """UserError if a weight is not finite."""
+        if not self._finite():
+            raise UserError(f"a weight of the model is not finite after step {step}; lower the learning rate")
+
+    def finish(self, step: int) -> None:
+        """The checkpoint at the end, from which a later `--resume` with more steps goes on."""
+        self.step = step
+        if not self._is_on_disk(step) and self.keeps_last():
+            self.save_now(step)
+
+    def keeps_last(self) -> bool:
+        """Whether a checkpoint of the last step is wanted and the disk has room for it; the same on every rank."""
+        return self.config.save_last and ranks().once(self._has_room)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, Interrupted):
+            return
+        message = self._save_after(error)
+        if isinstance(error, UserError):
+            error.args = (f"{error}; {message}",)
+        else:
+            notice(message)
+
+    def _save_after(self, error: Exception) -> str:
+        """Save what can be saved after an exception; what to tell the user about it."""
+        reason = ""
+        if not self._is_on_disk(self.step):
+            if not ranks().all_raised(error):
+                if any(map(is_cut, self.weights)):
+                    reason = "weights that are sharded over processes cannot be saved once one of them has failed"
+                ranks().leave()
+            try:
+                if not reason and not self._finite():
+                    reason = "the weights are not finite and were not saved"
+                if not reason:
+                    self.save(self.step)
+            except Exception as failure:  # the first error is what matters
+                reason = f"saving failed as well ({failure})"
+        if not reason:
+            return f"saved after {self.step} steps, --resume goes on from there"
+        newest = newest_checkpoint(self.run.path)
+        if newest is None:
+            return f"{reason}, and there is no older checkpoint: begin anew with --overwrite"
+        return f"{reason}; --resume goes on from the checkpoint {newest.name}"
+
+    @torch.no_grad()
+    def _finite(self) -> bool:
+        return not ranks().any(not all(bool(own_part(weight).isfinite().all()) for weight in self.weights))
+
+    def _is_on_disk(self, step: int) -> bool:
+        return self._checkpoint(step).is_dir()
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.run.path / "checkpoints" / f"step-{step}"
+
+    def _has_room(self) -> bool:
+        """Whether the disk holds one more checkpoint beside the newest; older ones go if they are in the way."""
+        newest = newest_checkpoint(self.run.path)
+        size = folder_size(newest) if newest else BYTES_PER_WEIGHT * sum(weight.numel() for weight in self.weights)
+        if free_space(self.run.path) <= size and newest and ranks().main:
+            remove_old_checkpoints(self.run.path, keep=1)
+        if free_space(self.run.path) > size:
+            return True
+        if not self.room_is_short:
+            self.room_is_short = True
+            notice(
+                f"no checkpoint: one takes {size / 2**30:.2f} GiB, and the disk of {self.run.path} has less free. "
+                "The run goes on, and saves once there is room"
+            )
+        return False

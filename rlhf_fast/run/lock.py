@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run in a folder at a time: an advisory lock on a file, held by this process and gone with it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from pathlib import Path
+from typing import IO
+
+from rlhf_fast.errors import UserError
+
+_held: dict[Path, IO[bytes]] = {}
+
+
+def lock(file: Path) -> None:
+    """Lock a file that exists; UserError if another process has. A second lock of this process is its first one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    key = file.resolve()
+    if key in _held:
+        return
+    handle = file.open("rb")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(
+                f"another process is at work in the run folder {file.parent}; wait for it, or name another with "
+                "--output-dir"
+            ) from None
+        return  # a network disk without locks
+    _held[key] = handle
+
+
+def unlock(file: Path) -> None:
+    """Give it back, if this process has it."""
+    with contextlib.suppress(KeyError):
+        _held.pop(file.resolve()).close()
