@@ -68,7 +68,7 @@ KL_COEF, CLIP = 0.1, 0.2
 
 
 def worth(prompt: str, completions: list[str]) -> list[float]:
-    """PPO wants a reward to be named; it is not asked, since the samples here come with their scores."""
+    """PPO wants a reward to be named; it is not called, since the samples here come with their scores."""
     return [0.0] * len(completions)
 
 
@@ -108,7 +108,7 @@ class Phase:
         self.agent = agents.load_agent(self.config)
         self.rollout = samples(shape, self.agent.policy.config.vocab_size)
         self.prompts: Any = SimpleNamespace(
-            chosen=lambda *_: list(range(prompts)), ranked=lambda _: self.rollout, ids=[None] * prompts
+            draw=lambda *_: list(range(prompts)), ranked=lambda _: self.rollout, pairs=[]
         )
 
     def __call__(self, variant: str) -> None:

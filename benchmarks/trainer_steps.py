@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,9 +125,10 @@ def losses(model: str, rounds: int) -> dict[str, float]:
     """The loss of one batch by both, with old and reference log-probabilities that differ from the policy's."""
     import rlhf_fast as rf
     from rlhf_fast.models.batches import Batch
-    from rlhf_fast.trainer.rl.metrics import Sampled
-    from rlhf_fast.trainer.rl.objectives import Totals
+    from rlhf_fast.trainer.rl.experience import Experience
+    from rlhf_fast.trainer.rl.objectives.objective import Totals
     from rlhf_fast.trainer.rl.policy_update import policy_backward
+    from rlhf_fast.trainer.rl.settings import update_options
 
     generator = torch.Generator().manual_seed(0)
     count, prompt = PROMPTS_PER_STEP * SAMPLES, 6
@@ -154,11 +156,14 @@ def losses(model: str, rounds: int) -> dict[str, float]:
         },
     )  # fmt: skip
     nothing = torch.zeros_like(exact)
-    made = rf.Advantages(nothing, nothing, advantages[:, None] * mask, nothing)
-    sampled = Sampled(batch, old, ref, nothing, made, torch.zeros(count, dtype=torch.bool))
-    agent: Any = SimpleNamespace(policy=policy)
-    _, figures = policy_backward(agent, sampled, batch, torch.arange(count), Totals(float(mask.sum()), count), config)
-    return {"TRL": theirs.item(), "rlhf_fast": figures["loss/policy_avg"]}
+    experience = Experience(
+        batch=batch, learned=mask, rewards=advantages, old_logprobs=old, entropy=nothing, ref_logprobs=ref,
+        values=nothing, advantages=advantages[:, None] * mask, returns=nothing,
+    )  # fmt: skip
+    loss = replace(update_options(config.resolved(), BETA, 0.0).loss, on_policy=False)
+    totals = Totals(float(mask.sum()), count, NEW_TOKENS)
+    found = policy_backward(policy, nullcontext, experience, totals, loss)
+    return {"TRL": theirs.item(), "rlhf_fast": found.figures["loss/policy_avg"]}
 
 
 def update(variant: str, tokens: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from rlhf_fast.data.examples import Prompt, prompt_text
 from rlhf_fast.errors import UserError
@@ -27,10 +28,7 @@ def load_rater(spec: str) -> Rater:
     A call raises RaterError naming the prompt if the function raises or does not return one finite number a
     completion.
     """
-    source, _, name = spec.rpartition(":")
-    function = getattr(_load_module(source, spec), name, None)
-    if not callable(function):
-        raise UserError(f"rater {spec!r}: {source} has no function {name!r}")
+    function = load_function(spec)
 
     def rate(prompt: Prompt, completions: list[str]) -> list[float]:
         shown = f"rater {spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
@@ -46,6 +44,15 @@ def load_rater(spec: str) -> Rater:
         return ratings
 
     return rate
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """What `module:function` or `file.py:function` names, as it is; UserError if there is no such function."""
+    source, _, name = spec.rpartition(":")
+    function = getattr(_load_module(source, spec), name, None)
+    if not callable(function):
+        raise UserError(f"rater {spec!r}: {source} has no function {name!r}")
+    return function
 
 
 def _load_module(source: str, spec: str) -> ModuleType:

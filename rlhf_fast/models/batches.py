@@ -70,8 +70,10 @@ class Batch(NamedTuple):
             positions=None if self.positions is None else self.positions[index, :width],
         )
 
-    def plan(self, size: int, index: Tensor | None = None, unit: int = 1) -> list[Tensor]:
+    def plan(self, size: int, index: Tensor | None = None, unit: int = 1, tokens: int = 0) -> list[Tensor]:
         """Rows (all, or those of `index`) in micro-batches of at most `size`, prompts with the longest rows first.
+
+        With `tokens` also of at most so many tokens, pads included, as long as more than one row (or unit) is left.
 
         Longest first, so that too large a micro-batch runs out of memory at once and not after an hour. Rows of one
         prompt stay next to each other, for the prompt to be read once. With `unit` that many rows in succession stay
@@ -86,7 +88,15 @@ class Batch(NamedTuple):
         for prompt, length in zip(prompts, lengths.tolist(), strict=True):
             longest[prompt] = max(length, longest.get(prompt, 0))
         order = sorted(range(len(units)), key=lambda i: (-longest[prompts[i]], prompts[i], -int(lengths[i])))
-        return [part.flatten() for part in units[order].split(max(1, size // unit)) if len(part)]
+        most = max(1, size // unit)
+        parts: list[list[int]] = []
+        for i in order:
+            width = max(int(lengths[i]), *(int(lengths[j]) for j in parts[-1])) if parts else 0
+            full = not parts or len(parts[-1]) == most
+            if full or (tokens and (len(parts[-1]) + 1) * unit * width > tokens):
+                parts.append([])
+            parts[-1].append(i)
+        return [units[part].flatten() for part in parts]
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:

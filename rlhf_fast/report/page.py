@@ -164,9 +164,9 @@ def _ppo(phase: Phase) -> str:
     cards = [
         chart(
             "Reward",
-            "Normalised score of the samples of each step, without and with the price of the KL.",
+            "Score of the samples of each step, and the reward with the KL that is charged in it.",
             line("objective/scores", "score"),
-            line("objective/rlhf_reward", "score - KL price", GREY),
+            line("objective/rlhf_reward", "reward with KL", GREY),
             held_out("reward", "held out", ORANGE),
             zero=True,
         ),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,7 @@ class Rollout:
     ended: Tensor  # (B,) bool, True = ended by itself with EOS
     support: Support | None = None  # the ids that top-k and top-p kept for each sampled token; None = all
     scores: Tensor | None = None  # (B,) of completions that came with a rating
+    score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,), of what the scores are made
 
     @property
     def batch(self) -> Batch:
@@ -72,6 +73,7 @@ class Rollout:
             ended=self.ended[index],
             support=batch.support,
             scores=None if self.scores is None else self.scores[index],
+            score_parts={name: part[index] for name, part in self.score_parts.items()},
         )
 
     def to(self, device: torch.device | str) -> Rollout:
@@ -79,7 +81,8 @@ class Rollout:
         tensors: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Support)
         }
-        return replace(self, **tensors)
+        parts = {name: part.to(device) for name, part in self.score_parts.items()}
+        return replace(self, **tensors, score_parts=parts)
 
     @staticmethod
     def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
@@ -104,6 +107,9 @@ class Rollout:
             ended=torch.cat([one.ended for one in rollouts]),
             support=Support.concatenate(supports) if supports else None,
             scores=torch.cat(scores) if scores else None,
+            score_parts={
+                name: torch.cat([one.score_parts[name] for one in rollouts]) for name in rollouts[0].score_parts
+            },
         )
 
 

@@ -61,7 +61,7 @@ class Options:
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for range_ in getattr(hint, "__metadata__", ()):
-                if isinstance(range_, Range) and not range_.holds(value):
+                if isinstance(range_, Range) and value is not None and not range_.holds(value):
                     raise UserError(f"{name} must be {range_.wanted}, got {value!r}")
 
 

@@ -105,8 +105,9 @@ def check_files(config: PipelineConfig) -> None:
     from rlhf_fast.feedback.raters import load_rater
     from rlhf_fast.feedback.schema import read_feedback
 
-    from .rl.prompts import read_asked
-    from .rl.rewards import load_functions
+    from .rl.objectives import OBJECTIVES
+    from .rl.prompts import read_prompts_or_feedback
+    from .rl.reward_functions import load_functions
 
     read_sft(config.sft.train_file)
     if config.sft.eval_file:
@@ -115,7 +116,8 @@ def check_files(config: PipelineConfig) -> None:
         read_feedback(config.reward.feedback_file)
     else:
         read_prompts(config.collect.prompts_file)
-    read_asked(config.ppo.prompts_file, feedback=config.ppo.objective == "dpo", scored=True)
+    pairs = OBJECTIVES[config.ppo.objective].pairs
+    read_prompts_or_feedback(config.ppo.prompts_file, feedback=pairs, scored=True)
     if config.ppo.eval_prompts_file:
         read_prompts(config.ppo.eval_prompts_file)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:

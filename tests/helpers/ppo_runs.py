@@ -15,17 +15,19 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
-from rlhf_fast.trainer.rl.prompts import Prompts, read_asked
+from rlhf_fast.trainer.rl.prompts import Prompts, read_prompts_or_feedback
 
 
 def replace(config: PPOConfig, **values: Any) -> PPOConfig:
     return dataclasses.replace(config, **values)
 
 
-def asked(config: PPOConfig, agent: agents.Agent) -> Prompts:
+def prompts_of(config: PPOConfig, agent: agents.Agent) -> Prompts:
     """What `train_ppo` makes of the prompts file."""
     feedback = config.objective == "dpo"
-    return agents.encode_prompts(read_asked(config.prompts_file, feedback=feedback, scored=True), config, agent)
+    return agents.encode_prompts(
+        read_prompts_or_feedback(config.prompts_file, feedback=feedback, scored=True), config, agent
+    )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

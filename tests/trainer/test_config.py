@@ -91,7 +91,7 @@ def test_wrong_sections_and_missing_files_are_refused(tmp_path: Path) -> None:
         ("lr", float("nan"), "lr must be greater than 0, got nan"),
         ("temperature", -1.0, "temperature must be greater than 0"),
         ("lam", 1.5, "lam must be between 0 and 1"),
-        ("cliprange", 1.0, "cliprange must be between 0 and 1"),
+        ("cliprange", 1.5, "cliprange must be above 0 and at most 1"),
         ("kl_coef", -0.1, "kl_coef must be 0 or more"),
         ("seed", -1, "seed must be 0 or more"),
         ("prompts_file", "", "prompts_file must be the name of a JSONL file, got ''"),

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import asked, replace, steps
+from helpers.ppo_runs import prompts_of, replace, steps
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
-from rlhf_fast.trainer.rl import objectives, ppo
-from rlhf_fast.trainer.rl.prompts import read_asked
+from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_loss
+from rlhf_fast.trainer.rl.prompts import read_prompts_or_feedback
 
 
 def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:
@@ -42,27 +43,71 @@ def test_dpo_pairs_completions_of_one_prompt(
     assert config.samples_per_prompt == 4
     seen: list[Any] = []
     learn = ppo.update
-    monkeypatch.setattr(ppo, "update", lambda agent, made, *rest: seen.append(made) or learn(agent, made, *rest))
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, found, *rest, **more: seen.append(found) or learn(agent, found, *rest, **more)
+    )
     agent = agents.load_agent(config)
-    ppo.train_step(agent, asked(config, agent), config, 0, Timer())
+    ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
     batch = seen[0].batch
     begins = [row[: int(mask.long().argmax())].tolist() for row, mask in zip(batch.input_ids, batch.mask, strict=True)]
     assert len(begins) == 8 and begins[0::2] == begins[1::2] and len({tuple(ids) for ids in begins}) == 4
-    assert seen[0].better.all()
+    assert (seen[0].rewards[0::2] > seen[0].rewards[1::2]).all()
 
 
-def test_dpo_takes_the_best_and_the_worst_sample(config: PPOConfig) -> None:
+def test_dpo_takes_the_best_and_the_worst_sample() -> None:
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
-    assert objectives.best_and_worst(scores, 3).tolist() == [1, 0, 3, 3]
-    logprobs = torch.tensor([[-1.0, -2.0], [-1.5, 0.0], [-1.0, 0.0], [-1.0, 0.0]]).requires_grad_()
-    reference = torch.tensor([[-2.0, -2.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    loss, margins = objectives.dpo_loss(logprobs, reference, torch.tensor([True, False]), 0.1)
-    assert margins.tolist() == pytest.approx([0.15, 0.0])
-    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15))))
+    assert best_and_worst(scores, 3).tolist() == [1, 0, 3, 3]
+    log_ratios = torch.tensor([[1.0, -0.5], [-1.0, -1.0]]).requires_grad_()
+    loss, right = pair_loss(log_ratios, torch.tensor([[3.0, 1.0], [5.0, 5.0]]), PairOptions(beta=0.1))
+    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15)))) and right == 1
     loss.backward()
-    assert not logprobs.grad[2:].any()  # type: ignore[index]  # a tie teaches nothing
+    assert not log_ratios.grad[1].any()  # type: ignore[index]  # a tie teaches nothing
+
+
+@pytest.mark.parametrize("options", [PairOptions(0.3), PairOptions(0.3, label_smoothing=0.2), PairOptions(0.3, "ipo")])
+def test_every_two_samples_that_differ_are_a_pair(options: PairOptions) -> None:
+    generator = torch.Generator().manual_seed(0)
+    log_ratios = torch.randn(3, 4, generator=generator)
+    rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 1.0 + 1e-8], [7.0, 7.0, 7.0, 7.0]])
+    total = accuracy = 0.0
+    for row, goodness in zip(log_ratios.tolist(), rewards.tolist(), strict=True):
+        pairs = [(i, j) for i in range(4) for j in range(4) if goodness[i] - goodness[j] > 1e-5]
+        for i, j in pairs:
+            margin, beta, smoothing = row[i] - row[j], options.beta, options.label_smoothing
+            if options.loss == "ipo":
+                loss = (margin - 1 / (2 * beta)) ** 2
+            else:
+                loss = (1 - smoothing) * math.log1p(math.exp(-beta * margin))
+                loss += smoothing * math.log1p(math.exp(beta * margin))
+            total += loss / len(pairs)
+            accuracy += (margin > 0) / len(pairs)
+    loss, right = pair_loss(log_ratios, rewards, options)
+    assert float(loss) == pytest.approx(total, rel=1e-5) and float(right) == pytest.approx(accuracy)
+
+
+def test_all_pairs_of_a_ranking_by_epochs(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:
+    """Three completions of which two tie are two pairs; four such prompts, two pairs a step, two passes: 8 steps."""
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts_file).read_text().splitlines()[:4]]
+    rows = [{"prompt": p, "completions": [" the cat", " a dog", " red"], "ratings": [3, 1, 1]} for p in prompts]
+    config = replace(config, objective="dpo", dpo_pairs="all", reward_model="", num_minibatches=1, prompts_per_step=2)
+    config = replace(config, prompts_file=write_jsonl("feedback.jsonl", *rows), prompt_epochs=2, max_steps=99, lr=5e-3)
+    figures = steps(config, tmp_path / "run")
+    assert len(figures) == 8 and figures[0]["loss/policy_avg"] == pytest.approx(math.log(2), abs=0.05)
+    assert figures[-1]["rewards/accuracies"] == 1
+
+
+@pytest.mark.parametrize(
+    "values", [{"dpo_pairs": "all"}, {"dpo_loss": "ipo", "dpo_pairs": "all", "label_smoothing": 0.0}]
+)
+def test_online_pairs_do_not_depend_on_the_micro_batches(
+    config: PPOConfig, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    config = replace(config, objective="dpo", max_steps=2, **values)
+    whole, cut = (steps(config, tmp_path / f"{size}", micro_batch_size=size) for size in (64, 1))
+    for one, other in zip(whole, cut, strict=True):
+        assert other == pytest.approx(one, rel=2e-3, abs=2e-4)
 
 
 def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> None:
     with pytest.raises(UserError, match="say what samples are worth"):
-        read_asked(config.prompts_file, feedback=True, scored=False)
+        read_prompts_or_feedback(config.prompts_file, feedback=True, scored=False)

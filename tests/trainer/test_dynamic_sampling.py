@@ -20,9 +20,10 @@ from rlhf_fast.models.batches import Support
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import objectives, ppo
+from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.dynamic_sampling import refill
 from rlhf_fast.trainer.rl.metrics import Watch
+from rlhf_fast.trainer.rl.rewards import LengthRules
 
 SAMPLES = 2
 
@@ -115,7 +116,9 @@ def samples_seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each step learns from."""
     seen: list[Any] = []
     learn = ppo.update
-    monkeypatch.setattr(ppo, "update", lambda agent, made, *rest: seen.append(made) or learn(agent, made, *rest))
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, found, *rest, **more: seen.append(found) or learn(agent, found, *rest, **more)
+    )
     return seen
 
 
@@ -130,18 +133,30 @@ def test_every_prompt_of_a_full_batch_teaches(
     ppo.train_ppo(config, RunFolder.create(tmp_path / "run"))
     rows = phases.metrics(tmp_path / "run")
     assert sum(row["sample/dropped"] for row in rows) > 0 and all(row["sample/unfilled"] == 0 for row in rows)
-    for made in seen:
+    for found in seen:
         if objective == "dpo":
-            assert made.better.all()
+            assert (found.rewards[0::2] > found.rewards[1::2]).all()
         else:
-            assert (made.made.advantages.abs().sum(1) > 0).all()
+            assert (found.advantages.abs().sum(1) > 0).all()
 
 
-def test_a_score_that_clipping_makes_equal_teaches_nothing(config: PPOConfig) -> None:
-    paid = torch.tensor([7.0, 9.0, -1.0])
-    assert objectives.counted(paid, dataclasses.replace(config, score_clip=5.0)).tolist() == [5, 5, -1]
-    assert objectives.counted(paid, dataclasses.replace(config, score_clip=0.0)).tolist() == [7, 9, -1]
-    assert objectives.counted(paid, dataclasses.replace(config, objective="dpo")).tolist() == [7, 9, -1]
+def test_equal_up_to_rounding_is_equal() -> None:
+    """The scores of the first two prompts differ by float32's rounding, or by bfloat16's."""
+    near = rollout(1, [6.65, float(torch.nextafter(torch.tensor(6.65), torch.tensor(9.0))), 1.0, 1.0078125, 0, 1])
+    found, figures = refill(lambda extra: [near, ROUNDS[1]][extra], earned, wanted=3, rounds=1, rounding=2.0**-6)
+    assert found.texts[:4] == ["3-0", "3-1", "5-0", "5-1"] and figures["sample/unfilled"] == 1
+    _, figures = refill(lambda extra: [near, ROUNDS[1]][extra], earned, wanted=3, rounds=1)
+    assert figures["sample/unfilled"] == 0  # of functions, 1.0078 is not 1
+
+
+def test_the_soft_punishment_of_length_makes_no_difference() -> None:
+    """Yu et al. 2025, eq. 11: two right answers teach nothing, however long they are."""
+    rules = LengthRules(overlong_penalty=1.0, overlong_buffer=0.5, max_new_tokens=4, missing_eos_penalty=0.25)
+    made = rollout(1, [1, 1])
+    assert rules.apply(made, punish=False).tolist() == [1.0, 0.75]
+    assert rules.apply(made).tolist() == [1.0, 0.75]  # two tokens of four
+    made.response_mask[:] = torch.tensor([[False, True, True, True, False], [True] * 4 + [False]])
+    assert rules.apply(made).tolist() == [0.5, -0.25]
 
 
 def test_an_interrupted_run_goes_on_behind_the_prompts_it_has_asked(

@@ -35,7 +35,7 @@ class Recorded:
 
     def __init__(self, config: PPOConfig, spread: float = 0.03) -> None:
         """The policy begins away from the reference, so that there is a KL."""
-        self.config, self.agent = config, load_agent(config)
+        self.config, self.agent = config.resolved(), load_agent(config)
         torch.manual_seed(3)
         for parameter in self.agent.policy.parameters():
             parameter.data += spread * torch.randn_like(parameter)
@@ -110,9 +110,9 @@ def oracle(seen: Recorded) -> tuple[dict[str, list[dict[str, Tensor]]], dict[str
             kls.append(old[-1] - logprobs_of(seen.agent.frozen, ids, start, config.temperature))
             values.append(values_of(critic, ids, start))
             scores.append(score_of(seen.agent.rewards.model, ids))
-            paid = scores[-1] - (0.0 if ended else config.missing_eos_penalty)
+            penalty = 0.0 if ended else config.missing_eos_penalty
             rewards = [-config.kl_coef * float(kl) for kl in kls[-1]]
-            rewards[-1] += max(-config.score_clip, min(config.score_clip, paid))
+            rewards[-1] += max(-config.score_clip, min(config.score_clip, scores[-1])) - penalty
             plain.append(advantages_of(rewards, values[-1].tolist(), config.gamma, config.lam))
     every = [a for row in plain for a in row]
     mean = sum(every) / len(every)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import asked, metrics, replace, steps, weights
+from helpers.ppo_runs import metrics, prompts_of, replace, steps, weights
 from safetensors.torch import load_file
 
 from rlhf_fast.errors import Interrupted
@@ -27,7 +27,7 @@ from rlhf_fast.trainer.rl.prompts import Prompts
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of one step, and the norms of all gradients at the first step of each optimizer."""
     agent = agents.load_agent(config)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     norms: dict[str, float] = {}
 
     def watch(model: str, optimizer: AdamW) -> None:
@@ -128,10 +128,10 @@ def test_the_time_limit_ends_the_phase_early(
 
 def test_prompts_come_once_before_any_comes_again() -> None:
     prompts = Prompts([], [[0]] * 8)
-    chosen = [i for place in range(0, 24, 4) for i in prompts.chosen(place, 4, seed=0)]
+    chosen = [i for place in range(0, 24, 4) for i in prompts.draw(place, 4, seed=0)]
     assert all(sorted(chosen[start : start + 8]) == list(range(8)) for start in (0, 8, 16))
-    assert chosen[:8] != chosen[8:16] and chosen == prompts.chosen(0, 24, seed=0)
-    assert chosen != prompts.chosen(0, 24, seed=1)
+    assert chosen[:8] != chosen[8:16] and chosen == prompts.draw(0, 24, seed=0)
+    assert chosen != prompts.draw(0, 24, seed=1)
 
 
 def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
@@ -171,7 +171,7 @@ def test_gradient_checkpointing_changes_nothing(config: PPOConfig, tmp_path: Pat
 def test_with_lora_the_reference_is_the_policy_without_it(config: PPOConfig, tmp_path: Path) -> None:
     config = replace(config, lora_rank=4, objective="grpo", lr=1e-2)
     agent = agents.load_agent(config)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     separate = models.load_causal_lm(config.model, "float32")
     for step in range(2):
         ppo.train_step(agent, prompts, config, step, Timer())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import asked, replace
+from helpers.ppo_runs import prompts_of, replace
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
@@ -27,13 +27,21 @@ from rlhf_fast.trainer.rl.metrics import Watch
     ("values", "message"),
     [
         ({"kl_estimator": "exact", "top_k": 5}, "whole vocabulary"),
-        ({"kl_in": "loss"}, "no gradient on average"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "no gradient on average"),
         ({"kl_in": "loss-importance", "kl_estimator": "exact"}, "take loss"),
         ({"objective": "dpo", "kl_estimator": "exact"}, "in its own loss"),
         ({"objective": "dpo", "kl_estimator": "k2", "kl_in": "loss"}, "in its own loss"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "above 0"),
         ({"critic_warmup": 1, "objective": "rloo"}, "with a critic"),
         ({"objective": "dapo", "samples_per_prompt": 1}, "2 or more"),
+        ({"objective": "grpo", "dual_clip": 0.5}, "above 1"),
+        ({"objective": "cispo", "dual_clip": 3.0}, "PPO's loss"),
+        ({"objective": "gspo", "kl_in": "loss", "kl_estimator": "exact"}, "importance_ratio token"),
+        ({"entropy_coef": 0.1, "top_k": 5}, "entropy_coef is of the whole vocabulary"),
+        ({"objective": "grpo", "bootstrap_truncated": True}, "bootstrap_truncated is for an objective with a critic"),
+        ({"dpo_pairs": "all"}, "for the objective 'dpo' alone"),
+        ({"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1}, "not for ipo"),
+        ({"keep_best": True}, "eval_steps"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
@@ -73,12 +81,12 @@ def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, ti
 def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
     with pytest.raises(UserError, match="long.jsonl.*2"):
-        asked(replace(config, prompts_file=path), agents.load_agent(config))
+        prompts_of(replace(config, prompts_file=path), agents.load_agent(config))
 
 
 def test_dropout_is_noticed(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     hidden_states = heads.hidden_states
 
     def noisy(model: Any, *args: Any) -> Tensor:
@@ -100,7 +108,7 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
 )
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
     agent = agents.load_agent(config)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     broken = agent.rewards.model if model == "reward" else getattr(agent, model)
     broken.base_model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match=message):
@@ -109,7 +117,7 @@ def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str
 
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
         ppo.train_step(agent, prompts, config, 0, Timer())

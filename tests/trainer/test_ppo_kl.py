@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL of PPO: exact or estimated, in the reward or in the loss, its price, and under cut sampling."""
+"""The KL of PPO: exact or estimated, in the reward or in the loss, its coefficient, and with top-k and top-p."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import asked, metrics, replace, steps
-from torch import Tensor
+from helpers.ppo_runs import metrics, prompts_of, replace, steps
 
 from rlhf_fast.models.batches import Support
 from rlhf_fast.rollout.builtin import generate
@@ -20,7 +19,8 @@ from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
-from rlhf_fast.trainer.rl.kl_controller import KLPrice
+from rlhf_fast.trainer.rl.kl_controller import KLController
+from rlhf_fast.trainer.rl.reward_functions import RewardFunction
 from rlhf_fast.trainer.rl.rewards import Rewards
 
 
@@ -33,26 +33,26 @@ def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: 
     seen: list[Any] = []
     learn = ppo.update
     monkeypatch.setattr(
-        ppo, "update", lambda agent, sampled, *rest: seen.append(sampled) or learn(agent, sampled, *rest)
+        ppo, "update", lambda agent, found, *rest, **more: seen.append(found) or learn(agent, found, *rest, **more)
     )
-    batch_scores: list[Tensor] = []
+    batch_scores: list[Any] = []
     score = agent.rewards.__class__.__call__
     monkeypatch.setattr(
         agent.rewards.__class__, "__call__", lambda *args: batch_scores.append(score(*args)) or batch_scores[-1]
     )
     truth = copy.deepcopy(agent.policy)
-    figures = ppo.train_step(agent, asked(config, agent), config, 0, Timer())
-    batch, made = seen[0].batch, seen[0].made
+    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
+    batch, found = seen[0].batch, seen[0]
     with torch.no_grad(), agent.reference() as reference:
         own, other = (
             (model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].double() / 0.8).log_softmax(-1)
             for model in (truth, reference)
         )
     kl = torch.nn.functional.pad((own.exp() * (own - other)).sum(-1), (1, 0)) * batch.mask
-    torch.testing.assert_close(made.kl.double(), kl, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close((found.old_logprobs - found.ref_logprobs).double(), kl, atol=2e-5, rtol=1e-4)
     assert float(kl.sum(1).mean()) > 0.01
-    wanted = batch_scores[0] - 0.3 * made.kl.sum(1) * (kl_in == "reward")
-    torch.testing.assert_close(made.rewards.sum(1), wanted, atol=1e-4, rtol=1e-4)
+    wanted = batch_scores[0].total.double() - 0.3 * kl.sum(1) * (kl_in == "reward")
+    assert figures["objective/rlhf_reward"] == pytest.approx(float(wanted.mean()), abs=1e-4)
     assert figures["objective/kl"] == pytest.approx(float(kl.sum(1).mean()), rel=1e-3)
 
 
@@ -66,11 +66,13 @@ def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: s
         config, objective="grpo", kl_estimator=estimator, kl_in=kl_in, kl_coef=5.0, num_minibatches=1, lr=1e-3
     )
     agent = agents.load_agent(config)
-    agent.rewards = Rewards(None, [(1.0, lambda prompt, completions: [1.0] * len(completions))])
+    agent.rewards = Rewards(
+        None, [RewardFunction("one", "one", 1.0, lambda prompt, completions: [1.0] * len(completions))]
+    )
     torch.manual_seed(0)
     for parameter in agent.policy.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    prompts = asked(config, agent)
+    prompts = prompts_of(config, agent)
     made = [ppo.train_step(agent, prompts, config, step, Timer()) for step in range(12)]
     distances = [row["objective/kl"] for row in made]
     assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
@@ -104,10 +106,10 @@ def test_cut_sampling_keeps_the_ratio_at_one(config: PPOConfig, tmp_path: Path, 
     assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_the_price_of_the_kl_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:
+def test_kl_coef_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:
     rows = steps(config, tmp_path / "far", kl_target=1e-3, kl_coef=0.1, lr=1e-2, max_steps=4, objective="grpo")
-    prices = [row["objective/kl_coef"] for row in rows]
-    assert prices[0] == 0.1 and prices[1] == pytest.approx(0.1 * 0.98) and prices[3] == pytest.approx(prices[2] * 1.02)
-    price = KLPrice(0.1, 2.0)
-    price.update(2.2)
-    assert price.coef == pytest.approx(0.1 * 1.01)
+    coefs = [row["objective/kl_coef"] for row in rows]
+    assert coefs[0] == 0.1 and coefs[1] == pytest.approx(0.1 * 0.98) and coefs[3] == pytest.approx(coefs[2] * 1.02)
+    controller = KLController(0.1, 2.0)
+    controller.update(2.2)
+    assert controller.coef == pytest.approx(0.1 * 1.01)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PPO is paid: a model, functions, or a weighted sum; and a function that fails stops the run without a loss."""
+"""Rewards: a model, functions, or a weighted sum; and a function that fails stops the run without a loss."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
+from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
@@ -19,7 +20,8 @@ from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.ppo import train_ppo
-from rlhf_fast.trainer.rl.rewards import Rewards, load_functions
+from rlhf_fast.trainer.rl.reward_functions import load_functions
+from rlhf_fast.trainer.rl.rewards import Rewards
 
 
 @pytest.fixture
@@ -52,16 +54,17 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
     batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
     functions = load_functions((f"2*{rules}:cats", f"-0.5 * {rules}:words"))
     texts = ["cat", "dog", "cat cat", "red"]
-    total = Rewards(model, functions)(batch, [torch.arange(4)], ["ann", "ben"], texts)
+    lines = [PromptLine("ann", "f:1"), PromptLine("ben", "f:2")]
+    total = Rewards(model, functions)(batch, [torch.arange(4)], lines, texts).total
     with torch.no_grad():
         scores = sequence_scores(model, batch)
     torch.testing.assert_close(total, scores + torch.tensor([1.5, -0.5, 3.0, -0.5]))
-    assert Rewards(None, functions).of_functions(["ann"], texts).tolist() == [1.5, -0.5, 3.0, -0.5]
+    assert Rewards(None, functions).of_functions(lines[:1], texts).total.tolist() == [1.5, -0.5, 3.0, -0.5]
     rows = [
         {"prompt": "ann", "completion": "cat", "reward": 2.0},
         {"prompt": "ann", "completion": "dog", "reward": 0.0},
     ]
-    assert Rewards(model, functions).pay(rows) == pytest.approx((3.5 - 0.5) / 2)
+    assert Rewards(model, functions).add_functions(rows, lines[:1]) == pytest.approx((3.5 - 0.5) / 2)
 
 
 def test_wrong_functions_are_named(rules: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,13 +33,13 @@ from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
 
-from .config import PPOConfig
-from .kl_controller import KLPrice
+from .config import OptimizerOptions, PPOConfig
+from .kl_controller import KLController
 from .objectives import OBJECTIVES
-from .prompts import Prompts, encode_asked
-from .rewards import Rewards, load_functions
-
-BETAS = (0.9, 0.95)
+from .prompts import Prompts, encode_lines
+from .reward_functions import load_functions
+from .rewards import Rewards
+from .settings import given
 
 
 @dataclass
@@ -54,8 +54,9 @@ class Agent:
     critic: Any | None
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
-    kl_price: KLPrice
-    asked: int = 0  # prompts so far: where in their order the next step begins
+    kl_controller: KLController
+    prompts_drawn: int = 0  # so far: where in their order the next step begins
+    largest_gap: float = 0.0  # of the last step, between old and new log-probabilities that should be equal
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -72,9 +73,11 @@ class Agent:
             if model is not None:
                 model.train(mode)
 
-    def at_price(self, config: PPOConfig) -> PPOConfig:
-        """The options with the price of the KL that holds now."""
-        return replace(config, kl_coef=self.kl_price.coef)
+    def set_learning_rates(self, policy: float, critic: float) -> None:
+        """Those of the next update."""
+        for optimizer, lr in ((self.policy_optimizer, policy), (self.critic_optimizer, critic)):
+            for group in () if optimizer is None else optimizer.param_groups:
+                group["lr"] = lr
 
     def merged_policy(self) -> Any:
         """The policy as a plain model."""
@@ -83,6 +86,7 @@ class Agent:
 
 def load_agent(config: PPOConfig) -> Agent:
     """Load all models. None is ever in training mode: dropout would make old and new log-probabilities differ."""
+    config = config.resolved()
     for name in filter(None, (config.model, config.reward_model)):
         resolve_model(name)  # a wrong one is known before the other is loaded
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
@@ -111,25 +115,46 @@ def load_agent(config: PPOConfig) -> Agent:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
         if config.lora_rank:
             add_lora(critic, config.lora_rank, head=critic.score)
-        critic_optimizer = AdamW(critic.parameters(), lr=config.critic_lr, betas=BETAS)
+        critic_optimizer = optimizer_of(critic, config.critic_lr, config)
     for model in (policy, critic) if config.gradient_checkpointing else ():
         if model is not None:
             checkpoint_activations(model)
-    policy_optimizer = AdamW(policy.parameters(), lr=config.lr, betas=BETAS)
-    price = KLPrice(config.kl_coef, config.kl_target)
-    rewards = Rewards(reward, functions)
-    return Agent(tokenizer, policy, adapters, frozen, rewards, critic, policy_optimizer, critic_optimizer, price)
+    rewards = Rewards(reward, functions, given(config.score_clip))
+    if given(config.score_clip) and reward is not None and not rewards.clips:
+        notice(f"{config.reward_model!r} has no score_mean and score_std: its raw scores are not clipped to score_clip")
+    return Agent(
+        tokenizer=tokenizer,
+        policy=policy,
+        adapters=adapters,
+        frozen=frozen,
+        rewards=rewards,
+        critic=critic,
+        policy_optimizer=optimizer_of(policy, config.lr, config),
+        critic_optimizer=critic_optimizer,
+        kl_controller=KLController(given(config.kl_coef), config.kl_target),
+    )
+
+
+def optimizer_of(model: Any, lr: float, options: OptimizerOptions) -> AdamW:
+    """AdamW over what the model learns."""
+    return AdamW(
+        model.parameters(),
+        lr=lr,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+    )
 
 
 @torch.no_grad()
-def calibrate_critic(critic: Any, values: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """Fit slope and shift of the critic's head to the first step's scores (B,); returns its values (B, T) from now on.
+def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """Fit slope and shift of the critic's head to the first step's rewards (B,); returns its values (B, T) from now on.
 
     A reward model has learned to read the last token only. Elsewhere its readings were seen to lie two standard
     deviations off, which value clipping would take a dozen steps to put right. The line is that of least squares, its
     slope kept in [0.1, 1], so that the head's gradient still reaches the trunk.
     """
-    readings, targets = ranks().cat(values[mask]), ranks().cat(scores[:, None].expand_as(values)[mask])
+    readings, targets = ranks().cat(values[mask]), ranks().cat(rewards[:, None].expand_as(values)[mask])
     spread = readings - readings.mean()
     slope = ((spread * targets).sum() / spread.square().sum().clamp(min=1e-8)).clamp(0.1, 1.0)
     shift = targets.mean() - slope * readings.mean()
@@ -139,20 +164,20 @@ def calibrate_critic(critic: Any, values: Tensor, scores: Tensor, mask: Tensor) 
 
 
 def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
-    """Token ids of what `read_asked` read; UserError for a prompt too long to leave room for a completion."""
+    """Token ids of what `read_prompts_or_feedback` read; UserError for a prompt without room for a completion."""
     room = min(config.max_length, context_length(agent.policy))
-    prompts = encode_asked(lines, agent.tokenizer, room, config.max_new_tokens)
+    prompts = encode_lines(lines, agent.tokenizer, room, config.max_new_tokens, config.dpo_pairs == "all")
     check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))
     return prompts
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of what learns, the KL's price, the place among the prompts."""
+    """A checkpoint: float32 weights and moments of what learns, the current kl_coef, the place among the prompts."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
-        "kl_coef": agent.kl_price.coef,
-        "asked": agent.asked,
+        "kl_coef": agent.kl_controller.coef,
+        "prompts_drawn": agent.prompts_drawn,
     }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
@@ -165,13 +190,13 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if checkpoint is None:
         run.truncate_metrics(0)
         return 0
-    state = load_state(checkpoint, "step", "policy", "kl_coef", "asked")
+    state = load_state(checkpoint, "step", "policy", "kl_coef", "prompts_drawn")
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
-    if agent.kl_price.target and "kl_coef" not in run.changed:  # a fixed one is that of the options
-        agent.kl_price.coef = float(state["kl_coef"])
-    agent.asked = int(state["asked"])
+    if agent.kl_controller.target and "kl_coef" not in run.changed:  # a fixed one is that of the options
+        agent.kl_controller.coef = float(state["kl_coef"])
+    agent.prompts_drawn = int(state["prompts_drawn"])
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])

@@ -4,14 +4,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 
 # Old and new log-probabilities come from the same function on the same rows, once without and once with autograd. In
-# float32 they differ by rounding only. In bfloat16 autograd may pick another attention kernel, and hidden states carry
-# 8 bits: single tokens were seen to move by some hundredths of a nat, their mean by less than a thousandth.
-RATIO_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (0.3, 0.01), torch.float16: (0.1, 0.005)}
+# float32 they differ by rounding only: (of one token, on average).
+FLOAT32_TOLERANCE = (1e-3, 1e-4)
+# In 16 bits hidden states carry 8 or 11 bits, autograd may pick another attention kernel, a GPU other tiles, and a
+# mixture of experts then other experts for a token: single tokens move far, and all that is asked of the mean is that
+# the update would not be another one. Beyond RATIO_NOTABLE for a token the run says so once.
+LOW_PRECISION_MEAN, RATIO_NOTABLE = 0.1, 0.3
+# Surprise and entropy of this many tokens tell a wrong distribution from chance: both limits must be passed.
+FEWEST_TOKENS, DEVIATIONS, NATS = 200, 6.0, 0.1
+
+
+def check_rollout(rollout: Rollout, params: SamplingParams, count: int) -> None:
+    """Stop unless a sampler gave `count` samples, and with top-k or top-p the tokens that these left."""
+    if len(rollout.texts) != count or len(rollout.input_ids) != count:
+        raise UserError(f"the sampler returned {len(rollout.texts)} completions, wanted {count}")
+    empty = ~rollout.response_mask.any(1)
+    if bool(empty.any()):
+        raise UserError(f"the sampler returned no token for sample {int(empty.nonzero()[0])}")
+    if params.truncated and rollout.support is None:
+        raise UserError(
+            f"the sampler returned no `support` though top_k is {params.top_k} and top_p {params.top_p}: "
+            "log-probabilities must be taken over the tokens that could be sampled. Have it record them "
+            "(`Rollout.support`), or set top_k 0 and top_p 1"
+        )
 
 
 def check_finite(name: str, values: Tensor, mask: Tensor | None = None) -> None:
@@ -37,9 +59,13 @@ def check_logprobs(name: str, logprobs: Tensor, mask: Tensor) -> None:
         )
 
 
-def check_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-    """Stop unless the first minibatch of a step has the log-probabilities that the advantages were made from."""
-    largest, mean = RATIO_TOLERANCE.get(dtype, RATIO_TOLERANCE[torch.float32])
+def check_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, model: nn.Module) -> float:
+    """Stop unless the first minibatch of a step has the log-probabilities that the advantages were computed from.
+
+    Returns the largest |logprobs - old_logprobs|. In 16 bits one token's may be rounding, and the mean alone decides.
+    """
+    dtype = next(model.parameters()).dtype
+    largest, mean = FLOAT32_TOLERANCE if dtype in (torch.float32, torch.float64) else (torch.inf, LOW_PRECISION_MEAN)
     gap = (logprobs.detach() - old_logprobs).abs() * mask
     average = float(gap.sum() / mask.sum().clamp(min=1))
     bad = (gap > largest) | (~torch.isfinite(gap) & mask)
@@ -48,7 +74,42 @@ def check_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, dtype: tor
         raise UserError(
             "the probability ratio of the first minibatch is not 1: |logprobs - old_logprobs| is "
             f"{_at(gap, worst)}, {average:.2g} on average (at most {largest} and {mean} in {dtype} are rounding). "
-            "The model gives two answers to one question: look for dropout that is on, or set dtype to float32"
+            f"The model gave two answers to the same rows: {_dropout(model)}"
+        )
+    return float(gap.max()) if gap.numel() else 0.0
+
+
+def _dropout(model: nn.Module) -> str:
+    """What is random in the model, for a message."""
+    on = [
+        f"{name or type(module).__name__} ({attribute} {getattr(module, attribute)})"
+        for name, module in model.named_modules()
+        for attribute in ("p", "attention_dropout", "dropout", "dropout_p")
+        if module.training and isinstance(getattr(module, attribute, None), float) and getattr(module, attribute) > 0
+    ]
+    if on:
+        more = " and more" if len(on) > 3 else ""
+        return f"dropout is on in {', '.join(on[:3])}{more}; set it to 0 in the model's config"
+    return "its forward pass is random though no dropout is on, or takes another path in training; try dtype float32"
+
+
+def check_distribution(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> None:
+    """Stop if sampled tokens were plainly not drawn from the distribution that `logprobs` (B, T) are of.
+
+    The expected -logprob of a token drawn from it is its entropy (B, T), whatever came before, so their difference has
+    mean 0: a sampler at another temperature, of other weights or with a hidden top-k moves it.
+    """
+    surprise, expected = ranks().cat(torch.stack([-logprobs[mask], entropy[mask]], 1)).double().unbind(1)
+    difference = surprise - expected
+    if len(difference) < FEWEST_TOKENS:
+        return
+    mean, error = float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+    if abs(mean) > max(NATS, DEVIATIONS * error):
+        way, cause = ("less", "a higher temperature") if mean > 0 else ("more", "a lower temperature, top-k or top-p")
+        raise UserError(
+            f"the sampler draws from another distribution than softmax(logits / temperature) of the policy: its tokens "
+            f"are {abs(mean):.2f} nats {way} likely than such draws ({float(surprise.mean()):.2f} nats of surprise, "
+            f"entropy {float(expected.mean()):.2f}). Look for {cause}, or old weights, in the sampler"
         )
 
 

@@ -1,27 +1,190 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of reinforcement learning."""
+"""Options of reinforcement learning.
+
+None stands for "the objective's own": `resolved` fills it in from `objectives/`, once, before anything reads it, and
+config.yaml of the run shows the value.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.options import FILE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, RunOptions, SamplingOptions
+from rlhf_fast.run.options import (
+    FILE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    Options,
+    Range,
+    RunOptions,
+    SamplingOptions,
+)
 
-OPEN_FRACTION = Range(lambda value: 0 < value < 1, "between 0 and 1")
+from .objectives import OBJECTIVES
+from .objectives.dpo import PairLoss
+from .objectives.objective import KLEstimator, KLPlace, RatioLevel
+
+if TYPE_CHECKING:
+    ObjectiveName = str
+    from typing import Self
+else:
+    ObjectiveName = Literal[tuple(OBJECTIVES)]
+
+HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
+BELOW_ONE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+# Of options that the objective decides, what holds unless its file says otherwise.
+COMMON_DEFAULTS: dict[str, Any] = {
+    "kl_coef": 0.05,
+    "kl_in": "reward",
+    "importance_ratio": "token",
+    "cliprange": 0.2,
+    "num_minibatches": 2,
+    "dynamic_sampling": 0,
+    "overlong_filter": False,
+    "overlong_penalty": 0.0,
+    "score_clip": 0.0,
+}
+# Unless the objective has its own: the estimator with the right gradient there.
+ESTIMATORS: dict[str, KLEstimator] = {
+    "reward": "k1",
+    "loss": "k3",
+    "loss-straight-through": "k1",
+    "loss-importance": "k3",
+}
 
 
 @dataclass
-class PPOOptions(SamplingOptions):
+class ObjectiveOptions(Options):
+    """What is maximised."""
+
+    CHANGEABLE = frozenset(
+        {"kl_coef", "kl_target", "kl_estimator", "kl_in", "early_stop_kl", "importance_ratio", "cliprange"}
+        | {"cliprange_high", "dual_clip", "entropy_coef", "dpo_loss", "label_smoothing"}
+    )
+
+    objective: ObjectiveName = "ppo"
+    """What is maximised: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
+    kl_coef: Annotated[float | None, NOT_NEGATIVE] = None
+    """Weight of one nat of divergence from the reference model; beta of dpo. None: the objective's."""
+    kl_target: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Move kl_coef so that the divergence comes to this many nats per sequence; 0 keeps it fixed."""
+    kl_estimator: KLEstimator | None = None
+    """From two log-probabilities of the sampled token, or exact: over the vocabulary. None: the objective's."""
+    kl_in: KLPlace | None = None
+    """Charge it in the reward, or in the loss: with its own gradient, with k2's, or weighted by the ratio."""
+    early_stop_kl: Annotated[float, NOT_NEGATIVE] = 0.0
+    """End a step's update once the policy is this many nats a token from the one that sampled; 0: never."""
+    importance_ratio: RatioLevel | None = None
+    """Ratio of a token, of its whole sequence (rloo), or the geometric mean over the sequence (gspo)."""
+    cliprange: Annotated[float | None, PROBABILITY] = None
+    """The probability ratio is clipped to [1 - c, 1 + c]. None: the objective's."""
+    cliprange_high: Annotated[float | None, POSITIVE] = None
+    """Another upper limit, 1 + c ("clip higher" of DAPO). None: the objective's, else that of cliprange."""
+    dual_clip: Annotated[float, NOT_NEGATIVE] = 0.0
+    """For negative advantages the loss is at most that at this ratio (Ye et al. 2020, who take 3); 0 sets no limit."""
+    entropy_coef: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Weight of the entropy of each token's distribution, added to what is maximised."""
+    dpo_loss: PairLoss = "sigmoid"
+    """Loss of a pair under the objective dpo; ipo is that of Azar et al. 2023."""
+    dpo_pairs: Literal["best-worst", "all"] = "best-worst"
+    """Under dpo, the best and the worst sample of a prompt, or every two that differ."""
+    label_smoothing: Annotated[float, HALF] = 0.0
+    """Under dpo with the sigmoid loss, the share of pairs taken to be labelled the wrong way round."""
+
+
+@dataclass
+class RewardOptions(Options):
+    """What samples are worth."""
+
+    CHANGEABLE = frozenset(
+        {"score_clip", "missing_eos_penalty", "missing_eos_score", "overlong_filter", "overlong_penalty"}
+        | {"overlong_buffer"}
+    )
+
+    reward_model: str = ""
+    """Folder or id of the reward model (a sequence classifier with one label)."""
+    reward_functions: tuple[str, ...] = ()
+    """Added to the score: `module:function`, or `0.5*file.py:function` weighted; f(prompt, completions) -> numbers."""
+    score_clip: Annotated[float | None, NOT_NEGATIVE] = None
+    """A reward model's normalised score is limited to plus or minus this; 0 sets no limit. None: the objective's."""
+    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Taken off the score of a completion that did not end by itself."""
+    missing_eos_score: float | None = None
+    """Takes the place of the score of a completion that did not end by itself."""
+    overlong_filter: bool | None = None
+    """Do not learn from completions that did not end by themselves. None: the objective's."""
+    overlong_penalty: Annotated[float | None, NOT_NEGATIVE] = None
+    """Taken off at max_new_tokens, and less and less of it over overlong_buffer before. None: the objective's."""
+    overlong_buffer: Annotated[float, PROBABILITY] = 0.2
+    """Share of max_new_tokens over which overlong_penalty grows from 0."""
+
+
+@dataclass
+class CriticOptions(Options):
+    """The critic of ppo, and the advantages it gives."""
+
+    CHANGEABLE = frozenset(
+        {"critic_warmup", "gamma", "lam", "cliprange_value", "whiten_rewards", "bootstrap_truncated"}
+    )
+
+    critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps at the start in which the critic alone learns."""
+    gamma: Annotated[float, FRACTION] = 1.0
+    """Discount per token."""
+    lam: Annotated[float, FRACTION] = 0.95
+    """Decay of generalized advantage estimation."""
+    cliprange_value: Annotated[float, NOT_NEGATIVE] = 0.2
+    """Values may move this far from the old ones in a step; 0 sets no limit."""
+    whiten_rewards: bool = False
+    """Divide the rewards of a step's tokens by their standard deviation before advantages (TRL's option)."""
+    bootstrap_truncated: bool = False
+    """A sample cut off at max_new_tokens would have gone on: count the critic's value of where it was cut off."""
+
+
+@dataclass
+class OptimizerOptions(Options):
+    """AdamW, and the course of its learning rates."""
+
+    CHANGEABLE = frozenset(
+        {"lr", "critic_lr", "lr_schedule", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps"}
+        | {"max_grad_norm"}
+    )
+
+    lr: Annotated[float, POSITIVE] = 1e-5
+    """Learning rate of the policy; docs/objectives.md has a table by size of the model."""
+    critic_lr: Annotated[float, POSITIVE] = 3e-5
+    """Learning rate of the critic."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: stay, or fall to 0 at max_steps."""
+    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps over which learning rates rise from 0."""
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Of AdamW, decoupled."""
+    adam_beta1: Annotated[float, BELOW_ONE] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: Annotated[float, BELOW_ONE] = 0.95
+    """Decay of AdamW's mean of squared gradients."""
+    adam_eps: Annotated[float, POSITIVE] = 1e-8
+    """Added to the root of that mean."""
+    max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
+    """Gradients are scaled down to this norm; 0 sets no limit."""
+
+
+@dataclass
+class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOptions, SamplingOptions):
     """Reinforcement learning of a copy of the model against the reward model, held near the original."""
 
     CHANGEABLE = frozenset(
-        {"lr", "critic_lr", "critic_warmup", "kl_coef", "kl_target", "early_stop_kl", "gamma", "lam", "cliprange"}
-        | {"cliprange_high", "cliprange_value", "score_clip", "missing_eos_penalty", "epochs", "num_minibatches"}
-        | {"prompts_per_step", "samples_per_prompt", "dynamic_sampling"}
+        {"epochs", "num_minibatches", "prompts_per_step", "samples_per_prompt", "dynamic_sampling", "eval_steps"}
+        | {"micro_batch_tokens"}
     )
-    EXTENDS = frozenset({"max_steps", "max_seconds"})
+    EXTENDS = frozenset({"max_steps", "prompt_epochs", "max_seconds"})
 
     prompts_file: Annotated[str, FILE] = ""
     """JSONL of prompts to learn on. With the objective dpo also feedback: ranked completions are then not sampled."""
@@ -29,104 +192,127 @@ class PPOOptions(SamplingOptions):
     """JSONL of held-out prompts, sampled before and after with one fixed seed."""
     eval_samples: Annotated[int, POSITIVE] = 2
     """Completions of each held-out prompt."""
-    reward_model: str = ""
-    """Folder or id of the reward model (a sequence classifier with one label)."""
-    reward_functions: tuple[str, ...] = ()
-    """Added to the score: `module:function`, or `0.5*file.py:function` weighted; f(prompt, completions) -> numbers."""
+    eval_steps: Annotated[int, NOT_NEGATIVE] = 0
+    """Steps between evaluations on the held-out prompts in the course of the run; 0: before and after alone."""
+    keep_best: bool = False
+    """Save the model of the evaluation with the highest held-out reward, not the last one; needs eval_steps."""
     rater: str | None = None
     """Simulated rater, shown beside the reward on held-out prompts; never trained on."""
-    objective: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce++", "dpo"] = "ppo"
-    """What is maximised: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
-    dynamic_sampling: Annotated[int, NOT_NEGATIVE] = 0
-    """Extra rounds of prompts, at most, in place of those whose samples all earn the same (DAPO); 0 keeps them."""
+    dynamic_sampling: Annotated[int | None, NOT_NEGATIVE] = None
+    """Extra rounds of prompts, at most, in place of those whose samples all earn the same; 0 keeps them."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 100
     """Steps of sampling and learning."""
+    prompt_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Passes over the prompts (or pairs) of prompts_file in place of max_steps; 0: max_steps holds."""
     max_seconds: Annotated[float, NOT_NEGATIVE] = 0.0
     """End early, save and report once the phase has taken this long; 0 sets no limit."""
     epochs: Annotated[int, POSITIVE] = 1
     """Passes over the samples of a step."""
-    num_minibatches: Annotated[int, POSITIVE] = 2
-    """Optimizer steps in one such pass."""
-    lr: Annotated[float, POSITIVE] = 1e-5
-    """Learning rate of the policy."""
-    critic_lr: Annotated[float, POSITIVE] = 3e-5
-    """Learning rate of the critic."""
-    critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps at the start in which the critic alone learns."""
-    kl_coef: Annotated[float, NOT_NEGATIVE] = 0.05
-    """Price of one nat of divergence from the reference model; beta of dpo."""
-    kl_target: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Move kl_coef so that the divergence comes to this many nats per sequence; 0 keeps it fixed."""
-    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
-    """From the two log-probabilities of the sampled token, or exact: over the whole vocabulary."""
-    kl_in: Literal["reward", "loss", "loss-straight-through", "loss-importance"] = "reward"
-    """Charge it in the reward, or in the loss: with its own gradient, with k2's, or weighted by the ratio."""
-    early_stop_kl: Annotated[float, NOT_NEGATIVE] = 0.0
-    """End a step's update once the policy is this many nats a token from the one that sampled; 0: never."""
-    gamma: Annotated[float, FRACTION] = 1.0
-    """Discount per token."""
-    lam: Annotated[float, FRACTION] = 0.95
-    """Decay of generalized advantage estimation."""
-    cliprange: Annotated[float, OPEN_FRACTION] = 0.2
-    """The probability ratio is clipped to [1 - c, 1 + c]."""
-    cliprange_high: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Another upper limit, 1 + c ("clip higher" of DAPO, which uses 0.28); 0 takes that of cliprange."""
-    cliprange_value: Annotated[float, NOT_NEGATIVE] = 0.2
-    """Values may move this far from the old ones in a step; 0 sets no limit."""
-    score_clip: Annotated[float, NOT_NEGATIVE] = 5.0
-    """The normalised score is limited to plus or minus this; 0 sets no limit."""
-    missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Taken off the score of a completion that did not end by itself."""
+    num_minibatches: Annotated[int | None, POSITIVE] = None
+    """Optimizer steps in one such pass. None: the objective's."""
+    micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """Most tokens, pads included, in one forward pass, beside micro_batch_size; 0 sets no limit."""
+
+    def resolved(self) -> Self:
+        """A copy in which every option left open has the objective's default."""
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.objective!r}")
+        defaults = {**COMMON_DEFAULTS, **OBJECTIVES[self.objective].defaults}
+        if self.kl_in not in (None, defaults["kl_in"]):
+            defaults |= {"kl_in": self.kl_in, "kl_estimator": ESTIMATORS[str(self.kl_in)]}
+        defaults.setdefault("kl_estimator", ESTIMATORS[defaults["kl_in"]])
+        defaults["num_minibatches"] = math.gcd(
+            defaults["num_minibatches"], self.prompts_per_step * self.samples_per_prompt
+        )
+        cliprange = defaults["cliprange"] if self.cliprange is None else self.cliprange
+        defaults.setdefault("cliprange_high", cliprange)
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
-        from .objectives import OBJECTIVES
-
-        objective, samples = OBJECTIVES[self.objective], self.prompts_per_step * self.samples_per_prompt
-        for wrong, message in (
-            (
-                not self.reward_model and not self.reward_functions and self.objective != "dpo",
-                "reward_model must be a folder or an id of a reward model, or name reward_functions",
-            ),
-            (
-                samples % self.num_minibatches != 0,
-                f"num_minibatches {self.num_minibatches} must divide prompts_per_step x samples_per_prompt = {samples}",
-            ),
-            (
-                objective.compares and self.samples_per_prompt < 2,
-                f"objective {self.objective!r} compares samples of one prompt: samples_per_prompt must be 2 or more",
-            ),
-            (
-                self.dynamic_sampling > 0 and not objective.compares,
-                f"dynamic_sampling is for an objective that compares samples of one prompt, not for {self.objective!r}",
-            ),
-            (
-                self.kl_estimator == "exact" and (self.top_k > 0 or self.top_p < 1),
-                "kl_estimator exact is over the whole vocabulary, which top_k and top_p cut: take k1, k2 or k3",
-            ),
-            (
-                self.kl_in == "loss" and self.kl_estimator == "k1",
-                "kl_estimator k1 in the loss has no gradient on average: take k2, k3, exact or loss-straight-through",
-            ),
-            (
-                self.kl_in in ("loss-straight-through", "loss-importance") and self.kl_estimator == "exact",
-                f"kl_in {self.kl_in!r} mends estimates; the exact KL has the right gradient: take loss",
-            ),
-            (
-                objective.token_loss is None and (self.kl_estimator == "exact" or self.kl_in != "reward"),
-                f"objective {self.objective!r} has its KL in its own loss: leave kl_estimator k1 and kl_in reward",
-            ),
-            (self.kl_target > 0 and self.kl_coef == 0, "kl_target moves kl_coef, which must then be above 0"),
-            (
-                self.critic_warmup > 0 and not objective.critic,
-                f"critic_warmup is for an objective with a critic, which {self.objective!r} has not",
-            ),
-        ):
+        for wrong, message in (*self.resolved()._contradictions(), *self._ignored()):
             if wrong:
                 raise UserError(message)
+
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """(whether it holds, message) of what does not go together, once resolved."""
+        objective, samples = OBJECTIVES[self.objective], self.prompts_per_step * self.samples_per_prompt
+        yield (
+            not self.reward_model and not self.reward_functions and not objective.pairs,
+            "reward_model must be a folder or an id of a reward model, or name reward_functions",
+        )
+        yield (
+            samples % (self.num_minibatches or 1) != 0,
+            f"num_minibatches {self.num_minibatches} must divide prompts_per_step x samples_per_prompt = {samples}",
+        )
+        yield (
+            objective.compares and self.samples_per_prompt < 2,
+            f"objective {self.objective!r} compares samples of one prompt: samples_per_prompt must be 2 or more",
+        )
+        yield (
+            bool(self.dynamic_sampling) and not objective.compares,
+            f"dynamic_sampling is for an objective that compares samples of one prompt, not for {self.objective!r}",
+        )
+        yield (
+            self.kl_estimator == "exact" and (self.top_k > 0 or self.top_p < 1),
+            "kl_estimator exact is over the whole vocabulary, which top_k and top_p cut: take k1, k2 or k3",
+        )
+        yield (
+            self.kl_in == "loss" and self.kl_estimator == "k1",
+            "kl_estimator k1 in the loss has no gradient on average: take k2, k3, exact or loss-straight-through",
+        )
+        yield (
+            self.kl_in in ("loss-straight-through", "loss-importance") and self.kl_estimator == "exact",
+            f"kl_in {self.kl_in!r} mends estimates; the exact KL has the right gradient: take loss",
+        )
+        yield (
+            self.kl_in == "loss" and self.kl_estimator == "exact" and self.importance_ratio != "token",
+            "kl_estimator exact in the loss needs importance_ratio token: take k2 or k3",
+        )
+        yield (
+            self.entropy_coef > 0 and (self.top_k > 0 or self.top_p < 1),
+            "entropy_coef is of the whole vocabulary, which top_k and top_p cut: leave them at 0 and 1",
+        )
+        yield (
+            objective.pairs and (self.kl_estimator == "exact" or self.kl_in != "reward"),
+            f"objective {self.objective!r} has its KL in its own loss: leave kl_estimator k1 and kl_in reward",
+        )
+        yield (
+            self.kl_target > 0 and self.kl_coef == 0,
+            "kl_target moves kl_coef, which must then be above 0",
+        )
+        yield (
+            self.keep_best and not (self.eval_steps and self.eval_prompts_file),
+            "keep_best compares evaluations: set eval_steps and eval_prompts_file",
+        )
+        yield 0 < self.dual_clip <= 1, f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}"
+
+    def _ignored(self) -> Iterator[tuple[bool, str]]:
+        """(whether it is set, message) of options that the objective would not read."""
+        objective, name = OBJECTIVES[self.objective], repr(self.objective)
+        for option in ("critic_warmup", "whiten_rewards", "bootstrap_truncated"):
+            yield (
+                bool(getattr(self, option)) and not objective.critic,
+                f"{option} is for an objective with a critic, which {name} has not",
+            )
+        for option in ("dual_clip", "entropy_coef"):
+            yield (
+                bool(getattr(self, option)) and objective.pairs,
+                f"{option} is not for {name}, which learns from pairs",
+            )
+        yield (
+            self.dual_clip > 0 and objective.token_loss != "ppo",
+            f"dual_clip is for objectives with PPO's loss, not for {name}",
+        )
+        for option, default in (("dpo_loss", "sigmoid"), ("dpo_pairs", "best-worst"), ("label_smoothing", 0.0)):
+            yield getattr(self, option) != default and not objective.pairs, f"{option} is for the objective 'dpo' alone"
+        yield (
+            self.label_smoothing > 0 and self.dpo_loss == "ipo",
+            "label_smoothing is for the sigmoid loss of dpo, not for ipo",
+        )
 
 
 @dataclass

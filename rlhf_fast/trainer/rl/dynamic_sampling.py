@@ -2,7 +2,7 @@
 """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2): a batch of prompts that teach something.
 
 An objective that compares the samples of a prompt learns nothing where all of them earned the same: the prompt is too
-easy, or hopeless. Such prompts are dropped and others are asked in their place, in whole rounds, until the batch is
+easy, or hopeless. Such prompts are dropped and others are sampled in their place, in whole rounds, until the batch is
 full. All ranks see all samples before they choose, so that they take as many rounds, and the batch is that of one rank.
 """
 
@@ -16,14 +16,21 @@ from torch import Tensor
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.rollout.rollout import Rollout
 
+from .objectives.objective import equal_up_to_rounding
+
 
 def refill(
-    draw: Callable[[int], Rollout], earned: Callable[[Rollout], Tensor], wanted: int, rounds: int
+    draw: Callable[[int], Rollout],
+    rewards: Callable[[Rollout], Tensor],
+    wanted: int,
+    rounds: int,
+    rounding: float = 0.0,
 ) -> tuple[Rollout, dict[str, float]]:
     """This rank's share of the samples of `wanted` prompts, and what it took to find them.
 
-    `draw(n)` samples other prompts for every n, this rank's share of `wanted`; `earned` (B,) is what samples are worth.
-    After `rounds` beyond the first the batch is filled up with prompts whose samples earned the same, oldest first.
+    `draw(n)` samples other prompts for every n, this rank's share of `wanted`. `rewards` (B,) are equal where they
+    differ by rounding only (`rounding` as in `AdvantageOptions`). After `rounds` beyond the first the batch is
+    filled up with prompts whose samples earned the same, oldest first.
     """
     rollout = draw(0)
     if not rounds:
@@ -31,8 +38,7 @@ def refill(
     device, samples, extra = rollout.input_ids.device, len(rollout.texts) * ranks().count // wanted, 0
     pool = Rollout.concatenate(ranks().every(rollout.to("cpu")))
     while True:
-        groups = earned(pool).view(-1, samples)
-        teaches = groups.amax(1) > groups.amin(1)
+        teaches = ~equal_up_to_rounding(rewards(pool).double().view(-1, samples), rounding)
         if int(teaches.sum()) >= wanted or extra == rounds:
             break
         extra += 1

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The price of a nat of divergence from the reference: fixed, or steered to keep the divergence at a target."""
+"""kl_coef in the course of a run: fixed, or moved to keep the divergence from the reference at a target."""
 
 from __future__ import annotations
 
 GAIN, LARGEST_ERROR = 0.1, 0.2
 
 
-class KLPrice:
+class KLController:
     """`coef` of the reward or the loss.
 
     With a target, Ziegler et al. 2019 (arXiv 1909.08593, section 2.2): after each step coef is multiplied by
@@ -15,11 +15,11 @@ class KLPrice:
     """
 
     def __init__(self, coef: float, target: float) -> None:
-        """`target` 0 keeps the price fixed."""
+        """`target` 0 keeps `coef` fixed."""
         self.coef, self.target = coef, target
 
     def update(self, kl: float) -> None:
-        """Learn the mean KL of a step, over all ranks."""
+        """Move `coef` by the mean KL of a step, over all ranks."""
         if self.target:
             error = max(-LARGEST_ERROR, min(LARGEST_ERROR, kl / self.target - 1))
             self.coef *= 1 + GAIN * error

@@ -3,27 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models.batches import Batch
 from rlhf_fast.rollout.rollout import Rollout
 
+from .checks import RATIO_NOTABLE
+from .experience import Experience
+from .objectives.objective import KLOptions, sampled_estimator
 
-@dataclass
-class Sampled:
-    """What an update learns from; all (B, T) but `better`."""
-
-    batch: Batch
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    made: rf.Advantages
-    better: Tensor  # (B,) bool, False = of a pair that is a tie, or not of a pair
+MANY_CLIPPED = 0.1  # share of scores
 
 
 class Watch:
@@ -50,6 +40,15 @@ class Watch:
             and f"{metrics['sample/unfilled']:.0f} prompts of this step teach nothing, as all their samples earned the "
             f"same, and dynamic_sampling {metrics['sample/extra_rounds']:.0f} found no others: raise it or "
             "samples_per_prompt, or see whether the prompts are too easy or hopeless",
+            "clipped": metrics.get("objective/scores_clipped", 0) > MANY_CLIPPED
+            and f"score_clip cuts {metrics.get('objective/scores_clipped', 0):.0%} of this step's scores, which then "
+            "cannot be told apart: raise it, or train a reward model whose normaliser fits these samples",
+            "ratio": metrics.get("policy/ratio_gap", 0) > RATIO_NOTABLE
+            and f"log-probabilities of the same tokens differ by up to {metrics.get('policy/ratio_gap', 0):.2f} nats "
+            "between two passes, as rounding in 16 bits can do (a mixture of experts, another attention kernel); the "
+            "mean is within bounds. dtype float32 shows whether it is rounding",
+            "filtered": metrics.get("sample/learned", 1) == 0
+            and "overlong_filter has left out every sample of this step, as none ended by itself: raise max_new_tokens",
             "scores": metrics["objective/scores_std"] < 1e-6
             and "all completions of this step got the same score: there is nothing to learn from them",
         }
@@ -58,22 +57,25 @@ class Watch:
         return list(new.values())
 
 
-def rollout_metrics(rollout: Rollout, entropy: Tensor, sampled: Sampled) -> dict[str, float]:
-    """Means over all samples of the step.
+def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions) -> dict[str, float]:
+    """Means over all samples of the step, once the update is done.
 
-    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: score minus the price of
-    the KL. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
+    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL that
+    is charged in it. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
     """
-    mask, made = sampled.batch.mask, sampled.made
-    by_sample = torch.stack([made.kl.sum(1), made.rewards.sum(1)], 1)
+    mask = experience.batch.mask
+    nats = rf.approx_kl(
+        experience.old_logprobs, experience.ref_logprobs, estimator=sampled_estimator(kl), mask=mask
+    ).sum(1)
+    by_sample = torch.stack([nats, experience.rewards - kl.reward_coef * nats], 1)
     assert rollout.scores is not None
     by_completion = torch.stack([rollout.scores, rollout.response_mask.sum(1).float(), rollout.ended.float()], 1)
-    by_token = torch.stack([entropy[mask], made.returns[mask], sampled.values[mask]], 1)
-    kl, rewards = ranks().cat(by_sample).unbind(1)
+    by_token = torch.stack([experience.entropy[mask], experience.returns[mask], experience.values[mask]], 1)
+    kls, rewards = ranks().cat(by_sample).unbind(1)
     scores, lengths, ended = ranks().cat(by_completion).unbind(1)
     entropies, returns, values = ranks().cat(by_token).unbind(1)
     figures = {
-        "objective/kl": kl.mean(),
+        "objective/kl": kls.mean(),
         "objective/entropy": entropies.mean(),
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
@@ -82,5 +84,7 @@ def rollout_metrics(rollout: Rollout, entropy: Tensor, sampled: Sampled) -> dict
         "val/mean": values.mean(),
         "sample/length": lengths.mean(),
         "sample/ended": ended.mean(),
+        "sample/learned": ranks().cat(experience.learned[mask].float()).mean(),
+        **{name: ranks().cat(numbers).mean() for name, numbers in sorted(rollout.score_parts.items())},
     }
     return {name: float(value) for name, value in figures.items()}

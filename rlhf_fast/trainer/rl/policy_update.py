@@ -3,88 +3,202 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.models.batches import Batch
-from rlhf_fast.models.heads import head_and_options, predicting_rows, row_logprobs, token_logprobs
-from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip
+from rlhf_fast.models.heads import head_and_options, predicting_rows, row_logprobs, scatter, token_logprobs
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, importance_ratio, sequence_log_ratio
 
-from .agent import Agent
-from .config import PPOConfig
-from .metrics import Sampled
-from .objectives import OBJECTIVES, Totals, dpo_loss
+from .experience import Experience
+from .objectives.dpo import pair_loss
+from .objectives.objective import Totals
+from .settings import PolicyLossOptions
+
+Reference = Callable[[], AbstractContextManager[Any]]
+
+
+class PolicyResult(NamedTuple):
+    """Of one micro-batch."""
+
+    logprobs: Tensor  # (B, T)
+    entropy: Tensor | None  # (B, T), None where it was not needed
+    figures: dict[str, float]  # what it adds to the means over the minibatch
+
+
+class Tokens(NamedTuple):
+    """The micro-batch's sampled tokens (N,), flattened: what the loss of each is made of."""
+
+    hidden: Tensor  # (N, H)
+    targets: Tensor
+    learned: Tensor  # bool
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    advantages: Tensor
+    divisor: Tensor
+
+
+class Loss(NamedTuple):
+    """Of one micro-batch; per token (N,) as in `Tokens`."""
+
+    loss: Tensor  # to differentiate
+    shown: float  # its value
+    logprobs: Tensor
+    entropy: Tensor | None
+    clipped: float  # tokens whose loss the clip decided
 
 
 def policy_backward(
-    agent: Agent, sampled: Sampled, part: Batch, rows: Tensor, totals: Totals, config: PPOConfig
-) -> tuple[Tensor, dict[str, float]]:
-    """Add the policy's gradients; returns its log-probabilities (B, T) and the loss."""
-    objective, mask = OBJECTIVES[config.objective], part.mask
-    width = mask.shape[1]
-    if objective.token_loss is None:
-        logprobs = token_logprobs(agent.policy, part, config.temperature)
-        better = sampled.better[rows][0::2]
-        loss, margins = dpo_loss(logprobs, sampled.ref_logprobs[rows, :width], better, config.kl_coef)
-        loss = loss / (totals.sequences / 2)
-        loss.backward()
-        right = float((margins[better] > 0).sum()) / (totals.sequences / 2)
-        return logprobs.detach(), {"loss/policy_avg": float(loss.detach()), "rewards/accuracies": right}
-
-    hidden, tokens = predicting_rows(agent.policy, part)
-    targets = part.input_ids.flatten()[tokens]
-    old, advantages, ref = (
-        x[rows, :width][mask] for x in (sampled.old_logprobs, sampled.made.advantages, sampled.ref_logprobs)
+    policy: Any, reference: Reference, part: Experience, totals: Totals, options: PolicyLossOptions
+) -> PolicyResult:
+    """Add the policy's gradients of a micro-batch; `totals` are of the whole minibatch."""
+    if options.objective.pairs:
+        return _pairs_backward(policy, part, totals, options)
+    batch, mask = part.batch, part.batch.mask
+    hidden, places = predicting_rows(policy, batch)
+    tokens = Tokens(
+        hidden=hidden,
+        targets=batch.input_ids.flatten()[places],
+        learned=part.learned[mask],
+        old_logprobs=part.old_logprobs[mask],
+        ref_logprobs=part.ref_logprobs[mask],
+        advantages=part.advantages[mask],
+        divisor=options.objective.divisor(part.learned, totals).expand_as(mask)[mask],
     )
-    divisor = objective.divisor(mask, totals, config).expand_as(mask)[mask]
-    high = config.cliprange_high or config.cliprange
-    if part.support is None:
-        weight, options = head_and_options(agent.policy, config.temperature)
-        result = rf.linear_policy_loss(
-            hidden, weight, targets, old, advantages, mask=torch.ones_like(targets, dtype=torch.bool),
-            objective=objective.token_loss, clip=(config.cliprange, high), normalizer=divisor,
-            **kl_options(agent, part, ref, config), **options,
-        )  # fmt: skip
-        loss, logprobs, clipped = result.loss, result.logprobs, result.clip_fraction * len(targets)
-    else:  # the fused loss knows no support: its two halves, one after the other
-        logprobs = row_logprobs(agent.policy, hidden, targets, part.support, config.temperature)
-        found = TOKEN_LOSSES[objective.token_loss](
-            logprobs.detach(), logprobs.detach() - old, advantages, Clip(config.cliprange, high, dual=torch.inf)
-        )
-        loss = ((found.differentiable(logprobs) + kl_loss(logprobs, ref, old, config)) / divisor).sum()
-        logprobs, clipped = logprobs.detach(), found.clipped.sum()
-    loss.backward()
-    figures = {"loss/policy_avg": float(loss.detach()), "policy/clipfrac_avg": float(clipped) / totals.tokens}
-    return logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs), figures
+    one_pass = batch.support is None and (options.on_policy or options.ratio == "token")
+    found = (_fused if one_pass else _two_passes)(policy, reference, batch, tokens, options)
+    found.loss.backward()
+    figures = {"loss/policy_avg": found.shown, "policy/clipfrac_avg": found.clipped / max(totals.tokens, 1.0)}
+    entropy = None if found.entropy is None else scatter(found.entropy, places, mask)
+    return PolicyResult(scatter(found.logprobs, places, mask), entropy, figures)
 
 
-def kl_options(agent: Agent, part: Batch, ref_logprobs: Tensor, config: PPOConfig) -> dict[str, Any]:
+def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
+    """One op, which has the gradients of a token while its logits are still in memory."""
+    old, clip, name = tokens.old_logprobs, options.clip, options.token_loss
+    if options.on_policy:
+        # Every ratio is 1, but the old log-probabilities are those that the op is about to compute. The loss with the
+        # same gradient that does not need them: REINFORCE, as CISPO with its weight clipped to 1.
+        old, clip, name = torch.zeros_like(tokens.advantages), clip._replace(low=0.0, high=0.0), "cispo"
+    weight, head = head_and_options(policy, options.temperature)
+    result = rf.linear_policy_loss(
+        tokens.hidden,
+        weight,
+        tokens.targets,
+        old,
+        tokens.advantages,
+        mask=tokens.learned,
+        objective=name,
+        clip=(clip.low, clip.high),
+        normalizer=tokens.divisor,
+        entropy_coef=options.entropy_coef,
+        dual_clip=min(clip.dual, 1e9),  # read by the loss of this name alone
+        **_kl_arguments(reference, batch, tokens, options),
+        **head,
+    )
+    loss, logprobs, entropy = float(result.loss.detach()), result.logprobs, result.entropy
+    if not options.on_policy:
+        return Loss(result.loss, loss, logprobs, entropy, float(result.clip_fraction) * float(tokens.learned.sum()))
+    # -A * ratio is shown in place of -A * logprobs
+    change = tokens.advantages * (logprobs - 1 / _lengths(batch.mask, options.ratio)) / tokens.divisor
+    loss += float(torch.where(tokens.learned, change, 0.0).sum())
+    others = ~tokens.learned  # which the op has passed over
+    if bool(others.any()):
+        with torch.no_grad():
+            stats = rf.linear_token_stats(tokens.hidden[others], weight, tokens.targets[others], **head)
+        assert stats.logprobs is not None and stats.entropy is not None  # the op gives both by default
+        logprobs = logprobs.masked_scatter(others, stats.logprobs)
+        entropy = entropy.masked_scatter(others, stats.entropy)
+    return Loss(result.loss, loss, logprobs, entropy, 0.0)
+
+
+def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
+    """First all log-probabilities, then the losses: for a ratio of whole sequences, and for sampling that was cut."""
+    mask = batch.mask
+    entropy = None
+    if batch.support is None:
+        weight, head = head_and_options(policy, options.temperature)
+        stats = rf.linear_token_stats(tokens.hidden, weight, tokens.targets, **head)
+        assert stats.logprobs is not None and stats.entropy is not None
+        logprobs, entropy = stats.logprobs, stats.entropy
+    else:
+        logprobs = row_logprobs(policy, tokens.hidden, tokens.targets, batch.support, options.temperature)
+    old = logprobs.detach() if options.on_policy else tokens.old_logprobs
+    if options.ratio == "token":
+        log_ratio = logprobs - old
+    else:
+        rows, old_rows = (torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in (logprobs, old))
+        log_ratio = sequence_log_ratio(rows, old_rows, mask, mean=options.ratio == "sequence-mean")[mask]
+    losses, clipped = _token_losses(logprobs, log_ratio, tokens.advantages, options)
+    losses = losses / _lengths(mask, options.ratio) + _kl_loss(logprobs, tokens.ref_logprobs, old, options)
+    if entropy is not None and options.entropy_coef:
+        losses = losses - options.entropy_coef * entropy
+    loss = torch.where(tokens.learned, losses / tokens.divisor, 0.0).sum()
+    count = float((clipped & tokens.learned).sum())
+    return Loss(loss, float(loss.detach()), logprobs.detach(), None if entropy is None else entropy.detach(), count)
+
+
+def _lengths(mask: Tensor, level: str) -> Tensor:
+    """(N,) the tokens of each token's sequence where that is one action, whose loss they share; else 1."""
+    lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]
+    return lengths if level == "sequence" else torch.ones_like(lengths)
+
+
+def _token_losses(
+    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: PolicyLossOptions
+) -> tuple[Tensor, Tensor]:
+    """Losses (N,), differentiable in logprobs by way of log_ratio, and which of them the clip decided."""
+    found = TOKEN_LOSSES[options.token_loss](logprobs.detach(), log_ratio.detach(), advantages, options.clip)
+    if options.token_loss == "cispo":  # its weight is a constant: the gradient is that of the token's log-probability
+        return found.loss + found.slope * (logprobs - logprobs.detach()), found.clipped
+    return found.loss + found.slope * (log_ratio - log_ratio.detach()), found.clipped
+
+
+def _kl_arguments(reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> dict[str, Any]:
     """What `rf.linear_policy_loss` needs for a KL in the loss."""
-    if config.kl_in == "reward":
+    kl = options.kl
+    if not kl.loss_coef:
         return {}
-    if config.kl_estimator == "exact":
-        with torch.no_grad(), agent.reference() as reference:
-            ref_hidden, _ = predicting_rows(reference, part)
-            weight, options = head_and_options(reference, config.temperature)
-        reference_head = {"ref_hidden": ref_hidden, "ref_weight": weight, "ref_bias": options["bias"]}
-        return {"kl_coef": config.kl_coef, "estimator": "exact", **reference_head}
+    if kl.estimator == "exact":
+        with torch.no_grad(), reference() as model:
+            ref_hidden, _ = predicting_rows(model, batch)
+            weight, head = head_and_options(model, options.temperature)
+        reference_head = {"ref_hidden": ref_hidden, "ref_weight": weight, "ref_bias": head["bias"]}
+        return {"kl_coef": kl.loss_coef, "estimator": "exact", **reference_head}
     return {
-        "kl_coef": config.kl_coef,
-        "estimator": config.kl_estimator,
-        "ref_logprobs": ref_logprobs,
-        "kl_gradient": "straight_through" if config.kl_in == "loss-straight-through" else "value",
-        "kl_importance": config.kl_in == "loss-importance",
+        "kl_coef": kl.loss_coef,
+        "estimator": kl.estimator,
+        "ref_logprobs": tokens.ref_logprobs,
+        "kl_gradient": "straight_through" if kl.place == "loss-straight-through" else "value",
+        "kl_importance": kl.place == "loss-importance",
     }
 
 
-def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, config: PPOConfig) -> Tensor | float:
-    """(N,) what each token pays for its KL where it is in the loss."""
-    if config.kl_in == "reward":
+def _kl_loss(
+    logprobs: Tensor, ref_logprobs: Tensor, old_logprobs: Tensor, options: PolicyLossOptions
+) -> Tensor | float:
+    """(N,) each token's KL in the loss."""
+    kl = options.kl
+    if not kl.loss_coef:
         return 0.0
-    gradient = "straight_through" if config.kl_in == "loss-straight-through" else "value"
-    ratio = (logprobs - old_logprobs).exp() if config.kl_in == "loss-importance" else None
-    kl = rf.approx_kl(logprobs, ref_logprobs, estimator=config.kl_estimator, gradient=gradient, importance_ratio=ratio)
-    return config.kl_coef * kl
+    gradient = "straight_through" if kl.place == "loss-straight-through" else "value"
+    ratio = importance_ratio(logprobs - old_logprobs) if kl.place == "loss-importance" else None
+    found = rf.approx_kl(logprobs, ref_logprobs, estimator=kl.estimator, gradient=gradient, importance_ratio=ratio)
+    return kl.loss_coef * found
+
+
+def _pairs_backward(policy: Any, part: Experience, totals: Totals, options: PolicyLossOptions) -> PolicyResult:
+    """DPO and IPO: the samples of a prompt are next to each other, and all in one micro-batch."""
+    logprobs = token_logprobs(policy, part.batch, options.temperature)
+    samples = options.pairs.samples
+    log_ratios = (logprobs - part.ref_logprobs).sum(1).view(-1, samples)
+    loss, right = pair_loss(log_ratios, part.rewards.view(-1, samples), options.pairs)
+    prompts = totals.sequences / samples
+    (loss / prompts).backward()
+    figures = {"loss/policy_avg": float(loss.detach()) / prompts, "rewards/accuracies": float(right) / prompts}
+    return PolicyResult(logprobs.detach(), None, figures)

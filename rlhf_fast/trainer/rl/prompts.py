@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts that RL asks, in the order in which it asks them; of a feedback file also what people ranked.
+"""The prompts that RL samples from, in the order in which it takes them; of a feedback file also what people ranked.
 
 Reading comes first and needs no model, so that a wrong path or line is known before one is loaded.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,17 +20,25 @@ from rlhf_fast.models.loading import device
 from rlhf_fast.rollout.rollout import Rollout
 
 
+class Pair(NamedTuple):
+    """Two completions of a ranking."""
+
+    ranking: EncodedRanking
+    better: int
+    worse: int
+
+
 @dataclass
 class Prompts:
-    """Prompts of one file and their token ids; of a feedback file also its completions."""
+    """Prompts of one file and their token ids; of a feedback file one for each pair of its completions."""
 
     lines: list[PromptLine]
     ids: list[list[int]]
-    rankings: list[EncodedRanking] | None = None
+    pairs: list[Pair] | None = None
     pad_id: int = 0
 
-    def chosen(self, place: int, count: int, seed: int) -> list[int]:
-        """The `count` prompts that follow the first `place`, in random order, each once before any comes again."""
+    def draw(self, place: int, count: int, seed: int) -> list[int]:
+        """The next `count` indices of an endlessly reshuffled pass over the prompts, starting at `place`."""
         size = len(self.ids)
         orders = {
             round_: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + round_)).tolist()
@@ -38,36 +46,36 @@ class Prompts:
         }
         return [orders[i // size][i % size] for i in range(place, place + count)]
 
-    def ranked(self, chosen: list[int]) -> Rollout | None:
-        """The completions that people ranked, best and worst of each prompt, in place of sampled ones."""
-        if self.rankings is None:
+    def ranked(self, indices: list[int]) -> Rollout | None:
+        """The two completions of each of these pairs, in place of sampled ones; None if there are no pairs."""
+        if self.pairs is None:
             return None
-        rows, starts, texts, scores, ended = [], [], [], [], []
-        for i in chosen:
-            ranking = self.rankings[i]
-            goodness = list(ranking.source.goodness)
-            for k in (goodness.index(max(goodness)), goodness.index(min(goodness))):
-                rows.append(ranking.sequences[k])
-                starts.append(ranking.prompt_length)
-                texts.append(ranking.source.completions[k])
-                scores.append(goodness[k])
-                ended.append(ranking.source.ended[k])
-        input_ids, attention = (x.to(device()) for x in pad_right(rows, self.pad_id))
-        mask = attention.bool() & (
-            torch.arange(input_ids.shape[1], device=device()) >= torch.tensor(starts, device=device())[:, None]
+        sides = [(pair.ranking, k) for pair in map(self.pairs.__getitem__, indices) for k in (pair.better, pair.worse)]
+        starts = torch.tensor([ranking.prompt_length for ranking, _ in sides], device=device())
+        input_ids, attention = (
+            x.to(device()) for x in pad_right([ranking.sequences[k] for ranking, k in sides], self.pad_id)
         )
-        numbers = torch.tensor(scores, dtype=torch.float32, device=device())
+        columns = torch.arange(input_ids.shape[1], device=device())
         return Rollout(
             input_ids=input_ids,
             attention_mask=attention.bool(),
-            response_mask=mask,
-            texts=texts,
-            ended=torch.tensor(ended, device=device()),
-            scores=numbers,
+            response_mask=attention.bool() & (columns >= starts[:, None]),
+            texts=[ranking.source.completions[k] for ranking, k in sides],
+            ended=torch.tensor([ranking.source.ended[k] for ranking, k in sides], device=device()),
+            scores=torch.tensor([float(ranking.source.goodness[k]) for ranking, k in sides], device=device()),
         )
 
 
-def read_asked(path: str, *, feedback: bool, scored: bool) -> Sequence[PromptLine | Ranking]:
+def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
+    """The best with the worst completion of a ranking, or `every` two of which one is better."""
+    goodness = list(ranking.source.goodness)
+    if not every:
+        return [Pair(ranking, goodness.index(max(goodness)), goodness.index(min(goodness)))]
+    places = range(len(goodness))
+    return [Pair(ranking, i, j) for i in places for j in places if goodness[i] > goodness[j]]
+
+
+def read_prompts_or_feedback(path: str, *, feedback: bool, scored: bool) -> Sequence[PromptLine | Ranking]:
     """The prompts of a data file, or its rankings if it is `feedback` and may be.
 
     Prompts alone need something that scores what is sampled of them: UserError unless there is (`scored`).
@@ -79,14 +87,17 @@ def read_asked(path: str, *, feedback: bool, scored: bool) -> Sequence[PromptLin
     return read_prompts(path)
 
 
-def encode_asked(
-    lines: Sequence[PromptLine | Ranking], tokenizer: Any, max_length: int, max_new_tokens: int
+def encode_lines(
+    lines: Sequence[PromptLine | Ranking], tokenizer: Any, max_length: int, max_new_tokens: int, every_pair: bool
 ) -> Prompts:
     """Token ids; UserError for a prompt too long to leave room for a completion of `max_new_tokens`."""
     rankings = [encode(tokenizer, line, max_length) for line in lines if isinstance(line, Ranking)]
     if rankings:
-        prompts = [PromptLine(ranking.source.prompt, ranking.source.where) for ranking in rankings]
-        ids = [ranking.sequences[0][: ranking.prompt_length] for ranking in rankings]
-        return Prompts(prompts, ids, rankings, tokenizer.pad_token_id)
+        pairs = [pair for ranking in rankings for pair in pairs_of(ranking, every_pair)]
+        if not pairs:
+            raise UserError("no two completions of the feedback differ in rank or rating: there is nothing to learn")
+        prompts = [PromptLine(pair.ranking.source.prompt, pair.ranking.source.where) for pair in pairs]
+        ids = [pair.ranking.sequences[0][: pair.ranking.prompt_length] for pair in pairs]
+        return Prompts(prompts, ids, pairs, tokenizer.pad_token_id)
     prompts, room = [line for line in lines if isinstance(line, PromptLine)], max_length - max_new_tokens + 1
     return Prompts(prompts, [encode_prompt(tokenizer, p.prompt, max_length=room, where=p.where) for p in prompts])

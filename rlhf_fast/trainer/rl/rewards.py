@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PPO is paid: a reward model's normalised score, Python functions, or a weighted sum of both."""
+"""What a completion is worth: a reward model's normalised score, Python functions, or a weighted sum of both."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import Prompt
-from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.raters import Rater, load_rater
+from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.heads import sequence_scores
+from rlhf_fast.models.loading import score_normalizer
+from rlhf_fast.rollout.rollout import Rollout
 
 from .checks import check_finite
+from .config import PPOOptions
+from .reward_functions import RewardFunction
+
+# A score in bfloat16 or float16 is off by about this, relative to its size or to 1: eight or eleven bits of the hidden
+# state it is read from. Which rows are read together decides how, so equal completions can differ by it.
+SCORE_ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
 
 @dataclass(frozen=True)
@@ -24,48 +30,101 @@ class Rewards:
     """reward = score of the model (where there is one) + sum of weight x function; one number a completion."""
 
     model: Any | None
-    functions: list[tuple[float, Rater]]
+    functions: Sequence[RewardFunction]
+    score_clip: float = 0.0  # of the model's score if that is normalised; 0: none
 
-    def __bool__(self) -> bool:
-        """False if nothing says what a completion is worth."""
-        return self.model is not None or bool(self.functions)
+    @property
+    def rounding(self) -> float:
+        """How far equal rewards may be apart, see `AdvantageOptions`."""
+        return 0.0 if self.model is None else SCORE_ROUNDING.get(self.model.dtype, 0.0)
 
-    def __call__(self, batch: Batch, plan: list[Tensor], prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-        """(B,) rewards of the completions `texts` (B,), those of one prompt next to each other.
+    @property
+    def clips(self) -> bool:
+        """Whether scores are clipped: those that a normaliser has given mean 0 and deviation 1, no others."""
+        return self.score_clip > 0 and self.model is not None and score_normalizer(self.model) != (0.0, 1.0)
+
+    def __call__(self, batch: Batch, plan: list[Tensor], prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
+        """Of the completions `texts` (B,), those of one prompt next to each other.
 
         Raises RaterError naming the sample if a function raises or returns what is no finite number.
         """
-        total = torch.zeros(len(texts), device=batch.input_ids.device)
+        device = batch.input_ids.device
+        total, parts = torch.zeros(len(texts), device=device), {}
         if self.model is not None:
             scores = in_micro_batches(lambda part: sequence_scores(self.model, part), batch, plan)
             check_finite("the score", scores)
-            total += scores
-        return total + self.of_functions(prompts, texts).to(total.device)
+            total = scores
+            if self.functions:
+                parts["rewards/reward_model"] = scores
+            if self.clips:
+                total = scores.clamp(-self.score_clip, self.score_clip)
+                parts["objective/scores_clipped"] = (total != scores).float()
+        of_functions = self.of_functions(prompts, texts).to(device)
+        if self.clips:
+            parts["objective/scores"] = scores + of_functions.total  # shown as they were
+        return Scores(total + of_functions.total, {**parts, **of_functions.parts})
 
-    def of_functions(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
-        """(B,) weighted sum of the functions alone."""
-        samples = len(texts) // len(prompts)
-        total = torch.zeros(len(texts))
-        for weight, function in self.functions:
-            for place, prompt in enumerate(prompts):
-                rows = slice(place * samples, (place + 1) * samples)
-                total[rows] += weight * torch.tensor(function(prompt, list(texts[rows])))
-        return total
+    def of_functions(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
+        """The weighted sum of the functions alone, and of each its own numbers."""
+        total, parts = torch.zeros(len(texts)), {}
+        for function in self.functions:
+            found = torch.tensor(function.of_prompts(prompts, texts))
+            total = total + function.weight * found
+            parts[f"rewards/{function.name}"] = found
+        return Scores(total, parts)
 
-    def pay(self, rows: list[dict[str, Any]]) -> float:
-        """Turn the model's score in each row of an evaluation into the whole reward; returns the mean."""
-        for row in rows:
-            row["reward"] = row.get("reward", 0.0) + float(self.of_functions([row["prompt"]], [row["completion"]]))
+    def add_functions(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> float:
+        """Turn the model's score in each row of an evaluation into the whole reward; returns the mean.
+
+        `prompts` (P,) are in the order of `rows`, each with equally many.
+        """
+        found = self.of_functions(prompts, [row["completion"] for row in rows]).total.tolist()
+        for row, number in zip(rows, found, strict=True):
+            row["reward"] = row.get("reward", 0.0) + number
         return sum(row["reward"] for row in rows) / len(rows)
 
 
-def load_functions(specs: Sequence[str]) -> list[tuple[float, Rater]]:
-    """(weight, function) of each "module:function", "file.py:function" or "0.5*file.py:function" in the options."""
-    functions = []
-    for text in specs:
-        weight, star, spec = text.rpartition("*")
-        try:
-            functions.append((float(weight) if star else 1.0, load_rater(spec.strip())))
-        except ValueError:
-            raise UserError(f"reward_functions: {weight!r} before the * in {text!r} is no number") from None
-    return functions
+class Scores(NamedTuple):
+    """Rewards of completions, and the figures of each that metrics show the means of."""
+
+    total: Tensor  # (B,)
+    parts: dict[str, Tensor]  # metric -> (B,)
+
+    def to(self, device: torch.device) -> Scores:
+        """A copy on `device`."""
+        return Scores(self.total.to(device), {name: values.to(device) for name, values in self.parts.items()})
+
+
+class LengthRules(NamedTuple):
+    """What becomes of the score of a completion that did not end by itself, or nearly ran to the limit."""
+
+    missing_eos_penalty: float = 0.0
+    missing_eos_score: float | None = None
+    overlong_penalty: float = 0.0
+    overlong_buffer: float = 0.2
+    max_new_tokens: int = 1
+
+    @classmethod
+    def of(cls, options: PPOOptions) -> LengthRules:
+        """Those of a run's resolved options."""
+        return cls(
+            options.missing_eos_penalty,
+            options.missing_eos_score,
+            options.overlong_penalty or 0.0,
+            options.overlong_buffer,
+            options.max_new_tokens,
+        )
+
+    def soft_punishment(self, lengths: Tensor) -> Tensor:
+        """(B,) what comes off: 0 up to the buffer, from there on linearly more (Yu et al. 2025, eq. 13)."""
+        buffer = self.overlong_buffer * self.max_new_tokens
+        return self.overlong_penalty * ((lengths - (self.max_new_tokens - buffer)) / buffer).clamp(0, 1)
+
+    def apply(self, rollout: Rollout, *, punish: bool = True) -> Tensor:
+        """(B,) the rewards that advantages see; without `punish` those before the soft punishment of length."""
+        assert rollout.scores is not None
+        rewards = rollout.scores
+        if self.missing_eos_score is not None:
+            rewards = torch.where(rollout.ended, rewards, self.missing_eos_score)
+        rewards = rewards - self.missing_eos_penalty * ~rollout.ended
+        return rewards - self.soft_punishment(rollout.response_mask.sum(1)) if punish else rewards

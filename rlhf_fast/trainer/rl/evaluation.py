@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out prompts: before, after and every `eval_steps`; which evaluation was the best; the phase's summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.rollout.evaluate import Rater, evaluate
+from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer, notice
+
+from .agent import Agent
+from .config import PPOConfig
+from .prompts import Prompts
+
+Figures = dict[str, float]
+
+
+@dataclass
+class Evaluator:
+    """Measures the policy on held-out prompts, where there are any, with one seed throughout."""
+
+    agent: Agent
+    held_out: Prompts | None
+    config: PPOConfig
+    run: RunFolder
+    rater: Rater | None
+    best: tuple[int, float] | None = None  # step and reward of the best evaluation in the course of the run
+
+    def at(self, when: str) -> Figures:
+        """Figures, kept in eval_<when>.json and samples.jsonl; a resumed run reads them back."""
+        if self.held_out is None:
+            return {}
+        name, run, config = f"eval_{when}.json", self.run, self.config
+        if run.resume and (run.path / name).exists():
+            return run.read_json(name)
+        figures, rows = evaluate(
+            self.agent.policy,
+            self.agent.reference,
+            self.agent.rewards.model,
+            self.agent.tokenizer,
+            [line.prompt for line in self.held_out.lines],
+            self.held_out.ids,
+            SamplingParams.of(config),
+            samples=config.eval_samples,
+            micro_batch_size=config.micro_batch_size,
+            rater=self.rater,
+        )
+        lines = self.held_out.lines
+        figures["reward"] = ranks().once(lambda: self.agent.rewards.add_functions(rows, lines))
+        if when in ("before", "after"):
+            run.append_jsonl(
+                "samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows)
+            )
+        run.write_json(name, figures)
+        return figures
+
+    def at_step(self, step: int) -> Figures:
+        """Figures of a step as metrics `eval/...`; with keep_best the best model so far is kept in model/."""
+        figures = self.at(f"step-{step}")
+        if self.config.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
+            self.best = step, figures["reward"]
+            self.run.save_model(self.agent.merged_policy(), self.agent.tokenizer)
+            self.run.write_json("best.json", {"step": step, "reward": figures["reward"]})
+        return {f"eval/{name}": value for name, value in figures.items()}
+
+    def resume(self, step: int) -> None:
+        """Know what was best before the step that a run goes on from."""
+        path = self.run.path / "best.json"
+        if self.config.keep_best and step and path.exists():
+            best = self.run.read_json("best.json")
+            self.best = int(best["step"]), float(best["reward"])
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last model is the one to save."""
+        if self.best is None:
+            return True
+        notice(f"model/ is that of step {self.best[0]}, whose held-out reward was the highest: {self.best[1]:.4g}")
+        return False
+
+
+def summarise(
+    config: PPOConfig, run: RunFolder, timer: Timer, steps: int, before: Figures, after: Figures, metrics: Figures
+) -> dict[str, Any]:
+    """Write and return summary.json: every figure of the evaluation before and after, and where the time went."""
+    names = dict.fromkeys([*before, *after])
+    summary: dict[str, Any] = {"steps": steps, "max_steps": config.max_steps, "objective": config.objective}
+    for name in names:
+        summary[f"{name}_before"], summary[f"{name}_after"] = before.get(name), after.get(name)
+    summary["kl_final"] = after.get("kl", metrics.get("objective/kl"))
+    summary["seconds"] = timer.elapsed()
+    summary["seconds_by_part"] = {part: seconds for part, seconds in timer.totals.items() if part != "step"}
+    run.write_json("summary.json", summary)
+    return summary

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 7: epochs over minibatches, each one optimizer step of the policy and of the critic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.models.batches import NO_ROWS
+from rlhf_fast.models.heads import token_values
+from rlhf_fast.models.optim import AdamW
+
+from .agent import Agent
+from .checks import check_finite, check_ratio
+from .experience import Experience
+from .objectives.objective import Totals
+from .objectives.ppo import value_loss
+from .policy_update import policy_backward
+from .settings import UpdateOptions
+
+Figures = dict[str, float]
+Plans = list[list[Tensor]]  # of each minibatch, the rows of each micro-batch
+
+
+def minibatches(count: int, unit: int, parts: int, generator: torch.Generator) -> list[Tensor]:
+    """This rank's rows of each of `parts` minibatches. All ranks' rows are shuffled together, in units of `unit`."""
+    first = ranks().index * count
+    order = torch.randperm(ranks().count * count // unit, generator=generator)[:, None] * unit + torch.arange(unit)
+    chunks = [chunk.flatten() for chunk in order.chunk(parts)]
+    return [chunk[(chunk >= first) & (chunk < first + count)] - first for chunk in chunks]
+
+
+def update(
+    agent: Agent,
+    experience: Experience,
+    plans: Plans,
+    options: UpdateOptions,
+    generator: torch.Generator,
+    *,
+    critic_only: bool = False,
+) -> Figures:
+    """Learn from a step's samples; returns the means of the losses and of what they tell, over optimizer steps."""
+    sums: Figures = {}
+    done = 0
+    for epoch in range(options.epochs):
+        for index in range(len(plans)) if epoch == 0 else torch.randperm(len(plans), generator=generator).tolist():
+            # Losses of the micro-batches are sums over tokens, over what the whole minibatch has on all ranks: how it
+            # is cut does not change the gradient.
+            rows = torch.cat([NO_ROWS, *plans[index]])
+            counts = [float(x[rows].sum()) for x in (experience.learned, experience.batch.mask)]
+            learned, tokens, sequences = ranks().total([*counts, len(rows)])
+            # One model after the other, so that memory never holds the gradients of both.
+            figures: Figures = {}
+            if not critic_only:
+                totals = Totals(learned, sequences, options.longest)
+                policy = partial(policy_gradients, agent, experience, totals, options, epoch == index == 0)
+                figures |= learn(policy, plans[index], agent.policy_optimizer, "policy/grad_norm", options)
+            if agent.critic_optimizer is not None:
+                critic = partial(critic_gradients, agent, experience, tokens, options)
+                figures |= learn(critic, plans[index], agent.critic_optimizer, "val/grad_norm", options)
+            for name, value in figures.items():
+                check_finite(name, torch.tensor([value]))
+                sums[name] = sums.get(name, 0.0) + value
+            done += 1
+            if options.early_stop_kl and figures.get("policy/approxkl_avg", 0.0) > options.early_stop_kl:
+                return {**{name: value / done for name, value in sums.items()}, "policy/updates": done}
+    return {**{name: value / done for name, value in sums.items()}, "policy/updates": done}
+
+
+def learn(
+    gradients: Callable[[Tensor], Figures], plan: list[Tensor], optimizer: AdamW, norm: str, options: UpdateOptions
+) -> Figures:
+    """One step of one model: add up the gradients of its micro-batches and what they tell, over all ranks."""
+    sums: Figures = {}
+    for rows in plan:
+        for name, value in gradients(rows).items():
+            sums[name] = sums.get(name, 0.0) + value
+    names = sorted(set().union(*ranks().every(list(sums))))  # a rank without rows has none
+    figures = dict(zip(names, ranks().total([sums.get(name, 0.0) for name in names]), strict=True))
+    return {**figures, norm: optimizer.step(options.max_grad_norm)}
+
+
+def policy_gradients(
+    agent: Agent, experience: Experience, totals: Totals, options: UpdateOptions, first: bool, rows: Tensor
+) -> Figures:
+    """Add the policy's gradients of one micro-batch; what it adds to the means over the minibatch's tokens."""
+    part = experience.rows(rows)
+    found = policy_backward(agent.policy, agent.reference, part, totals, options.loss)
+    width, tokens = part.batch.mask.shape[1], max(totals.tokens, 1.0)
+    if options.loss.on_policy:  # the old log-probabilities are these
+        experience.old_logprobs[rows, :width] = found.logprobs
+        if found.entropy is not None:
+            experience.entropy[rows, :width] = found.entropy
+        part = experience.rows(rows)
+    elif first:
+        gap = check_ratio(found.logprobs, part.old_logprobs, part.learned, agent.policy)
+        agent.largest_gap = max(agent.largest_gap, gap)
+    log_ratio = (found.logprobs - part.old_logprobs)[part.learned]
+    found.figures["policy/ratio"] = float(log_ratio.exp().sum()) / tokens
+    found.figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / tokens
+    return found.figures
+
+
+def critic_gradients(
+    agent: Agent, experience: Experience, tokens: float, options: UpdateOptions, rows: Tensor
+) -> Figures:
+    """The same of the critic; `tokens` are those of the whole minibatch."""
+    part = experience.rows(rows)
+    values = token_values(agent.critic, part.batch)
+    loss = value_loss(values, part.values, part.returns, part.batch.mask, options.cliprange_value)
+    (loss / tokens).backward()
+    return {"loss/value_avg": float(loss.detach()) / tokens}

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What RL maximises: a file an objective, and a line here that imports it; docs/objectives.md says where each is from.
+
+A new one is a file with an `Objective` in it and its line below. Nothing else names them: the option `objective`, its
+help and its checks read this table.
+"""
+
+# ruff: noqa: F401 - the table below reads what is imported here
+
+from __future__ import annotations
+
+from .cispo import CISPO
+from .dapo import DAPO
+from .dpo import DPO
+from .dr_grpo import DR_GRPO
+from .grpo import GRPO
+from .gspo import GSPO
+from .objective import Objective
+from .ppo import PPO
+from .reinforce import REINFORCE, REINFORCE_BASELINE
+from .rloo import RLOO
+
+OBJECTIVES = {found.name: found for found in list(vars().values()) if isinstance(found, Objective)}

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward functions of the user: `module:function` or `file.py:function`, weighted as `0.5*file.py:function`.
+
+Two signatures, told apart by the name of the first parameter:
+
+    def right(prompt, completions, answer): ...          one prompt and its K completions; `answer` is its row's column
+    def right(prompts, completions, answer): ...         TRL's: lists over all completions, columns as well
+
+Each returns one number a completion, or None where it has nothing to say about one, which then adds nothing. A function
+gets the columns of the data file that its parameters name, or all of them if it takes `**columns`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rlhf_fast.data.examples import PromptLine, prompt_text
+from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.raters import RaterError, load_function
+
+OURS = ("prompt", "completions")
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """One function and its weight."""
+
+    name: str  # as in metrics
+    spec: str
+    weight: float
+    function: Callable[..., Any]
+
+    def of_prompts(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> list[float]:
+        """(B,) of the completions `texts`, those of each of the `prompts` next to each other and equally many."""
+        samples = len(texts) // len(prompts)
+        if self.takes_all:
+            lines = [line for line in prompts for _ in range(samples)]
+            lists: dict[str, Any] = {
+                name: [columns_of(line).get(name) for line in lines] for name in self.columns_taken(lines)
+            }
+            shown = [as_messages(line, text) for line, text in zip(lines, texts, strict=True)]
+            lists |= {"prompts": [line.prompt for line in lines], "completions": shown}
+            return self.checked(partial(self.function, **lists), prompts[0], texts)
+        found: list[float] = []
+        for place, line in enumerate(prompts):
+            part = list(texts[place * samples : (place + 1) * samples])
+            columns = {name: columns_of(line).get(name) for name in self.columns_taken([line])}
+            found += self.checked(partial(self.function, line.prompt, part, **columns), line, part)
+        return found
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it has TRL's signature."""
+        return next(iter(self.parameters), "") == "prompts"
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """By name; of a built-in without a signature those of ours."""
+        try:
+            return dict(inspect.signature(self.function).parameters)
+        except ValueError:
+            return {}
+
+    def columns_taken(self, lines: Sequence[PromptLine]) -> list[str]:
+        """The names of the columns that it takes, of those that the data has."""
+        known = dict.fromkeys(name for line in lines for name in columns_of(line))
+        parameters = self.parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return [name for name in known if name not in (*OURS, "prompts")]
+        return [name for name in list(parameters)[2:] if name in known]
+
+    def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
+        """The numbers that `call` gives, 0 for None; RaterError unless there is a finite one for each of `texts`."""
+        shown = f"reward function {self.spec!r} on the prompt {prompt_text(line.prompt)[:80]!r} ({line.where})"
+        try:
+            numbers = [0.0 if number is None else float(number) for number in call()]
+        except Exception as error:
+            raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
+        if len(numbers) != len(texts):
+            raise RaterError(f"{shown} returned {len(numbers)} numbers for {len(texts)} completions")
+        for number, text in zip(numbers, texts, strict=True):
+            if not math.isfinite(number):
+                raise RaterError(f"{shown} returned {number} for {text[:80]!r}; rewards must be finite")
+        return numbers
+
+
+def columns_of(line: PromptLine) -> dict[str, Any]:
+    """The other columns of a prompt's row."""
+    return getattr(line, "columns", {})
+
+
+def as_messages(line: PromptLine, text: str) -> str | list[dict[str, str]]:
+    """A completion as TRL gives it: text, or the assistant's message where the prompt is messages."""
+    return text if isinstance(line.prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
+    """Each "module:function", "file.py:function" or "0.5*file.py:function" of the options."""
+    functions: list[RewardFunction] = []
+    for text in specs:
+        weight, star, spec = (part.strip() for part in text.rpartition("*"))
+        try:
+            number = float(weight) if star else 1.0
+        except ValueError:
+            raise UserError(f"reward_functions: {weight!r} before the * in {text!r} is no number") from None
+        if not math.isfinite(number):
+            raise UserError(f"reward_functions: the weight in {text!r} must be finite")
+        name = spec.rpartition(":")[2]
+        count = sum(function.name.partition("#")[0] == name for function in functions)
+        functions.append(RewardFunction(f"{name}#{count + 1}" if count else name, spec, number, load_function(spec)))
+    return functions

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rates in the course of a run: a linear warm-up, then constant, linear or cosine decay."""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
+    """What the learning rate of step `step` (from 0) is multiplied by; depends on the step alone, so resuming is exact.
+
+    It rises to 1 over the warm-up and falls from 1 towards 0, which it would reach at `max_steps`.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
