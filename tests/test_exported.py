@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import truths
-from tools import native_is_built, randint, randn, upcast
+from helpers import truths
+from helpers.tools import native_is_built, randint, randn, upcast
 
 import rlhf_fast as rf
 from rlhf_fast.ops.linear import tiles

@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import rlhf_fast as rf
 from rlhf_fast import _pages as pages
-from rlhf_fast.ops.linear import tiles
+from rlhf_fast.ops.linear import stats, tiles
+from rlhf_fast.ops.linear.bundles import unflatten
 
 
 def matmul_flops(event: Any) -> int:
@@ -77,7 +78,8 @@ def test_forward_alone_keeps_nothing(backend: str, generator: torch.Generator) -
         leaves = {k: v.clone().requires_grad_(grad) for k, v in inputs.items()}
         with mode, Recorder() as recorder:
             rf.linear_token_logprobs(**leaves, targets=targets)
-        kept.append(recorder.calls[0][1][-1])
+        _, options = unflatten(recorder.calls[0][1], stats.Inputs, stats.Options)
+        kept.append(options.loop.budget)
     assert kept == [0, 0, tiles.DEFAULT_BUDGET["cpu"]]
 
 

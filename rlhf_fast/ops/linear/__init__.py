@@ -4,13 +4,14 @@
 A head is many logits tiles. Rows that the mask drops leave before the matmul; of the rest, BLAS makes a tile of some
 rows and some columns, the row kernels fold it, and in the backward turn it into its own gradient, which BLAS consumes.
 
-    rows.py     which rows are real          head.py    weight, bias, LoRA: a tile, and the sums of gradients
+    row_selection.py    which rows take part    head.py    weight, bias, LoRA: a tile, and the sums of gradients
     tiles.py    which tile comes when, and which are kept for the backward (the memory budget)
     slices.py   statistics of one slice of the vocabulary; merging those of tiles, and of ranks (shards.py)
-    stats.py kl.py policy_loss.py sampled.py    the ops
+    bundles.py  inputs and options as NamedTuples      head_rows.py    what all loops share
+    stats.py divergence.py policy_loss.py sampled.py    the ops
 """
 
-from rlhf_fast.ops.linear.kl import linear_token_kl
+from rlhf_fast.ops.linear.divergence import linear_token_kl
 from rlhf_fast.ops.linear.policy_loss import PolicyLoss, linear_policy_loss
 from rlhf_fast.ops.linear.sampled import linear_sampled_logprobs
 from rlhf_fast.ops.linear.stats import linear_token_logprobs, linear_token_stats

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops.linear.inputs import HeadGradientTensors, Needs
 from rlhf_fast.ops.reference import accumulate_dtype
 
 CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
@@ -27,8 +28,7 @@ class Head(NamedTuple):
         """The head of the first so many columns, when V is padded."""
         if columns == self.weight.shape[0]:
             return self
-        cut = (None if x is None else x[:columns] for x in (self.bias, self.lora_b))
-        bias, lora_b = cut
+        bias, lora_b = (None if x is None else x[:columns] for x in (self.bias, self.lora_b))
         return self._replace(weight=self.weight[:columns], bias=bias, lora_b=lora_b)
 
     def low_rank(self, hidden: Tensor) -> Tensor | None:
@@ -48,16 +48,6 @@ class Head(NamedTuple):
             assert self.lora_b is not None
             add_product(low, self.lora_b[columns].t(), tile)
         return tile
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody wants."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
 
 
 class HeadGradients:
@@ -121,12 +111,10 @@ class HeadGradients:
             self.weight[slice(*self._sum_at)] = self._sum
         self._sum = None
 
-    def finish(
-        self, vocabulary: int, over_ranks: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gradients to hidden (N, H), weight, bias, lora_a and lora_b, (0,) where nobody wants them.
+    def finish(self, vocabulary: int, over_ranks: Callable[[Tensor], Tensor]) -> HeadGradientTensors:
+        """Gradients of hidden (N, H), weight, bias, lora_a and lora_b, (0,) where nobody needs them.
 
-        over_ranks sums what every rank has a part of: hidden's and lora_a's. Columns beyond the head's, up to
+        over_ranks sums over ranks in place: each has a share of hidden's and lora_a's. Columns beyond the head's, up to
         `vocabulary`, are 0.
         """
         self._flush()
@@ -147,7 +135,7 @@ class HeadGradients:
         bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
         lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
         hidden = over_ranks(self.hidden).to(dtype) if self.needs.hidden else self.of.new_empty(0)
-        return hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
+        return HeadGradientTensors(hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype))
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

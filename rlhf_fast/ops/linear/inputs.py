@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every op of the linear family asks of its hidden states, its head and its budget, before any kernel runs."""
+"""The bundles that all ops of the linear family share, and the checks of hidden states, head and memory budget."""
 
 from __future__ import annotations
 
@@ -11,33 +11,72 @@ from torch import Tensor
 
 from rlhf_fast.ops import _check
 from rlhf_fast.ops.linear import shards
+from rlhf_fast.ops.linear.row_selection import row_count
 from rlhf_fast.ops.linear.tiles import budget_of
 
 Lora = tuple[Tensor, Tensor, float]
 
-# A head in the operators' schemas: tensors among the tensors, the LoRA scale among the numbers.
-HEAD = "Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b"
-NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias, bool needs_lora_a, bool needs_lora_b"
-HEAD_GRADIENTS = "Tensor hidden, Tensor weight, Tensor bias, Tensor lora_a, Tensor lora_b"
 
-
-class HeadInputs(NamedTuple):
-    """Hidden states and head as the operators take them."""
+class HeadTensors(NamedTuple):
+    """Hidden states and the head that multiplies them: the first inputs of every op, and the ones it differentiates."""
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H), or this rank's slice
     bias: Tensor | None  # (V,)
     lora_a: Tensor | None  # (r, H)
     lora_b: Tensor | None  # (V, r)
+
+
+class Needs(NamedTuple):
+    """Which of the HeadTensors need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+class HeadGradientTensors(NamedTuple):
+    """The gradients of HeadTensors, (0,) where not needed."""
+
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_lora_a: Tensor
+    grad_lora_b: Tensor
+
+
+class LoopOptions(NamedTuple):
+    """How an op goes through the logits of its head."""
+
     lora_scale: float
+    vocab_size: int  # columns that count, of all ranks; -1: all
     float_logits: bool  # tiles in float32 whatever the operands
-    group: int
+    group: int  # see shards.py
+    budget: int  # bytes of logits that may be held
+    rows_padded: bool  # row_index may hold -1
+
+
+class LogitOptions(NamedTuple):
+    """How logits become the softmax's, see `rlhf_fast/ops/logprob.py`; softcap 0: none."""
+
+    temperature: float
+    logit_scale: float
+    softcap: float
+
+
+class CheckedHead(NamedTuple):
+    """What `check_head` made of the arguments of a public function."""
+
+    tensors: HeadTensors
+    options: LoopOptions
     vocabulary: int  # of all ranks
-    budget: int  # 0 where no gradient will be asked for
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:5]
+    def shape(self) -> torch.Size:
+        """Of the rows."""
+        return self.tensors.hidden.shape[:-1]
 
 
 def check_head(
@@ -50,7 +89,7 @@ def check_head(
     memory_budget: int | None = None,
     process_group: Any = None,
     side: str = "",
-) -> HeadInputs:
+) -> CheckedHead:
     """side: prefix of the names in messages, such as "ref_"."""
     names = {x: f"{side}{x}" for x in ("hidden", "weight", "bias")}
     _check.is_float(op, names["hidden"], hidden)
@@ -58,7 +97,7 @@ def check_head(
         raise ValueError(f"rlhf_fast.{op}: {names['hidden']} must be (..., H), got a tensor without dimensions")
     weight, group = shards.local_part(op, names["weight"], weight, process_group)
     bias, _ = shards.local_part(op, names["bias"], bias, process_group)
-    lora_a, lora_b, lora_scale = _lora_parts(op, lora, process_group)
+    lora_a, lora_b, lora_scale = _lora_tensors(op, lora, process_group)
     hidden, weight, bias, lora_a, lora_b = _under_autocast(hidden, weight, bias, lora_a, lora_b)
     _check.same_dtype(op, names["weight"], weight, names["hidden"], hidden)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -79,13 +118,18 @@ def check_head(
     float_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float64
     handle = shards.handle_of(op, group, weight)
     ranks = 1 if group is None else torch.distributed.get_world_size(group)
-    tensors = (hidden, weight, bias, lora_a, lora_b)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    budget = budget_of(memory_budget, hidden.device) if keep else 0
-    return HeadInputs(*tensors, lora_scale, float_logits, handle, weight.shape[0] * ranks, budget)
+    budget = budget_of(memory_budget, hidden.device)
+    options = LoopOptions(lora_scale, -1, float_logits, handle, budget, rows_padded=False)
+    return CheckedHead(HeadTensors(hidden, weight, bias, lora_a, lora_b), options, weight.shape[0] * ranks)
 
 
-def _lora_parts(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, Any, float]:
+def needs_of(tensors: HeadTensors) -> Needs:
+    """Which gradients a backward could be called for."""
+    grad = torch.is_grad_enabled()
+    return Needs(*[grad and x is not None and x.requires_grad for x in tensors])
+
+
+def _lora_tensors(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, Any, float]:
     if lora is None:
         return None, None, 0.0
     if not isinstance(lora, tuple) or len(lora) != 3:
@@ -121,6 +165,16 @@ def _under_autocast(*tensors: Any) -> list[Any]:
 
 def tile_dtype(hidden: Tensor, float_logits: bool) -> torch.dtype:
     return torch.float32 if float_logits else hidden.dtype
+
+
+def buffer_elements(rows: Any, columns: int, dtype: torch.dtype, budget: int) -> Any:
+    """Length of the buffer of tiles that live until the backward; rows that a mask drops count, but are not touched."""
+    return torch.sym_min(rows * columns, budget // dtype.itemsize)
+
+
+def selected_rows(hidden: Tensor, row_index: Tensor | None) -> int:
+    """How many rows take part as far as one knows without looking at a mask."""
+    return row_count(hidden) if row_index is None else row_index.shape[0]
 
 
 def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -2,41 +2,40 @@
 """The KL of a policy's tile and a reference's, each of whole rows: `token_kl`, and the two cases that it does not know.
 
 Heads that differ in scale or softcap are brought to the softmax's own logits first, in float32. A vocabulary sharded
-over ranks takes the laws' normalisers from all ranks, and sums every rank's share of the divergence.
+over ranks takes the normalisers of both softmaxes from all ranks, and sums every rank's share of the divergence.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops.linear.shards import Shard
-from rlhf_fast.ops.linear.slices import RowOptions, Slices, fold
+from rlhf_fast.ops.linear.slices import Shaping, Slices, fold
 from rlhf_fast.ops.reference import accumulate_dtype
 from rlhf_fast.ops.reference.kl import kl_slopes, kl_terms
 from rlhf_fast.ops.reference.logprob import log_softmax_again, shape_logits
 
 
-def pair_kl(
-    ops: Any,
-    tile: Tensor,  # (n, V)
-    ref_tile: Tensor,  # (n, V)
-    options: RowOptions,
-    ref_options: RowOptions,
-    kind: int,
-    beta: float,
-    shard: Shard,
-) -> tuple[Tensor, Tensor]:
+class Pair(NamedTuple):
+    """The logits of the same rows under two heads."""
+
+    tile: Tensor  # (n, V)
+    ref_tile: Tensor  # (n, V)
+    shaping: Shaping
+    ref_shaping: Shaping
+
+
+def pair_kl(ops: Any, pair: Pair, kind: int, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
     """The divergence (n,) and what its gradient needs (n, 6)."""
-    (tile, options), (ref_tile, ref_options) = _alike(tile, options, ref_tile, ref_options)
+    pair = _shaped_alike(pair)
     if shard.group is None:
-        return ops.token_kl(tile, ref_tile, None, *_row_options(options, ref_options), -1, kind, beta)
-    dtype = accumulate_dtype(tile.dtype)
-    (logp, parts), (logq, ref_parts) = (
-        _global_logprobs(ops, x, o, shard, dtype) for x, o in ((tile, options), (ref_tile, ref_options))
-    )
+        return ops.token_kl(pair.tile, pair.ref_tile, None, *_kernel_options(pair), -1, kind, beta)
+    dtype = accumulate_dtype(pair.tile.dtype)
+    logp, parts = _global_logprobs(ops, pair.tile, pair.shaping, shard, dtype)
+    logq, ref_parts = _global_logprobs(ops, pair.ref_tile, pair.ref_shaping, shard, dtype)
     slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
     sums = torch.stack([
         kl_terms(logp, logq, kind, beta).sum(-1), (logp.exp() * slope_p).sum(-1), (logq.exp() * slope_q).sum(-1)
@@ -48,59 +47,60 @@ def pair_kl(
 def pair_kl_backward(
     ops: Any,
     grad_kl: Tensor,  # (n,)
-    tile: Tensor,
-    ref_tile: Tensor,
-    options: RowOptions,
-    ref_options: RowOptions,
+    pair: Pair,
     kind: int,
     beta: float,
     parts: Tensor,  # (n, 6)
     needed: bool,
     ref_needed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients to the two tiles, (0,) where not needed."""
-    (z, own), (y, ref_own) = _alike(tile, options, ref_tile, ref_options)
+    """The gradients of the two tiles, (0,) where not needed."""
+    alike = _shaped_alike(pair)
+    policy, ref = alike.shaping, alike.ref_shaping
     grads = ops.token_kl_backward(
-        grad_kl, z, y, None, own.row_temperature, ref_own.row_temperature, parts, own.temperature,
-        ref_own.temperature, own.logit_scale, own.softcap, -1, kind, beta, needed, ref_needed,
+        grad_kl, alike.tile, alike.ref_tile, None, policy.row_temperature, ref.row_temperature, parts,
+        policy.temperature, ref.temperature, policy.logit_scale, policy.softcap, -1, kind, beta, needed, ref_needed,
     )  # fmt: skip
-    if z is not tile:
-        for grad, logits, shape in zip(grads, (z, y), (options, ref_options), strict=True):
+    if alike is not pair:
+        for grad, capped, shaping in zip(
+            grads, (alike.tile, alike.ref_tile), (pair.shaping, pair.ref_shaping), strict=True
+        ):
             if grad.numel():
-                grad *= shape.logit_scale * (1 - (logits / shape.softcap).square() if shape.softcap > 0 else 1)
+                grad *= shaping.logit_scale * (1 - (capped / shaping.softcap).square() if shaping.softcap > 0 else 1)
     return grads
 
 
-def _row_options(options: RowOptions, ref: RowOptions) -> tuple[Any, ...]:
+def _kernel_options(pair: Pair) -> tuple[Any, ...]:
+    """As `token_kl` takes them, from the temperatures of the rows on."""
+    policy, ref = pair.shaping, pair.ref_shaping
     return (
-        options.row_temperature, ref.row_temperature, options.temperature, ref.temperature, options.logit_scale,
-        options.softcap,
+        policy.row_temperature, ref.row_temperature, policy.temperature, ref.temperature, policy.logit_scale,
+        policy.softcap,
     )  # fmt: skip
 
 
-def _alike(
-    tile: Tensor, options: RowOptions, ref_tile: Tensor, ref_options: RowOptions
-) -> tuple[tuple[Tensor, RowOptions], tuple[Tensor, RowOptions]]:
-    """Both as they are where scale and softcap agree, else both scaled and capped, with neither left to do."""
-    if options[2:] == ref_options[2:]:
-        return (tile, options), (ref_tile, ref_options)
-    dtype = accumulate_dtype(tile.dtype)
+def _shaped_alike(pair: Pair) -> Pair:
+    """The pair itself where scale and softcap agree, else both tiles scaled and capped, with neither left to do."""
+    policy, ref = pair.shaping, pair.ref_shaping
+    if (policy.logit_scale, policy.softcap) == (ref.logit_scale, ref.softcap):
+        return pair
+    dtype = accumulate_dtype(pair.tile.dtype)
 
-    def shaped(x: Tensor, o: RowOptions) -> tuple[Tensor, RowOptions]:
-        z = x.to(dtype) * o.logit_scale
-        if o.softcap > 0:
-            z = torch.tanh(z / o.softcap) * o.softcap
-        return z, o._replace(logit_scale=1.0, softcap=0.0)
+    def shaped(x: Tensor, shaping: Shaping) -> Tensor:
+        z = x.to(dtype) * shaping.logit_scale
+        return torch.tanh(z / shaping.softcap) * shaping.softcap if shaping.softcap > 0 else z
 
-    return shaped(tile, options), shaped(ref_tile, ref_options)
+    return Pair(
+        shaped(pair.tile, policy), shaped(pair.ref_tile, ref),
+        policy._replace(logit_scale=1.0, softcap=0.0), ref._replace(logit_scale=1.0, softcap=0.0),
+    )  # fmt: skip
 
 
 def _global_logprobs(
-    ops: Any, tile: Tensor, options: RowOptions, shard: Shard, dtype: torch.dtype
+    ops: Any, tile: Tensor, shaping: Shaping, shard: Shard, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """This rank's columns of the log-probabilities (n, V / ranks), and the rows' max and log-sum (n, 2) over all."""
     slices = Slices.dead(1, tile.shape[0], 0, 0, tile, dtype)
-    fold(ops, slices, 0, slice(0, tile.shape[0]), tile, None, None, options, 0, 0)
-    parts = shard.merge(slices, options.factor).results(options.factor, dtype, False)[-1]
-    assert parts is not None
-    return log_softmax_again(shape_logits(tile, *options, -1), parts[:, 0], parts[:, 1]), parts
+    fold(ops, slices, 0, slice(0, tile.shape[0]), tile, None, None, shaping, 0, 0)
+    parts = shard.merge(slices, shaping.factor).row_statistics(shaping.factor, dtype, 0).parts
+    return log_softmax_again(shape_logits(tile, *shaping, -1), parts[:, 0], parts[:, 1]), parts

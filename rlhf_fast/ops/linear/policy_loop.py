@@ -10,77 +10,135 @@ from torch import Tensor
 
 from rlhf_fast._pages import give_back
 from rlhf_fast.ops import codes
-from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
-from rlhf_fast.ops.linear.inputs import tile_dtype
-from rlhf_fast.ops.linear.pairs import pair_kl, pair_kl_backward
-from rlhf_fast.ops.linear.rows import Rows
-from rlhf_fast.ops.linear.shards import Shard
-from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
-from rlhf_fast.ops.linear.tiles import Tile, Tiles, budget_of, tile_shape, whole_rows
-from rlhf_fast.ops.reference import accumulate_dtype
+from rlhf_fast.ops.linear.head import HeadGradients
+from rlhf_fast.ops.linear.head_rows import HeadRows
+from rlhf_fast.ops.linear.inputs import HeadTensors, LogitOptions, LoopOptions, Needs
+from rlhf_fast.ops.linear.pairs import Pair, pair_kl, pair_kl_backward
+from rlhf_fast.ops.linear.row_selection import RowInputs, RowSelection
+from rlhf_fast.ops.linear.slices import RowGradients, Slices, fold, own_targets
+from rlhf_fast.ops.linear.tiles import Tile, Tiles, tile_shape, whole_rows
 from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, kl_estimate, zero_beyond_limit
 
 EXACT = 4  # an estimator beside those of codes.ESTIMATORS: the KL over the vocabulary, against the reference's head
 BY_CODE = tuple(TOKEN_LOSSES.values())
 
 
-class Settings(NamedTuple):
-    """The loss' options as the operator takes them."""
+class RefTensors(NamedTuple):
+    """The reference's hidden states and head, for the exact KL alone."""
 
-    objective: int
+    ref_hidden: Tensor | None  # (..., H')
+    ref_weight: Tensor | None  # (V, H')
+    ref_bias: Tensor | None  # (V,)
+
+
+class Inputs(NamedTuple):
+    head: HeadTensors
+    targets: Tensor  # (...)
+    old_logprobs: Tensor  # (...)
+    advantages: Tensor  # (...)
+    share: Tensor  # (...) 1 / normalizer
+    log_ratio: Tensor | None  # (...)
+    ref_logprobs: Tensor | None  # (...)
+    ref: RefTensors
+    rows: RowInputs
+    row_temperature: Tensor | None  # (...)
+
+
+class LossOptions(NamedTuple):
+    objective: int  # place in TOKEN_LOSSES
     clip: Clip
     kl_coef: float
-    estimator: int
-    gradient: int
+    estimator: int  # of codes.ESTIMATORS, or EXACT
+    gradient: int  # of codes.GRADIENTS
     importance: bool
     entropy_coef: float
 
 
+class Options(NamedTuple):
+    loop: LoopOptions
+    logits: LogitOptions
+    loss: LossOptions
+
+
+class Outputs(NamedTuple):
+    """What comes out beside the gradients of the loss."""
+
+    loss: Tensor  # ()
+    logprobs: Tensor  # (...)
+    entropy: Tensor  # (...)
+    kl: Tensor  # (...)
+    clip_fraction: Tensor  # ()
+
+
 class Tokens(NamedTuple):
-    """Per-token inputs of the real rows, (n,) each."""
+    """Per-token inputs of the selected rows, (n,) each."""
 
     targets: Tensor
     old_logprobs: Tensor
     advantages: Tensor
-    share: Tensor  # 1 / normalizer
+    share: Tensor
+    log_ratio: Tensor | None
     ref_logprobs: Tensor | None
 
     def at(self, rows: slice) -> Tokens:
         return Tokens(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
 
+    def log_ratio_of(self, logprobs: Tensor) -> Tensor:
+        return logprobs - self.old_logprobs if self.log_ratio is None else self.log_ratio
 
-class _Loop:
-    """The real rows, both heads, and where the results go."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None, old_logprobs: Tensor, advantages: Tensor,
-        share: Tensor, ref_logprobs: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-        ref_bias: Tensor | None, lora_scale: float, temperature: float, logit_scale: float, softcap: float,
-        vocab_size: int, float_logits: bool, group: int,
-    ) -> None:  # fmt: skip
-        self.rows = Rows(hidden.shape[:-1], mask)
-        take = self.rows.take
-        self.shard = Shard(group, weight.shape[0])
-        columns = self.shard.counting(vocab_size)
-        self.head = Head(weight, bias, lora_a, lora_b, lora_scale).first(columns)
-        self.ref_head = None if ref_weight is None else Head(ref_weight, ref_bias, None, None, 0.0).first(columns)
-        taken = take(hidden, (hidden.shape[-1],))
-        assert taken is not None
-        self.hidden, self.low = taken, self.head.low_rank(taken)
-        self.ref_hidden = None if ref_hidden is None else take(ref_hidden, (ref_hidden.shape[-1],))
-        self.options = RowOptions(take(row_temperature, (), 1), temperature, logit_scale, softcap)
-        per_token = (targets, old_logprobs, advantages, share, ref_logprobs)
-        self.tokens = Tokens(*(take(x) for x in per_token))  # type: ignore[arg-type]
-        self.dtype = accumulate_dtype(hidden.dtype)
-        self.tile_dtype = tile_dtype(hidden, float_logits)
+class TokenResults(NamedTuple):
+    """Of some tokens, (n,) each."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    loss: Tensor
+    clipped: Tensor  # bool
+
+    @staticmethod
+    def empty(count: int, like: Tensor, dtype: torch.dtype) -> TokenResults:
+        logprobs, entropy, kl, loss = like.new_zeros((4, count), dtype=dtype).unbind()
+        return TokenResults(logprobs, entropy, kl, loss, torch.zeros(count, dtype=torch.bool, device=like.device))
+
+    def write(self, rows: slice, block: TokenResults) -> None:
+        for mine, theirs in zip(self, block, strict=True):
+            mine[rows] = theirs
+
+
+class _Loop(HeadRows):
+    """The selected rows and tokens, both heads, and blocks of whole rows."""
+
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        selection = RowSelection(inputs.head.hidden.shape[:-1], inputs.rows, options.loop.rows_padded)
+        super().__init__(inputs.head, options.loop, selection)
+        self.loss = options.loss
+        self.ref: HeadRows | None = None
+        if inputs.ref.ref_hidden is not None and inputs.ref.ref_weight is not None:
+            ref = HeadTensors(
+                inputs.ref.ref_hidden, inputs.ref.ref_weight, inputs.ref.ref_bias, lora_a=None, lora_b=None
+            )
+            self.ref = HeadRows(ref, options.loop, selection)
+        self.softmax = self.shaping(inputs.row_temperature, options.logits)
+        per_token = (
+            inputs.targets, inputs.old_logprobs, inputs.advantages, inputs.share, inputs.log_ratio, inputs.ref_logprobs
+        )  # fmt: skip
+        self.tokens = Tokens(*(selection.take(x) for x in per_token))  # type: ignore[arg-type]
+        self.budget = options.loop.budget
+
+    def block_height(self, needs: Needs) -> int:
+        """Rows of a block. All at once they save the float32 sum of the weight's gradient."""
+        saved = self.hidden.dtype != self.sum_dtype and needs.weight
+        spare = self.vocabulary * self.hidden.shape[1] * self.sum_dtype.itemsize if saved else 0
+        buffers = 1 if self.ref is None else 3  # the exact KL: both logits, and the gradient of one
+        row_bytes = max(1, self.columns) * self.tile_dtype.itemsize * buffers
+        return whole_rows(self.count, row_bytes, spare, self.device.type, self.budget)
 
     def block(self, rows: slice, memory: Tensor) -> Tiles:
-        """The tiles of a block of rows, all in `memory`; one of whole rows where a KL over the vocabulary is wanted."""
-        height, columns = rows.stop - rows.start, self.head.weight.shape[0]
-        width = tile_shape(height, columns, memory.element_size(), memory.device.type, memory.nbytes)[1]
-        width = columns if self.ref_head is not None else width
-        return Tiles(height, columns, memory[: height * columns], height, max(1, width))
+        """The tiles of a block of rows, all in `memory`; one of whole rows where a KL over the vocabulary is needed."""
+        height = rows.stop - rows.start
+        width = self.columns if self.ref is not None else tile_shape(height, self.columns, memory)[1]
+        return Tiles(height, self.columns, memory[: height * self.columns], height, max(1, width))
 
     def own_targets(self, rows: slice, tile: Tile) -> tuple[Tensor, Tensor]:
         columns, first = tile.columns, self.shard.first
@@ -89,107 +147,106 @@ class _Loop:
 
     def statistics(self, ops: Any, rows: slice, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the tiles of a block; its log-probs (n,), entropy (n,) and parts (n, 2)."""
-        asked = codes.LOGPROBS | codes.ENTROPY
-        options, low = self.options.at(rows), None if self.low is None else self.low[rows]
-        slices = Slices.dead(max(1, tiles.column_blocks), tiles.rows, 1, asked, self.hidden, self.dtype)
+        outputs = codes.LOGPROBS | codes.ENTROPY
+        shaping = self.softmax.at(rows)
+        slices = Slices.dead(max(1, tiles.column_blocks), tiles.rows, 1, outputs, self.hidden, self.sum_dtype)
         for at, tile in enumerate(tiles):
-            self.head.fill(tile.logits, self.hidden[rows], low, tile.columns)
-            fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), options, asked, 0)
-        merged = self.shard.merge(slices, options.factor)
-        logprobs, entropy, _, _, _, parts = merged.results(options.factor, self.dtype, False)
-        assert logprobs is not None and entropy is not None and parts is not None
-        return logprobs.squeeze(-1), entropy, parts
+            self.fill(tile.logits, rows, tile.columns)
+            fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), shaping, outputs, 0)
+        merged = self.shard.merge(slices, shaping.factor)
+        found = merged.row_statistics(shaping.factor, self.sum_dtype, outputs)
+        assert found.logprobs is not None and found.entropy is not None
+        return found.logprobs.squeeze(-1), found.entropy, found.parts
 
-    def reference_tile(self, rows: slice, memory: Tensor) -> Tensor:
-        assert self.ref_head is not None and self.ref_hidden is not None
-        height, columns = rows.stop - rows.start, self.head.weight.shape[0]
-        tile = memory[: height * columns].view(height, columns)
-        return self.ref_head.fill(tile, self.ref_hidden[rows], None, slice(0, columns))
+    def pair(self, rows: slice, memory: Tensor) -> Pair:
+        """The filled tile of the policy's logits, and that of the reference's."""
+        assert self.ref is not None
+        height = rows.stop - rows.start
+        policy, ref = (x[: height * self.columns].view(height, self.columns) for x in memory)
+        self.ref.fill(ref, rows, slice(0, self.columns))
+        shaping = self.softmax.at(rows)
+        return Pair(policy, ref, shaping, shaping)
 
 
-def policy_loop(ops: Any, *args: Any) -> tuple[Tensor, ...]:
-    """loss, logprobs, entropy, kl, clip_fraction, and the gradients of loss in hidden and head."""
-    *inputs, objective, low, high, dual, kl_coef, estimator, gradient, importance, entropy_coef, budget = args[:-5]
-    settings = Settings(objective, Clip(low, high, dual), kl_coef, estimator, gradient, importance, entropy_coef)
-    needs = Needs(*args[-5:])
-    hidden, weight = inputs[0], inputs[1]
+def policy_loop(ops: Any, inputs: Inputs, options: Options, needs: Needs) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of the loss in hidden and head."""
+    hidden = inputs.head.hidden
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
-        loop = _Loop(*inputs)
-        real, width = loop.rows.real, loop.head.weight.shape[0]
-        spare = 0 if hidden.dtype == loop.dtype or not needs.weight else weight.numel() * loop.dtype.itemsize
-        bytes_of_row = max(1, width) * loop.tile_dtype.itemsize * (1 if loop.ref_head is None else 3)
-        limit = budget_of(None if budget < 0 else budget, hidden.device)
-        height = whole_rows(real, bytes_of_row, spare, hidden.device.type, limit)
-        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, -(-real // height))
-        per_token = hidden.new_zeros((4, real), dtype=loop.dtype)  # logprobs, entropy, kl, loss
-        clipped = torch.zeros(real, dtype=torch.bool, device=hidden.device)
-        heads = 1 if loop.ref_head is None else 2
-        memory = hidden.new_empty((heads, height * width), dtype=loop.tile_dtype)
-        for top in range(0, real, height):
-            rows = slice(top, min(top + height, real))
-            per_token[:, rows], clipped[rows] = _block(ops, loop, settings, rows, memory, sums if any(needs) else None)
-        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
+        loop = _Loop(inputs, options)
+        height = loop.block_height(needs)
+        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, -(-loop.count // height))
+        results = TokenResults.empty(loop.count, hidden, loop.sum_dtype)
+        heads = 1 if loop.ref is None else 2
+        memory = hidden.new_empty((heads, height * loop.columns), dtype=loop.tile_dtype)
+        for top in range(0, loop.count, height):
+            rows = slice(top, min(top + height, loop.count))
+            results.write(rows, _block(ops, loop, rows, memory, sums if any(needs) else None))
+        grads = sums.finish(loop.vocabulary, loop.shard.sum)
         if needs.hidden:
-            grad_hidden = loop.rows.put(grad_hidden, (hidden.shape[-1],))
-    loss = (per_token[3] * loop.tokens.share).sum()
-    counted = torch.ones_like(clipped) if loop.rows.masked is None else ~loop.rows.masked
-    fraction = ((clipped & counted).sum() / counted.sum().clamp(min=1)).to(loop.dtype)
-    outputs = [loop.rows.put(x.clone()) for x in per_token[:3]]
-    return (loss, *outputs, fraction, grad_hidden, *grads)
+            grads = grads._replace(grad_hidden=loop.put_hidden(grads.grad_hidden))
+    used = loop.selection.used()
+    counted = torch.ones_like(results.clipped) if used is None else used
+    fraction = ((results.clipped & counted).sum() / counted.sum().clamp(min=1)).to(loop.sum_dtype)
+    put = loop.selection.put
+    loss = (results.loss * loop.tokens.share).sum()
+    logprobs, entropy, kl = (put(x.clone()) for x in (results.logprobs, results.entropy, results.kl))
+    return (*Outputs(loss, logprobs, entropy, kl, fraction), *grads)
 
 
-def _block(
-    ops: Any, loop: _Loop, settings: Settings, rows: slice, memory: Tensor, sums: HeadGradients | None
-) -> tuple[Tensor, Tensor]:
-    """Of one block of rows: logprobs, entropy, kl and loss (4, n), and which were clipped; its gradients go to sums."""
+def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradients | None) -> TokenResults:
+    """The results of one block of rows; its gradients go to sums."""
     tiles = loop.block(rows, memory[0])
     logprobs, entropy, parts = loop.statistics(ops, rows, tiles)
-    tokens, options = loop.tokens.at(rows), loop.options.at(rows)
-    objective = BY_CODE[settings.objective](logprobs, logprobs - tokens.old_logprobs, tokens.advantages, settings.clip)
-    slope = objective.slope
-    kl, exact_grad = torch.zeros_like(logprobs), None
-    if loop.ref_head is not None:
-        tile = memory[0, : tiles.rows * tiles.columns].view(tiles.rows, tiles.columns)
-        wanted = settings.kl_coef * tokens.share if sums is not None and settings.kl_coef != 0 else None
-        kl, exact_grad = _exact_kl(ops, tile, loop.reference_tile(rows, memory[1]), options, loop.shard, wanted)
+    tokens, options = loop.tokens.at(rows), loop.loss
+    found = BY_CODE[options.objective](logprobs, tokens.log_ratio_of(logprobs), tokens.advantages, options.clip)
+    slope = found.slope
+    kl, kl_gradient = torch.zeros_like(logprobs), None
+    if loop.ref is not None:
+        grad_kl = options.kl_coef * tokens.share if sums is not None and options.kl_coef != 0 else None
+        kl, kl_gradient = _exact_kl(ops, loop.pair(rows, memory), loop, grad_kl)
     elif tokens.ref_logprobs is not None:
-        kl, kl_slope = _estimated_kl(logprobs, tokens, settings)
-        slope = slope + settings.kl_coef * kl_slope
-    loss = objective.loss - settings.entropy_coef * entropy
-    if settings.kl_coef != 0:  # a KL that is only watched may be infinite
-        loss = loss + settings.kl_coef * kl
+        kl, kl_slope = _estimated_kl(logprobs, tokens, options)
+        slope = slope + options.kl_coef * kl_slope
+    loss = found.loss - options.entropy_coef * entropy
+    if options.kl_coef != 0:  # a KL that is only watched may be infinite
+        loss = loss + options.kl_coef * kl
     if sums is not None:
-        grad_entropy = None if settings.entropy_coef == 0 else -settings.entropy_coef * tokens.share
+        grad_entropy = None if options.entropy_coef == 0 else -options.entropy_coef * tokens.share
         gradients = RowGradients(
             (slope * tokens.share).unsqueeze(-1), grad_entropy, None, None,
             None if grad_entropy is None else entropy, parts,
         )  # fmt: skip
-        for part in tiles:
-            gradients.turn(ops, part.logits, part.rows, *loop.own_targets(rows, part), options)
-            if exact_grad is not None:
-                part.logits.add_(exact_grad)
-            sums.add(part.logits, rows, part.columns)
-            if sums.once:  # no other block of rows needs the memory
-                give_back(part.logits)
-    return torch.stack([logprobs, entropy, kl, loss]), objective.clipped
+        _add_gradients(ops, loop, rows, tiles, gradients, kl_gradient, sums)
+    return TokenResults(logprobs, entropy, kl, loss, found.clipped)
 
 
-def _exact_kl(
-    ops: Any, tile: Tensor, ref_tile: Tensor, options: RowOptions, shard: Shard, wanted: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The reverse KL (n,), and its gradient to the tile for the gradient `wanted` (n,) of the loss in it."""
-    kl, parts = pair_kl(ops, tile, ref_tile, options, options, codes.REVERSE, 0.5, shard)
-    if wanted is None:
+def _add_gradients(
+    ops: Any, loop: _Loop, rows: slice, tiles: Tiles, gradients: RowGradients, kl_gradient: Tensor | None,
+    sums: HeadGradients,
+) -> None:  # fmt: skip
+    """Turns the tiles of a block into their gradient and adds what that gives."""
+    for tile in tiles:
+        gradients.turn(ops, tile.logits, tile.rows, *loop.own_targets(rows, tile), loop.softmax.at(rows))
+        if kl_gradient is not None:
+            tile.logits.add_(kl_gradient)
+        sums.add(tile.logits, rows, tile.columns)
+        if sums.once:  # no other block of rows needs the memory
+            give_back(tile.logits)
+
+
+def _exact_kl(ops: Any, pair: Pair, loop: _Loop, grad_kl: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The reverse KL (n,), and its gradient in the policy's tile for the gradient grad_kl (n,) of the loss in it."""
+    kl, parts = pair_kl(ops, pair, codes.REVERSE, 0.5, loop.shard)
+    if grad_kl is None:
         return kl, None
-    pair = (tile, ref_tile, options, options, codes.REVERSE, 0.5)
-    return kl, pair_kl_backward(ops, wanted, *pair, parts, True, False)[0]
+    return kl, pair_kl_backward(ops, grad_kl, pair, codes.REVERSE, 0.5, parts, True, False)[0]
 
 
-def _estimated_kl(logprobs: Tensor, tokens: Tokens, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The estimate (n,), times the ratio if so wanted, and its derivative in logprobs."""
+def _estimated_kl(logprobs: Tensor, tokens: Tokens, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """The estimate (n,), times the ratio where that is an option, and its derivative in logprobs."""
     assert tokens.ref_logprobs is not None
-    kl, slope = kl_estimate(logprobs, tokens.ref_logprobs, settings.estimator, settings.gradient)
-    if not settings.importance:
+    kl, slope = kl_estimate(logprobs, tokens.ref_logprobs, options.estimator, options.gradient)
+    if not options.importance:
         return kl, slope
     log_ratio = logprobs - tokens.old_logprobs
     ratio = importance_ratio(log_ratio)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_policy_loss: a policy-gradient loss straight from hidden states, its gradients made in the forward.
+"""linear_policy_loss: a policy-gradient loss straight from hidden states, its gradients computed in the forward.
 
 The loss is a sum over tokens, so as soon as a row's log-probability is known so is its gradient. Each block of rows is
 therefore multiplied by the head, folded, turned into its gradient and multiplied back before the next one: three
@@ -16,11 +16,23 @@ from torch import Tensor
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward
-from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, HeadInputs, Lora, check_head, fake_gradients
-from rlhf_fast.ops.linear.policy_loop import EXACT, policy_loop
-from rlhf_fast.ops.logprob import ROW_OPTIONS, check_row_options, check_targets
+from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
+from rlhf_fast.ops.linear.divergence import check_reference
+from rlhf_fast.ops.linear.inputs import (
+    CheckedHead,
+    HeadGradientTensors,
+    LogitOptions,
+    Lora,
+    Needs,
+    check_head,
+    fake_gradients,
+    needs_of,
+)
+from rlhf_fast.ops.linear.policy_loop import EXACT, Inputs, LossOptions, Options, Outputs, RefTensors, policy_loop
+from rlhf_fast.ops.linear.row_selection import select_rows
+from rlhf_fast.ops.logprob import check_row_options, check_targets
 from rlhf_fast.ops.reference import accumulate_dtype
-from rlhf_fast.ops.token_losses import TOKEN_LOSSES
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip
 
 ESTIMATORS = {**codes.ESTIMATORS, "exact": EXACT}
 
@@ -42,7 +54,9 @@ def linear_policy_loss(
     old_logprobs: Tensor,  # (...)
     advantages: Tensor,  # (...)
     *,
-    mask: Tensor,  # (...)
+    mask: Tensor | None = None,  # (...)
+    rows: Tensor | None = None,  # (R,)
+    log_ratio: Tensor | None = None,  # (...)
     ref_logprobs: Tensor | None = None,  # (...)
     ref_hidden: Tensor | None = None,  # (..., H')
     ref_weight: Tensor | None = None,  # (V, H')
@@ -69,10 +83,16 @@ def linear_policy_loss(
     """sum over real tokens of (objective + kl_coef * kl - entropy_coef * entropy) / normalizer.
 
     Args:
-        hidden, weight, bias, lora, temperature, logit_scale, softcap, vocab_size, logits_dtype, process_group: as for
-            `linear_token_logprobs`; hidden may be (B, T, H) or (N, H), and all per-token tensors follow it.
-        targets: the sampled tokens; old_logprobs, advantages: float, what they were sampled with and what they earned.
-        mask: bool, True = response token. Masked rows are dropped before the matmul.
+        hidden, weight, bias, lora, temperature, logit_scale, softcap, vocab_size, logits_dtype, process_group, rows: as
+            for `linear_token_logprobs`; hidden may be (B, T, H) or (N, H), and all per-token tensors follow it.
+        targets: int64 or int32, the sampled tokens.
+        old_logprobs, advantages: float, the log-probabilities they were sampled with, and their advantages.
+        mask: bool, True = response token. Masked rows are dropped before the matmul. Either mask or rows must be given.
+        log_ratio: float, taken in place of logprobs - old_logprobs as the log of each token's ratio, and differentiated
+            in logprobs as that would be. For ratios of whole sequences (GSPO, RLOO), from log-probabilities computed
+            before: `log_ratio=sequence_log_ratio(logprobs, old_logprobs, mask)`, see `rlhf_fast.ops.token_losses`, with
+            `normalizer=B * mask.sum(-1, keepdim=True)` for the mean over sequences of GSPO's loss. RLOO's gradient is
+            that of mean=False with `normalizer=B`; its value then counts a sequence's loss once for each token.
         objective: "ppo", "dual_clip", "grpo", "dapo", "dr_grpo" or "cispo", see `rlhf_fast.ops.token_losses`. GRPO,
             DAPO and Dr. GRPO have PPO's token loss and differ in `normalizer` and in how advantages are computed.
             The log-ratio is limited to +-rf.LOG_RATIO_LIMIT before its exp (in the ratio, in k3 and in kl_importance),
@@ -90,133 +110,134 @@ def linear_policy_loss(
 
     Returns:
         `PolicyLoss`; loss is differentiable, once, in hidden, weight, bias and lora. clip_fraction is the share of real
-        tokens whose loss the clip decides. Sequence-level ratios (GSPO) do not fit, see `rlhf_fast.ops.token_losses`.
+        tokens whose loss the clip decides.
     """
     op = "linear_policy_loss"
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, memory_budget, process_group)
-    rows, first = head.hidden.shape[:-1], head.hidden
-    if mask is None:
-        raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = response token), got None")
+    first = head.tensors.hidden
+    if mask is None and rows is None:
+        raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = response token), or rows given, got None")
+    row_inputs, checked, padded = select_rows(op, mask, rows, first)
     row_temperature, scalar, cap, columns = check_row_options(
-        op, rows, head.vocabulary, temperature, softcap, mask, vocab_size, first
+        op, head.shape, head.vocabulary, temperature, softcap, checked, vocab_size, first
     )
-    check_targets(op, targets, rows, head.vocabulary if columns < 0 else columns, mask, first)
-    _check.shape_is(op, "targets", targets, rows, "the rows")
-    old, gains = (_per_token(op, n, x, rows, first) for n, x in (("old_logprobs", old_logprobs),
-                                                                 ("advantages", advantages)))  # fmt: skip
-    reference, ref = _reference_tensors(op, estimator, ref_logprobs, ref_hidden, ref_weight, ref_bias, kl_coef, head)
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    check_targets(op, targets, head.shape, head.vocabulary if columns < 0 else columns, checked, first)
+    _check.shape_is(op, "targets", targets, head.shape, "the rows")
+    per_token = {"old_logprobs": old_logprobs, "advantages": advantages, "log_ratio": log_ratio}
+    old, gains, ratios = (None if x is None else _per_token(op, name, x, head) for name, x in per_token.items())
+    assert old is not None and gains is not None
+    ref_tokens, ref = _reference(op, estimator, ref_logprobs, ref_hidden, ref_weight, ref_bias, kl_coef, head)
+    loss = LossOptions(
+        _check.choice(op, "objective", objective, {name: i for i, name in enumerate(TOKEN_LOSSES)}),
+        _clip(op, clip, dual_clip), float(kl_coef), ESTIMATORS[estimator],
+        _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS), bool(kl_importance), float(entropy_coef),
+    )  # fmt: skip
+    share = _share(op, normalizer, mask, rows, head.shape, accumulate_dtype(first.dtype))
+    inputs = Inputs(head.tensors, targets, old, gains, share, ratios, ref_tokens, ref, row_inputs, row_temperature)
+    loop_options = head.options._replace(vocab_size=columns, rows_padded=padded)
+    options = Options(loop_options, LogitOptions(scalar, float(logit_scale), cap), loss)
+    results = _dispatch.select(op, first).linear_policy_loss(*flatten(inputs, options, needs_of(head.tensors)))
+    outputs = Outputs(*results[: len(Outputs._fields)])
+    has_reference = ref_tokens is not None or ref.ref_hidden is not None
+    return PolicyLoss(
+        outputs.loss, outputs.logprobs, outputs.entropy, outputs.kl if has_reference else None, outputs.clip_fraction
+    )
+
+
+def _per_token(op: str, name: str, x: Tensor, head: CheckedHead) -> Tensor:
+    _check.is_float(op, name, x)
+    _check.shape_is(op, name, x, head.shape, "the rows of hidden")
+    _check.on_device(op, name, x, "hidden", head.tensors.hidden)
+    return x.detach().to(accumulate_dtype(head.tensors.hidden.dtype))
+
+
+def _clip(op: str, clip: float | tuple[float, float], dual_clip: float) -> Clip:
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     for value in (low, high):
         if not value >= 0:
             raise ValueError(f"rlhf_fast.{op}: clip must be at least 0, got {clip}")
     if not dual_clip > 1:
         raise ValueError(f"rlhf_fast.{op}: dual_clip must be greater than 1, got {dual_clip}")
-    objective_code = _check.choice(op, "objective", objective, {name: i for i, name in enumerate(TOKEN_LOSSES)})
-    gradient = _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS)
-    share = _share(op, normalizer, mask, accumulate_dtype(first.dtype))
-    grad = torch.is_grad_enabled()
-    needs = [grad and x is not None and x.requires_grad for x in head.tensors]
-    loss, logprobs, entropy, kl, clip_fraction, *_ = _dispatch.select(op, first).linear_policy_loss(
-        *head.tensors, targets, mask, row_temperature, old, gains, share, reference, *ref, head.lora_scale, scalar,
-        float(logit_scale), cap, columns, head.float_logits, head.group, objective_code, float(low), float(high),
-        float(dual_clip), float(kl_coef), ESTIMATORS[estimator], gradient, kl_importance, float(entropy_coef),
-        -1 if memory_budget is None else memory_budget, *needs,
-    )  # fmt: skip
-    return PolicyLoss(loss, logprobs, entropy, kl if reference is not None or ref[0] is not None else None,
-                      clip_fraction)  # fmt: skip
+    return Clip(float(low), float(high), float(dual_clip))
 
 
-def _per_token(op: str, name: str, x: Tensor, rows: torch.Size, first: Tensor) -> Tensor:
-    _check.is_float(op, name, x)
-    _check.shape_is(op, name, x, rows, "the rows of hidden")
-    _check.on_device(op, name, x, "hidden", first)
-    return x.detach().to(accumulate_dtype(first.dtype))
-
-
-def _reference_tensors(
+def _reference(
     op: str, estimator: str, ref_logprobs: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
-    ref_bias: Tensor | None, kl_coef: float, head: HeadInputs,
-) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:  # fmt: skip
-    """The reference as the estimator wants it: its log-probs, or its hidden states and head."""
+    ref_bias: Tensor | None, kl_coef: float, head: CheckedHead,
+) -> tuple[Tensor | None, RefTensors]:  # fmt: skip
+    """The reference as the estimator needs it: its log-probs, or its hidden states and head."""
+    nothing = RefTensors(None, None, None)
     if _check.choice(op, "estimator", estimator, ESTIMATORS) != EXACT:
-        if ref_logprobs is None:
-            if kl_coef != 0:
-                raise ValueError(f"rlhf_fast.{op}: ref_logprobs must be given when kl_coef is not 0, got None")
-            return None, (None, None, None)
-        return _per_token(op, "ref_logprobs", ref_logprobs, head.hidden.shape[:-1], head.hidden), (None, None, None)
+        if ref_logprobs is not None:
+            return _per_token(op, "ref_logprobs", ref_logprobs, head), nothing
+        if kl_coef != 0:
+            raise ValueError(f"rlhf_fast.{op}: ref_logprobs must be given when kl_coef is not 0, got None")
+        return None, nothing
     if ref_hidden is None or ref_weight is None:
         missing = "ref_hidden" if ref_hidden is None else "ref_weight"
         raise ValueError(f"rlhf_fast.{op}: {missing} must be given for the exact KL, got None")
     with torch.no_grad():
-        ref = check_head(op, ref_hidden, ref_weight, ref_bias, side="ref_")
-    _check.same_dtype(op, "ref_hidden", ref.hidden, "hidden", head.hidden)
-    wanted = (*head.hidden.shape[:-1], ref.hidden.shape[-1])
-    _check.shape_is(op, "ref_hidden", ref.hidden, wanted, "the rows of hidden and its own H")
-    if ref.weight.shape[0] != head.weight.shape[0]:
-        raise ValueError(
-            f"rlhf_fast.{op}: ref_weight must have the vocabulary of weight, {head.weight.shape[0]} rows, "
-            f"got {tuple(ref.weight.shape)}"
-        )
-    return None, (ref.hidden.detach(), ref.weight.detach(), None if ref.bias is None else ref.bias.detach())
+        ref = check_reference(op, head, ref_hidden, ref_weight, ref_bias).tensors
+    return None, RefTensors(*(None if x is None else x.detach() for x in (ref.hidden, ref.weight, ref.bias)))
 
 
-def _share(op: str, normalizer: float | Tensor | None, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each token's loss counts, 0 at masked ones."""
+def _share(
+    op: str, normalizer: float | Tensor | None, mask: Tensor | None, rows: Tensor | None, shape: torch.Size,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """1 / normalizer of each token, 0 at masked ones."""
+    real = mask if rows is None else rows >= 0
+    assert real is not None
     if normalizer is None:
-        normalizer = mask.sum().clamp(min=1)
+        normalizer = real.sum().clamp(min=1)
     elif not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), _check.positive(op, "normalizer", normalizer), dtype=dtype, device=mask.device)
-    sizes = zip(reversed(normalizer.shape), reversed(mask.shape), strict=False)
-    if normalizer.dim() > mask.dim() or any(n not in (1, m) for n, m in sizes):
+        normalizer = torch.full((), _check.positive(op, "normalizer", normalizer), dtype=dtype, device=real.device)
+    sizes = zip(reversed(normalizer.shape), reversed(shape), strict=False)
+    if normalizer.dim() > len(shape) or any(n not in (1, m) for n, m in sizes):
         raise ValueError(
-            f"rlhf_fast.{op}: normalizer must broadcast to the rows {tuple(mask.shape)}, got {tuple(normalizer.shape)}"
+            f"rlhf_fast.{op}: normalizer must broadcast to the rows {tuple(shape)}, got {tuple(normalizer.shape)}"
         )
-    return torch.where(mask, normalizer.detach().to(dtype).reciprocal(), 0.0)
+    share = normalizer.detach().to(dtype).reciprocal()
+    return share.expand(shape) if mask is None else torch.where(mask, share, 0.0)
 
 
 # ----------------------------------------------------------------------------------------------- registration
 
-POLICY = (
-    "Tensor old_logprobs, Tensor advantages, Tensor share, Tensor? ref_logprobs, Tensor? ref_hidden, "
-    "Tensor? ref_weight, Tensor? ref_bias"
-)
-POLICY_OPTIONS = (
-    "int objective, float clip_low, float clip_high, float dual_clip, float kl_coef, int estimator, int gradient, "
-    "bool importance, float entropy_coef, int budget"
-)
 
-
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    dtype, rows = accumulate_dtype(hidden.dtype), hidden.shape[:-1]
-    per_token = [hidden.new_empty(rows, dtype=dtype) for _ in range(3)]
-    scalars = [hidden.new_empty((), dtype=dtype) for _ in range(2)]
-    return (scalars[0], *per_token, scalars[1], *fake_gradients((hidden, *args[:4]), args[-5:]))
+def _fake(inputs: Inputs, options: Options, needs: Needs) -> tuple[Tensor, ...]:
+    hidden = inputs.head.hidden
+    dtype, shape = accumulate_dtype(hidden.dtype), hidden.shape[:-1]
+    logprobs, entropy, kl = (hidden.new_empty(shape, dtype=dtype) for _ in range(3))
+    loss, clip_fraction = (hidden.new_empty((), dtype=dtype) for _ in range(2))
+    return (*Outputs(loss, logprobs, entropy, kl, clip_fraction), *fake_gradients(inputs.head, needs))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
+    outputs, gradients = unflatten(output, Outputs, HeadGradientTensors)
+    ctx.mark_non_differentiable(*outputs[1:], *gradients)
     ctx.set_materialize_grads(False)
-    ctx.gradients, ctx.inputs = output[5:], len(inputs)
+    ctx.gradients = gradients
 
 
 def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    arguments = (Inputs, Options, Needs)
     if grad_loss is None:
-        return (None,) * ctx.inputs
-    wanted = ctx.needs_input_grad[:5]
+        return gradients_of([], [], *arguments)
+    needed = unflatten(ctx.needs_input_grad, *arguments)[0].head
     gradients = ctx.gradients
     if gradients is None:
         raise RuntimeError(
             "rlhf_fast.linear_policy_loss: a second backward is not supported: the first one scaled the gradients that "
-            "the forward had made, and handed them on; call the op again"
+            "the forward had computed, and handed them on; call the op again"
         )
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(gradients[0]) is not Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(gradients.grad_hidden) is not Tensor:
         gradients = ops.linear_policy_loss_backward(grad_loss, *gradients)
     else:
         ctx.gradients = None
         if grad_loss.is_cuda or float(grad_loss) != 1:  # 1 is what loss.backward() brings; a GPU would be waited for
             for gradient in gradients:
                 gradient.mul_(grad_loss)
-    return (*(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * (ctx.inputs - 5))
+    return gradients_of(gradients, needed, *arguments)
 
 
 def _scale(grad_loss: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
@@ -225,12 +246,12 @@ def _scale(grad_loss: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
 
 define(
     "linear_policy_loss",
-    f"(Tensor hidden, {HEAD}, Tensor targets, Tensor? mask, Tensor? row_temperature, {POLICY}, float lora_scale, "
-    f"{ROW_OPTIONS}, bool float_logits, int group, {POLICY_OPTIONS}, {NEEDS}) -> (Tensor loss, Tensor logprobs, "
-    f"Tensor entropy, Tensor kl, Tensor clip_fraction, {HEAD_GRADIENTS.replace('Tensor ', 'Tensor grad_')})",
-    reference=policy_loop, fake=_fake, setup_context=_setup_context, backward=_backward,
+    f"({schema(Inputs, Options)}, {schema(Needs, prefix='needs_')}) -> ({schema(Outputs, HeadGradientTensors)})",
+    reference=on_bundles(policy_loop, Inputs, Options, Needs), fake=fake_on_bundles(_fake, Inputs, Options, Needs),
+    setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 define_backward(
-    "linear_policy_loss_backward", f"(Tensor grad_loss, {HEAD_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "linear_policy_loss_backward",
+    f"(Tensor grad_loss, {schema(HeadGradientTensors)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_scale, fake=_scale, of="linear_policy_loss",
 )  # fmt: skip

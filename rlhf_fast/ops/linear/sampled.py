@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_sampled_logprobs: log-probs under the law that top-k or top-p sampling left, from the kept ids alone.
+"""linear_sampled_logprobs: log-probs under what top-k or top-p sampling draws from, from the kept ids alone.
 
 A rollout that samples from the k best tokens draws from the softmax over these k. Its log-probability needs k rows of
 the weight, not V: rows are sorted by how many ids they keep, blocks of them gather their weight rows, multiply, and
@@ -19,10 +19,21 @@ from torch import Tensor
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward, save, saved
-from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
-from rlhf_fast.ops.linear.inputs import HEAD, HEAD_GRADIENTS, NEEDS, Lora, check_head, fake_gradients, tile_dtype
-from rlhf_fast.ops.linear.shards import Shard
-from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold
+from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
+from rlhf_fast.ops.linear.head import HeadGradients
+from rlhf_fast.ops.linear.head_rows import HeadRows
+from rlhf_fast.ops.linear.inputs import (
+    HeadGradientTensors,
+    HeadTensors,
+    LogitOptions,
+    LoopOptions,
+    Lora,
+    Needs,
+    check_head,
+    fake_gradients,
+)
+from rlhf_fast.ops.linear.row_selection import RowInputs, RowSelection, row_count, select_rows
+from rlhf_fast.ops.linear.slices import RowGradients, Slices, fold
 from rlhf_fast.ops.linear.tiles import CPU_ROW_TILE, GPU_TILE
 from rlhf_fast.ops.logprob import check_row_options, check_targets
 from rlhf_fast.ops.reference import accumulate_dtype
@@ -33,6 +44,33 @@ from rlhf_fast.ops.reference.logprob import shape_logits
 #     128 ids  1/3 to 1/2 in float32, 2/3 to 4/5 in bfloat16      256 ids  2/3 to 3/4 in float32, all of it in bfloat16
 #     512 ids  1.1 to 1.4 times it in float32, 2.6 in bfloat16
 DENSE_FROM = 192
+
+
+class Inputs(NamedTuple):
+    head: HeadTensors
+    targets: Tensor  # (...)
+    support_ids: Tensor  # (total,)
+    support_offsets: Tensor  # (N + 1,)
+    rows: RowInputs
+    row_temperature: Tensor | None  # (...)
+
+
+class Options(NamedTuple):
+    loop: LoopOptions
+    logits: LogitOptions
+
+
+class Outputs(NamedTuple):
+    logprobs: Tensor  # (...)
+    parts: Tensor  # (N, 2): row max and log-sum over the kept ids
+
+
+class Gradients(NamedTuple):
+    grad_logprobs: Tensor
+
+
+class Saved(NamedTuple):
+    parts: Tensor
 
 
 def linear_sampled_logprobs(
@@ -48,13 +86,14 @@ def linear_sampled_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,  # (...)
+    rows: Tensor | None = None,  # (R,)
     logits_dtype: torch.dtype | None = None,
     process_group: Any = None,
 ) -> Tensor:
     """log softmax of the logits at each row's kept ids, read at its target.
 
     Args:
-        hidden, weight, bias, lora, temperature, logit_scale, softcap, mask, logits_dtype, process_group: as for
+        hidden, weight, bias, lora, temperature, logit_scale, softcap, mask, rows, logits_dtype, process_group: as for
             `linear_token_logprobs`.
         targets: int64, each one among its row's kept ids; at masked rows anything.
         support_ids, support_offsets: int64 or int32; row n keeps support_ids[support_offsets[n]:support_offsets[n+1]],
@@ -66,18 +105,18 @@ def linear_sampled_logprobs(
     """
     op = "linear_sampled_logprobs"
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, process_group=process_group)
-    rows = head.hidden.shape[:-1]
+    row_inputs, checked, padded = select_rows(op, mask, rows, head.tensors.hidden)
     row_temperature, scalar, cap, _ = check_row_options(
-        op, rows, head.vocabulary, temperature, softcap, mask, None, head.hidden
+        op, head.shape, head.vocabulary, temperature, softcap, checked, None, head.tensors.hidden
     )
-    check_targets(op, targets, rows, head.vocabulary, mask, head.hidden)
-    _check.shape_is(op, "targets", targets, rows, "the rows of hidden")
-    _check_support(op, support_ids, support_offsets, targets, mask, head.vocabulary)
-    logprobs, _ = _dispatch.select(op, head.hidden).linear_sampled_logprobs(
-        *head.tensors, targets, support_ids, support_offsets, mask, row_temperature, head.lora_scale, scalar,
-        float(logit_scale), cap, head.float_logits, head.group,
-    )  # fmt: skip
-    return logprobs
+    check_targets(op, targets, head.shape, head.vocabulary, checked, head.tensors.hidden)
+    _check.shape_is(op, "targets", targets, head.shape, "the rows of hidden")
+    _check_support(op, support_ids, support_offsets, targets, checked, head.vocabulary)
+    inputs = Inputs(head.tensors, targets, support_ids, support_offsets, row_inputs, row_temperature)
+    options = Options(head.options._replace(rows_padded=padded), LogitOptions(scalar, float(logit_scale), cap))
+    return Outputs(
+        *_dispatch.select(op, head.tensors.hidden).linear_sampled_logprobs(*flatten(inputs, options))
+    ).logprobs
 
 
 def _check_support(
@@ -128,45 +167,32 @@ class _Block(NamedTuple):
     dense: bool
 
 
-class _Loop:
-    """The real rows, sorted by how many ids they keep, in blocks."""
+class _Loop(HeadRows):
+    """The selected rows, sorted by how many ids they keep, in blocks."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        targets: Tensor, support_ids: Tensor, support_offsets: Tensor, mask: Tensor | None,
-        row_temperature: Tensor | None, lora_scale: float, temperature: float, logit_scale: float, softcap: float,
-        float_logits: bool, group: int,
-    ) -> None:  # fmt: skip
-        self.shard = Shard(group, weight.shape[0])
-        self.head = Head(weight, bias, lora_a, lora_b, lora_scale)
-        offsets = support_offsets.long()
-        self.count = targets.numel()
-        self.order = offsets.diff().argsort(stable=True)
-        if mask is not None:
-            self.order = self.order[mask.reshape(-1)[self.order]]
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        offsets = inputs.support_offsets.long()
+        self.order = _by_support(offsets.diff(), inputs.rows, options.loop.rows_padded)
+        shape = inputs.head.hidden.shape[:-1]
+        super().__init__(inputs.head, options.loop, RowSelection(shape, RowInputs(None, self.order), False))
         self.begin, self.end = offsets[:-1][self.order], offsets[1:][self.order]
-        self.ids = support_ids.long()
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])[self.order]
-        self.low = self.head.low_rank(self.hidden)
-        self.targets = targets.reshape(-1)[self.order].unsqueeze(-1)
-        temperatures = None if row_temperature is None else row_temperature.reshape(-1)[self.order]
-        self.options = RowOptions(temperatures, temperature, 1.0, 0.0)  # scale and cap are applied here, before -inf
-        self.logit_scale, self.softcap = logit_scale, softcap
-        self.dtype, self.tile_dtype = accumulate_dtype(hidden.dtype), tile_dtype(hidden, float_logits)
-
-    def back(self, x: Tensor) -> Tensor:
-        """(N, ...) in the caller's order, 0 at masked rows."""
-        return x.new_zeros((self.count, *x.shape[1:])).index_copy_(0, self.order, x)
+        self.ids = inputs.support_ids.long()
+        targets = self.selection.take(inputs.targets)
+        assert targets is not None
+        self.targets = targets.unsqueeze(-1)
+        # Scale and cap are applied by `logits`, before the ids elsewhere become -inf.
+        self.softmax = self.shaping(inputs.row_temperature, LogitOptions(options.logits.temperature, 1.0, 0.0))
+        self.logit_scale, self.softcap = options.logits.logit_scale, options.logits.softcap
 
     def blocks(self) -> Iterator[_Block]:
         sizes = (self.end - self.begin).tolist()
-        columns, wide = self.head.weight.shape
+        columns, width = self.head.weight.shape
         limit = (CPU_ROW_TILE if self.hidden.device.type == "cpu" else GPU_TILE) // self.hidden.element_size()
         start = 0
         for stop in range(1, len(sizes) + 1):
             dense = sizes[stop - 1] * DENSE_FROM > columns
             following = sizes[min(stop, len(sizes) - 1)]
-            full = (stop + 1 - start) * (columns if dense else following * wide) > limit
+            full = (stop + 1 - start) * (columns if dense else following * width) > limit
             if stop == len(sizes) or full or dense != (following * DENSE_FROM > columns):
                 yield self._block(slice(start, stop), max(1, sizes[stop - 1]), dense)
                 start = stop
@@ -186,17 +212,16 @@ class _Loop:
     def logits(self, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
         """(n, K) ready for the softmax, their slope in the raw ones, and the gathered rows of the weight (n, K, H)."""
         hidden, gathered = self.hidden[block.rows], None
-        low = None if self.low is None else self.low[block.rows]
         if block.dense:
             tile = hidden.new_empty((hidden.shape[0], self.shard.columns), dtype=self.tile_dtype)
-            raw = self.head.fill(tile, hidden, low, slice(0, self.shard.columns)).gather(1, block.ids)
+            raw = self.fill(tile, block.rows, slice(0, self.shard.columns)).gather(1, block.ids)
         else:
             gathered = self.head.weight.index_select(0, block.ids.view(-1)).view(*block.ids.shape, -1)
             raw = self._dots(gathered, hidden)
             raw = raw if self.head.bias is None else raw + self.head.bias[block.ids]
-            if low is not None:
+            if self.low is not None:
                 assert self.head.lora_b is not None
-                raw = raw + self._dots(self.head.lora_b[block.ids], low)
+                raw = raw + self._dots(self.head.lora_b[block.ids], self.low[block.rows])
         shaped = shape_logits(raw, None, 1.0, self.logit_scale, self.softcap, -1)
         return shaped.z.masked_fill(~block.here, -torch.inf).contiguous(), shaped.slope, gathered
 
@@ -205,61 +230,83 @@ class _Loop:
         return torch.bmm(of.to(self.tile_dtype), hidden.to(self.tile_dtype).unsqueeze(-1)).squeeze(-1)
 
 
-def _reference(ops: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    hidden = args[0]
+def _by_support(counts: Tensor, rows: RowInputs, padded: bool) -> Tensor:
+    """The selected rows by how many ids they keep."""
+    if rows.row_index is not None:
+        index = rows.row_index[rows.row_index >= 0] if padded else rows.row_index
+        return index[counts[index].argsort(stable=True)]
+    order = counts.argsort(stable=True)
+    return order if rows.mask is None else order[rows.mask.reshape(-1)[order]]
+
+
+def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
+    hidden = inputs.head.hidden
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
-        loop = _Loop(*args)
-        count = loop.hidden.shape[0]
-        logprobs = hidden.new_empty(count, dtype=loop.dtype)
-        parts = hidden.new_empty((count, 2), dtype=loop.dtype)
+        loop = _Loop(inputs, options)
+        logprobs = hidden.new_empty(loop.count, dtype=loop.sum_dtype)
+        parts = hidden.new_empty((loop.count, 2), dtype=loop.sum_dtype)
         for block in loop.blocks():
             z, _, _ = loop.logits(block)
-            options = loop.options.at(block.rows)
-            slices = Slices.dead(1, z.shape[0], 1, codes.LOGPROBS, z, loop.dtype)
+            shaping = loop.softmax.at(block.rows)
+            slices = Slices.dead(1, z.shape[0], 1, codes.LOGPROBS, z, loop.sum_dtype)
             everything = slice(0, z.shape[0])
-            fold(ops, slices, 0, everything, z, block.target, block.target_here, options, codes.LOGPROBS, 0)
-            found, *_, block_parts = loop.shard.merge(slices, options.factor).results(options.factor, loop.dtype, False)
-            assert found is not None and block_parts is not None
-            logprobs[block.rows] = torch.where(block.found, found.squeeze(-1), -torch.inf)
-            parts[block.rows] = block_parts
-    return loop.back(logprobs).view(hidden.shape[:-1]), loop.back(parts)
+            fold(ops, slices, 0, everything, z, block.target, block.target_here, shaping, codes.LOGPROBS, 0)
+            merged = loop.shard.merge(slices, shaping.factor)
+            found = merged.row_statistics(shaping.factor, loop.sum_dtype, codes.LOGPROBS)
+            assert found.logprobs is not None
+            logprobs[block.rows] = torch.where(block.found, found.logprobs.squeeze(-1), -torch.inf)
+            parts[block.rows] = found.parts
+        everywhere = loop.selection.put(parts, (2,)).view(loop.selection.count, 2)
+    return Outputs(loop.selection.put(logprobs), everywhere)
 
 
-def _reference_backward(ops: Any, grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, parts = args[:-5]
-    needs = Needs(*args[-5:])
-    hidden, weight = inputs[0], inputs[1]
-    with torch.autocast(hidden.device.type, enabled=False):
-        loop = _Loop(*inputs)
+def _backward_loop(
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs
+) -> HeadGradientTensors:
+    with torch.autocast(inputs.head.hidden.device.type, enabled=False):
+        loop = _Loop(inputs, options)
         sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, row_blocks=2)  # 2: nothing is complete at once
-        entries: list[tuple[Tensor, Tensor, Tensor]] = []  # id, row and gradient of what was gathered
-        given, sorted_parts = grad_logprobs.reshape(-1)[loop.order], parts[loop.order]
+        entries: list[_Entries] = []
+        given, sorted_parts = loop.selection.take(grads.grad_logprobs), kept.parts[loop.order]
+        assert given is not None
         for block in loop.blocks():
             z, slope, gathered = loop.logits(block)
-            rows = block.rows
-            wanted = torch.where(block.found, given[rows], 0.0).unsqueeze(-1)
-            gradients = RowGradients(wanted, None, None, None, None, sorted_parts[rows])
+            wanted = torch.where(block.found, given[block.rows], 0.0).unsqueeze(-1)
+            gradients = RowGradients(wanted, None, None, None, None, sorted_parts[block.rows])
             everything = slice(0, z.shape[0])
-            gradients.turn(ops, z, everything, block.target, block.target_here, loop.options.at(rows))
+            gradients.turn(ops, z, everything, block.target, block.target_here, loop.softmax.at(block.rows))
             grad = z.mul_(slope).masked_fill_(~block.here, 0)
             if gathered is None:
                 tile = grad.new_zeros((z.shape[0], loop.shard.columns)).scatter_add_(1, block.ids, grad)
-                sums.add(tile, rows, slice(0, loop.shard.columns))
-                continue
-            narrow = grad.to(hidden.dtype).unsqueeze(1)
-            if needs.hidden:
-                sums.hidden[rows] = torch.bmm(narrow, gathered).squeeze(1).to(loop.dtype)
-            if sums.low_grad.numel():
-                assert loop.head.lora_b is not None
-                sums.low_grad[rows] = torch.bmm(narrow, loop.head.lora_b[block.ids]).squeeze(1).to(loop.dtype)
-            row = torch.arange(rows.start, rows.stop, device=grad.device).unsqueeze(-1).expand_as(grad)
-            entries.append((block.ids[block.here], row[block.here], grad[block.here]))
+                sums.add(tile, block.rows, slice(0, loop.shard.columns))
+            else:
+                entries.append(_add_rows(sums, block, grad, gathered))
         _add_entries(sums, entries)
-        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
-    return (loop.back(grad_hidden).view(hidden.shape) if needs.hidden else grad_hidden, *grads)
+        result = sums.finish(loop.vocabulary, loop.shard.sum)
+    return result._replace(grad_hidden=loop.put_hidden(result.grad_hidden) if needs.hidden else result.grad_hidden)
 
 
-def _add_entries(sums: HeadGradients, entries: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+class _Entries(NamedTuple):
+    """Gradients of gathered logits, one a kept id."""
+
+    ids: Tensor
+    rows: Tensor
+    grads: Tensor
+
+
+def _add_rows(sums: HeadGradients, block: _Block, grad: Tensor, gathered: Tensor) -> _Entries:
+    """Adds a gathered block's gradient of hidden; returns the entries that the weight's gradient is made of."""
+    rows, narrow = block.rows, grad.to(sums.of.dtype).unsqueeze(1)
+    if sums.needs.hidden:
+        sums.hidden[rows] = torch.bmm(narrow, gathered).squeeze(1).to(sums.hidden.dtype)
+    if sums.low_grad.numel():
+        assert sums.head.lora_b is not None
+        sums.low_grad[rows] = torch.bmm(narrow, sums.head.lora_b[block.ids]).squeeze(1).to(sums.low_grad.dtype)
+    row = torch.arange(rows.start, rows.stop, device=grad.device).unsqueeze(-1).expand_as(grad)
+    return _Entries(block.ids[block.here], row[block.here], grad[block.here])
+
+
+def _add_entries(sums: HeadGradients, entries: list[_Entries]) -> None:
     """The weight's gradient is a sparse (V, N) matrix times hidden, sorted by id: no atomics, one order."""
     needs, low, vocabulary = sums.needs, sums.low, sums.head.weight.shape[0]
     if not entries or not (needs.weight or needs.bias or needs.lora_b):
@@ -283,46 +330,49 @@ def _add_entries(sums: HeadGradients, entries: list[tuple[Tensor, Tensor, Tensor
 
 # ----------------------------------------------------------------------------------------------- registration
 
-INPUTS = (
-    f"Tensor hidden, {HEAD}, Tensor targets, Tensor support_ids, Tensor support_offsets, Tensor? mask, "
-    "Tensor? row_temperature, float lora_scale, float temperature, float logit_scale, float softcap, "
-    "bool float_logits, int group"
-)
-TENSORS = 10  # of the inputs
+BACKWARD_ARGUMENTS = (Gradients, Inputs, Options, Saved, Needs)
 
 
-def _fake(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype, rows = accumulate_dtype(hidden.dtype), hidden.shape[:-1]
-    return hidden.new_empty(rows, dtype=dtype), hidden.new_empty((rows.numel(), 2), dtype=dtype)
+def _fake(inputs: Inputs, options: Options) -> Outputs:
+    hidden = inputs.head.hidden
+    dtype = accumulate_dtype(hidden.dtype)
+    return Outputs(
+        hidden.new_empty(hidden.shape[:-1], dtype=dtype), hidden.new_empty((row_count(hidden), 2), dtype=dtype)
+    )
 
 
-def _fake_backward(grad_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(args[:5], args[-5:])
+def _fake_backward(grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs) -> tuple[Tensor, ...]:
+    return fake_gradients(inputs.head, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, options = unflatten(inputs, Inputs, Options)
+    outputs = Outputs(*output)
+    ctx.mark_non_differentiable(outputs.parts)
     ctx.set_materialize_grads(False)
-    save(ctx, *inputs[:TENSORS], output[1])
-    ctx.options = inputs[TENSORS:]
+    save(ctx, *flatten(tensors, Saved(outputs.parts)))
+    ctx.options = options
 
 
-def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (TENSORS - 5 + len(ctx.options))
+def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_logprobs is None:
-        return (None,) * 5 + nothing
-    *inputs, parts = saved(ctx, "linear_sampled_logprobs")
-    wanted = ctx.needs_input_grad[:5]
-    grads = ops.linear_sampled_logprobs_backward(grad_logprobs, *inputs, *ctx.options, parts, *wanted)
-    return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *nothing)
+        return gradients_of([], [], Inputs, Options)
+    inputs, kept = unflatten(saved(ctx, "linear_sampled_logprobs"), Inputs, Saved)
+    needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
+    grads = ops.linear_sampled_logprobs_backward(
+        *flatten(Gradients(grad_logprobs), inputs, ctx.options, kept, Needs(*needed.head))
+    )
+    return gradients_of(grads, needed.head, Inputs, Options)
 
 
 define(
-    "linear_sampled_logprobs", f"({INPUTS}) -> (Tensor logprobs, Tensor parts)",
-    reference=_reference, fake=_fake, setup_context=_setup_context, backward=_backward,
+    "linear_sampled_logprobs", f"({schema(Inputs, Options)}) -> ({schema(Outputs)})",
+    reference=on_bundles(_forward, Inputs, Options), fake=fake_on_bundles(_fake, Inputs, Options),
+    setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
 define_backward(
     "linear_sampled_logprobs_backward",
-    f"(Tensor grad_logprobs, {INPUTS}, Tensor parts, {NEEDS}) -> ({HEAD_GRADIENTS})",
-    reference=_reference_backward, fake=_fake_backward, of="linear_sampled_logprobs",
+    f"({schema(*BACKWARD_ARGUMENTS[:-1])}, {schema(Needs, prefix='needs_')}) -> ({schema(HeadGradientTensors)})",
+    reference=on_bundles(_backward_loop, *BACKWARD_ARGUMENTS),
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_sampled_logprobs",
 )  # fmt: skip

@@ -19,15 +19,15 @@ from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.logprob import times
 
 
-class RowOptions(NamedTuple):
-    """How a row's logits become the softmax's: as the row operators take it."""
+class Shaping(NamedTuple):
+    """How the logits of some rows become the softmax's: as the row operators take it."""
 
     row_temperature: Tensor | None  # (n,)
     temperature: float
     logit_scale: float
     softcap: float
 
-    def at(self, rows: slice) -> RowOptions:
+    def at(self, rows: slice) -> Shaping:
         return self if self.row_temperature is None else self._replace(row_temperature=self.row_temperature[rows])
 
     @property
@@ -40,10 +40,21 @@ class RowOptions(NamedTuple):
         return (1.0 if self.softcap > 0 else abs(self.logit_scale)) / temperature
 
 
-class Slices(NamedTuple):
-    """Per slice and row. What was not asked for is None."""
+class RowStatistics(NamedTuple):
+    """As token_stats gives them, of n rows; outputs that nobody wants are None."""
 
-    max: Tensor  # (S, n) of u, see RowOptions.factor
+    logprobs: Tensor | None  # (n, K)
+    entropy: Tensor | None  # (n,)
+    logsumexp: Tensor | None  # (n,)
+    sum_sq_probs: Tensor | None  # (n,)
+    argmax: Tensor | None  # (n,)
+    parts: Tensor  # (n, 2)
+
+
+class Slices(NamedTuple):
+    """Per slice and row. Outputs that nobody wants are None."""
+
+    max: Tensor  # (S, n) of u, see Shaping.factor
     log_sum: Tensor  # (S, n)
     target: Tensor | None  # (S, n, K) float64: z - max, NaN where the target is in another slice
     entropy: Tensor | None  # (S, n)
@@ -87,18 +98,17 @@ class Slices(NamedTuple):
         argmax = None if self.argmax is None else self.argmax.gather(0, best)
         return Slices(top, log_sum, target, entropy, squares, argmax)
 
-    def results(self, factor: Tensor | float, dtype: torch.dtype, wanted_logsumexp: bool) -> list[Tensor | None]:
-        """logprobs (n, K), entropy, logsumexp, sum_sq_probs, argmax (n,) and parts (n, 2) of one merged slice."""
+    def row_statistics(self, factor: Tensor | float, dtype: torch.dtype, outputs: int) -> RowStatistics:
+        """What one merged slice says of its rows."""
         top, log_sum = self.max[0], self.log_sum[0]
-        logprobs = None if self.target is None else (self.target[0] - log_sum.unsqueeze(-1)).clamp(max=0).to(dtype)
-        return [
-            logprobs,
+        return RowStatistics(
+            None if self.target is None else (self.target[0] - log_sum.unsqueeze(-1)).clamp(max=0).to(dtype),
             None if self.entropy is None else self.entropy[0].clamp(min=0),
-            (top.double() * factor + log_sum).to(dtype) if wanted_logsumexp else None,
+            (top.double() * factor + log_sum).to(dtype) if outputs & codes.LOGSUMEXP else None,
             None if self.sum_sq_probs is None else self.sum_sq_probs[0],
             None if self.argmax is None else self.argmax[0],
             torch.stack([top.to(dtype), log_sum.to(dtype)], -1),
-        ]
+        )
 
 
 def own_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -109,12 +119,12 @@ def own_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
 
 def fold(
     ops: Any, slices: Slices, at: int, rows: slice, tile: Tensor, local: Tensor | None, here: Tensor | None,
-    options: RowOptions, outputs: int, first_column: int,
+    shaping: Shaping, outputs: int, first_column: int,
 ) -> None:  # fmt: skip
     """Writes the statistics of a tile into slice `at`. local, here: its targets, from `own_targets`."""
-    asked = outputs & ~codes.LOGSUMEXP
+    row_outputs = outputs & ~codes.LOGSUMEXP
     logprobs, entropy, _, squares, argmax, parts = ops.token_stats(
-        tile, local, None, *options.at(rows), -1, asked, False
+        tile, local, None, *shaping.at(rows), -1, row_outputs, False
     )
     slices.max[at, rows] = parts[:, 0]
     slices.log_sum[at, rows] = parts[:, 1]
@@ -139,7 +149,7 @@ class RowGradients(NamedTuple):
     parts: Tensor  # (n, 2)
 
     def turn(
-        self, ops: Any, tile: Tensor, rows: slice, local: Tensor | None, here: Tensor | None, options: RowOptions
+        self, ops: Any, tile: Tensor, rows: slice, local: Tensor | None, here: Tensor | None, shaping: Shaping
     ) -> None:
         """Overwrites a tile of logits with its gradient.
 
@@ -157,5 +167,6 @@ class RowGradients(NamedTuple):
         row_entropy = None if self.row_entropy is None else self.row_entropy[rows]
         ops.token_stats_backward_(
             at_targets, entropy, at_sum, tile, local if at_targets is not None else None, None,
-            options.at(rows).row_temperature, row_entropy, self.parts[rows], *options[1:], -1,
+            shaping.at(rows).row_temperature, row_entropy, self.parts[rows], shaping.temperature, shaping.logit_scale,
+            shaping.softcap, -1,
         )  # fmt: skip

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_token_logprobs and linear_token_stats: `token_stats` of hidden @ weight.T + bias, tile by tile.
 
-The forward makes every tile once and folds it. The backward takes the kept tiles, makes the others again, turns each
-into its gradient and multiplies that by hidden and weight: three matmuls where all are kept, four where none is.
+The forward computes every tile once and folds it into the rows' statistics. The backward takes the tiles that the
+memory budget kept, computes the others again, turns each into its gradient and multiplies that by hidden and weight:
+three matmuls where all are kept, four where none is.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,22 +17,28 @@ from rlhf_fast import _dispatch
 from rlhf_fast._pages import give_back
 from rlhf_fast.ops import codes
 from rlhf_fast.ops._register import define, define_backward, save, saved
-from rlhf_fast.ops.linear.head import Head, HeadGradients, Needs
+from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
+from rlhf_fast.ops.linear.head import HeadGradients
+from rlhf_fast.ops.linear.head_rows import HeadRows
 from rlhf_fast.ops.linear.inputs import (
-    HEAD,
-    HEAD_GRADIENTS,
-    NEEDS,
+    CheckedHead,
+    HeadGradientTensors,
+    HeadTensors,
+    LogitOptions,
+    LoopOptions,
     Lora,
+    Needs,
+    buffer_elements,
     check_head,
     fake_gradients,
+    needs_of,
+    selected_rows,
     tile_dtype,
 )
-from rlhf_fast.ops.linear.rows import Rows
-from rlhf_fast.ops.linear.shards import Shard
-from rlhf_fast.ops.linear.slices import RowGradients, RowOptions, Slices, fold, own_targets
-from rlhf_fast.ops.linear.tiles import Tiles, kept_elements, tile_shape
+from rlhf_fast.ops.linear.row_selection import RowInputs, RowSelection, select_rows
+from rlhf_fast.ops.linear.slices import RowGradients, RowStatistics, Slices, fold, own_targets
+from rlhf_fast.ops.linear.tiles import Tiles, tile_shape
 from rlhf_fast.ops.logprob import (
-    ROW_OPTIONS,
     TokenStats,
     as_token_stats,
     check_row_options,
@@ -41,6 +48,47 @@ from rlhf_fast.ops.logprob import (
     output_bits,
 )
 from rlhf_fast.ops.reference import accumulate_dtype
+
+
+class Inputs(NamedTuple):
+    head: HeadTensors
+    targets: Tensor | None  # (...) or (..., K)
+    rows: RowInputs
+    row_temperature: Tensor | None  # (...)
+
+
+class Options(NamedTuple):
+    loop: LoopOptions
+    logits: LogitOptions
+    outputs: int  # bits of codes.OUTPUTS
+
+
+class Outputs(NamedTuple):
+    logprobs: Tensor  # as targets; what `outputs` leaves out is (0,)
+    entropy: Tensor  # (...), as the next three
+    logsumexp: Tensor
+    sum_sq_probs: Tensor
+    argmax: Tensor
+    parts: Tensor  # (..., 2): row max of u and log-sum, see reference/logprob.py
+    tiles: Tensor  # (elements,) the tiles that the budget keeps for the backward
+
+
+class Gradients(NamedTuple):
+    """Those that come in; None where the loss does not depend on the output."""
+
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+    grad_logsumexp: Tensor | None
+
+
+class Saved(NamedTuple):
+    entropy: Tensor | None
+    parts: Tensor
+    tiles: Tensor
+
+
+class TileState(NamedTuple):
+    tiles_hold_logits: bool  # not yet overwritten by an earlier backward
 
 
 def linear_token_logprobs(
@@ -54,6 +102,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,  # (...)
+    rows: Tensor | None = None,  # (R,)
     vocab_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
@@ -63,14 +112,18 @@ def linear_token_logprobs(
 
     Args:
         hidden: `(..., H)` float32, bfloat16, float16 or float64; weight, bias and lora of the same dtype.
-            Under autocast all are cast to its dtype, as the model's own head would.
+            Under autocast all are cast to its dtype, as the model's own head would be, at every call: autocast's cache
+            of cast weights is closed to ops. Keep the head in that dtype, or cast it once a step, where that counts.
         lora: `(A (r, H), B (V, r), scale)`: the head is weight + scale * B @ A, which is never formed.
         targets, temperature, logit_scale, softcap, vocab_size: as for `token_logprobs`.
         mask: `(...)` bool, True = real token. Masked rows are dropped before the matmul and return 0.
-        logits_dtype: torch.float32 makes exact logits from half-precision operands; None = the operands' dtype.
-        memory_budget: bytes of logits kept for the backward; the others are made again there. None = 512 MiB on CPU,
-            2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and 256 MiB on CUDA. Results
-            depend on it only by rounding.
+        rows: `(R,)` int64 or int32, in place of mask: indices of the real rows among the N, each once, -1 for padding.
+            With a mask on a GPU the host waits for the number of real rows, once for forward and backward (in each of
+            them under torch.compile); with indices it never does, so that a CUDA graph of fixed R can be captured.
+        logits_dtype: torch.float32 gives exact logits of half-precision operands; None = the operands' dtype.
+        memory_budget: bytes of logits kept for the backward; the others are computed again there. None = 512 MiB on
+            CPU, 2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and at most 256 MiB on CUDA
+            (one row of logits if that is more). Results depend on it only by rounding.
         process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
             hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient. A
             weight that is a DTensor sharded on dim 0 says so itself; note that outside its module's forward an FSDP2
@@ -82,11 +135,11 @@ def linear_token_logprobs(
         nobody needs (a frozen head) are not computed.
     """
     results = _linear_stats(
-        "linear_token_logprobs", hidden, weight, targets, codes.LOGPROBS, temperature, logit_scale, softcap, mask,
-        vocab_size, bias=bias, lora=lora, logits_dtype=logits_dtype, memory_budget=memory_budget,
-        process_group=process_group,
+        "linear_token_logprobs",
+        check_head("linear_token_logprobs", hidden, weight, bias, lora, logits_dtype, memory_budget, process_group),
+        targets, codes.LOGPROBS, temperature, logit_scale, softcap, mask, rows, vocab_size,
     )  # fmt: skip
-    return results[0]
+    return results.logprobs
 
 
 def linear_token_stats(
@@ -101,6 +154,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,  # (...)
+    rows: Tensor | None = None,  # (R,)
     vocab_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
@@ -111,77 +165,70 @@ def linear_token_stats(
     logprobs, entropy and logsumexp are differentiable in hidden, weight, bias and the LoRA factors.
     """
     op = "linear_token_stats"
-    asked = output_bits(op, outputs, targets)
-    results = _linear_stats(
-        op, hidden, weight, targets, asked, temperature, logit_scale, softcap, mask, vocab_size, bias=bias, lora=lora,
-        logits_dtype=logits_dtype, memory_budget=memory_budget, process_group=process_group,
-    )  # fmt: skip
-    return as_token_stats(results, asked)
+    wanted = output_bits(op, outputs, targets)
+    head = check_head(op, hidden, weight, bias, lora, logits_dtype, memory_budget, process_group)
+    results = _linear_stats(op, head, targets, wanted, temperature, logit_scale, softcap, mask, rows, vocab_size)
+    return as_token_stats(results, wanted)
 
 
 def _linear_stats(
     op: str,
-    hidden: Tensor,
-    weight: Tensor,
+    head: CheckedHead,
     targets: Tensor | None,
-    asked: int,
+    outputs: int,
     temperature: float | Tensor,
     logit_scale: float,
     softcap: float | None,
     mask: Tensor | None,
+    rows: Tensor | None,
     vocab_size: int | None,
-    **head_options: Any,
-) -> tuple[Tensor, ...]:
-    head = check_head(op, hidden, weight, **head_options)
-    rows = head.hidden.shape[:-1]
+) -> Outputs:
+    hidden = head.tensors.hidden
+    row_inputs, checked, padded = select_rows(op, mask, rows, hidden)
     row_temperature, scalar, cap, columns = check_row_options(
-        op, rows, head.vocabulary, temperature, softcap, mask, vocab_size, head.hidden
+        op, head.shape, head.vocabulary, temperature, softcap, checked, vocab_size, hidden
     )
-    if asked & codes.LOGPROBS:
-        check_targets(op, targets, rows, head.vocabulary if columns < 0 else columns, mask, head.hidden)
+    if outputs & codes.LOGPROBS:
+        check_targets(op, targets, head.shape, head.vocabulary if columns < 0 else columns, checked, hidden)
     else:
         targets = None
-    return _dispatch.select(op, head.hidden).linear_token_stats(
-        *head.tensors, targets, mask, row_temperature, head.lora_scale, scalar, float(logit_scale), cap, columns,
-        head.float_logits, head.group, asked, head.budget,
+    budget = head.options.budget if any(needs_of(head.tensors)) else 0
+    options = Options(
+        head.options._replace(vocab_size=columns, budget=budget, rows_padded=padded),
+        LogitOptions(scalar, float(logit_scale), cap), outputs,
     )  # fmt: skip
+    inputs = Inputs(head.tensors, targets, row_inputs, row_temperature)
+    return Outputs(*_dispatch.select(op, hidden).linear_token_stats(*flatten(inputs, options)))
 
 
 # ----------------------------------------------------------------------------------------------- the two loops
 
 
-class _Loop:
-    """What forward and backward share: the real rows of all inputs, the head, and its tiles."""
+class _Loop(HeadRows):
+    """The selected rows with their targets, and the tiles of their logits."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-        targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, lora_scale: float,
-        temperature: float, logit_scale: float, softcap: float, vocab_size: int, float_logits: bool, group: int,
-    ) -> None:  # fmt: skip
-        self.rows = Rows(hidden.shape[:-1], mask)
+    def __init__(self, inputs: Inputs, options: Options) -> None:
+        hidden = inputs.head.hidden
+        super().__init__(
+            inputs.head, options.loop, RowSelection(hidden.shape[:-1], inputs.rows, options.loop.rows_padded)
+        )
+        targets = inputs.targets
         self.k = () if targets is None or targets.shape == hidden.shape[:-1] else (targets.shape[-1],)
-        self.shard = Shard(group, weight.shape[0])
-        self.head = Head(weight, bias, lora_a, lora_b, lora_scale).first(self.shard.counting(vocab_size))
-        taken = self.rows.take(hidden, (hidden.shape[-1],))
-        assert taken is not None
-        self.hidden, self.low = taken, self.head.low_rank(taken)
         self.targets = self.take_k(targets)
-        temperatures = self.rows.take(row_temperature, (), 1)
-        self.options = RowOptions(temperatures, temperature, logit_scale, softcap)
-        self.dtype = accumulate_dtype(hidden.dtype)
+        self.shape_of_z = self.shaping(inputs.row_temperature, options.logits)
+        self.budget = options.loop.budget
 
     def take_k(self, x: Tensor | None) -> Tensor | None:
-        """Like targets, as (real, K)."""
-        taken = self.rows.take(x, self.k)
+        """Like targets, as (selected, K)."""
+        taken = self.selection.take(x, self.k)
         return taken if taken is None or self.k else taken.unsqueeze(-1)
 
-    def tiles(self, kept: Tensor, budget: int) -> Tiles:
-        rows, columns = self.rows.real, self.head.weight.shape[0]
-        shape = tile_shape(rows, columns, kept.element_size(), kept.device.type, budget)
-        return Tiles(rows, columns, kept, *shape)
+    def buffer(self) -> Tensor:
+        elements = buffer_elements(self.selection.most, self.vocabulary, self.tile_dtype, self.budget)
+        return self.hidden.new_empty(elements, dtype=self.tile_dtype)
 
-    def fill(self, tile: Tensor, rows: slice, columns: slice) -> None:
-        self.head.fill(tile, self.hidden[rows], None if self.low is None else self.low[rows], columns)
+    def tiles(self, buffer: Tensor) -> Tiles:
+        return Tiles(self.count, self.columns, buffer, *tile_shape(self.count, self.columns, buffer))
 
     def own_targets(self, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
         if self.targets is None:
@@ -190,130 +237,142 @@ class _Loop:
         return own_targets(self.targets[rows], slice(columns.start + first, columns.stop + first))
 
 
-def _reference(ops: Any, *args: Any) -> tuple[Tensor, ...]:
-    *inputs, outputs, budget = args
-    hidden, weight = inputs[0], inputs[1]
-    with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
-        loop = _Loop(*inputs)
-        dtype = tile_dtype(hidden, inputs[-2])
-        elements = kept_elements(loop.rows.count, weight.shape[0], dtype.itemsize, budget)
-        kept = hidden.new_empty(elements, dtype=dtype)
-        tiles = loop.tiles(kept, budget)
+def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
+    with torch.autocast(inputs.head.hidden.device.type, enabled=False):  # the caller cast already
+        loop = _Loop(inputs, options)
+        buffer = loop.buffer()
+        tiles = loop.tiles(buffer)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
-        slices = Slices.dead(blocks, loop.rows.real, k, outputs, loop.hidden, loop.dtype)
+        slices = Slices.dead(blocks, loop.count, k, options.outputs, loop.hidden, loop.sum_dtype)
         for tile in tiles:
             loop.fill(tile.logits, tile.rows, tile.columns)
             local, here = loop.own_targets(tile.rows, tile.columns)
             fold(
-                ops, slices, tile.columns.start // tiles.width, tile.rows, tile.logits, local, here, loop.options,
-                outputs, tile.columns.start + loop.shard.first,
+                ops, slices, tile.columns.start // tiles.width, tile.rows, tile.logits, local, here, loop.shape_of_z,
+                options.outputs, tile.columns.start + loop.shard.first,
             )  # fmt: skip
-        whole = loop.shard.merge(slices, loop.options.factor)
-        results = whole.results(loop.options.factor, loop.dtype, bool(outputs & codes.LOGSUMEXP))
-    if results[0] is not None and not loop.k:
-        results[0] = results[0].squeeze(-1)
-    widths = (loop.k, (), (), (), (), (2,))
-    empty = [hidden.new_empty(0, dtype=loop.dtype)] * 4 + [hidden.new_empty(0, dtype=torch.int64)]
-    put = [loop.rows.put(x, w) if x is not None else None for x, w in zip(results, widths, strict=True)]
-    return (*(e.clone() if x is None else x for x, e in zip(put, [*empty, empty[0]], strict=True)), kept)
+        factor = loop.shape_of_z.factor
+        merged = loop.shard.merge(slices, factor)
+        found = merged.row_statistics(factor, loop.sum_dtype, options.outputs)
+    return _outputs(loop, found, buffer)
 
 
-def _reference_backward_(ops: Any, *args: Any) -> tuple[Tensor, ...]:
-    """The gradients to hidden, weight, bias, lora_a and lora_b; kept tiles end up as their own gradients."""
-    grad_logprobs, grad_entropy, grad_logsumexp, *rest = args
-    *inputs, entropy, parts, kept, budget, fresh = rest[:-5]
-    needs = Needs(*rest[-5:])
-    hidden, weight = inputs[0], inputs[1]
-    with torch.autocast(hidden.device.type, enabled=False):
-        loop = _Loop(*inputs)
-        take = loop.rows.take
-        taken_parts = take(parts, (2,))
-        assert taken_parts is not None
+def _outputs(loop: _Loop, found: RowStatistics, buffer: Tensor) -> Outputs:
+    """In the caller's shape; (0,) for outputs that nobody wants."""
+    logprobs = found.logprobs if found.logprobs is None or loop.k else found.logprobs.squeeze(-1)
+
+    def put(x: Tensor | None, width: tuple[int, ...] = (), dtype: torch.dtype = loop.sum_dtype) -> Tensor:
+        return loop.hidden.new_empty(0, dtype=dtype) if x is None else loop.selection.put(x, width).clone()
+
+    return Outputs(
+        put(logprobs, loop.k), put(found.entropy), put(found.logsumexp), put(found.sum_sq_probs),
+        put(found.argmax, (), torch.int64), put(found.parts, (2,)), buffer,
+    )  # fmt: skip
+
+
+def _backward_in_place(
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+) -> HeadGradientTensors:
+    """The gradients of the head's tensors; tiles that were kept are overwritten with their own gradient."""
+    with torch.autocast(inputs.head.hidden.device.type, enabled=False):
+        loop = _Loop(inputs, options)
+        take = loop.selection.take
+        parts = take(kept.parts, (2,))
+        assert parts is not None
         wanted = RowGradients(
-            loop.take_k(grad_logprobs), take(grad_entropy), take(grad_logsumexp), loop.targets, take(entropy),
-            taken_parts,
+            loop.take_k(grads.grad_logprobs), take(grads.grad_entropy), take(grads.grad_logsumexp), loop.targets,
+            take(kept.entropy), parts,
         )  # fmt: skip
-        tiles = loop.tiles(kept, budget)
+        tiles = loop.tiles(kept.tiles)
         sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, tiles.row_blocks, revisits=False)
         for tile in tiles:
-            if not (tile.kept and fresh):
+            if not (tile.kept and state.tiles_hold_logits):
                 loop.fill(tile.logits, tile.rows, tile.columns)
-            local, here = loop.own_targets(tile.rows, tile.columns)
-            wanted.turn(ops, tile.logits, tile.rows, local, here, loop.options)
+            wanted.turn(ops, tile.logits, tile.rows, *loop.own_targets(tile.rows, tile.columns), loop.shape_of_z)
             sums.add(tile.logits, tile.rows, tile.columns)
             if tile.kept:
                 give_back(tile.logits)
-        grad_hidden, *grads = sums.finish(weight.shape[0], loop.shard.sum)
-    return (loop.rows.put(grad_hidden, (hidden.shape[-1],)) if needs.hidden else grad_hidden, *grads)
+        result = sums.finish(loop.vocabulary, loop.shard.sum)
+    return result._replace(grad_hidden=loop.put_hidden(result.grad_hidden) if needs.hidden else result.grad_hidden)
 
 
-def _reference_backward(ops: Any, *args: Any) -> tuple[Tensor, ...]:
-    kept = -8
-    copied = (*args[:kept], args[kept].clone(), *args[kept + 1 :])
-    return _reference_backward_(ops, *copied)
+def _backward_out_of_place(
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+) -> HeadGradientTensors:
+    kept = kept._replace(tiles=kept.tiles.clone())
+    return _backward_in_place(ops, grads, inputs, options, kept, state, needs)
 
 
 # ----------------------------------------------------------------------------------------------- registration
 
-INPUTS = f"Tensor hidden, {HEAD}, Tensor? targets, Tensor? mask, Tensor? row_temperature"
-OPTIONS = f"float lora_scale, {ROW_OPTIONS}, bool float_logits, int group"
-GRADIENTS = "Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_logsumexp"
+BACKWARD_ARGUMENTS = (Gradients, Inputs, Options, Saved, TileState, Needs)
 
 
-def _backward_schema(kept: str) -> str:
-    return (
-        f"({GRADIENTS}, {INPUTS}, {OPTIONS}, Tensor? entropy, Tensor parts, {kept} kept, int budget, bool fresh, "
-        f"{NEEDS}) -> ({HEAD_GRADIENTS})"
+def _backward_schema(mutated: str = "") -> str:
+    first = schema(*BACKWARD_ARGUMENTS[:-1], mutated=mutated)
+    return f"({first}, {schema(Needs, prefix='needs_')}) -> ({schema(HeadGradientTensors)})"
+
+
+def _fake(inputs: Inputs, options: Options) -> Outputs:
+    hidden, weight = inputs.head.hidden, inputs.head.weight
+    dtype = tile_dtype(hidden, options.loop.float_logits)
+    rows = selected_rows(hidden, inputs.rows.row_index)
+    elements = buffer_elements(rows, weight.shape[0], dtype, options.loop.budget)
+    sums = accumulate_dtype(hidden.dtype)
+    logprobs, entropy, logsumexp, squares, argmax, parts = fake_stats(
+        hidden, inputs.targets, hidden.shape[:-1], sums, options.outputs
     )
+    tiles = hidden.new_empty(elements, dtype=dtype)
+    return Outputs(logprobs, entropy, logsumexp, squares, argmax, parts, tiles)
 
 
-def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    targets, float_logits, outputs, budget = rest[3], rest[-4], rest[-2], rest[-1]
-    rows = hidden.shape[:-1]
-    dtype = tile_dtype(hidden, float_logits)
-    elements = torch.sym_min(rows.numel() * weight.shape[0], budget // dtype.itemsize)
-    stats = fake_stats(hidden, targets, rows, accumulate_dtype(hidden.dtype), outputs)
-    return *stats, hidden.new_empty(elements, dtype=dtype)
-
-
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    return fake_gradients(args[3:8], args[-5:])
+def _fake_backward(
+    grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+) -> tuple[Tensor, ...]:
+    return fake_gradients(inputs.head, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *arguments, outputs, budget = inputs
-    entropy, parts, kept = output[1], output[5], output[6]
-    ctx.mark_non_differentiable(*not_differentiable(output, outputs))
+    tensors, options = unflatten(inputs, Inputs, Options)
+    outputs = Outputs(*output)
+    ctx.mark_non_differentiable(*not_differentiable(output, options.outputs))
     ctx.set_materialize_grads(False)
-    save(ctx, *arguments[:8], entropy if outputs & codes.ENTROPY else None, parts, kept)
-    ctx.options, ctx.budget, ctx.fresh = arguments[8:], budget, True
+    entropy = outputs.entropy if options.outputs & codes.ENTROPY else None
+    save(ctx, *flatten(tensors, Saved(entropy, outputs.parts, outputs.tiles)))
+    ctx.options, ctx.tiles_hold_logits = options, True
 
 
-def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (len(ctx.options) + 5)
-    if all(g is None for g in grads[:3]):
-        return (None,) * 5 + nothing
-    *inputs, entropy, parts, kept = saved(ctx, "linear_token_stats")
-    wanted = ctx.needs_input_grad[:5]
+def _backward(ops: Any, ctx: Any, *flat_grads: Tensor | None) -> tuple[Any, ...]:
+    grads = Gradients(*flat_grads[: len(Gradients._fields)])
+    needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
+    if all(g is None for g in grads):
+        return gradients_of([], [], Inputs, Options)
+    inputs, kept = unflatten(saved(ctx, "linear_token_stats"), Inputs, Saved)
+    state = TileState(ctx.tiles_hold_logits)
     # With create_graph the gradients must come from an operator that refuses to be differentiated; while tracing,
     # functionalisation would copy the tiles anyway.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(kept) is not Tensor:
-        backward, fresh = ops.linear_token_stats_backward, ctx.fresh
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(kept.tiles) is not Tensor:
+        backward = ops.linear_token_stats_backward
     else:  # tiles turn into gradients; a second backward fills them again
-        backward, fresh = ops.linear_token_stats_backward_, ctx.fresh
-        kept, ctx.fresh = kept.data, False
-    results = backward(*grads[:3], *inputs, *ctx.options, entropy, parts, kept, ctx.budget, fresh, *wanted)
-    return (*(g if w else None for g, w in zip(results, wanted, strict=True)), *nothing)
+        backward = ops.linear_token_stats_backward_
+        kept, ctx.tiles_hold_logits = kept._replace(tiles=kept.tiles.data), False
+    results = backward(*flatten(grads, inputs, ctx.options, kept, state, Needs(*needed.head)))
+    return gradients_of(results, needed.head, Inputs, Options)
 
 
 define(
-    "linear_token_stats",
-    f"({INPUTS}, {OPTIONS}, int outputs, int budget) -> (Tensor logprobs, Tensor entropy, Tensor logsumexp, "
-    "Tensor sum_sq_probs, Tensor argmax, Tensor parts, Tensor kept)",
-    reference=_reference, fake=_fake, setup_context=_setup_context, backward=_backward,
+    "linear_token_stats", f"({schema(Inputs, Options)}) -> ({schema(Outputs)})",
+    reference=on_bundles(_forward, Inputs, Options), fake=fake_on_bundles(_fake, Inputs, Options),
+    setup_context=_setup_context, backward=_backward,
 )  # fmt: skip
-define("linear_token_stats_backward_", _backward_schema("Tensor(a!)"),
-       reference=_reference_backward_, fake=_fake_backward)  # fmt: skip
-define_backward("linear_token_stats_backward", _backward_schema("Tensor"),
-                reference=_reference_backward, fake=_fake_backward, of="linear_token_stats")  # fmt: skip
+define(
+    "linear_token_stats_backward_", _backward_schema(mutated="tiles"),
+    reference=on_bundles(_backward_in_place, *BACKWARD_ARGUMENTS),
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS),
+)  # fmt: skip
+define_backward(
+    "linear_token_stats_backward", _backward_schema(),
+    reference=on_bundles(_backward_out_of_place, *BACKWARD_ARGUMENTS),
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_token_stats",
+)  # fmt: skip

@@ -67,21 +67,22 @@ class Tiles:
                     yield Tile(rows, columns, scratch[:size].view(shape), False)
 
 
-def tile_shape(rows: int, columns: int, element_size: int, device: str, budget: int) -> tuple[int, int]:
-    """Rows and columns of a tile where any shape will do."""
+def tile_shape(rows: int, columns: int, buffer: Tensor) -> tuple[int, int]:
+    """Rows and columns of a tile where any shape will do; `buffer` is where tiles are kept."""
+    element_size, device = buffer.element_size(), buffer.device.type
     if device == "cpu":
         elements = CPU_TILE // element_size
         height = min(rows, CPU_ROWS)
     else:
-        elements = max(budget, GPU_TILE) // element_size
+        elements = GPU_TILE // element_size
         height = min(rows, max(GPU_ROWS, elements // max(1, columns)))
     height = max(1, height)
     return height, max(1, min(columns, elements // height))
 
 
-def kept_elements(rows: int, columns: int, element_size: int, budget: int) -> int:
-    """Length of the buffer of kept tiles; static, so it counts masked rows too (memory that is never touched)."""
-    return min(rows * columns, budget // element_size)
+def rows_of_pair(rows: int, row_bytes: int, device: str, budget: int) -> int:
+    """How many rows a pair of tiles of whole rows has, which stands beside those that the budget keeps."""
+    return whole_rows(rows, row_bytes, 0, device, budget if device == "cpu" else 0)
 
 
 def whole_rows(rows: int, row_bytes: int, spare: int, device: str, budget: int) -> int:
