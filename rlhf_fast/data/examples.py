@@ -13,7 +13,7 @@ Whatever is wrong with one is a UserError that names the file and the line. `fil
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ Prompt = str | list[dict[str, str]]  # text, or chat messages [{"role": ..., "co
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt and where it was read, "file:line", for messages."""
+    """A prompt, where it was read ("file:line", for messages), and the other columns of its row."""
 
     prompt: Prompt
     where: str
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def read_sft(path: str | Path) -> list[Demonstration]:
 
 def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
     """A row that holds a prompt, checked."""
-    return PromptLine(check_prompt(row.get("prompt"), where), where)
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    return PromptLine(check_prompt(row.get("prompt"), where), where, columns)
 
 
 def demonstration(row: dict[str, Any], where: str) -> Demonstration:

@@ -101,7 +101,9 @@ def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
         text = f"KL {kl:.1f} nats per sequence from the reference"
         limit = (
             kl > -1,
-            "log-probs are not of the law sampled from" if kl < 0 else "far from it: raise kl_coef, lower lr",
+            "log-probs are not those of the distribution that was sampled"
+            if kl < 0
+            else "far from it: raise kl_coef, lower lr",
         )
         yield _graded(-1 < kl < 40, limit[0], text, limit[1])
     update = max(phase.line("policy/approxkl_avg").y, default=0.0)
@@ -116,6 +118,10 @@ def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
         yield _graded(
             spread[-1] > 0.05, spread[-1] > 1e-3, f"scores spread by {spread[-1]:.2g}", "nothing to learn from"
         )
+    clipped = phase.line("objective/scores_clipped").y
+    if clipped:
+        mean = sum(clipped) / len(clipped)
+        yield _graded(mean < 0.1, mean < 0.5, f"score_clip cuts {mean:.0%} of the scores", "raise it: they look alike")
     yield from _before_and_after(summary)
     rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if row.get("when") == "after" and "reward" in row]
     tie = correlation([float(len(row["completion"])) for row in rows], [row["reward"] for row in rows])

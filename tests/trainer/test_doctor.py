@@ -81,12 +81,14 @@ def test_a_healthy_run_has_nothing_that_stands_out(tmp_path: Path, capsys: pytes
         ({"reward": {"read_position_gap": 0.9}}, "reward", "bad", "read at a wrong token"),
         ({"metrics": {"policy/ratio": 1.8}}, "ppo", "bad", "mean ratio of the first step 1.800"),
         ({"ppo": {"kl_final": 90.0}}, "ppo", "look", "far from it: raise kl_coef"),
-        ({"ppo": {"kl_final": -3.0}}, "ppo", "bad", "log-probs are not of the law sampled from"),
+        ({"ppo": {"kl_final": -3.0}}, "ppo", "bad", "log-probs are not those of the distribution"),
         ({"ppo": {"gold_after": -0.2}}, "ppo", "bad", "it exploits the reward model"),
         ({"ppo": {"entropy_after": 0.05}}, "ppo", "bad", "collapsing"),
         ({"ppo": {"ended_after": 0.1}}, "ppo", "bad", "raise missing_eos_penalty"),
         ({"metrics": {"val/explained_variance": -1.0}}, "ppo", "look", "less than a constant would"),
         ({"metrics": {"objective/scores_std": 0.0}}, "ppo", "bad", "nothing to learn from"),
+        ({"metrics": {"objective/scores_clipped": 0.3}}, "ppo", "look", "score_clip cuts 30% of the scores"),
+        ({"metrics": {"objective/scores_clipped": 0.9}}, "ppo", "bad", "raise it"),
     ],
 )
 def test_each_ill_is_found_in_its_phase(

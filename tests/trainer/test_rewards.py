@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -14,14 +18,17 @@ from safetensors.torch import load_file
 from rlhf_fast import cli
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.raters import RaterError
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
-from rlhf_fast.models.loading import load_reward_model, load_tokenizer
+from rlhf_fast.models.loading import load_reward_model, load_tokenizer, set_score_normalizer
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl.agent import load_agent
 from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.rl.reward_functions import load_functions
-from rlhf_fast.trainer.rl.rewards import Rewards
+from rlhf_fast.trainer.rl.rewards import LengthRules, Rewards
 
 
 @pytest.fixture
@@ -110,3 +117,139 @@ def test_a_function_that_fails_stops_the_run_and_resume_goes_on_as_if_it_had_not
     assert cli.main([*options, "--resume"]) == 0
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def lines_of(*columns: dict[str, Any]) -> list[PromptLine]:
+    return [PromptLine(f"{i}+{i}=", f"f:{i}", row) for i, row in enumerate(columns)]
+
+
+def test_functions_get_the_other_columns_of_the_row(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "def right(prompt, completions, answer): return [float(answer in c) for c in completions]\n"
+        "def most(prompt, completions, **columns): return [len(columns)] * len(completions)\n"
+        "def plain(prompt, completions): return [1.0] * len(completions)\n"
+        "def trl(prompts, completions, answer, **columns):\n"
+        "    assert len(prompts) == len(completions) == len(answer) and columns == {'hint': ['a', 'a', None, None]}\n"
+        "    return [None if a == '2' else float(a in c) for a, c in zip(answer, completions)]\n"
+        "def chat(prompts, completions): return [len(c[0]['content']) for c in completions]\n"
+    )
+    lines, texts = lines_of({"answer": "0", "hint": "a"}, {"answer": "2"}), ["0", "1", "2", "3"]
+
+    def of(name: str) -> list[float]:
+        (function,) = load_functions((f"{tmp_path}/f.py:{name}",))
+        return function.of_prompts(lines, texts)
+
+    assert of("right") == [1, 0, 1, 0] and of("most") == [2, 2, 1, 1] and of("plain") == [1, 1, 1, 1]
+    assert of("trl") == [1, 0, 0, 0]  # None adds nothing
+    (function,) = load_functions((f"{tmp_path}/f.py:chat",))
+    assert function.of_prompts([PromptLine([{"role": "user", "content": "hi"}], "f:1")], ["yes"]) == [3]
+
+
+def test_each_function_is_shown_by_its_name(rules: str) -> None:
+    found = Rewards(None, load_functions((f"{rules}:words", f"0.5*{rules}:cats", f"{rules}:words")))
+    scores = found.of_functions(lines_of({}), ["cat dog", "cat"])
+    assert scores.total.tolist() == [4.5, 2.5]
+    assert {name: part.tolist() for name, part in scores.parts.items()} == {
+        "rewards/words": [2, 1],
+        "rewards/cats": [1, 1],
+        "rewards/words#2": [2, 1],
+    }
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, list[Any], list[tuple[int, Any]]]]:
+    """A reward server: its URL, the requests it got, and the answers it gives, the last one again and again."""
+    got: list[Any] = []
+    answers: list[tuple[int, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            code, answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            body = json.dumps(answer).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/score", got, answers
+        running.shutdown()
+
+
+def test_rewards_come_over_http(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, got, answers = server
+    monkeypatch.setattr("rlhf_fast.trainer.rl.remote_reward.WAITS", (0.01, 0.01))
+    (function,) = load_functions((f"0.5*{url}",))
+    lines, texts = lines_of({"answer": "0"}, {"answer": "2"}), ["0", "1", "2", "3"]
+    answers += [(503, {}), (200, {"rewards": [1, 2, 3, 4]})]
+    assert function.weight == 0.5 and function.of_prompts(lines, texts) == [1, 2, 3, 4]
+    assert got[0] == got[1] and len(got) == 2
+    assert got[0]["query"] == ["0+0=0", "0+0=1", "1+1=2", "1+1=3"] and got[0]["labels"] == ["0", "0", "2", "2"]
+    assert got[0]["columns"] == {"answer": ["0", "0", "2", "2"]} and got[0]["completions"] == texts
+    for code, answer, message in (
+        (500, {}, "answered 500"),
+        (404, {}, "answered 404"),
+        (200, {"scores": [1]}, "wanted"),
+        (200, {"rewards": [1]}, "returned 1 numbers for 4 completions"),
+        (200, {"rewards": [1, 2, float("nan"), 4]}, "must be finite"),
+    ):
+        answers[:] = [(code, answer)]
+        with pytest.raises(RaterError, match=message):
+            function.of_prompts(lines, texts)
+
+
+def test_a_server_that_cannot_be_reached_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_fast.trainer.rl.remote_reward.WAITS", (0.01,))
+    (function,) = load_functions(("http://127.0.0.1:9/score",))
+    with pytest.raises(RaterError, match="cannot be reached .*; tried 2 times"):
+        function.of_prompts(lines_of({}), ["a"])
+
+
+def test_rewards_that_nobody_normalised_are_not_clipped(tiny: Path, tmp_path: Path, rules: str) -> None:
+    """Ten to twenty words' worth of reward: clipped to 5 all samples would be alike, and nothing would be learned."""
+    path = tmp_path / "far.py"
+    path.write_text("def far(prompt, completions): return [10 + len(c.split()) for c in completions]\n")
+    settings = config(tiny, tmp_path / "run", reward_functions=(f"{path}:far",), max_steps=1, score_clip=5.0)
+    train_ppo(settings, RunFolder.create(settings.output_dir))
+    (row,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert row["policy/grad_norm"] > 0.01 and row["objective/scores"] > 10
+    assert row["objective/rlhf_reward"] == pytest.approx(row["objective/scores"], abs=0.1)
+    assert "objective/scores_clipped" not in row
+    assert 8 < row["val/mean"] < 20  # the critic begins on the rewards that advantages see
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_normalised_scores_alone_are_clipped(tiny: Path, reward_model: str, normalised: bool, tmp_path: Path) -> None:
+    agent = load_agent(config(tiny, tmp_path / "run", reward_model=reward_model))
+    if not normalised:
+        set_score_normalizer(agent.rewards.model, 0.0, 1.0)
+    ids = torch.randint(2, 50, (6, 5), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
+    with torch.no_grad():
+        raw = sequence_scores(agent.rewards.model, batch)
+    limit = float(raw.abs().median())
+    scores = replace(agent.rewards, score_clip=limit)(batch, [torch.arange(6)], lines_of({}), ["a"] * 6)
+    torch.testing.assert_close(scores.total, raw.clamp(-limit, limit) if normalised else raw)
+    share = {"objective/scores_clipped": (raw.abs() > limit).float(), "objective/scores": raw}
+    assert scores.parts.keys() == (share.keys() if normalised else set())
+    assert all(torch.equal(scores.parts[name], share[name]) for name in scores.parts)
+    assert 0 < share["objective/scores_clipped"].mean() < 1
+
+
+def test_a_sample_that_did_not_end(tiny: Path) -> None:
+    ids = torch.zeros(3, 10, dtype=torch.int64)
+    lengths = torch.tensor([10, 9, 4])
+    mask = torch.arange(10) < lengths[:, None]
+    rollout = Rollout(
+        ids, mask, mask, [""] * 3, torch.tensor([False, True, False]), scores=torch.tensor([2.0, 3.0, 4.0])
+    )
+    assert LengthRules(missing_eos_penalty=1.0).apply(rollout).tolist() == [1.0, 3.0, 3.0]
+    assert LengthRules(missing_eos_score=-1.0).apply(rollout).tolist() == [-1.0, 3.0, -1.0]
+    soft = LengthRules(overlong_penalty=2.0, overlong_buffer=0.2, max_new_tokens=10)
+    assert soft.apply(rollout).tolist() == [0.0, 2.0, 4.0]  # all of it at the limit, half of it half-way
+    assert soft.apply(rollout, punish=False).tolist() == [2.0, 3.0, 4.0]

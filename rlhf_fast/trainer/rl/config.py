@@ -110,7 +110,7 @@ class RewardOptions(Options):
     reward_model: str = ""
     """Folder or id of the reward model (a sequence classifier with one label)."""
     reward_functions: tuple[str, ...] = ()
-    """Added to the score: `module:function`, or `0.5*file.py:function` weighted; f(prompt, completions) -> numbers."""
+    """Added to the score: `module:function`, `0.5*file.py:function` weighted, or the URL of a server."""
     score_clip: Annotated[float | None, NOT_NEGATIVE] = None
     """A reward model's normalised score is limited to plus or minus this; 0 sets no limit. None: the objective's."""
     missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions of the user: `module:function` or `file.py:function`, weighted as `0.5*file.py:function`.
+"""Reward functions of the user: `module:function`, `file.py:function` or a server's URL, weighted as `0.5*file.py:f`.
 
 Two signatures, told apart by the name of the first parameter:
 
@@ -18,10 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from rlhf_fast.data.examples import PromptLine, prompt_text
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import RaterError, load_function
+
+from .remote_reward import RemoteReward
 
 OURS = ("prompt", "completions")
 
@@ -41,7 +44,7 @@ class RewardFunction:
         if self.takes_all:
             lines = [line for line in prompts for _ in range(samples)]
             lists: dict[str, Any] = {
-                name: [columns_of(line).get(name) for line in lines] for name in self.columns_taken(lines)
+                name: [line.columns.get(name) for line in lines] for name in self.columns_taken(lines)
             }
             shown = [as_messages(line, text) for line, text in zip(lines, texts, strict=True)]
             lists |= {"prompts": [line.prompt for line in lines], "completions": shown}
@@ -49,7 +52,7 @@ class RewardFunction:
         found: list[float] = []
         for place, line in enumerate(prompts):
             part = list(texts[place * samples : (place + 1) * samples])
-            columns = {name: columns_of(line).get(name) for name in self.columns_taken([line])}
+            columns = {name: line.columns.get(name) for name in self.columns_taken([line])}
             found += self.checked(partial(self.function, line.prompt, part, **columns), line, part)
         return found
 
@@ -68,7 +71,7 @@ class RewardFunction:
 
     def columns_taken(self, lines: Sequence[PromptLine]) -> list[str]:
         """The names of the columns that it takes, of those that the data has."""
-        known = dict.fromkeys(name for line in lines for name in columns_of(line))
+        known = dict.fromkeys(name for line in lines for name in line.columns)
         parameters = self.parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return [name for name in known if name not in (*OURS, "prompts")]
@@ -89,18 +92,13 @@ class RewardFunction:
         return numbers
 
 
-def columns_of(line: PromptLine) -> dict[str, Any]:
-    """The other columns of a prompt's row."""
-    return getattr(line, "columns", {})
-
-
 def as_messages(line: PromptLine, text: str) -> str | list[dict[str, str]]:
     """A completion as TRL gives it: text, or the assistant's message where the prompt is messages."""
     return text if isinstance(line.prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
-    """Each "module:function", "file.py:function" or "0.5*file.py:function" of the options."""
+    """Each "module:function", "file.py:function" or "http://server/path" of the options, some with "0.5*" before."""
     functions: list[RewardFunction] = []
     for text in specs:
         weight, star, spec = (part.strip() for part in text.rpartition("*"))
@@ -110,7 +108,9 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
             raise UserError(f"reward_functions: {weight!r} before the * in {text!r} is no number") from None
         if not math.isfinite(number):
             raise UserError(f"reward_functions: the weight in {text!r} must be finite")
-        name = spec.rpartition(":")[2]
+        remote = spec.startswith(("http://", "https://"))
+        name = urlsplit(spec).netloc if remote else spec.rpartition(":")[2]
         count = sum(function.name.partition("#")[0] == name for function in functions)
-        functions.append(RewardFunction(f"{name}#{count + 1}" if count else name, spec, number, load_function(spec)))
+        function = RemoteReward(spec) if remote else load_function(spec)
+        functions.append(RewardFunction(f"{name}#{count + 1}" if count else name, spec, number, function))
     return functions

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of PPO in whole steps: schedules, evaluation during the run, the best model, what samplers may do wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.ppo_runs import metrics, prompts_of, replace, steps, weights
+
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import Batch
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import agent as agents
+from rlhf_fast.trainer.rl import checks, ppo
+from rlhf_fast.trainer.rl.schedule import learning_rate_scale
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("constant", [1.0] * 4),
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5 * (1 + math.cos(math.pi * share)) for share in (0, 0.25, 0.5, 0.75)]),
+    ],
+)
+def test_learning_rates_rise_and_fall(schedule: str, after: list[float]) -> None:
+    scales = [learning_rate_scale(step, 2, 6, schedule) for step in range(6)]
+    assert scales == pytest.approx([0.5, 1.0, *after])
+
+
+def test_a_step_uses_the_optimizers_options(config: PPOConfig, tmp_path: Path) -> None:
+    config = replace(config, lr_schedule="linear", warmup_steps=1, max_steps=2, adam_beta1=0.5, weight_decay=0.1)
+    config = replace(config, adam_eps=1e-6, max_grad_norm=0.0)
+    agent = agents.load_agent(config)
+    for optimizer, lr in ((agent.policy_optimizer, config.lr), (agent.critic_optimizer, config.critic_lr)):
+        assert optimizer is not None
+        (group,) = optimizer.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"], group["lr"]) == ((0.5, 0.95), 1e-6, 0.1, lr)
+    rows = steps(config, tmp_path / "run")
+    assert [row["policy/lr"] for row in rows] == pytest.approx([config.lr, config.lr])
+
+
+def test_without_a_learning_rate_nothing_moves(config: PPOConfig, tmp_path: Path) -> None:
+    """The schedule reaches the optimizers: at a scale of 1e-12 the weights stay."""
+    steps(replace(config, warmup_steps=10**12, max_steps=1), tmp_path / "run")
+    before = agents.load_agent(config).policy.state_dict()
+    for name, weight in weights(tmp_path / "run").items():
+        torch.testing.assert_close(weight, before[name], atol=1e-9, rtol=0)
+
+
+def test_the_kl_target_waits_for_the_critics_warm_up(config: PPOConfig, tmp_path: Path) -> None:
+    rows = steps(config, tmp_path / "run", critic_warmup=2, kl_target=1.0, kl_coef=0.1, max_steps=4)
+    coefs = [row["objective/kl_coef"] for row in rows]
+    assert coefs[:3] == [0.1] * 3 and coefs[3] != 0.1
+
+
+def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(
+        config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1
+    )
+    rewards, kept = iter([0.0, 1.0, 3.0, 2.0, 0.5]), []
+    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_functions", lambda *_: next(rewards))
+    step = ppo.train_step
+
+    def recorded(agent: agents.Agent, *args: Any) -> dict[str, float]:
+        found = step(agent, *args)
+        kept.append({name: weight.clone() for name, weight in agent.policy.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(ppo, "train_step", recorded)
+    run = RunFolder.create(tmp_path / "run")
+    ppo.train_ppo(config, run)
+    rows = metrics(run.path)
+    assert [row["eval/reward"] for row in rows] == [1.0, 3.0, 2.0] and "eval/kl" in rows[0]
+    assert json.loads((run.path / "best.json").read_text()) == {"step": 2, "reward": 3.0}
+    for name, weight in weights(run.path).items():
+        assert torch.equal(weight, kept[1][name])
+    assert any(not torch.equal(weight, kept[2][name]) for name, weight in weights(run.path).items())
+
+
+@pytest.mark.parametrize(
+    "values", [{"bootstrap_truncated": True}, {"whiten_rewards": True}, {"missing_eos_score": -1.0}]
+)
+def test_options_of_rewards_change_the_step(config: PPOConfig, tmp_path: Path, values: dict[str, Any]) -> None:
+    plain, other = (steps(config, tmp_path / name, max_steps=1, **more) for name, more in (("a", {}), ("b", values)))
+    assert 0 < plain[0]["sample/ended"] < 1
+    assert other[0]["policy/grad_norm"] != plain[0]["policy/grad_norm"]
+
+
+def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
+    """Nor does their number change what the others count: DAPO's mean is over the tokens that are left."""
+    config = replace(config, objective="dapo", dynamic_sampling=0, overlong_penalty=0.0)
+    agent = agents.load_agent(config)
+    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
+    assert 0 < figures["sample/ended"] < 1 and 0 < figures["sample/learned"] < 1
+    none = replace(config, max_new_tokens=1)
+    agent = agents.load_agent(none)
+    agent.tokenizer.eos_token_id = agent.policy.generation_config.eos_token_id = 10**6  # nothing ends
+    figures = ppo.train_step(agent, prompts_of(none, agent), none, 0, Timer())
+    assert figures["sample/learned"] == 0 and figures["policy/grad_norm"] == 0
+
+
+def test_a_budget_of_tokens_bounds_the_micro_batches(config: PPOConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 50, (12, 9), generator=generator)
+    lengths = torch.tensor([9, 3, 5, 5, 9, 2, 4, 8, 7, 6, 3, 9])
+    real = torch.arange(9) < lengths[:, None]
+    batch = Batch(ids, real, real & (torch.arange(9) > 0))
+    for size, tokens, unit in ((12, 20, 1), (3, 40, 1), (12, 1, 1), (12, 30, 2), (12, 0, 3)):
+        parts = batch.plan(size, unit=unit, tokens=tokens)
+        assert sorted(torch.cat(parts).tolist()) == list(range(12))
+        for part in parts:
+            assert len(part) <= max(size, unit) and len(part) % unit == 0
+            assert not tokens or len(part) == unit or len(part) * int(lengths[part].max()) <= tokens
+    assert len(batch.plan(12, tokens=1)) == 12 and len(batch.plan(12)) == 1
+    whole, cut = (
+        ppo.train_step(agent, prompts_of(config, agent), changed(config, micro_batch_tokens=tokens), 1, Timer())
+        for agent, tokens in ((agents.load_agent(config), 0), (agents.load_agent(config), 30))
+    )
+    assert cut == pytest.approx(whole, abs=2e-4, rel=2e-3)
+
+
+# ------------------------------------------------------------------------------------------ samplers and rounding
+
+
+def test_a_sampler_without_support_is_refused(config: PPOConfig, tmp_path: Path) -> None:
+    def forgetful(*args: Any, **options: Any) -> Rollout:
+        return changed(generate(*args, **options), support=None)
+
+    for values in ({"top_p": 0.9}, {"top_k": 5}):
+        with pytest.raises(UserError, match="the sampler returned no `support` though top_k is .* top_p"):
+            ppo.train_ppo(replace(config, **values), RunFolder.create(tmp_path / str(values)), forgetful)
+
+
+def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
+    for hotter, message in ((3.0, "less likely .* a higher temperature"), (0.3, "more likely .* a lower temperature")):
+        agent = agents.load_agent(config)
+        for model in (agent.policy, agent.frozen):
+            model.base_model.norm.weight.data.mul_(8.0)  # logits that a temperature makes a difference to
+
+        def other(
+            model: Any, tokenizer: Any, prompts: Any, params: Any, hotter: float = hotter, **rest: Any
+        ) -> Rollout:
+            return generate(model, tokenizer, prompts, changed(params, temperature=t), **rest)
+
+        some = replace(config, prompts_per_step=16)
+        with pytest.raises(UserError, match=message):
+            ppo.train_step(agent, prompts_of(some, agent), some, 0, Timer(), other)
+
+
+def test_in_16_bits_a_single_token_may_be_rounding(tmp_path: Path) -> None:
+    mask = torch.ones(4, 100, dtype=torch.bool)
+    old = -torch.rand(4, 100)
+    one = old.clone()
+    one[1, 7] -= 3.0  # a mixture of experts that took another one
+    low, full = (torch.nn.Linear(1, 1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert checks.check_ratio(one, old, mask, low) == pytest.approx(3.0)
+    with pytest.raises(UserError, match="is 3 at sample 1 token 7.*no dropout is on"):
+        checks.check_ratio(one, old, mask, full)
+    with pytest.raises(UserError, match="0.2 on average"):
+        checks.check_ratio(old - 0.2, old, mask, low)
+    with pytest.raises(UserError, match=r"dropout is on in 0 \(p 0.1\)"):
+        checks.check_ratio(old - 0.2, old, mask, torch.nn.Sequential(torch.nn.Dropout(0.1), low))
