@@ -14,6 +14,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
 
+from .dropout import switch_off_dropout
 from .gguf import resolve_model
 from .qlora import four_bit, is_quantised, keep_gradients
 
@@ -119,7 +120,8 @@ def load_reward_model(
 
 
 def _in_place(model: Any) -> Any:
-    """In eval mode on `device()`; a quantised model is there already, and must not be moved."""
+    """In eval mode on `device()`, without dropout; a quantised model is there already, and must not be moved."""
+    switch_off_dropout(model)
     if not is_quantised(model):
         return model.eval().to(device())
     keep_gradients(model)
@@ -162,13 +164,8 @@ def make_critic(model: Any) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute activations again in the backward, while the model is in training mode; dropout is off for good."""
+    """Compute activations again in the backward, while the model is in training mode."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def context_length(model: Any) -> int:

@@ -129,6 +129,8 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
     """Whether this model's attention is one that `attention.py` can stand in for; tried once, on a few tokens."""
+    if getattr(model, "dropout_is_on", False):
+        return False  # `attention.py` has none
     if model not in _known:
         before = model.config._attn_implementation
         _known[model] = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False) and _agrees(model)

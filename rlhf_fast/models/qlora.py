@@ -16,6 +16,8 @@ import torch
 
 from rlhf_fast.errors import UserError
 
+from .dropout import keep_rates
+
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Keywords of `from_pretrained` for a model that is quantised as it is read, onto `device`."""
@@ -85,6 +87,7 @@ def unquantised(handle: Any) -> Any:
                 found[f"{name}.bias"] = base.bias
     plain.load_state_dict({name: found[name].cpu() for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
+    keep_rates(model, plain)
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
     return plain.eval()

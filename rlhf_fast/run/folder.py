@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ class RunFolder:
         """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
         state = whole_state(model)
         if ranks().main:
-            with folder_aside(self.path / "model") as folder:
+            own_config = getattr(model, "while_saving", nullcontext)  # of a model that was loaded by us
+            with own_config(), folder_aside(self.path / "model") as folder:
                 model.save_pretrained(folder, state_dict=state)
                 tokenizer.save_pretrained(folder)
         ranks().wait()

@@ -16,7 +16,7 @@ PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
 class RewardOptions(Options):
     """A scalar head on the model, trained on all pairs of every ranking."""
 
-    CHANGEABLE = frozenset({"lr", "head_lr", "centering"})
+    CHANGEABLE = frozenset({"lr", "head_lr", "centering", "dropout"})
     EXTENDS = frozenset({"epochs"})
 
     feedback_file: str = ""
@@ -29,6 +29,8 @@ class RewardOptions(Options):
     """Share of the prompts held out to measure pair accuracy."""
     epochs: Annotated[float, POSITIVE] = 2.0
     """Passes over the training rankings."""
+    dropout: bool = False
+    """Learn with the dropout that the model's configuration names; off, it has none."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Rankings per optimizer step."""
     lr: Annotated[float, POSITIVE] = 5e-5

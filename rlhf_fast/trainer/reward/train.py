@@ -23,6 +23,7 @@ from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.fsdp import pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
@@ -72,6 +73,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit)
         model = sharded(model, config.fsdp)
         adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
+        if config.dropout:
+            switch_on_dropout(model)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
     require_space(run.path, parameter_count(model), config.save_steps)

@@ -13,7 +13,7 @@ from rlhf_fast.run.options import FILE, NOT_NEGATIVE, POSITIVE, Options, RunOpti
 class SFTOptions(Options):
     """Supervised fine-tuning on demonstrations."""
 
-    CHANGEABLE = frozenset({"lr", "packing"})
+    CHANGEABLE = frozenset({"lr", "packing", "dropout"})
     EXTENDS = frozenset({"epochs", "max_steps"})
 
     train_file: Annotated[str, FILE] = ""
@@ -24,6 +24,8 @@ class SFTOptions(Options):
     """Passes over the training file."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 0
     """End after this many optimizer steps; 0 lets `epochs` decide."""
+    dropout: bool = False
+    """Learn with the dropout that the model's configuration names; off, it has none."""
     batch_size: Annotated[int, POSITIVE] = 16
     """Demonstrations per optimizer step."""
     lr: Annotated[float, POSITIVE] = 1e-4

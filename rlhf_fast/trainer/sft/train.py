@@ -21,6 +21,7 @@ from torch import Tensor
 from rlhf_fast.data.examples import Demonstration, encode_answer, encode_prompt, read_sft
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.loading import (
     context_length,
     device,
@@ -140,6 +141,8 @@ def _train(
 
     from .hf_trainer import Bridge, SumTrainer
 
+    if config.dropout:
+        switch_on_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
