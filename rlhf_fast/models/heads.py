@@ -162,7 +162,7 @@ def check_head(model: Any, input_ids: Tensor) -> None:
     wanted[:, 0] = False
     with unsharded(model):
         ours = token_logprobs(model, Batch(input_ids, attended, wanted))[:, 1:]
-        logits = model(input_ids=input_ids).logits[:, :-1].float()
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     theirs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     gap = float((ours - theirs).abs().max()) if ours.numel() else 0.0
     if not gap < 0.25:  # bfloat16 logits near 30 are 0.125 apart; a head read wrongly is off by nats

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling completions from softmax(logits / temperature), whole or cut to the likeliest tokens.
+"""The built-in sampler: completions from softmax(logits / temperature), whole or cut to the likeliest tokens.
 
-A loop of our own around the model's forward and its KV cache, because three things that cost time are known here:
-each prompt is read once and its cache is shared out to its samples, the head runs at the last position only, and rows
-that have ended leave the batch. Prompts are padded on the left, with position_ids that do not count the pads.
+A loop of our own around the model's forward and its KV cache, because what costs time is known here: each prompt is
+read once and its cache is shared out to its samples, the head runs at the last position only, rows that have ended
+leave the batch, the cache grows in place, and on a CPU the weights are put in oneDNN's order once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +19,14 @@ from rlhf_fast.integrations.causal_lm import LanguageModelHead, language_model_h
 from rlhf_fast.models.attention import choose_attention
 from rlhf_fast.models.batches import Support
 from rlhf_fast.models.fsdp import unsharded
-from rlhf_fast.models.heads import position_ids
 
-from .rollout import Rollout, SamplingParams
+from .decoder import Decoder, reads_padded_prompts
+from .distribution import draw
+from .packed_weights import Linear, packed_weights
+from .rollout import Completions, Rollout, SamplingParams, assemble
+
+WORTH_PACKING = 8  # tokens a row: copying the weights costs as much as two or three steps
+STILL_GROWING = 0.75  # share of the rows below which those that have ended are taken out, which copies the cache
 
 
 def generate(
@@ -36,169 +43,132 @@ def generate(
     """Sample `samples_per_prompt` completions of each prompt (token ids, not empty); a `Sampler`.
 
     The random numbers of a row depend on `seed` and the row's number alone, so the same seed gives the same random
-    numbers to two models. Without a seed torch's global generator is used.
+    numbers to two models. Without a seed one is drawn from torch's global generator.
+
+    Raises:
+        UserError: the model's cache does not do what its forward over whole rows does.
     """
-    device = next(model.parameters()).device
-    lengths = torch.tensor([len(p) for p in prompts])
-    width = int(lengths.max())
-    left = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = (torch.arange(width) >= width - lengths[:, None]).to(device)  # (P, width)
-    rows = RandomRows(
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
-        total=(total_prompts or first_prompt + len(prompts)) * samples_per_prompt,
-        own=slice(first_prompt * samples_per_prompt, (first_prompt + len(prompts)) * samples_per_prompt),
-    )
-    end_ids = ends(model, tokenizer)
-    with unsharded(model):
-        tokens, places, supports = _sample(model, left, mask, end_ids, params, samples_per_prompt, rows)
-    # Outside of inference mode again: autograd refuses its tensors, and those made from them here are ordinary ones.
-    tokens, support = tokens.cpu().clone(), None
-    if supports:
-        support = Support.concatenate(supports).take(torch.cat(places).argsort())  # from steps to rows
-    return _assemble(tokenizer, prompts, tokens, support, end_ids, samples_per_prompt, device)
+    seed = int(torch.randint(2**62, ())) if seed is None else seed
+    total = (total_prompts or first_prompt + len(prompts)) * samples_per_prompt
+    ends = Ends(end_ids(model, tokenizer), params, tokenizer)
+    per_wave = max(1, params.batch_size // samples_per_prompt) if params.batch_size else len(prompts)
+    with unsharded(model), torch.inference_mode():
+        waves = _waves(prompts, per_wave, reads_padded_prompts(model))
+        choose_attention(model)
+        head = language_model_head(model)
+        most = samples_per_prompt * max(map(len, waves)) if params.max_new_tokens > WORTH_PACKING else 0
+        with packed_weights(model, head, most) as linear:
+            sampled = []
+            for wave in waves:
+                read = [prompts[p] for p in wave]
+                decoder = Decoder(model, read, tokenizer.pad_token_id, samples_per_prompt, params.max_new_tokens)
+                own = [(first_prompt + p) * samples_per_prompt + k for p in wave for k in range(samples_per_prompt)]
+                numbers = RandomNumbers(torch.Generator().manual_seed(seed), total, torch.tensor(own))
+                sampled.append(_sample(decoder, partial(_logits, linear, head), params, numbers, ends))
+    # Outside of inference mode: autograd refuses its tensors, and what is made from them here is ordinary again.
+    rollouts = [
+        assemble(tokenizer, [prompts[p] for p in wave], completions, params.stop)
+        for wave, completions in zip(waves, sampled, strict=True)
+    ]
+    rollout = rollouts[0] if len(waves) == 1 else Rollout.concatenate(rollouts)
+    order = torch.tensor([p for wave in waves for p in wave]).argsort()
+    if not torch.equal(order, torch.arange(len(prompts))):
+        rollout = rollout.rows((order[:, None] * samples_per_prompt + torch.arange(samples_per_prompt)).flatten())
+    return rollout.to(model.device)
 
 
-class RandomRows(NamedTuple):
-    """One random number a row and step, the same for a row whichever rank it is on."""
-
-    generator: torch.Generator | None  # None: torch's own
-    total: int  # rows of all ranks
-    own: slice  # this rank's of them
-
-    def next(self) -> Tensor:
-        """(B,) float64 in [0, 1) of this rank's rows."""
-        return torch.rand(self.total, generator=self.generator, dtype=torch.float64)[self.own]
-
-
-def ends(model: Any, tokenizer: Any) -> list[int]:
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end a completion: those of the model's generation config and the tokenizer's EOS."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None})
 
 
-@torch.inference_mode()
+def _waves(prompts: list[list[int]], size: int, padded: bool) -> list[list[int]]:
+    """Numbers of the prompts that are read together: at most `size`, and of one length unless they may be `padded`."""
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(0 if padded else len(prompt), []).append(number)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+class RandomNumbers(NamedTuple):
+    """One random number a row and step, the same for a row whichever rank and wave it is in."""
+
+    generator: torch.Generator
+    total: int  # rows of all ranks
+    own: Tensor  # (B,) the numbers of these rows among all
+
+    def next(self) -> Tensor:
+        """(B,) float64 in [0, 1) of these rows."""
+        return torch.rand(self.total, generator=self.generator, dtype=torch.float64)[self.own]
+
+
+class Ends:
+    """Where a completion ends: at an id, or where its text holds a stop string; neither before `min_new_tokens`."""
+
+    def __init__(self, ids: list[int], params: SamplingParams, tokenizer: Any) -> None:
+        """`ids` end a completion."""
+        self.ids, self.stop, self.least, self.tokenizer = ids, params.stop, params.min_new_tokens, tokenizer
+        self.tail = 16 + 4 * max(map(len, self.stop), default=0)  # tokens that may hold a stop string
+
+    def forbidden(self, step: int) -> list[int]:
+        """Ids that cannot be drawn as token number `step` of a completion."""
+        return self.ids if step < self.least else []
+
+    def reached(self, sampled: Tensor) -> Tensor:
+        """(B,) bool of completions so far (B, n)."""
+        found = torch.isin(sampled[:, -1], torch.tensor(self.ids, device=sampled.device))
+        if self.stop and sampled.shape[1] >= self.least:
+            tails = sampled[:, -self.tail :].tolist()
+            texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+            held = [any(stop in text for stop in self.stop) for text in texts]
+            found |= torch.tensor(held, device=sampled.device)
+        return found
+
+
 def _sample(
-    model: Any,
-    prompts: Tensor,  # (P, width), padded on the left
-    mask: Tensor,  # (P, width)
-    end_ids: list[int],
-    params: SamplingParams,
-    samples: int,
-    random: RandomRows,
-) -> tuple[Tensor, list[Tensor], list[Support]]:
-    """(P * samples, max_new_tokens) sampled ids, -1 after the end of a row; and of each step, if top-k or top-p left
-    ids out, the flat places there of what was sampled, and the ids that were kept."""
-    choose_attention(model)
-    trunk, head = model.base_model, language_model_head(model)
-    output = trunk(input_ids=prompts, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=True)
-    cache = output.past_key_values
-    cache.batch_repeat_interleave(samples)
-    hidden = output.last_hidden_state[:, -1].repeat_interleave(samples, 0)  # (B, H)
-    mask = mask.repeat_interleave(samples, 0)
-    alive = torch.arange(len(hidden), device=prompts.device)  # rows still growing, in order
-    sampled = prompts.new_full((len(hidden), params.max_new_tokens), -1)
-    stop = prompts.new_tensor(end_ids)
-    places, supports = [], []
+    decoder: Decoder, logits: Callable[[Tensor], Tensor], params: SamplingParams, numbers: RandomNumbers, ends: Ends
+) -> Completions:
+    """Sample a wave of rows whose prompts `decoder` has read."""
+    device, count = decoder.hidden.device, len(decoder.hidden)
+    tokens = torch.full((count, params.max_new_tokens), -1, device=device)
+    lengths = torch.full((count,), params.max_new_tokens, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    rows = torch.arange(count, device=device)  # of those in the decoder, in order
+    places, supports = [], []  # flat places in `tokens`, and what was kept there
     for step in range(params.max_new_tokens):
-        uniform = random.next().to(prompts.device)[alive]
-        tokens, support = draw(_logits(hidden, head), uniform, params)
-        sampled[alive, step] = tokens
+        uniform = numbers.next().to(device)[rows]
+        drawn, support = draw(logits(decoder.hidden), uniform, params, ends.forbidden(step))
+        tokens[rows, step] = drawn
         if support is not None:
-            places.append(alive * params.max_new_tokens + step)
+            places.append(rows * params.max_new_tokens + step)
             supports.append(support)
-        growing = (~torch.isin(tokens, stop)).nonzero().squeeze(1)
+        now = rows[ends.reached(tokens[rows, : step + 1]) & ~ended[rows]]
+        ended[now], lengths[now] = True, step + 1
+        growing = (~ended[rows]).nonzero().squeeze(1)
         if len(growing) == 0 or step + 1 == params.max_new_tokens:
             break
-        if len(growing) < len(alive):
-            alive, mask, tokens = alive[growing], mask[growing], tokens[growing]
-            cache.batch_select_indices(growing)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        output = trunk(
-            input_ids=tokens[:, None],
-            attention_mask=mask.long(),
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = output.last_hidden_state[:, -1]
-    return sampled, places, supports
+        if len(growing) <= STILL_GROWING * len(rows):
+            rows, drawn = rows[growing], drawn[growing]
+            decoder.keep(growing)
+        decoder.step(drawn)
+    support = None
+    if supports:  # from steps to rows, without what was drawn after a row's end
+        place = torch.cat(places)
+        order = place.argsort()
+        within = place[order] % params.max_new_tokens < lengths[place[order] // params.max_new_tokens]
+        support = Support.concatenate(supports).take(order[within])
+    return Completions(tokens=tokens, lengths=lengths, ended=ended, support=support)
 
 
-def _logits(hidden: Tensor, head: LanguageModelHead) -> Tensor:
+def _logits(linear: Linear, head: LanguageModelHead, hidden: Tensor) -> Tensor:
     """(N, V) float32, with the scale and cap of the model."""
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    logits = linear(hidden)
     if head.lora is not None:
         a, b, scale = head.lora
         logits = logits + scale * (hidden.to(a.dtype) @ a.mT @ b.mT).to(logits.dtype)
-    logits = logits.float() * head.logit_scale
+    logits = logits.float()
+    if head.logit_scale != 1:
+        logits = logits * head.logit_scale
     return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
-
-
-def draw(logits: Tensor, uniform: Tensor, params: SamplingParams) -> tuple[Tensor, Support | None]:
-    """(N,) ids drawn from logits (N, V), by inverting the distribution function at `uniform` (N,) in [0, 1); and the
-    ids that each row could draw, if top-k or top-p leave some out."""
-    probabilities = (logits / params.temperature).softmax(-1)
-    if not params.truncated:
-        return _invert(probabilities, uniform), None
-    probabilities, ids, keep = _likeliest(probabilities, params)
-    place = _invert(probabilities * keep, uniform)
-    # rounding may point behind the last of them, whose probability is 0
-    place = torch.minimum(place, keep.sum(-1) - 1)
-    return ids.gather(1, place[:, None]).squeeze(1), Support.of_counts(ids[keep], keep.sum(-1))
-
-
-def _invert(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    # float64, since float32 sums of 50 000 terms would favour the ids at the end; the last entry is the total
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    point = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1).clamp_(max=probabilities.shape[1] - 1)
-
-
-FIRST_LOOK = 1024  # sorting a whole vocabulary is slow, and top-p rarely keeps more than this
-
-
-def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities (N, K) in descending order, their ids, and which of them are kept: the `top_k` likeliest, then the
-    fewest of these that have `top_p` of their mass (at least one)."""
-    size = probabilities.shape[1]
-    count = min(params.top_k or FIRST_LOOK, size)
-    values, ids = probabilities.topk(count)
-    mass = values.sum(-1, keepdim=True) if params.top_k else probabilities.sum(-1, keepdim=True)
-    if not params.top_k and count < size and bool((values.sum(-1) < params.top_p * mass.squeeze(-1)).any()):
-        values, ids = probabilities.sort(descending=True)
-    before = values.cumsum(-1, dtype=torch.float64) - values
-    keep = (before < params.top_p * mass) & (values > 0)
-    keep[:, 0] = True
-    return values, ids, keep
-
-
-def _assemble(
-    tokenizer: Any,
-    prompts: list[list[int]],
-    sampled: Tensor,
-    support: Support | None,
-    end_ids: list[int],
-    samples: int,
-    device: torch.device,
-) -> Rollout:
-    """Put each prompt and what was sampled after it side by side, padding on the right."""
-    lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(samples)
-    counts = (sampled >= 0).sum(1)
-    width = int((lengths + counts).max())
-    input_ids = torch.full((len(sampled), width), tokenizer.pad_token_id, dtype=torch.int64)
-    for row, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
-        input_ids[row, :start] = torch.tensor(prompts[row // samples])
-        input_ids[row, start : start + count] = sampled[row, :count]
-    columns = torch.arange(width)
-    attention = columns < (lengths + counts)[:, None]
-    final = sampled.gather(1, (counts - 1)[:, None]).squeeze(1)
-    texts = [tokenizer.decode(row[row >= 0], skip_special_tokens=True) for row in sampled]
-    return Rollout(
-        input_ids=input_ids.to(device),
-        attention_mask=attention.to(device),
-        response_mask=(attention & (columns >= lengths[:, None])).to(device),
-        texts=texts,
-        ended=torch.isin(final, torch.tensor(end_ids)).to(device),
-        support=support,
-    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch, Support
 from rlhf_fast.run.options import SamplingOptions
 
@@ -19,14 +20,29 @@ from rlhf_fast.run.options import SamplingOptions
 class SamplingParams:
     """The distribution that completions are sampled from, softmax(logits / temperature), and where they end.
 
-    The `top_k` likeliest tokens are kept (0: all), then the fewest of these that have `top_p` of their probability
-    (1: all). Log-probabilities are taken over what was kept.
+    Tokens are kept that have at least `min_p` times the probability of the likeliest (0: all), of these the `top_k`
+    likeliest (0: all), of these the fewest that have `top_p` of their probability (1: all). Log-probabilities are taken
+    over what was kept.
     """
 
     max_new_tokens: int = 64  # the end-of-sequence token included
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    min_new_tokens: int = 0  # no end before
+    stop: tuple[str, ...] = ()  # texts that end a completion; they are left out of `Rollout.texts`, not of the tokens
+    batch_size: int = 0  # completions sampled at once, which bounds the memory of the KV cache; 0: all
+
+    def __post_init__(self) -> None:
+        """Raise UserError for what does not go together."""
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        if self.min_new_tokens and not self.truncated:
+            raise UserError(
+                "min_new_tokens takes the end out of what may be sampled, which is recorded with top_k, top_p or min_p "
+                "only: set one of them"
+            )
 
     @classmethod
     def of(cls, options: SamplingOptions) -> SamplingParams:
@@ -36,12 +52,16 @@ class SamplingParams:
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
+            min_p=options.min_p,
+            min_new_tokens=options.min_new_tokens,
+            stop=options.stop,
+            batch_size=options.generation_batch_size,
         )
 
     @property
     def truncated(self) -> bool:
         """Whether some tokens cannot be sampled: a `Rollout` then has its `support`."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 @dataclass
@@ -111,6 +131,43 @@ class Rollout:
                 name: torch.cat([one.score_parts[name] for one in rollouts]) for name in rollouts[0].score_parts
             },
         )
+
+
+class Completions(NamedTuple):
+    """What a sampler made of some prompts, before it is put behind them."""
+
+    tokens: Tensor  # (B, n) int64
+    lengths: Tensor  # (B,) int64, at least 1: the tokens that count
+    ended: Tensor  # (B,) bool
+    support: Support | None  # of the tokens that count, row by row
+
+
+def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions, stop: Sequence[str] = ()) -> Rollout:
+    """Each prompt with its completions (as many for each) side by side, padded on the right; on the CPU."""
+    samples = len(completions.tokens) // len(prompts)
+    sampled, counts = completions.tokens.cpu(), completions.lengths.cpu().clone()
+    lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(samples)
+    width = int((lengths + counts).max())
+    input_ids = torch.full((len(sampled), width), tokenizer.pad_token_id, dtype=torch.int64)
+    texts = []
+    for row, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
+        input_ids[row, :start] = torch.tensor(prompts[row // samples])
+        input_ids[row, start : start + count] = sampled[row, :count]
+        text = tokenizer.decode(sampled[row, :count], skip_special_tokens=True)
+        texts.append(text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))])
+    support = completions.support
+    if support is not None:  # an ordinary tensor, whatever mode it was made in
+        support = support.take(torch.arange(int(counts.sum()), device=support.offsets.device)).to("cpu")
+    columns = torch.arange(width)
+    attention = columns < (lengths + counts)[:, None]
+    return Rollout(
+        input_ids=input_ids,
+        attention_mask=attention,
+        response_mask=attention & (columns >= lengths[:, None]),
+        texts=texts,
+        ended=completions.ended.cpu().clone(),
+        support=support,
+    )
 
 
 class Sampler(Protocol):

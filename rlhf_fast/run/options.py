@@ -147,6 +147,19 @@ class SamplingOptions(Options):
     """Sample from the likeliest so many tokens only, and take log-probabilities over them; 0 cuts nothing."""
     top_p: Annotated[float, PROBABILITY] = 1.0
     """Sample from the fewest tokens that have this share of the probability, and take log-probabilities over them."""
+    min_p: Annotated[float, FRACTION] = 0.0
+    """Leave out tokens of less than this times the probability of the likeliest; 0 leaves out none."""
+    min_new_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """No completion ends before so many tokens; goes with top_k, top_p or min_p."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion."""
+    generation_batch_size: Annotated[int, NOT_NEGATIVE] = 0
+    """Completions sampled at once, which bounds the memory of the KV cache; 0: all of a process."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be sampled."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:

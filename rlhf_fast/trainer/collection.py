@@ -49,8 +49,10 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     Returns the summary: file, prompts, completions, share that ended by themselves, mean rating, seconds.
     """
     from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
+    from rlhf_fast.rollout.rollout import SamplingParams
 
     config.validate()
+    SamplingParams.of(config)  # refuses what does not go together
     if (finished := finished_summary(run, config)) is not None:
         return finished
     lines = read_prompts(config.prompts_file)

@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.integrations.causal_lm import language_model_head
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
-from rlhf_fast.rollout.builtin import draw, ends, generate
+from rlhf_fast.rollout import builtin
+from rlhf_fast.rollout.builtin import end_ids, generate
+from rlhf_fast.rollout.cache import take_rows
+from rlhf_fast.rollout.decoder import reads_padded_prompts
+from rlhf_fast.rollout.distribution import draw
+from rlhf_fast.rollout.packed_weights import packed_weights
 from rlhf_fast.rollout.rollout import SamplingParams
 
 PROMPTS = [[5, 9, 11], [8], [6, 33, 21, 50, 4], [7, 19]]
@@ -140,7 +147,9 @@ def test_the_seed_decides(lm: Any, tokenizer: Any) -> None:
     assert texts(seed=3) == first
     assert texts(seed=4) != first and len(set(first[:3])) == 3
     torch.manual_seed(3)
-    assert texts() == first
+    of_the_global_generator = texts()
+    torch.manual_seed(3)
+    assert texts() == of_the_global_generator
 
 
 def test_sampled_tokens_have_the_logprobs_of_the_scoring_pass(lm: Any, tokenizer: Any) -> None:
@@ -161,6 +170,180 @@ def test_rollouts_can_be_learned_from(lm: Any, tokenizer: Any) -> None:
 
 def test_every_end_that_the_model_names_ends(lm: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm.generation_config, "eos_token_id", [13, 17])
-    assert ends(lm, tokenizer) == sorted({13, 17, tokenizer.eos_token_id})
+    assert end_ids(lm, tokenizer) == sorted({13, 17, tokenizer.eos_token_id})
     monkeypatch.setattr(lm.generation_config, "eos_token_id", None)
-    assert ends(lm, tokenizer) == [tokenizer.eos_token_id]
+    assert end_ids(lm, tokenizer) == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"min_p": 0.45}, [3, 1]),
+        ({"min_p": 0.09}, [3, 1, 4, 0]),
+        ({"min_p": 0.2, "top_k": 2}, [3, 1]),
+        ({"min_p": 0.3, "top_p": 0.7}, [3, 1]),  # of the 0.95 that min_p leaves
+    ],
+)
+def test_min_p_is_a_share_of_the_largest_probability(options: dict[str, Any], kept: list[int]) -> None:
+    probabilities = torch.tensor([[0.05, 0.25, 0.0, 0.5, 0.2]])
+    _, support = draw(probabilities.log(), torch.tensor([0.5]).double(), SamplingParams(**options))
+    assert support is not None and support.ids.tolist() == kept
+
+
+def test_min_p_looks_at_the_whole_vocabulary_where_it_must() -> None:
+    logits = torch.linspace(0, 0.1, 5000).expand(3, 5000)
+    _, support = draw(logits, torch.tensor([0.1, 0.5, 0.9]).double(), SamplingParams(min_p=0.95))
+    assert support is not None and 2500 < int(support.offsets[1]) < 2600  # those within log 0.95 of the largest
+
+
+def test_draws_over_several_blocks_are_those_of_the_whole_distribution_function() -> None:
+    logits = 3 * torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
+    logits[:, 300:700] = -torch.inf
+    uniform = torch.rand(4, 500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    for column in range(500):
+        drawn, _ = draw(logits, uniform[:, column], SamplingParams())
+        wanted = torch.searchsorted(cumulative, uniform[:, [column]].contiguous(), right=True).squeeze(1)
+        near = (cumulative.gather(1, wanted[:, None]).squeeze(1) - uniform[:, column]).abs() < 1e-6
+        assert ((drawn == wanted) | near).all()
+
+
+def test_nothing_ends_before_min_new_tokens_and_its_log_probabilities_know_it(lm: Any, tokenizer: Any) -> None:
+    weight = lm.lm_head.weight.data
+    before = weight.clone()
+    weight[tokenizer.eos_token_id] += 0.3
+    try:
+        params = SamplingParams(max_new_tokens=9, top_k=20)
+        early = generate(lm, tokenizer, PROMPTS, params, seed=0, samples_per_prompt=8)
+        assert int(early.response_mask.sum(1).min()) < 4
+        params = SamplingParams(max_new_tokens=9, top_k=20, min_new_tokens=4)
+        rollout = generate(lm, tokenizer, PROMPTS, params, seed=0, samples_per_prompt=8)
+        assert int(rollout.response_mask.sum(1).min()) == 5 and rollout.ended.any()
+        assert rollout.support is not None
+        start = torch.tensor([len(PROMPTS[row // 8]) for row in range(32)])
+        for number, (row, column) in enumerate(rollout.response_mask.nonzero().tolist()):
+            kept = rollout.support.take(torch.tensor([number])).ids.tolist()
+            assert int(rollout.input_ids[row, column]) in kept
+            assert tokenizer.eos_token_id not in kept or column - int(start[row]) >= 4
+    finally:
+        weight.copy_(before)
+    with pytest.raises(UserError, match="min_new_tokens takes the end out .* set one of them"):
+        SamplingParams(min_new_tokens=3)
+    with pytest.raises(UserError, match="min_new_tokens 9 is more than max_new_tokens 8"):
+        SamplingParams(min_new_tokens=9, max_new_tokens=8, top_k=5)
+
+
+def test_a_stop_string_ends_a_completion_and_is_left_out_of_its_text(lm: Any, tokenizer: Any) -> None:
+    params = SamplingParams(max_new_tokens=12, temperature=1.5)
+    free = generate(lm, tokenizer, PROMPTS, params, seed=1, samples_per_prompt=6)
+    stop = " ".join(free.texts[0].split()[1:3])  # of two tokens
+    params = SamplingParams(max_new_tokens=12, temperature=1.5, stop=(stop, "nowhere"))
+    stopped = generate(lm, tokenizer, PROMPTS, params, seed=1, samples_per_prompt=6)
+    assert stop in free.texts[0] and free.texts[0].startswith(stopped.texts[0]) and bool(stopped.ended[0])
+    count = int(stopped.response_mask[0].sum())
+    assert count < int(free.response_mask[0].sum())
+    tokens = stopped.input_ids[0][stopped.response_mask[0]]
+    assert tokens.tolist() == free.input_ids[0][free.response_mask[0]][:count].tolist()
+    assert stop in tokenizer.decode(tokens) and stop not in tokenizer.decode(tokens[:-1])
+    for one, other in zip(stopped.texts, free.texts, strict=True):
+        assert stop not in one and other.startswith(one)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.9}])
+def test_waves_change_no_sample(lm: Any, tokenizer: Any, options: dict[str, Any]) -> None:
+    once = SamplingParams(max_new_tokens=9, **options)
+    whole = generate(lm, tokenizer, PROMPTS, once, seed=2, samples_per_prompt=3)
+    sizes: list[int] = []
+    read = builtin.Decoder
+
+    class Watched(read):  # type: ignore[misc, valid-type]
+        def __init__(self, model: Any, prompts: list[list[int]], *args: Any, **more: Any) -> None:
+            sizes.append(len(prompts))
+            super().__init__(model, prompts, *args, **more)
+
+    params = SamplingParams(max_new_tokens=9, batch_size=6, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "Decoder", Watched)
+        waves = generate(lm, tokenizer, PROMPTS, params, seed=2, samples_per_prompt=3)
+        patch.setattr(builtin, "reads_padded_prompts", lambda model: False)
+        alone = generate(lm, tokenizer, PROMPTS, once, seed=2, samples_per_prompt=3)
+    assert sizes == [2, 2, 1, 1, 1, 1]
+    for other in (waves, alone):
+        assert whole.texts == other.texts and torch.equal(whole.input_ids, other.input_ids)
+        assert torch.equal(whole.ended, other.ended)
+        if options:
+            assert whole.support is not None and other.support is not None
+            assert torch.equal(whole.support.offsets, other.support.offsets)
+            assert torch.equal(whole.support.ids, other.support.ids)
+
+
+def test_packed_weights_give_the_same_products(tiny: Path) -> None:
+    model = models.load_causal_lm(str(tiny / "model"), "bfloat16")
+    head, ids = language_model_head(model), torch.tensor([PROMPTS[2], PROMPTS[2][::-1]])
+    with torch.inference_mode():
+        wanted = model.base_model(ids).last_hidden_state
+        logits = torch.nn.functional.linear(wanted, head.weight)
+        with packed_weights(model, head, 2) as linear:
+            layers = [x for x in model.base_model.modules() if "forward" in vars(x)]
+            got = model.base_model(ids).last_hidden_state
+            assert torch.equal(got, wanted) and torch.equal(linear(got), logits)
+    served = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert len(layers) == (7 * model.config.num_hidden_layers if served else 0)
+    assert not any("forward" in vars(x) for x in model.base_model.modules())
+
+
+def test_the_cache_grows_in_place_and_keeps_what_the_models_own_would(lm: Any) -> None:
+    ids = torch.tensor([PROMPTS[2], PROMPTS[2][::-1]])
+    with torch.inference_mode():
+        ours, theirs = (lm.base_model(ids, use_cache=True).past_key_values for _ in range(2))
+        take_rows(ours, torch.tensor([0, 0, 1]))
+        theirs.batch_select_indices(torch.tensor([0, 0, 1]))
+        place, copies = ours.layers[0].keys.data_ptr(), 0
+        for step in range(200):
+            if step == 120:
+                take_rows(ours, torch.tensor([2, 0]))
+                theirs.batch_select_indices(torch.tensor([2, 0]))
+            token = torch.full((len(ours.layers[0].keys), 1), 5 + step % 40)
+            states = [lm.base_model(token, past_key_values=cache).last_hidden_state for cache in (ours, theirs)]
+            torch.testing.assert_close(states[0], states[1], atol=1e-5, rtol=1e-5)
+            copies, place = copies + (place != ours.layers[0].keys.data_ptr()), ours.layers[0].keys.data_ptr()
+    assert copies == 3  # two as it grew, one as rows were taken out
+    for layer, other in zip(ours.layers, theirs.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys)
+        torch.testing.assert_close(layer.values, other.values)
+
+
+def test_a_model_whose_cache_is_wrong_is_refused_by_name(tiny: Path, tokenizer: Any) -> None:
+    def model_with(forward: Any) -> Any:
+        model = models.load_causal_lm(str(tiny / "model"), "float32")
+        own = model.base_model.forward
+        model.base_model.forward = lambda *args, **more: forward(own, *args, **more)
+        return model
+
+    def forgets(own: Any, *args: Any, past_key_values: Any = None, **more: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.layers[0].keys.zero_()
+        return own(*args, past_key_values=past_key_values, **more)
+
+    def has_none(own: Any, *args: Any, **more: Any) -> Any:
+        output = own(*args, **more)
+        output.past_key_values = None
+        return output
+
+    for forward, message in (
+        (forgets, "LlamaForCausalLM cannot be sampled from: hidden states by its cache are"),
+        (has_none, "LlamaForCausalLM cannot be sampled from: TypeError: its forward gives no cache"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate(model_with(forward), tokenizer, PROMPTS, SamplingParams(max_new_tokens=3), seed=0)
+
+
+def test_a_model_that_reads_pads_is_sampled_from_one_length_at_a_time(tiny: Path, tokenizer: Any) -> None:
+    model = models.load_causal_lm(str(tiny / "model"), "float32")
+    params = SamplingParams(max_new_tokens=8)
+    wanted = generate(model, tokenizer, PROMPTS, params, seed=0, samples_per_prompt=2)
+    reads = models.load_causal_lm(str(tiny / "model"), "float32")
+    own = reads.base_model.forward
+    reads.base_model.forward = lambda *args, attention_mask=None, position_ids=None, **more: own(*args, **more)
+    assert not reads_padded_prompts(reads) and reads_padded_prompts(model)
+    assert generate(reads, tokenizer, PROMPTS, params, seed=0, samples_per_prompt=2).texts == wanted.texts

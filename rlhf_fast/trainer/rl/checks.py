@@ -30,9 +30,9 @@ def check_rollout(rollout: Rollout, params: SamplingParams, count: int) -> None:
         raise UserError(f"the sampler returned no token for sample {int(empty.nonzero()[0])}")
     if params.truncated and rollout.support is None:
         raise UserError(
-            f"the sampler returned no `support` though top_k is {params.top_k} and top_p {params.top_p}: "
-            "log-probabilities must be taken over the tokens that could be sampled. Have it record them "
-            "(`Rollout.support`), or set top_k 0 and top_p 1"
+            f"the sampler returned no `support` though top_k is {params.top_k}, top_p {params.top_p}, "
+            f"min_p {params.min_p}: log-probabilities must be taken over the tokens that could be sampled. "
+            "Have it record them (`Rollout.support`), or set top_k 0, top_p 1 and min_p 0"
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.options import (
     FILE,
     FRACTION,
@@ -233,6 +234,7 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or does not go with another."""
         super().validate()
+        SamplingParams.of(self)  # refuses what does not go together
         for wrong, message in (*self.resolved()._contradictions(), *self._ignored()):
             if wrong:
                 raise UserError(message)
@@ -257,8 +259,8 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
             f"dynamic_sampling is for an objective that compares samples of one prompt, not for {self.objective!r}",
         )
         yield (
-            self.kl_estimator == "exact" and (self.top_k > 0 or self.top_p < 1),
-            "kl_estimator exact is over the whole vocabulary, which top_k and top_p cut: take k1, k2 or k3",
+            self.kl_estimator == "exact" and self.truncates,
+            "kl_estimator exact is over the whole vocabulary, which top_k, top_p and min_p cut: take k1, k2 or k3",
         )
         yield (
             self.kl_in == "loss" and self.kl_estimator == "k1",
@@ -273,8 +275,8 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
             "kl_estimator exact in the loss needs importance_ratio token: take k2 or k3",
         )
         yield (
-            self.entropy_coef > 0 and (self.top_k > 0 or self.top_p < 1),
-            "entropy_coef is of the whole vocabulary, which top_k and top_p cut: leave them at 0 and 1",
+            self.entropy_coef > 0 and self.truncates,
+            "entropy_coef is of the whole vocabulary, which top_k, top_p and min_p cut: leave them at 0, 1 and 0",
         )
         yield (
             objective.pairs and (self.kl_estimator == "exact" or self.kl_in != "reward"),
