@@ -322,7 +322,7 @@ def test_a_model_whose_cache_is_wrong_is_refused_by_name(tiny: Path, tokenizer: 
 
     def forgets(own: Any, *args: Any, past_key_values: Any = None, **more: Any) -> Any:
         if past_key_values is not None:
-            past_key_values.layers[0].keys.zero_()
+            past_key_values.layers[0].values.zero_()
         return own(*args, past_key_values=past_key_values, **more)
 
     def has_none(own: Any, *args: Any, **more: Any) -> Any:
