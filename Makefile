@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check check-cuda-torch lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels check-aarch64 check-macos check-cuda-torch lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -22,6 +22,8 @@ help:
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
+	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
+	@echo "make check-aarch64   the CPU kernels under qemu   make check-macos  compiled for Apple silicon"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -61,9 +63,9 @@ test: $(VENV)/built
 	$(BIN)/pytest --ignore=tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
-EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["integrations"])
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])
 $(VENV)/peers: $(VENV)/installed pyproject.toml constraints.txt
-	$(PIP) $$($(BIN)/python -c '$(EXTRA)')
+	$(PIP) $$($(BIN)/python -c '$(call EXTRA,integrations)')
 	$(PIP) --no-deps verl openrlhf
 	touch $@
 
@@ -92,7 +94,37 @@ RESULTS ?= benchmarks/results
 gpu-check:
 	$(PYTHON) benchmarks/gpu/check.py --results $(RESULTS)
 
-CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h')
+$(VENV)/release: $(VENV)/installed pyproject.toml constraints.txt
+	$(PIP) $$($(BIN)/python -c '$(call EXTRA,release)')
+	touch $@
+
+wheels: $(VENV)/release
+	$(BIN)/python release/wheels.py $(ARGS)
+
+# For each Python and PyTorch an environment of its own, which downloads that PyTorch: minutes and gigabytes.
+PYTHONS ?= $(PYTHON)
+TORCHES ?= 2.10.0 $(shell sed -n 's/^torch==//p' constraints.txt)
+try-wheels:
+	@for python in $(PYTHONS); do for torch in $(TORCHES); do for wheel in dist/*.whl; do \
+	  $$python release/try_wheel.py --python $$python --torch $$torch $$wheel || exit 1; done; done; done
+
+# The CPU kernels without PyTorch, against float64, for machines that are not this one. DRIVER says what is compiled.
+DRIVER := -std=c++17 @csrc/cpu/flags.txt -Wall -Wextra -Wno-psabi -DRF_ISA=isa_default tests/kernels/driver.cpp -o
+check-aarch64:
+	@command -v aarch64-linux-gnu-g++ qemu-aarch64-static >/dev/null || { \
+	  echo "Wanted: Debian's packages g++-aarch64-linux-gnu and qemu-user-static."; exit 1; }
+	mkdir -p build
+	aarch64-linux-gnu-g++ -static $(DRIVER) build/driver-aarch64
+	qemu-aarch64-static build/driver-aarch64
+
+# Compiled and linked by clang with Apple's headers, which the package ziglang brings; to run it takes a Mac.
+check-macos: $(VENV)/installed
+	$(PIP) ziglang
+	mkdir -p build
+	$(BIN)/python -m ziglang c++ -target aarch64-macos $(DRIVER) build/driver-macos
+	$(BIN)/python -m ziglang c++ -target x86_64-macos $(DRIVER) build/driver-macos-x86_64
+
+CXX_FILES = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/emulator/*.h' 'tests/kernels/*')
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

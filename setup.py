@@ -6,7 +6,7 @@ Environment variables:
 
 RLHF_FAST_EXT   0: a pure-Python wheel. 1: what cannot be built is an error, as in the Makefile.
 RLHF_FAST_CUDA  0: leave nvcc alone. 1: CUDA kernels or an error.
-RLHF_FAST_ABI3  1: a wheel for every Python from 3.11, without `_host`, for pybind11 has no limited API.
+RLHF_FAST_ABI3  1: a wheel for every Python from 3.11 and glibc 2.28; no `_host`, since pybind11 has no limited API.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run_cmake(build: Path, target: Path, cuda: str) -> None:
         cmake_program(), "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
         f"-DRLHF_FAST_CUDA={cuda}", f"-DRLHF_FAST_CUDA_REQUIRED={'ON' if CUDA == '1' else 'OFF'}",
         f"-DRLHF_FAST_LIMITED_API={'OFF' if FREE_THREADED else 'ON'}",
-        f"-DRLHF_FAST_HOST={'OFF' if ABI3 == '1' else 'ON'}",
+        f"-DRLHF_FAST_ABI3={'ON' if ABI3 == '1' else 'OFF'}",
     ]  # fmt: skip
     if (ninja := shutil.which("ninja", path=search_path())) is not None:
         configure.append(f"-DCMAKE_MAKE_PROGRAM={ninja}")
@@ -112,7 +112,7 @@ def cmake_program() -> str:
 def why_not_built() -> str:
     """Why nothing is to be compiled here; empty where CMake should try."""
     if EXT == "0":
-        return "RLHF_FAST_EXT=0"
+        return "A pure-Python install, RLHF_FAST_EXT=0"
     if sys.platform == "win32":
         return "The kernels are not built on Windows (they are on Linux, WSL among it, and on macOS)"
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):

@@ -88,6 +88,7 @@ def test_wheel_without_nvcc(source: Path, tmp_path: Path) -> None:
 def test_pure_python_wheel(source: Path, tmp_path: Path) -> None:
     wheel, log = build_wheel(source, tmp_path, RLHF_FAST_EXT="0")
     assert wheel.name.endswith("py3-none-any.whl")
+    assert "rlhf_fast/py.typed" in zipfile.ZipFile(wheel).namelist()
     assert "without its compiled kernels" in log
     printed = use_wheel(wheel, tmp_path)
     assert "['torch']" in printed

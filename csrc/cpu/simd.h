@@ -10,6 +10,9 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define RF_NEON  // every 64-bit Arm has it, conversions of half precision and fused multiply-add among it
 #endif
 
 namespace rlhf_fast {
@@ -67,6 +70,8 @@ inline float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>
 inline float to_float(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(RF_NEON)
+  return static_cast<float>(bit_cast<__fp16>(x.bits));
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
@@ -84,6 +89,8 @@ inline void from_float(float x, BFloat16* to) {
 inline void from_float(float x, Half* to) {
 #if defined(__F16C__)
   to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(RF_NEON)
+  to->bits = bit_cast<uint16_t>(static_cast<__fp16>(x));
 #else
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
   uint32_t half;
@@ -106,15 +113,21 @@ inline Vec load(const float* x) {
   return v;
 }
 inline Vec load(const BFloat16* x) {
+#if defined(RF_NEON)
+  return bit_cast<Vec>(vshll_n_u16(vld1_u16(&x->bits), 16));
+#else
   Short s;
   std::memcpy(&s, x, sizeof s);
   return bit_cast<Vec>(__builtin_convertvector(s, Uint) << 16);
+#endif
 }
 inline Vec load(const Half* x) {
 #if defined(__AVX512F__)
   return bit_cast<Vec>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
 #elif defined(__F16C__)
   return bit_cast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+#elif defined(RF_NEON)
+  return bit_cast<Vec>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&x->bits))));
 #else
   Vec v{};
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(x[i]);
@@ -124,17 +137,25 @@ inline Vec load(const Half* x) {
 
 inline void store(Vec v, float* to) { std::memcpy(to, &v, sizeof v); }
 inline void store(Vec v, BFloat16* to) {
-  const Uint bits = bit_cast<Uint>(v);
-  const Uint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Uint bits = bit_cast<Uint>(v), half_up = 0x7fffu + ((bits >> 16) & 1u);
+#if defined(RF_NEON)
+  const uint16x4_t rounded = vaddhn_u32(bit_cast<uint32x4_t>(bits), bit_cast<uint32x4_t>(half_up));  // the upper halves
+  const uint16x4_t number = vmovn_u32(bit_cast<uint32x4_t>(v == v));
+  vst1_u16(&to->bits, vbsl_u16(number, rounded, vdup_n_u16(0x7fc0u)));
+#else
+  const Uint rounded = (bits + half_up) >> 16;
   const Uint result = (v != v) ? (Uint{} + 0x7fc0u) : rounded;
   const Short s = __builtin_convertvector(result, Short);
   std::memcpy(to, &s, sizeof s);
+#endif
 }
 inline void store(Vec v, Half* to) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(RF_NEON)
+  vst1_u16(&to->bits, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
 #else
   for (int i = 0; i < kLanes; ++i) from_float(v[i], to + i);
 #endif
@@ -172,6 +193,10 @@ inline Int load_mask(const bool* mask) {
 #elif defined(__AVX2__)
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(mask));
   return bit_cast<Int>(_mm256_cvtepi8_epi32(bytes)) != 0;
+#elif defined(RF_NEON)
+  uint32_t bytes;
+  std::memcpy(&bytes, mask, sizeof bytes);
+  return bit_cast<Int>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))))) != 0;
 #else
   return Int{mask[0], mask[1], mask[2], mask[3]} != 0;
 #endif
@@ -194,7 +219,7 @@ inline Vec max(Vec a, Vec b) {
 #elif defined(__SSE2__)
   return bit_cast<Vec>(_mm_max_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
 #else
-  return a > b ? a : b;
+  return a > b ? a : b;  // on Arm too: its instruction gives NaN if either is
 #endif
 }
 
@@ -231,6 +256,8 @@ inline Vec narrow(Wide low, Wide high) {
 #elif defined(__AVX2__)
   const __m128 first = _mm256_cvtpd_ps(bit_cast<__m256d>(low)), second = _mm256_cvtpd_ps(bit_cast<__m256d>(high));
   return bit_cast<Vec>(_mm256_set_m128(second, first));
+#elif defined(RF_NEON)
+  return bit_cast<Vec>(vcvt_high_f32_f64(vcvt_f32_f64(bit_cast<float64x2_t>(low)), bit_cast<float64x2_t>(high)));
 #else
   return Vec{float(low[0]), float(low[1]), float(high[0]), float(high[1])};
 #endif
@@ -251,6 +278,8 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return bit_cast<Vec>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
 #elif defined(__FMA__)
   return bit_cast<Vec>(_mm256_fmadd_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), bit_cast<__m256>(c)));
+#elif defined(RF_NEON)
+  return bit_cast<Vec>(vfmaq_f32(bit_cast<float32x4_t>(c), bit_cast<float32x4_t>(a), bit_cast<float32x4_t>(b)));
 #else
   return a * b + c;
 #endif
@@ -259,7 +288,7 @@ inline Vec fma(Vec a, Vec b, float c) { return fma(a, b, splat(c)); }
 inline Vec fma(Vec a, float b, Vec c) { return fma(a, splat(b), c); }
 
 inline float fma(float a, float b, float c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(RF_NEON)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels against float64 without PyTorch: for machines, and emulators of machines, that have none.
+//
+//   c++ -std=c++17 -O2 -DRF_ISA=isa_default -Icsrc tests/kernels/driver.cpp -o driver && ./driver
+//
+// Prints what differs and a closing line; ends with 1 if anything does. `make check-aarch64` runs it under qemu. The
+// truths share no code with the kernels. tests/ does far more; this covers what an instruction set can get wrong:
+// conversions (all of them), elementary functions, every dtype, lengths around the vectors' width.
+#include "truth.h"
+
+#include "../../csrc/cpu/kernels.cpp"  // the kernels of this instruction set, and its simd.h
+
+using namespace rlhf_fast;
+using namespace rlhf_fast::RF_ISA;
+using truth::expect;
+using truth::Row;
+
+namespace {
+
+std::mt19937_64 generator(20260101);
+
+double normal() { return std::normal_distribution<double>()(generator); }
+
+// ------------------------------------------------------------------------------------------- numbers
+
+double decoded(uint16_t bits, int exponent_bits) {
+  const int fraction_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (bits >> fraction_bits) & ((1 << exponent_bits) - 1);
+  const double fraction = (bits & ((1 << fraction_bits) - 1)) / std::ldexp(1.0, fraction_bits);
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1) return fraction == 0 ? sign * INFINITY : NAN;
+  return sign * (exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias));
+}
+
+template <class T>
+T with_bits(uint16_t bits) {
+  T x;
+  x.bits = bits;
+  return x;
+}
+
+// Every 16-bit number to float and back; and between neighbours to the nearest, ties to the even one.
+template <class T>
+void check_conversions(const char* name, int exponent_bits) {
+  const std::string label = name;
+  const auto rounded = [](float x) {
+    T scalar, lanes[kLanes];
+    from_float(x, &scalar);
+    store(splat(x), lanes);
+    expect("store of a vector, as of a scalar", to_float(lanes[kLanes - 1]), to_float(scalar), 0, 0);
+    return scalar;
+  };
+  for (int i = 0; i < 65536; ++i) {
+    const auto bits = static_cast<uint16_t>(i);
+    const double want = decoded(bits, exponent_bits);
+    T lanes[kLanes];
+    for (auto& lane : lanes) lane = with_bits<T>(bits);
+    expect(label + " to float", to_float(lanes[0]), want, 0, 0);
+    expect(label + " vector to float", load(lanes)[kLanes - 1], want, 0, 0);
+    if (want != want) {
+      expect(label + " NaN stays", to_float(rounded(NAN)), NAN, 0, 0);
+      continue;
+    }
+    const float x = static_cast<float>(want);
+    expect(label + " back", rounded(x).bits, bits, 0, 0);
+    if (std::isinf(want) || (bits & 0x7fff) == 0x7fff) continue;
+    const double next = decoded(static_cast<uint16_t>(bits + 1), exponent_bits);
+    // Above the largest number the step goes on as if there were one more.
+    const double step = std::isinf(next) ? want - decoded(static_cast<uint16_t>(bits - 1), exponent_bits) : next - want;
+    const auto middle = static_cast<float>(want + step / 2);
+    const auto even = static_cast<uint16_t>(bits & 1 ? bits + 1 : bits);
+    expect(label + " tie to even", rounded(middle).bits, even, 0, 0);
+    expect(label + " below the middle", rounded(std::nextafterf(middle, x)).bits, bits, 0, 0);
+    if (static_cast<double>(middle) != 0)
+      expect(label + " above the middle", rounded(std::nextafterf(middle, 2 * middle)).bits, bits + 1, 0, 0);
+  }
+}
+
+template <class Function, class Truth>
+void check_function(const char* name, Function f, Truth want, float low, float high, double rtol) {
+  for (int i = 0; i <= 20000; ++i) {
+    const float x = low + (high - low) * static_cast<float>(i) / 20000;
+    expect(name, f(splat(x))[kLanes - 1], want(static_cast<double>(x)), 1e-38, rtol);
+  }
+}
+
+#if defined(__FMA__) || defined(RF_NEON)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
+void check_arithmetic() {
+  check_function("exp", [](Vec x) { return exp(x); }, [](double x) { return std::exp(x); }, -87, 88, 2e-7);
+  check_function("expm1", [](Vec x) { return expm1(x); }, [](double x) { return std::expm1(x); }, -20, 88, 4e-7);
+  check_function("expm1 near 0", [](Vec x) { return expm1(x); }, [](double x) { return std::expm1(x); }, -1, 1, 4e-7);
+  check_function("log", [](Vec x) { return log(x); }, [](double x) { return std::log(x); }, 1e-3f, 50, 3e-7);
+  check_function("tanh", [](Vec x) { return tanh(x); }, [](double x) { return std::tanh(x); }, -12, 12, 4e-7);
+  expect("exp(-inf)", exp(splat(-kInf))[0], 0, 0, 0);
+  expect("exp(NaN)", exp(splat(NAN))[0], NAN, 0, 0);
+  for (int i = 0; i < 1000; ++i) {
+    const auto a = static_cast<float>(normal()), b = static_cast<float>(normal()), c = static_cast<float>(-a * b);
+    const double want = kFused ? std::fma(a, b, c) : 0;  // c = -(a b), rounded
+    expect("fma of vectors", fma(splat(a), splat(b), splat(c))[0], want, 0, 0);
+    expect("fma", rlhf_fast::RF_ISA::fma(a, b, c), want, 0, 0);
+  }
+  Vec ramp{};
+  for (int i = 0; i < kLanes; ++i) ramp[i] = static_cast<float>(i + 1);
+  expect("max_of", max_of(ramp), kLanes, 0, 0);
+  expect("sum_of", sum_of(ramp), kLanes * (kLanes + 1) / 2, 0, 0);
+  expect("narrow", narrow(low_half(ramp), high_half(ramp))[kLanes - 1], kLanes, 0, 0);
+  expect("max keeps the second operand beside a NaN", max(splat(NAN), ramp)[0], 1, 0, 0);
+  for (int real = 0; real < (1 << 4); ++real) {
+    bool mask[kLanes] = {};
+    for (int i = 0; i < 4; ++i) mask[i] = (real >> i) & 1;
+    for (int i = 0; i < kLanes; ++i) expect("load_mask", load_mask(mask)[i], mask[i] ? -1 : 0, 0, 0);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- kernels
+
+template <class T>
+struct Kind;
+template <>
+struct Kind<float> {
+  static constexpr const char* name = "float32";
+  static constexpr double rounding = 0;  // of a result that is stored in the logits' dtype
+};
+template <>
+struct Kind<BFloat16> {
+  static constexpr const char* name = "bfloat16";
+  static constexpr double rounding = 1.0 / 256;
+};
+template <>
+struct Kind<Half> {
+  static constexpr const char* name = "float16";
+  static constexpr double rounding = 1.0 / 2048;
+};
+
+// Random numbers in the dtype, and the same in float64.
+template <class T>
+std::vector<T> numbers(int64_t count, double scale, Row* exact) {
+  std::vector<T> x(static_cast<size_t>(count));
+  exact->clear();
+  for (auto& one : x) {
+    from_float(static_cast<float>(scale * normal()), &one);
+    exact->push_back(to_float(one));
+  }
+  return x;
+}
+
+RowIndex one_row() {
+  RowIndex rows{};
+  rows.dims = 1;
+  rows.sizes[0] = 1;
+  return rows;
+}
+
+LogitTransform transform(float temperature) { return {nullptr, temperature, 1.0f, 0.0f}; }
+
+template <class T>
+void check_row(int64_t columns) {
+  const std::string label = std::string(Kind<T>::name) + ", " + std::to_string(columns) + " columns: ";
+  const float temperature = 0.7f;
+  Row z, y, kl_gradient;
+  const std::vector<T> logits = numbers<T>(columns, 3, &z), ref = numbers<T>(columns, 3, &y);
+  for (double& x : z) x /= temperature;
+  for (double& x : y) x /= temperature;
+  const Row logp = truth::log_softmax(z), p = truth::softmax(z);
+  double entropy = 0, squares = 0;
+  for (size_t j = 0; j < z.size(); ++j) {
+    entropy -= p[j] * logp[j];
+    squares += p[j] * p[j];
+  }
+
+  const int64_t target = columns / 2;
+  float logprob, got_entropy, got_logsumexp, got_squares, parts[6];
+  int64_t argmax;
+  TokenStatsArgs stats{};
+  stats.logits = logits.data();
+  stats.rows = one_row();
+  stats.width = stats.columns = columns;
+  stats.transform = transform(temperature);
+  stats.targets = &target;
+  stats.k = 1;
+  stats.logprobs = &logprob;
+  stats.entropy = &got_entropy;
+  stats.logsumexp = &got_logsumexp;
+  stats.sum_sq_probs = &got_squares;
+  stats.argmax = &argmax;
+  stats.parts = parts;
+  token_stats<T>(stats, 0, 1);
+  const auto at = static_cast<size_t>(target);
+  expect(label + "logprob", logprob, logp[at], 2e-6, 4e-7);
+  expect(label + "entropy", got_entropy, entropy, 4e-6, 1e-6);
+  expect(label + "logsumexp", got_logsumexp, truth::logsumexp(z), 2e-6, 4e-7);
+  expect(label + "sum of squares", got_squares, squares, 0, 2e-6);
+  expect(label + "argmax", z[static_cast<size_t>(argmax)], *std::max_element(z.begin(), z.end()), 0, 0);
+
+  const float grad_logprob = 1.5f, grad_entropy = 0.25f;
+  std::vector<T> gradient(logits.size());
+  TokenStatsBackwardArgs backward{};
+  backward.logits = logits.data();
+  backward.rows = backward.grad_rows = one_row();
+  backward.width = backward.columns = columns;
+  backward.transform = transform(temperature);
+  backward.targets = &target;
+  backward.k = 1;
+  backward.grad_logprobs = &grad_logprob;
+  backward.grad_entropy = &grad_entropy;
+  backward.entropy = &got_entropy;
+  backward.parts = parts;
+  backward.grad_logits = gradient.data();
+  token_stats_backward<T>(backward, 0, 1);
+  for (size_t j = 0; j < z.size(); ++j) {
+    const double want =
+        ((j == at ? grad_logprob : 0) - grad_logprob * p[j] - grad_entropy * p[j] * (logp[j] + entropy)) / temperature;
+    expect(label + "gradient", to_float(gradient[j]), want, 3e-6, Kind<T>::rounding);
+  }
+
+  float kl;
+  const float one = 1.0f;
+  TokenKlArgs both{};
+  both.logits = logits.data();
+  both.ref_logits = ref.data();
+  both.rows = both.ref_rows = one_row();
+  both.width = both.columns = columns;
+  both.transform = both.ref_transform = transform(temperature);
+  both.kind = kReverse;
+  both.kl = &kl;
+  both.parts = parts;
+  token_kl<T>(both, 0, 1);
+  expect(label + "KL", kl, truth::kl(z, y, &kl_gradient), 4e-6, 1e-6);
+  both.grad_kl = &one;
+  both.grad_logits = gradient.data();
+  token_kl_backward<T>(both, 0, 1);
+  for (size_t j = 0; j < z.size(); ++j)
+    expect(label + "gradient of KL", to_float(gradient[j]), kl_gradient[j] / temperature, 6e-6, Kind<T>::rounding);
+}
+
+template <class T>
+void check_sequence(int64_t length) {
+  const std::string label = std::string(Kind<T>::name) + ", " + std::to_string(length) + " tokens: ";
+  Row r, v;
+  const std::vector<T> rewards = numbers<T>(length, 1, &r), values = numbers<T>(length, 1, &v);
+  const auto size = static_cast<size_t>(length);
+  std::vector<float> advantages(size), returns(size), whitened(size), kl(size);
+  GaeArgs gae_args{};
+  gae_args.rewards = rewards.data();
+  gae_args.values = values.data();
+  gae_args.length = length;
+  gae_args.gamma = 0.99f;
+  gae_args.lam = gae_args.value_lam = 0.95f;
+  gae_args.advantages = advantages.data();
+  gae_args.returns = returns.data();
+  gae<T>(gae_args, 0, 1);
+  const Row want = truth::gae(r, v, 0.99f, 0.95f);
+  for (size_t t = 0; t < size; ++t) {
+    expect(label + "advantage", advantages[t], want[t], 1e-5, 1e-6);
+    expect(label + "return", returns[t], want[t] + v[t], 1e-5, 1e-6);
+  }
+
+  std::vector<char> real(size, 1);
+  const bool* mask = reinterpret_cast<const bool*>(real.data());
+  double row_moments[3], mean = 0;
+  WhitenArgs moments{};
+  moments.values = rewards.data();
+  moments.mask = mask;
+  moments.length = length;
+  moments.row_moments = moments.moments = row_moments;
+  moments.whitened = whitened.data();
+  moments.shift_mean = true;
+  whiten_moments<T>(moments, 0, 1);
+  for (double x : r) mean += x / static_cast<double>(size);
+  expect(label + "count", row_moments[0], static_cast<double>(size), 0, 0);
+  expect(label + "sum", row_moments[1], mean * static_cast<double>(size), 1e-5, 1e-6);
+  if (size > 1) {
+    whiten<T>(moments, 0, 1);
+    double sum = 0, squares = 0;
+    for (float x : whitened) sum += x;
+    for (float x : whitened) squares += static_cast<double>(x) * x;
+    expect(label + "mean of what is whitened", sum / static_cast<double>(size), 0, 1e-5, 0);
+    expect(label + "its variance", squares / static_cast<double>(size), 1, 1.0 / static_cast<double>(size), 1e-4);
+  }
+
+  ApproxKlArgs approx{};
+  approx.logprobs = rewards.data();
+  approx.ref_logprobs = values.data();
+  approx.estimator = kK3;
+  approx.clamp = kInf;
+  approx.kl = kl.data();
+  approx_kl<T>(approx, 0, length);
+  for (size_t t = 0; t < size; ++t) expect(label + "k3", kl[t], std::expm1(v[t] - r[t]) - (v[t] - r[t]), 2e-6, 2e-6);
+}
+
+template <class T>
+void check_dtype() {
+  for (int64_t columns : {1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 1024, 1025, 4099}) check_row<T>(columns);
+  for (int64_t length : {1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 257}) check_sequence<T>(length);
+}
+
+}  // namespace
+
+int main() {
+  check_conversions<Half>("float16", 5);
+  check_conversions<BFloat16>("bfloat16", 8);
+  check_arithmetic();
+  check_dtype<float>();
+  check_dtype<BFloat16>();
+  check_dtype<Half>();
+  std::printf("%d lanes: %lld comparisons, %d failed\n", kLanes, static_cast<long long>(truth::comparisons),
+              truth::failures);
+  return truth::failures > 0;
+}
