@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make what is uploaded to an index, into dist/: a source distribution, a binary wheel and a pure-Python wheel.
 
-    python release/wheels.py [--out DIST]      (wants PyTorch and the extra `release`, which `make wheels` installs)
+    python release/wheels.py     (wants PyTorch and the extra `release`, which `make wheels` installs)
 
 The binary wheel serves every Python from 3.11 and every PyTorch from 2.10; auditwheel gives it the oldest manylinux tag
 that it may bear. It holds CUDA kernels where nvcc is found; RLHF_FAST_CUDA=0 leaves them out. The pure-Python wheel is
@@ -42,14 +42,17 @@ def build(kind: str, to: Path, **env: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder to fill; what it holds is removed")
-    out = parser.parse_args().out.resolve()
+    parser.add_argument("--no-binary", action="store_true", help="leave the binary wheel to cibuildwheel")
+    args = parser.parse_args()
+    out = args.out.resolve()
     for folder in (RAW, out):
         shutil.rmtree(folder, ignore_errors=True)
     out.mkdir(parents=True)
     build("sdist", out, RLHF_FAST_EXT="0")
     build("wheel", out, RLHF_FAST_EXT="0")
-    build("wheel", RAW, RLHF_FAST_EXT="1", RLHF_FAST_ABI3="1")
-    repair(out)
+    if not args.no_binary:
+        build("wheel", RAW, RLHF_FAST_EXT="1", RLHF_FAST_ABI3="1")
+        repair(out)
     check(out)
 
 
@@ -69,7 +72,8 @@ def check(out: Path) -> None:
     wheels = sorted(str(path) for path in out.glob("*.whl"))
     python("twine", "check", "--strict", *sorted(str(path) for path in out.iterdir()))
     python("check_wheel_contents", *wheels)
-    python("abi3audit", "--strict", "--summary", *(wheel for wheel in wheels if "abi3" in wheel))
+    if binary := [wheel for wheel in wheels if "abi3" in wheel]:
+        python("abi3audit", "--strict", "--summary", *binary)
     for wheel in wheels:
         print(f"{Path(wheel).stat().st_size / 2**20:6.2f} MiB  {Path(wheel).name}")
 
