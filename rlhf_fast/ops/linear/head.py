@@ -12,6 +12,8 @@ from torch import Tensor
 from rlhf_fast.ops.linear.inputs import HeadGradientTensors, Needs
 from rlhf_fast.ops.reference import accumulate_dtype
 
+SCALED_EXPONENT = 8  # scaled gradients are below 2^8: what they are summed up of may be 256 times as large
+
 CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
 
 
@@ -54,9 +56,18 @@ class HeadGradients:
     """The gradients of hidden and head, summed over tiles in float32 (float64 for float64)."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, low: Tensor | None, needs: Needs, row_blocks: int, revisits: bool = True
+        self,
+        head: Head,
+        hidden: Tensor,
+        low: Tensor | None,
+        needs: Needs,
+        row_blocks: int,
+        revisits: bool = True,
+        hold_sums: bool = False,
     ) -> None:
-        """row_blocks: how many tiles lie below one another; revisits: columns come again after others have come."""
+        """row_blocks: how many tiles lie below one another; revisits: columns come again after others have come;
+        hold_sums: `finish` returns the dtypes of `held_dtypes`, for a caller who multiplies the gradients once more.
+        """
         self.head, self.of, self.low, self.needs = head, hidden, low, needs
         self.once = row_blocks == 1
         rows, dtype = hidden.shape[0], accumulate_dtype(hidden.dtype)
@@ -66,7 +77,11 @@ class HeadGradients:
         self.low_grad = hidden.new_zeros((rows if needs.hidden or needs.lora_a else 0, rank), dtype=dtype)
         self.bias = hidden.new_zeros(columns if needs.bias else 0, dtype=dtype)
         self.lora_b = hidden.new_zeros((columns if needs.lora_b else 0, rank), dtype=dtype)
+        self.hold_sums = hold_sums
+        self.scale: Tensor | None = None  # a power of two that all sums are multiplied by, see `fit_scale`
         whole_sum = dtype if revisits and not self.once else hidden.dtype
+        if hold_sums and held_dtypes(hidden.dtype).weight == dtype:
+            whole_sum = dtype
         self.weight: Tensor | None = None
         if needs.weight:
             self.weight = torch.empty_like(head.weight, dtype=whole_sum, memory_format=torch.contiguous_format)
@@ -74,6 +89,28 @@ class HeadGradients:
                 self.weight.zero_()
         self._sum: Tensor | None = None  # float32 sum of the weight gradient at the current columns
         self._sum_at: tuple[int, int] = (0, 0)
+
+    def fit_scale(self, largest: Tensor) -> Tensor:
+        """A power of two to multiply the next tiles by, whose gradients are at most `largest` (a scalar).
+
+        float16 is exact between 6e-5 and 65504 alone: gradients that a large normalizer made small would vanish in it.
+        The scale only ever falls; what was summed before is brought to it. `finish` divides by it.
+        """
+        exponent = torch.frexp(largest.float()).exponent
+        wanted = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), (SCALED_EXPONENT - exponent).clamp(-60, 60))
+        if self.scale is None:
+            self.scale = wanted
+            return wanted
+        scale = torch.minimum(self.scale, wanted)
+        if scale.is_cuda or bool(scale != self.scale):  # looking would make the host wait for a GPU
+            for total in self._sums():
+                total.mul_(scale / self.scale)
+        self.scale = scale
+        return scale
+
+    def _sums(self) -> list[Tensor]:
+        found = [self.hidden, self.low_grad, self.bias, self.lora_b, self.weight]
+        return [x for x in found if x is not None and x.numel()]
 
     def add(self, dlogits: Tensor, rows: slice, columns: slice) -> None:
         """Takes in the gradient of one tile."""
@@ -130,12 +167,36 @@ class HeadGradients:
                 over_ranks(lora_a)
         elif self.needs.lora_a and self.head.lora_a is not None:
             lora_a = torch.zeros_like(self.head.lora_a)
-        dtype = self.of.dtype
-        weight = self.of.new_empty(0) if self.weight is None else _padded(self.weight.to(dtype), vocabulary)
+        dtypes = held_dtypes(self.of.dtype) if self.hold_sums else GradientDtypes(*[self.of.dtype] * 5)
+        weight = self.hidden.new_empty(0) if self.weight is None else _padded(self.weight, vocabulary)
         bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
         lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
-        hidden = over_ranks(self.hidden).to(dtype) if self.needs.hidden else self.of.new_empty(0)
-        return HeadGradientTensors(hidden, weight, bias.to(dtype), lora_a.to(dtype), lora_b.to(dtype))
+        hidden = over_ranks(self.hidden) if self.needs.hidden else self.hidden.new_empty(0)
+        found = HeadGradientTensors(hidden, weight, bias, lora_a, lora_b)
+        if self.scale is not None:
+            for x in found:
+                x.div_(self.scale)
+        return HeadGradientTensors(*(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True)))
+
+
+class GradientDtypes(NamedTuple):
+    """Of HeadGradientTensors."""
+
+    hidden: torch.dtype
+    weight: torch.dtype
+    bias: torch.dtype
+    lora_a: torch.dtype
+    lora_b: torch.dtype
+
+
+def held_dtypes(dtype: torch.dtype) -> GradientDtypes:
+    """How gradients wait for one more factor, for operands of this dtype.
+
+    In the dtype of the sums, but for the weight's in bfloat16: that is the one large gradient, its range is float32's,
+    and a factor that is a power of two loses nothing.
+    """
+    sums = accumulate_dtype(dtype)
+    return GradientDtypes(*[sums] * 5)._replace(weight=dtype if dtype == torch.bfloat16 else sums)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -156,12 +217,16 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total += a @ b, the sum in the dtype of total. On a CPU half-precision products are rounded once before it."""
+    """total += a @ b, the sum in the dtype of total. On a CPU bfloat16 products are rounded once before it; float16
+    ones, which could overflow, are not.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
         torch.addmm(total, a, b, total.dtype, out=total)
     else:
+        exact = a.dtype == torch.float16
+        b = b.to(total.dtype) if exact else b
         for top in range(0, a.shape[0], CPU_PRODUCT_ROWS):
             block = slice(top, top + CPU_PRODUCT_ROWS)
-            total[block] += a[block] @ b
+            total[block] += (a[block].to(total.dtype) if exact else a[block]) @ b

@@ -174,7 +174,8 @@ def policy_loop(ops: Any, inputs: Inputs, options: Options, needs: Needs) -> tup
     with torch.autocast(hidden.device.type, enabled=False):  # the caller cast already
         loop = _Loop(inputs, options)
         height = loop.block_height(needs)
-        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, -(-loop.count // height))
+        row_blocks = -(-loop.count // height)
+        sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, row_blocks, hold_sums=True)
         results = TokenResults.empty(loop.count, hidden, loop.sum_dtype)
         heads = 1 if loop.ref is None else 2
         memory = hidden.new_empty((heads, height * loop.columns), dtype=loop.tile_dtype)
@@ -199,21 +200,23 @@ def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradien
     logprobs, entropy, parts = loop.statistics(ops, rows, tiles)
     tokens, options = loop.tokens.at(rows), loop.loss
     found = BY_CODE[options.objective](logprobs, tokens.log_ratio_of(logprobs), tokens.advantages, options.clip)
-    slope = found.slope
+    slope, share = found.slope, tokens.share
     kl, kl_gradient = torch.zeros_like(logprobs), None
-    if loop.ref is not None:
-        grad_kl = options.kl_coef * tokens.share if sums is not None and options.kl_coef != 0 else None
-        kl, kl_gradient = _exact_kl(ops, loop.pair(rows, memory), loop, grad_kl)
-    elif tokens.ref_logprobs is not None:
+    if loop.ref is None and tokens.ref_logprobs is not None:
         kl, kl_slope = _estimated_kl(logprobs, tokens, options)
         slope = slope + options.kl_coef * kl_slope
+    if sums is not None and loop.tile_dtype == torch.float16:
+        share = share * sums.fit_scale(_largest_gradient(loop, slope, tokens))
+    if loop.ref is not None:
+        grad_kl = options.kl_coef * share if sums is not None and options.kl_coef != 0 else None
+        kl, kl_gradient = _exact_kl(ops, loop.pair(rows, memory), loop, grad_kl)
     loss = found.loss - options.entropy_coef * entropy
     if options.kl_coef != 0:  # a KL that is only watched may be infinite
         loss = loss + options.kl_coef * kl
     if sums is not None:
-        grad_entropy = None if options.entropy_coef == 0 else -options.entropy_coef * tokens.share
+        grad_entropy = None if options.entropy_coef == 0 else -options.entropy_coef * share
         gradients = RowGradients(
-            (slope * tokens.share).unsqueeze(-1), grad_entropy, None, None,
+            (slope * share).unsqueeze(-1), grad_entropy, None, None,
             None if grad_entropy is None else entropy, parts,
         )  # fmt: skip
         _add_gradients(ops, loop, rows, tiles, gradients, kl_gradient, sums)
@@ -232,6 +235,15 @@ def _add_gradients(
         sums.add(tile.logits, rows, tile.columns)
         if sums.once:  # no other block of rows needs the memory
             give_back(tile.logits)
+
+
+def _largest_gradient(loop: _Loop, slope: Tensor, tokens: Tokens) -> Tensor:
+    """A bound of the entries of the tiles' gradients, as long as no log-probability that matters is below -30 nats."""
+    options = loop.loss
+    nats = 30.0 * (abs(options.entropy_coef) + (abs(options.kl_coef) if loop.ref is not None else 0.0))
+    shaping = loop.softmax
+    temperature: Any = shaping.temperature if shaping.row_temperature is None else shaping.row_temperature.min()
+    return ((slope.abs() + nats) * tokens.share.abs()).max() * (abs(shaping.logit_scale) / temperature)
 
 
 def _exact_kl(ops: Any, pair: Pair, loop: _Loop, grad_kl: Tensor | None) -> tuple[Tensor, Tensor | None]:

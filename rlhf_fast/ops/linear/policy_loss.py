@@ -3,7 +3,8 @@
 
 The loss is a sum over tokens, so as soon as a row's log-probability is known so is its gradient. Each block of rows is
 therefore multiplied by the head, folded, turned into its gradient and multiplied back before the next one: three
-matmuls and no logits kept. The backward only scales the gradients by the incoming one.
+matmuls and no logits kept. The backward only scales the gradients by the incoming one; until then they wait in float32
+(the weight's in bfloat16, for operands in bfloat16), so that nothing is lost that the incoming gradient would save.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.divergence import check_reference
+from rlhf_fast.ops.linear.head import held_dtypes
 from rlhf_fast.ops.linear.inputs import (
     CheckedHead,
     HeadGradientTensors,
@@ -209,21 +211,25 @@ def _fake(inputs: Inputs, options: Options, needs: Needs) -> tuple[Tensor, ...]:
     dtype, shape = accumulate_dtype(hidden.dtype), hidden.shape[:-1]
     logprobs, entropy, kl = (hidden.new_empty(shape, dtype=dtype) for _ in range(3))
     loss, clip_fraction = (hidden.new_empty((), dtype=dtype) for _ in range(2))
-    return (*Outputs(loss, logprobs, entropy, kl, clip_fraction), *fake_gradients(inputs.head, needs))
+    gradients = zip(fake_gradients(inputs.head, needs), held_dtypes(hidden.dtype), strict=True)
+    return (*Outputs(loss, logprobs, entropy, kl, clip_fraction), *(x.to(held) for x, held in gradients))
+
+
+ARGUMENTS = (Inputs, Options, Needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     outputs, gradients = unflatten(output, Outputs, HeadGradientTensors)
-    ctx.mark_non_differentiable(*outputs[1:], *gradients)
+    loss, *others = outputs
+    ctx.mark_non_differentiable(*others, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.gradients = gradients
+    ctx.gradients, ctx.dtype = gradients, unflatten(inputs, *ARGUMENTS)[0].head.hidden.dtype
 
 
 def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    arguments = (Inputs, Options, Needs)
     if grad_loss is None:
-        return gradients_of([], [], *arguments)
-    needed = unflatten(ctx.needs_input_grad, *arguments)[0].head
+        return gradients_of([], [], *ARGUMENTS)
+    needed = unflatten(ctx.needs_input_grad, *ARGUMENTS)[0].head
     gradients = ctx.gradients
     if gradients is None:
         raise RuntimeError(
@@ -237,7 +243,7 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[An
         if grad_loss.is_cuda or float(grad_loss) != 1:  # 1 is what loss.backward() brings; a GPU would be waited for
             for gradient in gradients:
                 gradient.mul_(grad_loss)
-    return gradients_of(gradients, needed, *arguments)
+    return gradients_of([x.to(ctx.dtype) for x in gradients], needed, *ARGUMENTS)
 
 
 def _scale(grad_loss: Tensor, *gradients: Tensor) -> tuple[Tensor, ...]:
