@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and demonstrations of a data file, and their token ids.
+"""Prompts and demonstrations of a data file.
 
 Prompts are text or chat messages; demonstrations come in three forms:
 
     {"prompt": "The new job"}
-    {"prompt": "The new job", "completion": " pays well."}      (the prompt may also be a list of messages)
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+    {"prompt": "The new job", "completion": " pays well."}      (each may also be a list of messages)
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools": [...]}
     {"text": "Once upon a time."}
 
 Text is used as it stands: prompt and completion are simply joined, so a completion begins with its own space.
-Whatever is wrong with one is a UserError that names the file and the line. `files.py` has the kinds of file.
+Rows that cannot be used are left out, counted and named, or errors with `strict`: `dropped.py`. `files.py` has the
+kinds of file, `messages.py` what a message may hold, `encoding.py` their token ids.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,9 +25,41 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
+from .encoding import decode_completion, encode_answer, encode_completion, encode_example, encode_prompt
 from .files import read_lines
+from .messages import (
+    Chat,
+    Completion,
+    Prompt,
+    as_chat,
+    check_completion,
+    check_prompt,
+    completion_text,
+    plain,
+    prompt_text,
+    says_something,
+)
 
-Prompt = str | list[dict[str, str]]  # text, or chat messages [{"role": ..., "content": ...}]
+__all__ = [
+    "Chat",
+    "Completion",
+    "Demonstration",
+    "Prompt",
+    "PromptLine",
+    "check_prompt",
+    "completion_text",
+    "decode_completion",
+    "demonstration",
+    "encode_answer",
+    "encode_completion",
+    "encode_example",
+    "encode_prompt",
+    "pad_right",
+    "prompt_line",
+    "prompt_text",
+    "read_prompts",
+    "read_sft",
+]
 
 
 @dataclass(frozen=True)
@@ -41,119 +76,59 @@ class Demonstration:
     """A prompt, the completion to learn, and where they were read. Text without a prompt has prompt ""."""
 
     prompt: Prompt
-    completion: str
+    completion: Completion
     where: str
 
 
-def read_prompts(path: str | Path) -> list[PromptLine]:
-    """The prompts of a data file: rows `{"prompt": text or messages}`; other keys are left alone."""
-    return read_lines(path, prompt_line)
+def read_prompts(path: str | Path, strict: bool = False) -> list[PromptLine]:
+    """The prompts of a data file: rows `{"prompt": text or messages}`; other keys are kept as `columns`."""
+    return read_lines(path, prompt_line, strict)
 
 
-def read_sft(path: str | Path) -> list[Demonstration]:
+def read_sft(path: str | Path, strict: bool = False) -> list[Demonstration]:
     """The demonstrations of a data file, in any of the three forms of the module's docstring."""
-    return read_lines(path, demonstration)
+    return read_lines(path, demonstration, strict)
 
 
 def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
-    """A row that holds a prompt, checked."""
-    columns = {name: value for name, value in row.items() if name != "prompt"}
-    return PromptLine(check_prompt(row.get("prompt"), where), where, columns)
+    """A row that holds a prompt, checked. Of a whole conversation it is what comes before the last answer."""
+    if "prompt" not in row and "messages" in row:
+        messages = as_chat(check_prompt(row["messages"], where, "messages", row))
+        last = len(messages) - (messages[-1]["role"] == "assistant")
+        prompt = check_prompt(messages[:last], where, "messages", row)
+    else:
+        prompt = check_prompt(row.get("prompt"), where, row=row)
+    return PromptLine(prompt, where, {name: value for name, value in row.items() if name not in ("prompt", "messages")})
 
 
 def demonstration(row: dict[str, Any], where: str) -> Demonstration:
     """A row that holds a demonstration in any of the three forms, checked."""
     if "messages" in row:
-        messages = check_prompt(row["messages"], where, name="messages")
-        if isinstance(messages, str) or messages[-1]["role"] != "assistant":
-            raise UserError(f'{where}: "messages" must be a list that ends with an assistant message, which is learned')
-        return Demonstration(messages[:-1], messages[-1]["content"], where)
+        return _conversation(check_prompt(row["messages"], where, "messages", row), where)
     if "text" in row:
-        return Demonstration("", _check_text(row["text"], "text", where), where)
+        completion = check_completion(row["text"], where, "text")
+        return Demonstration("", completion, where)
     if "prompt" in row and "completion" in row:
-        prompt = check_prompt(row["prompt"], where)
-        return Demonstration(prompt, _check_text(row["completion"], "completion", where), where)
+        prompt = check_prompt(row["prompt"], where, row=row)
+        completion = check_completion(row["completion"], where)
+        if isinstance(completion, str) and isinstance(prompt, str):
+            return Demonstration(prompt, completion, where)
+        return _conversation(as_chat(prompt).then(completion), where)
     keys = ", ".join(map(repr, row)) or "none"
     raise UserError(f'{where}: wanted the keys "prompt" and "completion", or "messages", or "text"; got {keys}')
 
 
-def check_prompt(value: Any, where: str, name: str = "prompt") -> Prompt:
-    """`value` if it is text that is not empty or a list of chat messages, else a UserError."""
-    if isinstance(value, str) and value:
-        return value
-    if isinstance(value, list) and value and all(_is_message(message) for message in value):
-        return value
-    shown = "nothing" if value is None else repr(value)[:60]
-    raise UserError(
-        f'{where}: "{name}" must be text or a list of {{"role": ..., "content": ...}} messages, got {shown}'
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-def _check_text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f'{where}: "{name}" must be text that is not empty, got {repr(value)[:60]}')
-    return value
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt, *, max_length: int, where: str) -> list[int]:
-    """Token ids of a prompt, ready for a completion to follow; `where` ("file:line") is for messages.
-
-    Text gets the special tokens that the tokenizer puts in front, messages go through its chat template.
-    Raises UserError if there is no template, or if no room for a single completion token is left in
-    `max_length`.
-    """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers close every text
-            ids.pop()
-    elif tokenizer.chat_template is None:
+def _conversation(messages: Prompt, where: str) -> Demonstration:
+    """Everything before the last answer, and that answer; what the user says after it teaches nothing."""
+    chat = as_chat(messages) if not isinstance(messages, str) else Chat([])
+    answers = [i for i, message in enumerate(chat) if message["role"] == "assistant" and says_something(message)]
+    if not answers or answers[-1] == 0:
         raise UserError(
-            f"{where}: the prompt is a list of messages, but the model's tokenizer has no chat template; "
-            "give the prompt as text, or take a model that was tuned for chat"
+            f'{where}: "messages" must be a list with a message of the user and an assistant message after it, which '
+            "is learned"
         )
-    else:
-        ids = list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    if not ids:  # "text" demonstrations: the first token needs something to be predicted from
-        ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
-    if len(ids) >= max_length:
-        raise UserError(
-            f"{where}: the prompt has {len(ids)} tokens and leaves no room for a completion "
-            f"in a context of {max_length}; shorten it or raise max_length (the model sets the upper limit)"
-        )
-    return ids
-
-
-def encode_completion(tokenizer: Any, completion: str, *, ended: bool = True) -> list[int]:
-    """Token ids of a completion; the end-of-sequence token is there if the completion `ended` by itself."""
-    ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    return [*ids, tokenizer.eos_token_id] if ended else ids
-
-
-def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: list[int], completion: str) -> list[int]:
-    """Token ids of a demonstration's completion behind `prompt_ids`, up to the end-of-sequence token.
-
-    After messages they are what the chat template makes of the answer, where it begins with the prompt; some templates
-    put tokens of their own around an answer, which the model must learn to write.
-    """
-    if not isinstance(prompt, str):
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-        whole = list(tokenizer.apply_chat_template(messages, return_dict=False))
-        answer = whole[len(prompt_ids) :]
-        if whole[: len(prompt_ids)] == prompt_ids and answer:
-            end = answer.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in answer else len(answer)
-            return [*answer[:end], tokenizer.eos_token_id]
-    return encode_completion(tokenizer, completion)
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one string for raters and reports: text as it is, messages as "role: content" lines."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    last = answers[-1]
+    return Demonstration(Chat(chat[:last], chat.tools, chat.variables), plain(chat[last]), where)
 
 
 def pad_right(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -6,37 +6,55 @@
     data.parquet, data.csv     one row an example                   "data.parquet, row 7", "data.csv:7"
     datasets:NAME[:SPLIT]      whatever `datasets.load_dataset` finds under NAME, split train unless given
 
-CSV cells that hold JSON lists are read as such, empty ones are left out.
+JSON and CSV may be compressed (`.jsonl.gz`). Empty CSV cells are left out. A CSV cell is text, but for messages and for
+the columns that hold lists (`completions`, `ranks`, ...), written as JSON or as Python prints them.
 """
 
 from __future__ import annotations
 
+import ast
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rlhf_fast.errors import UserError
 
+from .dropped import Dropped
+from .messages import is_messages
+
 Row = dict[str, Any]
+Found = tuple[Row | UserError, str]  # a row, or what is wrong with it, and where it stands
 T = TypeVar("T")
 HUB = "datasets:"
+LISTS = {"completions", "ranks", "ratings", "ended", "tools", "completion_ids"}  # columns that never hold text
+MOST_CHARACTERS = 2**31 - 1  # in a CSV cell; the module's own limit is 131072
 
 
-def read_lines(source: str | Path, parse: Callable[[Row, str], T]) -> list[T]:
-    """`parse(row, where)` of each row of `source`; UserError for the first bad row, or if there is none."""
-    parsed = []
+def read_lines(source: str | Path, parse: Callable[[Row, str], T], strict: bool = False) -> list[T]:
+    """`parse(row, where)` of each row of `source`. Rows for which that is a UserError are left out and named.
+
+    Raises UserError for the first such row with `strict`, and if no row is good or there is none.
+    """
+    parsed, dropped = [], Dropped(source, strict)
     for row, where in read_rows(source):
-        if isinstance(row, UserError):
-            raise row
-        parsed.append(parse(row, where))
+        try:
+            if isinstance(row, UserError):
+                raise row
+            parsed.append(parse(row, where))
+        except UserError as error:
+            dropped.add(error)
+    dropped.report(len(parsed))
     if not parsed:
         raise UserError(f"{source} holds no data: wanted one JSON object on each line")
     return parsed
 
 
-def read_rows(source: str | Path) -> Iterator[tuple[Row | UserError, str]]:
+def read_rows(source: str | Path) -> Iterator[Found]:
     """(row, where it stands) of each row; for one that cannot be read, the error stands in its place."""
     if str(source).startswith(HUB):
         return _hub(str(source))
@@ -44,73 +62,114 @@ def read_rows(source: str | Path) -> Iterator[tuple[Row | UserError, str]]:
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "No such file"
         raise UserError(f"cannot read the data file {path}: {reason}")
-    readers = {".parquet": _parquet, ".csv": _csv, ".json": _json}
-    return readers.get(path.suffix, _jsonl)(path)
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(kind, _jsonl)(path)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Row | UserError, str]]:
+def _jsonl(path: Path) -> Iterator[Found]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = _object(_parsed(line), where)
             except json.JSONDecodeError as error:
-                yield UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})"), where
-                continue
-            yield _object(row, where), where
+                row = UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
+            except ValueError as error:
+                row = UserError(f"{where}: {error}")
+            yield row, where
 
 
-def _json(path: Path) -> Iterator[tuple[Row | UserError, str]]:
+def _json(path: Path) -> Iterator[Found]:
     text = _text(path)
     try:
-        rows = json.loads(text)
+        rows = _parsed(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line after all
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         where = f"{path}, item {number}"
         yield _object(row, where), where
 
 
-def _csv(path: Path) -> Iterator[tuple[Row | UserError, str]]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True))
+def _parsed(text: str) -> Any:
+    """JSON that can be used further; ValueError says what is wrong with it."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("not valid JSON (nested too deeply)") from None
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair (as in \\ud83d), which is no character") from None
+    return value
+
+
+def _csv(path: Path) -> Iterator[Found]:
+    csv.field_size_limit(MOST_CHARACTERS)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))  # rows end at CR and LF alone, not at U+2028
     before = 1
-    for cells in reader:
-        before, number = reader.line_num, before + 1  # a quoted cell may hold line breaks: a row's first line counts
-        where = f"{path}:{number}"
-        if None in cells or None in cells.values():
-            yield (
-                UserError(f"{where}: wanted {len(reader.fieldnames or [])} cells, as many as in the first line"),
-                where,
-            )
-        else:
-            yield {name: _cell(value) for name, value in cells.items() if value}, where
+    try:
+        for cells in reader:
+            before, number = reader.line_num, before + 1  # a quoted cell may hold line breaks: its first line counts
+            where = f"{path}:{number}"
+            yield _csv_row(cells, len(reader.fieldnames or []), where), where
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
 
 
-def _cell(text: str) -> Any:
-    if text.startswith("["):
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+def _csv_row(cells: Row, wanted: int, where: str) -> Row | UserError:
+    if None in cells or None in cells.values():
+        return UserError(f"{where}: wanted {wanted} cells, as many as in the first line")
+    try:
+        return {name: _cell(name, text) for name, text in cells.items() if text}
+    except ValueError as error:
+        return UserError(f"{where}: {error}")
+
+
+def _cell(name: str, text: str) -> Any:
+    """Text, or the list that it spells: messages in any column, other lists in the columns `LISTS`."""
+    if not text.lstrip().startswith("["):
+        return text
+    value = _literal(text)
+    if is_messages(value) or (name in LISTS and isinstance(value, list)):
+        return value
+    if text.lstrip("[ \n").startswith("{") and ('"role"' in text or "'role'" in text):
+        raise ValueError(
+            f'"{name}" looks like messages, but is neither JSON nor a Python list; write it as JSON '
+            '[{"role": "user", "content": "..."}]'
+        )
     return text
 
 
-def _parquet(path: Path) -> Iterator[tuple[Row | UserError, str]]:
+def _literal(text: str) -> Any:
+    """What text spells in JSON or Python; None if it spells nothing."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        return None
+
+
+def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read the data file {path}: {error}") from None
     for number, row in enumerate(rows, start=1):
         yield {name: value for name, value in row.items() if value is not None}, f"{path}, row {number}"
 
 
-def _hub(source: str) -> Iterator[tuple[Row | UserError, str]]:
+def _hub(source: str) -> Iterator[Found]:
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition(":")
@@ -124,11 +183,17 @@ def _hub(source: str) -> Iterator[tuple[Row | UserError, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        text = data.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a gzip file, or is cut short: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read the data file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+    return text
 
 
 def _object(row: Any, where: str) -> Row | UserError:

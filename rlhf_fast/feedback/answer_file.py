@@ -107,14 +107,7 @@ class Desk:
 
     def _append(self, annotator: str, place: int, **answer: Any) -> None:
         item = self.items[place]
-        row = {
-            "prompt": item.prompt,
-            "completions": item.completions,
-            "ended": item.ended,
-            "annotator": annotator,
-            "model": item.model,
-        }
-        line = json.dumps({**row, **answer}, ensure_ascii=False) + "\n"
+        line = json.dumps({**item.row(), "annotator": annotator, **answer}, ensure_ascii=False) + "\n"
         with self._locked() as file:
             self._mend(file)
             os.write(file, line.encode())

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_fast.data.examples import Demonstration, demonstration, prompt_line
+from rlhf_fast.data.examples import Demonstration, completion_text, demonstration, prompt_line
 from rlhf_fast.data.files import read_rows
 from rlhf_fast.errors import UserError
 
 from .agreement import agreement, by_pair_of_annotators
-from .schema import Ranking, each_ranking, last_words
+from .schema import Ranking, each_ranking, holds_feedback, last_words
 
 SHOWN_ERRORS = 20
 
@@ -31,7 +31,7 @@ class Findings:
 def check(path: str | Path) -> Findings:
     """Read the whole file; whether it holds feedback, demonstrations or prompts is seen from its first good line."""
     keys: set[str] = next((set(row) for row, _ in read_rows(path) if isinstance(row, dict)), set())
-    if keys & {"completions", "chosen", "annotations", "responses"} or not keys & {"prompt", "messages", "text"}:
+    if holds_feedback(path) or not keys & {"prompt", "messages", "text"}:
         return _feedback(path)
     return _examples(path, "demonstrations" if keys & {"completion", "messages", "text"} else "prompts")
 
@@ -50,7 +50,7 @@ def _examples(path: str | Path, kind: str) -> Findings:
     findings.figures[kind] = str(len(good))
     findings.figures["different prompts"] = str(len({str(example.prompt) for example in good}))
     if kind == "demonstrations":
-        lengths = [len(example.completion) for example in good if isinstance(example, Demonstration)]
+        lengths = [len(completion_text(example.completion)) for example in good if isinstance(example, Demonstration)]
         findings.figures["characters in a completion"] = f"{sum(lengths) / max(1, len(lengths)):.0f} on average"
     return findings
 
@@ -77,7 +77,8 @@ def _feedback(path: str | Path) -> Findings:
         "pairs": f"{pairs}, and {compared - pairs} ties",
         "ratings": f"in {sum(r.ratings is not None for r in rated)} lines",
         "annotators": ", ".join(f"{name} ({count})" for name, count in names.most_common()),
-        "the same text twice in a line": str(sum(len(set(r.completions)) < len(r.completions) for r in kept)),
+        "the same text twice in a line": str(sum(len(set(r.texts)) < len(r.texts) for r in kept)),
+        "lines of ties alone, which teach nothing": str(sum(not r.pairs() for r in rated)),
     }
     if (whole := agreement(rated)) is None:
         findings.figures["agreement"] = "not measured: no two annotators have rated the same completions"

@@ -113,7 +113,7 @@ def _show(gr: Any, desk: Desk, who: str, where: int | None, message: str, size: 
         return [None, said, gr.update(visible=False), *[gr.update(visible=False)] * (2 * size)]
     done, total = desk.progress(who)
     item = desk.items[where]
-    completions = [item.completions[k] for k in desk.order(who, where)]
+    completions = [item.texts[k] for k in desk.order(who, where)]
     hidden = [gr.update(visible=False, value=None)] * (size - len(completions))
     return [
         (who, where),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +20,23 @@ class RaterError(UserError):
     """A rater raised, or did not return one finite number a completion."""
 
 
-Rater = Callable[[Prompt, list[str]], list[float]]
+Rater = Callable[..., list[float]]  # (prompt, completions, **columns of the prompt's row)
 
 
 def load_rater(spec: str) -> Rater:
     """The function that `module:function` or `file.py:function` names, its results checked at every call.
 
     A call raises RaterError naming the prompt if the function raises or does not return one finite number a
-    completion.
+    completion. Of the columns of the prompt's row it gets those that it names as parameters, or all if it takes **any.
     """
     function = load_function(spec)
 
-    def rate(prompt: Prompt, completions: list[str]) -> list[float]:
+    accepts = _accepted(function)
+
+    def rate(prompt: Prompt, completions: list[str], **columns: Any) -> list[float]:
         shown = f"rater {spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
         try:
-            ratings = [float(rating) for rating in function(prompt, completions)]
+            ratings = [float(rating) for rating in function(prompt, completions, **accepts(columns))]
         except Exception as error:
             raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
         if len(ratings) != len(completions):
@@ -53,6 +56,21 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"rater {spec!r}: {source} has no function {name!r}")
     return function
+
+
+def _accepted(function: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What of some columns `function` can take as keyword arguments behind its first two parameters."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # written in C
+        return lambda columns: {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        taken = {parameter.name for parameter in parameters[:2]}
+        return lambda columns: {name: value for name, value in columns.items() if name not in taken}
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = {parameter.name for parameter in parameters[2:] if parameter.kind in kinds}
+    names |= {parameter.name for parameter in parameters[:2] if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    return lambda columns: {name: value for name, value in columns.items() if name in names}
 
 
 def _load_module(source: str, spec: str) -> ModuleType:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feedback in the formats of other tools, turned into rows of our schema (schema.py).
 
-    TRL           {"chosen", "rejected"}, text or messages, with a "prompt" or with it in front of both
+    TRL           {"chosen", "rejected"}, text or messages, with a "prompt" or with it in front of both, or both ways;
+                  HH-RLHF is text with it in front
     NeMo          {"context" or "prompt", "completions": [{"rank": 0, "completion": text or messages}, ...]}
     Argilla       records with a ranking question over fields: version 1 rows and version 2 `to_json` records
     Label Studio  JSON exports of a Ranker over "items", or of a Pairwise
@@ -12,12 +13,16 @@ may hold the answers of several annotators, which become one row each.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rlhf_fast.data.messages import as_chat, is_messages
 from rlhf_fast.errors import UserError
 
 Row = dict[str, Any]
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template reads
 PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "text")
 
 
@@ -26,33 +31,90 @@ def to_schema(row: Row, where: str) -> list[Row]:
     for name, (fits, convert) in FORMATS.items():
         if fits(row):
             try:
-                return convert(row)
-            except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+                return [{**{key: row[key] for key in OF_TEMPLATE if key in row}, **found} for found in convert(row)]
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{where}: looks like a row of {name}, but {reason}") from None
     return [row]
 
 
 def _trl(row: Row) -> list[Row]:
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if type(chosen) is not type(rejected):
+    """Either a prompt and what follows it, or what both sides begin with is the prompt."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if is_messages(chosen) and is_messages(rejected):
+        prompt, chosen, rejected = _split_turns(prompt, chosen, rejected)
+    elif type(chosen) is not type(rejected):
         raise ValueError('"chosen" and "rejected" are not of one kind')
-    if prompt is None:  # what both begin with, whole words of it
-        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-        if isinstance(chosen, str):
-            shared = max(0, chosen.rfind(" ", 0, shared))
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    made: Row = {"prompt": prompt, "completions": [_text(chosen), _text(rejected)], "ranks": [1, 2]}
+    elif isinstance(chosen, str) and prompt is None:
+        prompt, chosen, rejected = _split_text(chosen, rejected)
+    elif isinstance(prompt, str) and prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    converted: Row = {"prompt": prompt, "completions": [chosen, rejected], "ranks": [1, 2]}
+    if chosen == rejected:
+        converted["ranks"] = [1, 1]
     if "score_chosen" in row and "score_rejected" in row:
-        made["ratings"] = [float(row["score_chosen"]), float(row["score_rejected"])]
+        converted["ratings"] = [float(row["score_chosen"]), float(row["score_rejected"])]
     elif "margin" in row:
-        made["ratings"] = [float(row["margin"]), 0.0]
-    return [made]
+        converted["ratings"] = [float(row["margin"]), 0.0]
+    return [converted]
+
+
+def _split_turns(prompt: Any, chosen: list[Row], rejected: list[Row]) -> tuple[Any, list[Row], list[Row]]:
+    """The turns that both begin with, each side keeping an answer at least, and what each has behind them."""
+    pairs = zip(chosen, rejected, strict=False)
+    most = min(len(chosen), len(rejected)) - 1
+    shared = min(most, next((i for i, (a, b) in enumerate(pairs) if a != b), most))
+    while shared and chosen[shared]["role"] != "assistant":
+        shared -= 1
+    if chosen[shared]["role"] != "assistant" or rejected[shared]["role"] != "assistant":
+        raise ValueError("an answer of the assistant must follow what both sides begin with")
+    before = _not_repeated(prompt, chosen)
+    if not before and not shared:
+        raise ValueError("its two sides have no prompt in common")
+    return [*before, *chosen[:shared]], chosen[shared:], rejected[shared:]
+
+
+def _not_repeated(prompt: Any, chosen: list[Row]) -> list[Row]:
+    """The messages of a prompt that the sides do not begin with themselves."""
+    messages = as_chat(prompt) if isinstance(prompt, str) else prompt or []
+    if chosen[0]["role"] == "assistant":  # answers alone
+        return list(messages)
+    first = next(iter(messages), chosen[0])
+    return [first] if first["role"] == "system" != chosen[0]["role"] else []
+
+
+def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """What both texts begin with, whole words of it, and what each has behind that: never nothing.
+
+    In dialogues in the form of HH-RLHF that is everything up to the last "\\n\\nAssistant:" in common.
+    """
+    most = min(len(chosen), len(rejected))
+    shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+    turn = chosen.rfind(ASSISTANT, 0, shared)
+    if chosen.startswith(HUMAN) and turn >= 0:
+        shared = turn + len(ASSISTANT)
+        return chosen[:shared], chosen[shared:], rejected[shared:]
+    while shared and (shared == most or _inside_word(chosen, shared) or _inside_word(rejected, shared)):
+        shared -= 1
+    while shared and chosen[shared - 1] == " ":  # a completion begins with its own space
+        shared -= 1
+    if shared == 0:
+        raise ValueError("its two sides have no prompt in common")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _inside_word(text: str, place: int) -> bool:
+    """Whether the characters before and at `place` belong to one word of a script that puts spaces between words."""
+    return all(char.isalnum() and not _wide(char) for char in text[place - 1 : place + 1])
+
+
+def _wide(char: str) -> bool:
+    return unicodedata.east_asian_width(char) in "WF"
 
 
 def _nemo(row: Row) -> list[Row]:
     ranks = [int(entry["rank"]) for entry in row["completions"]]
-    completions = [_text(entry["completion"]) for entry in row["completions"]]
+    completions = [entry["completion"] for entry in row["completions"]]
     best = min(ranks)  # NeMo counts from 0
     prompt = row["context"] if "context" in row else row["prompt"]
     return [{"prompt": prompt, "completions": completions, "ranks": [rank - best + 1 for rank in ranks]}]
@@ -62,7 +124,7 @@ def _argilla(row: Row) -> list[Row]:
     fields = row["fields"] if isinstance(row.get("fields"), dict) else row
     questions = row["responses"] if isinstance(row.get("responses"), dict) else row
     prompt = _prompt(fields)
-    made = []
+    rows = []
     for answers in questions.values():
         for answer in answers if _are_answers(answers) else []:
             if answer.get("status", "submitted") != "submitted" or not isinstance(answer["value"], list):
@@ -74,7 +136,7 @@ def _argilla(row: Row) -> list[Row]:
             order.sort(key=lambda entry: str(entry["value"]))  # one order of completions for all annotators
             if any(entry["value"] not in fields for entry in order):
                 raise ValueError(f"its ranking names {[entry['value'] for entry in order]}, which are not all fields")
-            made.append(
+            rows.append(
                 {
                     "prompt": prompt,
                     "completions": [fields[entry["value"]] for entry in order],
@@ -82,7 +144,7 @@ def _argilla(row: Row) -> list[Row]:
                     "annotator": str(answer["user_id"]),
                 }
             )
-    return made
+    return rows
 
 
 def _are_answers(value: Any) -> bool:
@@ -92,7 +154,7 @@ def _are_answers(value: Any) -> bool:
 def _label_studio(row: Row) -> list[Row]:
     data = row["data"]
     prompt = _prompt(data)
-    made = []
+    rows = []
     for annotation in row["annotations"]:
         for result in [] if annotation.get("was_cancelled") else annotation["result"]:
             if result["type"] == "ranker":
@@ -101,8 +163,8 @@ def _label_studio(row: Row) -> list[Row]:
                 answer = _pairwise(data, result["value"]["selected"])
             else:
                 continue
-            made.append({"prompt": prompt, **answer, "annotator": str(_user(annotation.get("completed_by")))})
-    return made
+            rows.append({"prompt": prompt, **answer, "annotator": str(_user(annotation.get("completed_by")))})
+    return rows
 
 
 def _ranker(items: list[Row], ranked: Any) -> Row:
@@ -135,15 +197,6 @@ def _prompt(fields: Row) -> Any:
     raise ValueError(f"none of its fields is a prompt: wanted one of {', '.join(PROMPT_FIELDS)}")
 
 
-def _text(completion: Any) -> str:
-    """A completion as text; messages are one answer of the assistant."""
-    if isinstance(completion, str):
-        return completion
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        raise ValueError("a completion must be text or one message of the assistant")
-    return str(completion[0]["content"])
-
-
 FORMATS: dict[str, tuple[Callable[[Row], bool], Callable[[Row], list[Row]]]] = {
     "TRL": (lambda row: "chosen" in row and "rejected" in row, _trl),
     "NeMo": (lambda row: _is_list_of_objects(row.get("completions")), _nemo),
@@ -153,4 +206,8 @@ FORMATS: dict[str, tuple[Callable[[Row], bool], Callable[[Row], list[Row]]]] = {
 
 
 def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, dict) for entry in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(entry, dict) and "role" not in entry for entry in value)
+    )

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one schema of feedback: a prompt, its K completions, and what somebody thinks of them.
 
-    {"prompt": text or messages, "completions": [text, ...], "ended": [bool, ...],
-     "ratings": [number, ...] and/or "ranks": [int, ...], "annotator": text, "sampling": {...}, "model": text}
+    {"prompt": text or messages, "tools": [...], "completions": [text or messages, ...], "ended": [bool, ...],
+     "ratings": [number, ...] and/or "ranks": [int, ...], "annotator": text, "sampling": {...}, "model": text,
+     "completion_ids": [[int, ...], ...], "vocabulary": text}
 
 Higher ratings are better, rank 1 is best, equal numbers are ties; where a line has both, the ranks count.
 `ended` tells which completions ended by themselves (all, when it is missing). Only the prompt, the completions and one
-of ratings and ranks are needed, so a file written by hand is as good as a collected one. A file only grows: of several
-lines of one annotator about the same prompt and completions the last counts. `readers.py` turns other tools' rows
-into this.
+of ratings and ranks are needed, so a file written by hand is as good as a collected one. `completion_ids` are the
+tokens that a model sampled, the one that ended a completion included, and `vocabulary` says of which tokenizer: they
+are read in place of a completion's text as long as they spell it. A file only grows: of several lines of one annotator
+about the same prompt and completions the last counts. `readers.py` turns other tools' rows into this.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.data.examples import Prompt, check_prompt
+from rlhf_fast.data.dropped import Dropped
 from rlhf_fast.data.files import read_rows
+from rlhf_fast.data.messages import Chat, Completion, Prompt, check_completion, check_prompt, completion_text
 from rlhf_fast.errors import UserError
 
-from .readers import to_schema
+from .readers import FORMATS, to_schema
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,34 @@ class Ranking:
     """One line of a feedback file, checked. `goodness` (K,): higher is better, equal is a tie, empty is not rated."""
 
     prompt: Prompt
-    completions: list[str]
+    completions: list[Completion]
     ended: list[bool]
     goodness: list[float]
     where: str
     ratings: list[float] | None = None
     annotator: str | None = None
     model: str | None = None
+    completion_ids: list[list[int]] | None = None  # as they were sampled
+    vocabulary: str | None = None  # of the tokenizer of completion_ids, as `encoding.vocabulary_id` gives it
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions as people read them."""
+        return [completion_text(completion) for completion in self.completions]
+
+    def row(self) -> dict[str, Any]:
+        """What was asked, as a line of a file that nobody has rated."""
+        row: dict[str, Any] = {
+            "prompt": self.prompt,
+            "completions": self.completions,
+            "ended": self.ended,
+            "model": self.model,
+        }
+        if isinstance(self.prompt, Chat):
+            row |= self.prompt.columns()
+        if self.completion_ids is not None:
+            row |= {"completion_ids": self.completion_ids, "vocabulary": self.vocabulary}
+        return row
 
     def pairs(self) -> list[tuple[int, int]]:
         """(better, worse) for each of the C(K, 2) pairs that is not a tie."""
@@ -54,16 +78,20 @@ class Ranking:
         return json.dumps([self.prompt, self.completions])
 
 
-def read_feedback(path: str | Path) -> list[Ranking]:
+def read_feedback(path: str | Path, strict: bool = False) -> list[Ranking]:
     """The rated lines of a feedback file in any format; lines that nobody has rated yet are left out.
 
-    Raises UserError for a malformed line (file and line named) or if no line is rated.
+    Malformed lines are left out and named. Raises UserError for the first of them with `strict`, and if no line is
+    rated.
     """
-    rankings = []
+    rankings: list[Ranking] = []
+    dropped = Dropped(path, strict)
     for found in each_ranking(path):
         if isinstance(found, UserError):
-            raise found
-        rankings.append(found)
+            dropped.add(found)
+        else:
+            rankings.append(found)
+    dropped.report(len(rankings))
     if not rankings:
         raise UserError(f"{path} holds no data: wanted one JSON object on each line")
     rated = [ranking for ranking in last_words(rankings) if ranking.goodness]
@@ -76,8 +104,9 @@ def read_feedback(path: str | Path) -> list[Ranking]:
 
 
 def holds_feedback(path: str | Path) -> bool:
-    """True if the first line of a data file has completions, in any format; False for a file of prompts."""
-    return isinstance(next(each_ranking(path), None), Ranking)
+    """True if the first good line of a data file has completions, in any format; False for a file of prompts."""
+    row = next((row for row, _ in read_rows(path) if isinstance(row, dict)), {})
+    return "completions" in row or any(fits(row) for fits, _ in FORMATS.values())
 
 
 def each_ranking(path: str | Path) -> Iterator[Ranking | UserError]:
@@ -104,10 +133,8 @@ def last_words(rankings: list[Ranking]) -> list[Ranking]:
 
 def parse(row: dict[str, Any], where: str) -> Ranking:
     """A row of the schema, checked; UserError names what is wrong."""
-    prompt = check_prompt(row.get("prompt"), where)
-    completions = row.get("completions")
-    if not isinstance(completions, list) or len(completions) < 2 or not all(isinstance(c, str) for c in completions):
-        raise UserError(f'{where}: "completions" must be a list of two or more texts, got {repr(completions)[:60]}')
+    prompt = check_prompt(row.get("prompt"), where, row=row)
+    completions = _completions(row.get("completions"), where)
     size = len(completions)
     ended = row.get("ended")
     if ended is None:
@@ -121,10 +148,30 @@ def parse(row: dict[str, Any], where: str) -> Ranking:
         if any(rank < 1 or rank != int(rank) for rank in ranks):
             raise UserError(f'{where}: "ranks" must be whole numbers from 1 (best), got {row["ranks"]!r}')
         goodness = [-rank for rank in ranks]
-    for name in ("annotator", "model"):
-        if not isinstance(row.get(name), str | None):
-            raise UserError(f'{where}: "{name}" must be text, got {repr(row[name])[:60]}')
-    return Ranking(prompt, completions, ended, goodness, where, ratings, row.get("annotator"), row.get("model"))
+    texts = {name: row.get(name) for name in ("annotator", "model", "vocabulary")}
+    for name, text in texts.items():
+        if not isinstance(text, str | None):
+            raise UserError(f'{where}: "{name}" must be text, got {repr(text)[:60]}')
+    ids = _token_ids(row.get("completion_ids"), size, where)
+    return Ranking(prompt, completions, ended, goodness, where, ratings, completion_ids=ids, **texts)
+
+
+def _completions(values: Any, where: str) -> list[Completion]:
+    if isinstance(values, list) and len(values) >= 2 and all(isinstance(c, str | list | dict) for c in values):
+        return [c if isinstance(c, str) else check_completion(c, where, "completions") for c in values]
+    raise UserError(f'{where}: "completions" must be a list of two or more texts, got {repr(values)[:60]}')
+
+
+def _token_ids(values: Any, size: int, where: str) -> list[list[int]] | None:
+    if values is None:
+        return None
+    if isinstance(values, list) and len(values) == size and all(map(_are_ids, values)):
+        return values
+    raise UserError(f'{where}: "completion_ids" must be {size} lists of token ids, got {repr(values)[:60]}')
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(i, int) and 0 <= i < 2**31 for i in value)
 
 
 def _numbers(values: Any, name: str, size: int, where: str) -> list[float]:
@@ -136,4 +183,9 @@ def _numbers(values: Any, name: str, size: int, where: str) -> list[float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import notice
 
 from .dropout import switch_off_dropout
@@ -169,8 +171,22 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def context_length(model: Any) -> int:
-    """Most tokens the model can read, as its config says."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+    """Most tokens the model can read, as its config says; of a model with images, the config of its text."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+
+
+def reading_limits(model: Any, config: RunOptions) -> Limits:
+    """What `model` can read of the data, by itself and by the options."""
+    room, rows = min(config.max_length, context_length(model)), model.get_input_embeddings().weight.shape[0]
+    return Limits(room, config.overlong, config.strict, int(rows))
+
+
+def fit_padding(tokenizer: Any, model: Any) -> None:
+    """Pad with the EOS token if the pad token was added to the tokenizer but never to the model's embeddings."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        notice(f"the pad token {tokenizer.pad_token!r} is not in the model's embeddings: padding with the EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def parameter_count(model: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.encoding import end_of_turn
 from rlhf_fast.integrations.causal_lm import LanguageModelHead, language_model_head
 from rlhf_fast.models.attention import choose_attention
 from rlhf_fast.models.batches import Support
@@ -78,10 +79,10 @@ def generate(
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: those of the model's generation config and the tokenizer's EOS."""
+    """Ids that end a completion: those of the model's generation config, the tokenizer's EOS, the template's."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    return sorted({int(i) for i in [*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None})
 
 
 def _waves(prompts: list[list[int]], size: int, padded: bool) -> list[list[int]]:

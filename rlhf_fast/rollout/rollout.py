@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf_fast.data.encoding import decode_completion
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch, Support
 from rlhf_fast.run.options import SamplingOptions
@@ -153,7 +154,7 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
     for row, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
         input_ids[row, :start] = torch.tensor(prompts[row // samples])
         input_ids[row, start : start + count] = sampled[row, :count]
-        text = tokenizer.decode(sampled[row, :count], skip_special_tokens=True)
+        text = decode_completion(tokenizer, prompts[row // samples], sampled[row, :count].tolist())
         texts.append(text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))])
     support = completions.support
     if support is not None:  # an ordinary tensor, whatever mode it was made in

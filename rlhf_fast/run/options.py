@@ -84,6 +84,10 @@ class RunOptions(Options):
     """Of the weights; auto: bfloat16 where that is fast; nf4 (QLoRA): that, and 4 bits under the adapters of LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
     """Most tokens in a sequence, prompt and completion together."""
+    overlong: Literal["drop", "truncate-left", "error"] = "drop"
+    """A prompt that leaves no room for a completion is left out, loses its beginning, or ends the run."""
+    strict: bool = False
+    """End the run at the first row of a data file that cannot be used. Off: such rows are left out and named."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
     gradient_checkpointing: bool = False

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-from rlhf_fast.data.examples import PromptLine, encode_prompt, read_prompts
+from rlhf_fast.data.encoding import vocabulary_id
+from rlhf_fast.data.examples import PromptLine, read_prompts
 from rlhf_fast.data.files import read_lines
+from rlhf_fast.data.limits import encode_prompts
+from rlhf_fast.data.messages import Chat, Prompt
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.raters import Rater, load_rater
@@ -48,33 +51,39 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
 
     Returns the summary: file, prompts, completions, share that ended by themselves, mean rating, seconds.
     """
-    from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
+    from rlhf_fast.models.loading import fit_padding, load_causal_lm, load_tokenizer, reading_limits
     from rlhf_fast.rollout.rollout import SamplingParams
 
     config.validate()
     SamplingParams.of(config)  # refuses what does not go together
     if (finished := finished_summary(run, config)) is not None:
         return finished
-    lines = read_prompts(config.prompts_file)
+    lines = read_prompts(config.prompts_file, config.strict)
     rater = load_rater(config.rater) if config.rater else None
-    done = _rows_done(run, lines)
     timer = Timer()
-    if done < len(lines):
+    sampled_before = _rows_done(run)
+    if len(sampled_before) >= len(lines):
+        _check_same(sampled_before, lines)
+    else:
         with timer("load"):
             tokenizer = load_tokenizer(config.model, config.trust_remote_code)
             model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
-        room = min(config.max_length, context_length(model)) - config.max_new_tokens + 1
-        encoded = [encode_prompt(tokenizer, line.prompt, max_length=room, where=line.where) for line in lines]
+            fit_padding(tokenizer, model)
+        limits, longest = reading_limits(model, config), config.max_new_tokens
+        lines, encoded = encode_prompts(tokenizer, lines, limits, longest, config.prompts_file)
+        _check_same(sampled_before, lines)
+        done = len(sampled_before)
         run.save_config(config)
         with StopFlag() as stop, Progress("collect", len(lines)) as bar:
             per_rank = max(1, config.micro_batch_size // config.samples_per_prompt)
             together = per_rank * ranks().count
             for start in range(done // together * together, len(lines), together):
                 own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
-                made = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
-                rows = [row for part in ranks().every(made) for row in part]
+                sampled = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
+                rows = [row for part in ranks().every(sampled) for row in part]
                 new = rows[max(0, done - start) :]
-                ranks().once(partial(_rate_and_append, run, new, rater, timer))
+                columns = [line.columns for line in lines[start + len(rows) - len(new) : start + len(rows)]]
+                ranks().once(partial(_rate_and_append, run, new, columns, rater, timer))
                 bar.update(min(start + together, len(lines)))
                 if ranks().any(stop.requested):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
@@ -84,26 +93,27 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def _rows_done(run: RunFolder, lines: list[PromptLine]) -> int:
-    """How many prompts `feedback.jsonl` holds already; a last line cut short by a kill is taken away."""
+def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:
+    """(prompt, place) of each line of `feedback.jsonl`; a last line cut short by a kill is taken away."""
     path = run.path / FEEDBACK_FILE
     if not path.exists():
-        return 0
+        return []
     text = path.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     ranks().wait()
     if whole != text and ranks().main:
         write_text(path, whole)
     ranks().wait()
-    if not whole:
-        return 0
-    prompts = read_lines(path, lambda row, where: (row.get("prompt"), where))
-    for (prompt, where), line in zip(prompts, lines, strict=False):
+    return read_lines(path, lambda row, where: (row["prompt"], where), strict=True) if whole else []
+
+
+def _check_same(done: list[tuple[Prompt, str]], lines: list[PromptLine]) -> None:
+    """UserError unless the prompts that are `done` are the first of `lines`."""
+    for (prompt, where), line in zip(done, lines, strict=False):
         if prompt != line.prompt:
             raise UserError(
                 f"{where}: holds another prompt than {line.where}; resume with the prompts file it began with"
             )
-    return len(prompts)
 
 
 def _sample(
@@ -132,6 +142,8 @@ def _sample(
             samples_per_prompt=config.samples_per_prompt,
         )
     k = config.samples_per_prompt
+    rows = zip(rollout.input_ids.cpu(), rollout.response_mask.cpu(), strict=True)
+    ids = [row[mask].tolist() for row, mask in rows]
     sampling = {
         "temperature": config.temperature,
         "top_k": config.top_k,
@@ -142,7 +154,10 @@ def _sample(
     return [
         {
             "prompt": line.prompt,
+            **(line.prompt.columns() if isinstance(line.prompt, Chat) else {}),
             "completions": rollout.texts[i * k : (i + 1) * k],
+            "completion_ids": ids[i * k : (i + 1) * k],
+            "vocabulary": vocabulary_id(tokenizer),
             "ended": rollout.ended[i * k : (i + 1) * k].tolist(),
             "annotator": f"simulated rater {config.rater}" if config.rater else None,
             "sampling": sampling,
@@ -152,10 +167,12 @@ def _sample(
     ]
 
 
-def _rate_and_append(run: RunFolder, rows: list[dict[str, Any]], rater: Rater | None, timer: Timer) -> None:
-    for row in rows:
+def _rate_and_append(
+    run: RunFolder, rows: list[dict[str, Any]], columns: list[dict[str, Any]], rater: Rater | None, timer: Timer
+) -> None:
+    for row, others in zip(rows, columns, strict=True):
         with timer("rate"):
-            row["ratings"] = rater(row["prompt"], row["completions"]) if rater else None
+            row["ratings"] = rater(row["prompt"], row["completions"], **others) if rater else None
         run.append_jsonl(FEEDBACK_FILE, [row])
 
 

@@ -109,17 +109,18 @@ def check_files(config: PipelineConfig) -> None:
     from .rl.prompts import read_prompts_or_feedback
     from .rl.reward_functions import load_functions
 
-    read_sft(config.sft.train_file)
+    strict = config.strict
+    read_sft(config.sft.train_file, strict)
     if config.sft.eval_file:
-        read_sft(config.sft.eval_file)
+        read_sft(config.sft.eval_file, strict)
     if config.reward.feedback_file:
-        read_feedback(config.reward.feedback_file)
+        read_feedback(config.reward.feedback_file, strict)
     else:
-        read_prompts(config.collect.prompts_file)
+        read_prompts(config.collect.prompts_file, strict)
     pairs = OBJECTIVES[config.ppo.objective].pairs
-    read_prompts_or_feedback(config.ppo.prompts_file, feedback=pairs, scored=True)
+    read_prompts_or_feedback(config.ppo.prompts_file, feedback=pairs, scored=True, strict=strict)
     if config.ppo.eval_prompts_file:
-        read_prompts(config.ppo.eval_prompts_file)
+        read_prompts(config.ppo.eval_prompts_file, strict)
     for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
         load_rater(str(rater))
     load_functions(config.ppo.reward_functions)

@@ -38,7 +38,7 @@ def test_dpo_pairs_completions_of_one_prompt(
     """Feedback brings two completions a prompt, whatever samples_per_prompt says."""
     prompts = [json.loads(line)["prompt"] for line in Path(config.prompts_file).read_text().splitlines()[:4]]
     ratings = [[1, 9], [2, 8], [7, 3], [6, 4]]  # over all prompts the extremes are those of the first
-    rows = [{"prompt": p, "completions": [" x", " y"], "ratings": r} for p, r in zip(prompts, ratings, strict=True)]
+    rows = [{"prompt": p, "completions": [" cat", " dog"], "ratings": r} for p, r in zip(prompts, ratings, strict=True)]
     config = replace(config, objective="dpo", prompts_file=write_jsonl("feedback.jsonl", *rows), reward_model="")
     assert config.samples_per_prompt == 4
     seen: list[Any] = []

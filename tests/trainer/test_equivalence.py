@@ -17,6 +17,7 @@ from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.data.examples import read_prompts, read_sft
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
@@ -199,7 +200,7 @@ def test_the_reference_ops_give_the_same_step(job_data: Path, options: dict[str,
 def test_packed_demonstrations_have_the_gradient_of_padded_ones(job_data: Path, width: int) -> None:
     tokenizer = load_tokenizer(str(job_data / "model"))
     model = load_causal_lm(str(job_data / "model"), torch.float32)
-    examples = sft.encode(tokenizer, read_sft(job_data / "demos.jsonl")[:13], 32)
+    examples = sft.encode(tokenizer, read_sft(job_data / "demos.jsonl")[:13], Limits(32))
     made = []
     for batch in (packing.collate(examples, 0), packing.pack(examples, 0, width)):
         model.zero_grad()

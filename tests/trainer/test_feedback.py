@@ -57,7 +57,7 @@ def test_lines_that_nobody_rated_are_left_out(write_jsonl: Any) -> None:
 def test_a_wrong_line_is_named(write_jsonl: Any, change: dict[str, Any], message: str) -> None:
     path = write_jsonl("f.jsonl", {**ROW, "ranks": [1, 2, 3]}, {**ROW, **change})
     with pytest.raises(UserError, match=message) as caught:
-        read_feedback(path)
+        read_feedback(path, strict=True)
     assert str(caught.value).startswith(f"{path}:2: ")
 
 

@@ -66,6 +66,7 @@ def test_a_bad_line_of_the_last_phase_is_found_before_the_first_begins(
     tiny: Path, tmp_path: Path, write_jsonl: Any
 ) -> None:
     config = tiny_config(tiny, tmp_path / "run")
+    config.strict = True
     config.ppo.eval_prompts_file = write_jsonl("bad.jsonl", {"prompt": "ann wants food"}, "{")
     with pytest.raises(UserError, match=r"bad.jsonl:2: not valid JSON"):
         run_pipeline(config)

@@ -67,7 +67,7 @@ def test_files_and_functions_are_read_before_any_model(
     ]
     for message, values in cases:
         with pytest.raises(UserError, match=message):
-            ppo.train_ppo(replace(config, **values), RunFolder.create(tmp_path / "run", overwrite=True))
+            ppo.train_ppo(replace(config, strict=True, **values), RunFolder.create(tmp_path / "run", overwrite=True))
 
 
 def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
@@ -80,8 +80,10 @@ def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, ti
 
 def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
+    config = replace(config, prompts_file=path)
     with pytest.raises(UserError, match="long.jsonl.*2"):
-        prompts_of(replace(config, prompts_file=path), agents.load_agent(config))
+        prompts_of(replace(config, overlong="error"), agents.load_agent(config))
+    assert len(prompts_of(config, agents.load_agent(config)).lines) == 1
 
 
 def test_dropout_is_noticed(config: PPOConfig) -> None:

@@ -151,7 +151,7 @@ def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
         def other(
             model: Any, tokenizer: Any, prompts: Any, params: Any, hotter: float = hotter, **rest: Any
         ) -> Rollout:
-            return generate(model, tokenizer, prompts, changed(params, temperature=t), **rest)
+            return generate(model, tokenizer, prompts, changed(params, temperature=hotter), **rest)
 
         some = replace(config, prompts_per_step=16)
         with pytest.raises(UserError, match=message):

@@ -104,7 +104,7 @@ def test_label_studio_rankers_buckets_and_pairs(tmp_path: Path) -> None:
 def test_a_row_of_another_tool_that_is_wrong_is_named(write_jsonl: Any, row: Any, message: str) -> None:
     path = write_jsonl("f.jsonl", TRL[0], row)
     with pytest.raises(UserError, match=message) as caught:
-        read_feedback(path)
+        read_feedback(path, strict=True)
     assert str(caught.value).startswith(f"{path}:2: ")
 
 

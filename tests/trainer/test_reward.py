@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast.data.examples import encode_completion, pad_right
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.schema import Ranking, read_feedback
 from rlhf_fast.models.batches import Batch
@@ -118,7 +119,7 @@ def test_it_learns_and_its_scores_are_normalised_wherever_it_is_loaded(
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, getattr(torch, dtype), tokenizer)
     scores = torch.cat(
-        reward.score_all(model, [reward.encode(tokenizer, r, 64) for r in read_feedback(feedback)], 0, 8)
+        reward.score_all(model, reward.encode_all(tokenizer, read_feedback(feedback), Limits(64)), 0, 8)
     )
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
@@ -165,7 +166,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(
 
 def test_only_ties_are_refused(tiny: Path, tmp_path: Path, write_jsonl: Any) -> None:
     rows = [{"prompt": f"ann wants {t}", "completions": ["cat", "dog"], "ranks": [1, 1]} for t in ("food", "colors")]
-    with pytest.raises(UserError, match="every rated line is a tie"):
+    with pytest.raises(UserError, match=r"(?s)every rated line of them is a tie, .* no row is left"):
         train(tiny, tmp_path / "run", write_jsonl("ties.jsonl", *rows))
 
 

@@ -136,7 +136,7 @@ def test_masks_texts_and_ends_agree(lm: Any, tokenizer: Any) -> None:
         assert (response[-1] == tokenizer.eos_token_id) == bool(rollout.ended[row])
         assert tokenizer.eos_token_id not in response[:-1]
         assert len(response) == 12 or rollout.ended[row]
-        assert text == tokenizer.decode(response, skip_special_tokens=True)
+        assert tokenizer.decode(prompt) + text == tokenizer.decode(real, skip_special_tokens=True)
 
 
 def test_the_seed_decides(lm: Any, tokenizer: Any) -> None:

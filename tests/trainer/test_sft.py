@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast.data.examples import Demonstration, read_sft
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
@@ -45,7 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_that_of_the_completion_tokens(tiny: Path) -> None:
     tokenizer, model = load_tokenizer(str(tiny / "model")), load_causal_lm(str(tiny / "model"), torch.float32)
-    examples = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:5], 32)
+    examples = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:5], Limits(32))
     assert all(example["labels"][:3] == [-100] * 3 for example in examples)
     assert all(example["input_ids"][-1] == example["labels"][-1] == tokenizer.eos_token_id for example in examples)
 
@@ -112,7 +113,7 @@ def test_packed_rows_are_full_and_know_where_each_example_begins() -> None:
 
 def test_a_model_that_mixes_packed_examples_up_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, model = load_tokenizer(str(tiny / "model")), load_causal_lm(str(tiny / "model"), torch.float32)
-    examples = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:3], 32)
+    examples = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:3], Limits(32))
     packing.check_packing(model, examples, 0)
     trunk = model.base_model.forward
     monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **more: trunk(**more))
@@ -128,7 +129,7 @@ def test_an_answer_to_messages_is_what_the_chat_template_makes_of_it(tiny: Path)
     )
     messages = [{"role": "user", "content": "wants food"}, {"role": "assistant", "content": "bread rice"}]
     line = Demonstration(messages[:-1], "bread rice", "f:1")
-    (example,) = sft.encode(tokenizer, [line], 32)
+    (example,) = sft.encode(tokenizer, [line], Limits(32))
     assert tokenizer.decode(example["input_ids"]) == "ann wants food <eos> ben bread rice <eos>"
     assert tokenizer.decode([i for i in example["labels"] if i >= 0]) == "bread rice <eos>"
 
@@ -179,7 +180,7 @@ def test_pad_equal_to_eos_or_no_pad_at_all_learns_the_same(tiny: Path, tmp_path:
 
 def test_a_completion_that_does_not_fit_is_cut_and_told(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(str(tiny / "model"))
-    (example,) = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:1], 8)
+    (example,) = sft.encode(tokenizer, read_sft(tiny / "sft.jsonl")[:1], Limits(8))
     assert len(example["input_ids"]) == 8 and example["labels"][-1] != tokenizer.eos_token_id
     assert "1 of 1 demonstrations were longer than max_length 8 and were cut" in capsys.readouterr().err
 

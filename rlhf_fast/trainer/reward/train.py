@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf_fast.data.examples import pad_right
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.feedback.encoded import EncodedRanking, encode
+from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.dropout import switch_on_dropout
@@ -28,12 +28,13 @@ from rlhf_fast.models.fsdp import pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
     checkpoint_activations,
-    context_length,
     device,
+    fit_padding,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     parameter_count,
+    reading_limits,
     resolve_dtype,
     set_score_normalizer,
 )
@@ -64,7 +65,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     if (finished := finished_summary(run, config)) is not None:
         return finished
     timer = Timer()
-    rankings = read_feedback(config.feedback_file)
+    rankings = read_feedback(config.feedback_file, config.strict)
     seed_everything(config.seed)
     tune_process()
     with timer("load"):
@@ -78,12 +79,14 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         if config.gradient_checkpointing:
             checkpoint_activations(model)
     require_space(run.path, parameter_count(model), config.save_steps)
-    room = min(config.max_length, context_length(model))
-    train, held_out = split([encode(tokenizer, ranking, room) for ranking in rankings], config)
-    if config.loss == "regression":
+    fit_padding(tokenizer, model)
+    ordered = config.loss != "regression"
+    encoded = encode_all(
+        tokenizer, rankings, reading_limits(model, config), need_pairs=ordered, source=config.feedback_file
+    )
+    train, held_out = split(encoded, config)
+    if not ordered:
         train = standardised(train)
-    elif not any(ranking.pairs for ranking in train):
-        raise UserError(f"{config.feedback_file}: every rated line is a tie, so there is no pair to learn from")
     run.save_config(config)
 
     with timer("train"):
@@ -287,8 +290,6 @@ def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: S
             "score": float(score[k]),
         }
         for ranking, score in zip(rankings, scores, strict=True)
-        for k, (completion, goodness) in enumerate(
-            zip(ranking.source.completions, ranking.source.goodness, strict=True)
-        )
+        for k, (completion, goodness) in enumerate(zip(ranking.source.texts, ranking.source.goodness, strict=True))
     ]
     run.append_jsonl("samples.jsonl", rows, behind=0)

@@ -20,11 +20,12 @@ from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
     checkpoint_activations,
-    context_length,
+    fit_padding,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
     make_critic,
+    reading_limits,
     resolve_dtype,
 )
 from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
@@ -93,6 +94,7 @@ def load_agent(config: PPOConfig) -> Agent:
     functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
     policy = sharded(load_causal_lm(config.model, dtype, trust, config.load_in_4bit), config.fsdp)
+    fit_padding(tokenizer, policy)
     frozen = None
     if not config.lora_rank:
         frozen = sharded(load_causal_lm(config.model, dtype, trust).requires_grad_(False), config.fsdp)
@@ -164,9 +166,9 @@ def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor)
 
 
 def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
-    """Token ids of what `read_prompts_or_feedback` read; UserError for a prompt without room for a completion."""
-    room = min(config.max_length, context_length(agent.policy))
-    prompts = encode_lines(lines, agent.tokenizer, room, config.max_new_tokens, config.dpo_pairs == "all")
+    """Token ids of what `read_prompts_or_feedback` read; the options say what becomes of those that do not fit."""
+    limits = reading_limits(agent.policy, config)
+    prompts = encode_lines(lines, agent.tokenizer, limits, config.max_new_tokens, config.dpo_pairs == "all")
     check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))
     return prompts
 

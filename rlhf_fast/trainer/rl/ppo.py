@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from rlhf_fast.data.examples import read_prompts
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
@@ -68,9 +69,9 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     rater = load_rater(config.rater) if config.rater else None
     scored = bool(config.reward_model or config.reward_functions)
     pairs = OBJECTIVES[config.objective].pairs
-    lines = read_prompts_or_feedback(config.prompts_file, feedback=pairs, scored=scored)
+    lines = read_prompts_or_feedback(config.prompts_file, feedback=pairs, scored=scored, strict=config.strict)
     held_out_file = config.eval_prompts_file
-    held_out_lines = read_prompts_or_feedback(held_out_file, feedback=False, scored=scored) if held_out_file else []
+    held_out_lines = read_prompts(held_out_file, config.strict) if held_out_file else []
     with timer("load"):
         agent = load_agent(config)
         prompts = encode_prompts(lines, config, agent)

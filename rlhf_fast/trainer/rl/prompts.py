@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_fast.data.examples import PromptLine, encode_prompt, pad_right, read_prompts
+from rlhf_fast.data.examples import PromptLine, pad_right, read_prompts
+from rlhf_fast.data.limits import Limits, encode_prompts
 from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.encoded import EncodedRanking, encode
+from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import Ranking, holds_feedback, read_feedback
 from rlhf_fast.models.loading import device
 from rlhf_fast.rollout.rollout import Rollout
@@ -60,7 +61,7 @@ class Prompts:
             input_ids=input_ids,
             attention_mask=attention.bool(),
             response_mask=attention.bool() & (columns >= starts[:, None]),
-            texts=[ranking.source.completions[k] for ranking, k in sides],
+            texts=[ranking.source.texts[k] for ranking, k in sides],
             ended=torch.tensor([ranking.source.ended[k] for ranking, k in sides], device=device()),
             scores=torch.tensor([float(ranking.source.goodness[k]) for ranking, k in sides], device=device()),
         )
@@ -68,36 +69,35 @@ class Prompts:
 
 def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
     """The best with the worst completion of a ranking, or `every` two of which one is better."""
-    goodness = list(ranking.source.goodness)
-    if not every:
-        return [Pair(ranking, goodness.index(max(goodness)), goodness.index(min(goodness)))]
-    places = range(len(goodness))
-    return [Pair(ranking, i, j) for i in places for j in places if goodness[i] > goodness[j]]
+    goodness = ranking.source.goodness
+    pairs = [Pair(ranking, better, worse) for better, worse in ranking.pairs]
+    if every or not pairs:
+        return pairs
+    return [max(pairs, key=lambda pair: goodness[pair.better] - goodness[pair.worse])]
 
 
-def read_prompts_or_feedback(path: str, *, feedback: bool, scored: bool) -> Sequence[PromptLine | Ranking]:
+def read_prompts_or_feedback(
+    path: str, *, feedback: bool, scored: bool, strict: bool = False
+) -> Sequence[PromptLine | Ranking]:
     """The prompts of a data file, or its rankings if it is `feedback` and may be.
 
     Prompts alone need something that scores what is sampled of them: UserError unless there is (`scored`).
     """
     if feedback and holds_feedback(path):
-        return read_feedback(path)
+        return read_feedback(path, strict)
     if not scored:
         raise UserError("reward_model or reward_functions must say what samples are worth; feedback needs neither")
-    return read_prompts(path)
+    return read_prompts(path, strict)
 
 
 def encode_lines(
-    lines: Sequence[PromptLine | Ranking], tokenizer: Any, max_length: int, max_new_tokens: int, every_pair: bool
+    lines: Sequence[PromptLine | Ranking], tokenizer: Any, limits: Limits, max_new_tokens: int, every_pair: bool
 ) -> Prompts:
-    """Token ids; UserError for a prompt too long to leave room for a completion of `max_new_tokens`."""
-    rankings = [encode(tokenizer, line, max_length) for line in lines if isinstance(line, Ranking)]
-    if rankings:
-        pairs = [pair for ranking in rankings for pair in pairs_of(ranking, every_pair)]
-        if not pairs:
-            raise UserError("no two completions of the feedback differ in rank or rating: there is nothing to learn")
+    """Token ids; prompts too long to leave room for a completion of `max_new_tokens` are as `limits` says."""
+    if ranked := [line for line in lines if isinstance(line, Ranking)]:
+        pairs = [pair for ranking in encode_all(tokenizer, ranked, limits) for pair in pairs_of(ranking, every_pair)]
         prompts = [PromptLine(pair.ranking.source.prompt, pair.ranking.source.where) for pair in pairs]
         ids = [pair.ranking.sequences[0][: pair.ranking.prompt_length] for pair in pairs]
         return Prompts(prompts, ids, pairs, tokenizer.pad_token_id)
-    prompts, room = [line for line in lines if isinstance(line, PromptLine)], max_length - max_new_tokens + 1
-    return Prompts(prompts, [encode_prompt(tokenizer, p.prompt, max_length=room, where=p.where) for p in prompts])
+    plain = [line for line in lines if isinstance(line, PromptLine)]
+    return Prompts(*encode_prompts(tokenizer, plain, limits, max_new_tokens))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from rlhf_fast.run.options import FILE, NOT_NEGATIVE, POSITIVE, Options, RunOptions
 
@@ -20,6 +20,8 @@ class SFTOptions(Options):
     """{"prompt", "completion"}, {"messages"} or {"text"} on each line; JSONL, Parquet, CSV or datasets:NAME[:SPLIT]."""
     eval_file: str | None = None
     """Held-out demonstrations of the same form; their loss is reported before and after."""
+    turns: Literal["last", "all"] = "last"
+    """Answers of a chat that are learned: the last one, or every one of the assistant's. The rest is context."""
     epochs: Annotated[float, POSITIVE] = 2.0
     """Passes over the training file."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 0

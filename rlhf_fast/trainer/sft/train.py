@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import Demonstration, encode_answer, encode_prompt, read_sft
+from rlhf_fast.data.encoding import end_of_turn
+from rlhf_fast.data.examples import read_sft
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.loading import (
-    context_length,
     device,
+    fit_padding,
     load_causal_lm,
     load_tokenizer,
     parameter_count,
+    reading_limits,
     resolve_dtype,
 )
 from rlhf_fast.models.lora import add_lora, merged
@@ -35,11 +37,12 @@ from rlhf_fast.models.qlora import as_adapted
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import StopFlag, Timer, notice
+from rlhf_fast.run.progress import StopFlag, Timer
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 
 from .config import SFTConfig
+from .labels import encode
 from .packing import (
     IGNORED,
     Example,
@@ -61,8 +64,8 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     if (finished := finished_summary(run, config)) is not None:
         return finished
     timer = Timer()
-    demonstrations = read_sft(config.train_file)
-    held_out = read_sft(config.eval_file) if config.eval_file else []
+    demonstrations = read_sft(config.train_file, config.strict)
+    held_out = read_sft(config.eval_file, config.strict) if config.eval_file else []
     seed_everything(config.seed)
     tune_process()
     dtype = resolve_dtype(config.dtype)
@@ -72,9 +75,10 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         model = load_causal_lm(config.model, kept, config.trust_remote_code, config.load_in_4bit)
         adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
-    room = min(config.max_length, context_length(model))
-    examples = encode(tokenizer, demonstrations, room)
-    eval_examples = encode(tokenizer, held_out, room)
+    fit_padding(tokenizer, model)
+    limits = reading_limits(model, config)
+    examples = encode(tokenizer, demonstrations, limits, config.turns, config.train_file)
+    eval_examples = encode(tokenizer, held_out, limits, config.turns, config.eval_file or "")
     run.save_config(config)
 
     with timer("evaluate"):
@@ -88,6 +92,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     with timer("save"):
         model = model if adapters is None else merged(adapters)
+        _end_with(model, end_of_turn(tokenizer), tokenizer.eos_token_id)
         run.save_model(model.to(dtype), tokenizer)
 
     summary = {
@@ -105,18 +110,12 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def encode(tokenizer: Any, demonstrations: Sequence[Demonstration], max_length: int) -> list[Example]:
-    """Token ids and labels of each demonstration; a completion that does not fit is cut and has no end."""
-    examples, cut = [], 0
-    for demonstration in demonstrations:
-        prompt = encode_prompt(tokenizer, demonstration.prompt, max_length=max_length, where=demonstration.where)
-        ids = prompt + encode_answer(tokenizer, demonstration.prompt, prompt, demonstration.completion)
-        cut += len(ids) > max_length
-        labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-        examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
-    if cut:
-        notice(f"{cut} of {len(examples)} demonstrations were longer than max_length {max_length} and were cut")
-    return examples
+def _end_with(model: Any, *ends: int) -> None:
+    """Have whatever generates with the saved model stop at the tokens that end what it has learned to write."""
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        listed = generation.eos_token_id
+        before = listed if isinstance(listed, list) else [listed] * (listed is not None)
+        generation.eos_token_id = list(dict.fromkeys([*before, *ends]))
 
 
 @torch.no_grad()

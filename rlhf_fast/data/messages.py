@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts and completions as they stand in a data file: text, or chat messages in the form of transformers' templates.
+
+A message is kept whole, with whatever its template may read: `tool_calls`, `reasoning_content`, `name` and the rest.
+Keys that hold null are left out, because Parquet fills them in. Content in parts is joined if all parts are text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rlhf_fast.errors import UserError
+
+BESIDES_CONTENT = ("tool_calls", "reasoning_content", "thinking", "function_call")
+
+Message = dict[str, Any]  # {"role": text, "content": text, ...}
+
+
+class Chat(list[Message]):
+    """Messages, with what else the chat template is told: the `tools`, and variables such as `enable_thinking`."""
+
+    def __init__(
+        self,
+        messages: Iterable[Message],
+        tools: list[Any] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`tools` and `variables` of one row hold for all its messages."""
+        super().__init__(messages)
+        self.tools = tools
+        self.variables = dict(variables or {})
+
+    def then(self, completion: Completion) -> Chat:
+        """The conversation with the completion behind it."""
+        return Chat([*self, *completion_messages(completion)], self.tools, self.variables)
+
+    def columns(self) -> dict[str, Any]:
+        """What a row of a data file holds beside the messages."""
+        columns = {"tools": self.tools, "chat_template_kwargs": self.variables}
+        return {name: value for name, value in columns.items() if value}
+
+
+Prompt = str | list[Message]  # a list is a Chat wherever a row had tools
+Completion = str | Message | list[Message]  # text, an answer that is more than text, or several turns
+
+
+def check_prompt(value: Any, where: str, name: str = "prompt", row: Mapping[str, Any] | None = None) -> Prompt:
+    """`value` as text that is not empty, or as messages with the tools of their `row`; else a UserError."""
+    if isinstance(value, str) and value:
+        return value
+    if is_messages(value):
+        row = row or {}
+        return Chat(_messages(value, where), _tools(row.get("tools"), where), _variables(row, where))
+    shown = "nothing" if value is None else repr(value)[:60]
+    raise UserError(
+        f'{where}: "{name}" must be text or a list of {{"role": ..., "content": ...}} messages, got {shown}'
+    )
+
+
+def check_completion(value: Any, where: str, name: str = "completion") -> Completion:
+    """`value` as text that is not empty or as messages of which the last is the assistant's; else a UserError."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and is_messages([value]):
+        value = [value]
+    if is_messages(value):
+        messages = _messages(value, where)
+        if messages[-1]["role"] != "assistant":
+            raise UserError(f'{where}: "{name}" must end with a message of the assistant, which is learned')
+        if says_something(messages[-1]):
+            return messages if len(messages) > 1 else plain(messages[0])
+    raise UserError(
+        f'{where}: "{name}" must be text that is not empty, or messages that end with one of the assistant, '
+        f"got {repr(value)[:60]}"
+    )
+
+
+def plain(message: Message) -> str | Message:
+    """The text of an answer that is nothing but text, else the message."""
+    return message["content"] if set(message) == {"role", "content"} else message
+
+
+def says_something(message: Message) -> bool:
+    """False of an answer without content, tool calls and reasoning."""
+    return bool(message.get("content")) or any(message.get(key) for key in BESIDES_CONTENT)
+
+
+def is_messages(value: Any) -> bool:
+    """True of a list of objects with a role, and something said: content, tool calls or reasoning."""
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    return isinstance(content, str | list) or (content is None and says_something(value))
+
+
+def _messages(values: list[Any], where: str) -> list[Message]:
+    messages = []
+    for value in values:
+        message = without_nulls(value)
+        message["content"] = _content(value.get("content"), where)
+        for call in message.get("tool_calls") or ():
+            _parse_arguments(call)
+        messages.append(message)
+    return messages
+
+
+def _parse_arguments(call: Any) -> None:
+    """Arguments that are JSON text, as OpenAI's API writes them, as the object that templates expect, in place."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+
+
+def _content(content: Any, where: str) -> str:
+    """Text; parts are joined, and parts that are not text are refused."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
+    kinds = [part.get("type", "text") if isinstance(part, dict) else "text" for part in content]
+    if any(kind != "text" for kind in kinds) or not all(isinstance(text, str) for text in texts):
+        found = ", ".join(sorted(set(map(str, kinds))))
+        raise UserError(f"{where}: a message has content of the kinds {found}; only text is read")
+    return "".join(texts)
+
+
+def without_nulls(value: Any) -> Any:
+    """A copy of JSON data without keys that hold null."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def _tools(value: Any, where: str) -> list[Any] | None:
+    if isinstance(value, str):  # Parquet cannot hold schemas that differ from row to row: data sets keep them as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UserError(f'{where}: "tools" must be a list of tools, got {value[:60]!r}') from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f'{where}: "tools" must be a list of tools, got {repr(value)[:60]}')
+    return [without_nulls(tool) for tool in value]
+
+
+def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    value = row.get("chat_template_kwargs") or {}
+    if not isinstance(value, dict):
+        raise UserError(f'{where}: "chat_template_kwargs" must be an object, got {repr(value)[:60]}')
+    return without_nulls(value)
+
+
+def as_chat(prompt: Prompt) -> Chat:
+    """A prompt as a conversation; text is what the user says."""
+    if isinstance(prompt, str):
+        return Chat([{"role": "user", "content": prompt}] if prompt else [])
+    return prompt if isinstance(prompt, Chat) else Chat(prompt)
+
+
+def completion_messages(completion: Completion) -> list[Message]:
+    """A completion as messages; text is what the assistant says."""
+    if isinstance(completion, str):
+        return [{"role": "assistant", "content": completion}]
+    return [completion] if isinstance(completion, dict) else completion
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one string for raters and reports: text as it is, messages as "role: content" lines."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {_shown(message)}" for message in prompt)
+
+
+def completion_text(completion: Completion) -> str:
+    """A completion as one string for raters and reports."""
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, dict):
+        return _shown(completion)
+    return prompt_text(completion)
+
+
+def _shown(message: Message) -> str:
+    calls = message.get("tool_calls") or message.get("function_call")
+    shown = "" if calls is None else json.dumps(calls, ensure_ascii=False)
+    return "\n".join(part for part in (message.get("reasoning_content"), message.get("content"), shown) if part)
