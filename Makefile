@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels check-aarch64 check-macos check-cuda-torch lint format clean
+.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -23,6 +23,7 @@ help:
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
 	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
+	@echo "make hub-layout lay the wheel out for the Hugging Face hub's package kernels, and load it"
 	@echo "make check-aarch64   the CPU kernels under qemu   make check-macos  compiled for Apple silicon"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
@@ -107,6 +108,13 @@ TORCHES ?= 2.10.0 $(shell sed -n 's/^torch==//p' constraints.txt)
 try-wheels:
 	@for python in $(PYTHONS); do for torch in $(TORCHES); do for wheel in dist/*.whl; do \
 	  $$python release/try_wheel.py --python $$python --torch $$torch $$wheel || exit 1; done; done; done
+
+# The wheel of dist/ as a kernel of the Hugging Face hub, loaded by the package `kernels` in an environment of its own.
+hub-layout:
+	$(PYTHON) release/hub_layout.py dist/rlhf_fast-*-abi3-*.whl --out build/hub
+	test -x build/hub-environment/bin/python || $(PYTHON) -m venv build/hub-environment
+	build/hub-environment/bin/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch numpy kernels
+	cd build && HF_HUB_OFFLINE=1 hub-environment/bin/python ../release/hub_check.py hub
 
 # The CPU kernels without PyTorch, against float64, for machines that are not this one. DRIVER says what is compiled.
 DRIVER := -std=c++17 @csrc/cpu/flags.txt -Wall -Wextra -Wno-psabi -DRF_ISA=isa_default tests/kernels/driver.cpp -o
