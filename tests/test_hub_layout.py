@@ -29,7 +29,7 @@ def layout() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("platform", "backend", "folder"),
+    ("platform", "of", "folder"),
     [
         ("manylinux_2_24_x86_64", "cpu", "torch-stable-abi210-cpu-x86_64-linux"),
         ("manylinux2014_x86_64.manylinux_2_17_x86_64", "cu128", "torch-stable-abi210-cu128-x86_64-linux"),
@@ -37,10 +37,8 @@ def layout() -> ModuleType:
         ("macosx_14_0_arm64", "cpu", "torch-stable-abi210-cpu-aarch64-darwin"),
     ],
 )
-def test_folders_are_those_that_the_loader_looks_for(
-    layout: ModuleType, platform: str, backend: str, folder: str
-) -> None:
-    assert layout.variant_name(Path(f"rlhf_fast-0.1.0-cp311-abi3-{platform}.whl"), backend) == folder
+def test_folders_are_those_that_the_loader_looks_for(layout: ModuleType, platform: str, of: str, folder: str) -> None:
+    assert layout.variant_name(Path(f"rlhf_fast-0.1.0-cp311-abi3-{platform}.whl"), of) == folder
 
 
 def test_the_oldest_torch_is_the_one_that_was_built_for(layout: ModuleType) -> None:

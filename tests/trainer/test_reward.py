@@ -118,9 +118,7 @@ def test_it_learns_and_its_scores_are_normalised_wherever_it_is_loaded(
     folder = str(tmp_path / "run" / "model")
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, getattr(torch, dtype), tokenizer)
-    scores = torch.cat(
-        reward.score_all(model, reward.encode_all(tokenizer, read_feedback(feedback), Limits(64)), 0, 8)
-    )
+    scores = torch.cat(reward.score_all(model, reward.encode_all(tokenizer, read_feedback(feedback), Limits(64)), 0, 8))
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
 
