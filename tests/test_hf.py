@@ -161,3 +161,94 @@ def test_the_real_smollm2() -> None:
         wanted = full(model, tokens.input_ids, tokens.attention_mask)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert got[tokens.attention_mask.bool()].mean() > -5, "a language model knows better than this"
+
+
+# ----------------------------------------------------------------------------------------------- what is refused
+
+
+ADAPTERS: dict[str, Any] = {
+    "ia3": lambda peft: peft.IA3Config(target_modules=["q_proj", "lm_head"], feedforward_modules=[]),
+    "oft": lambda peft: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj", "lm_head"]),
+    "loha": lambda peft: peft.LoHaConfig(r=4, target_modules=["q_proj", "lm_head"]),
+    "dora": lambda peft: peft.LoraConfig(r=4, target_modules=["lm_head"], use_dora=True),
+    "lora_bias": lambda peft: peft.LoraConfig(r=4, target_modules=["lm_head"], lora_bias=True),
+    "prompt": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p_tuning": lambda peft: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters_are_refused_before_they_have_learned_anything(kind: str) -> None:
+    """Fresh adapters change nothing, so a comparison alone would let them pass."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("llama"), ADAPTERS[kind](peft)).eval()
+    with pytest.raises(ValueError, match=r"^rlhf_fast\.hf: (the head's adapter must be|prompt tuning)"):
+        rf.hf.token_logprobs(model, *batch("left"))
+
+
+@pytest.mark.parametrize("kind", ["saved_head", "ia3_off", "trunk_ia3", "embeddings"])
+def test_adapters_that_leave_a_plain_head_are_served(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    configs = {
+        "saved_head": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "ia3_off": lambda: ADAPTERS["ia3"](peft),
+        "trunk_ia3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        "embeddings": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    }
+    model = peft.get_peft_model(tiny("llama"), configs[kind]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    ids, attended = batch("left")
+    with model.disable_adapter() if kind == "ia3_off" else torch.enable_grad():
+        torch.testing.assert_close(
+            rf.hf.token_logprobs(model, ids, attended), full(model, ids, attended), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_model_of_unknown_arithmetic_is_refused_by_name() -> None:
+    class OddForCausalLM(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 1.1
+            return out
+
+    model = OddForCausalLM(CONFIGS["llama"]()).eval()
+    for call in (lambda: rf.hf.token_logprobs(model, *batch("left")), lambda: rf.hf.patch_loss(model)):
+        with pytest.raises(ValueError, match=r"^rlhf_fast\.hf: OddForCausalLM makes its logits .* not known here"):
+            call()
+
+
+def test_the_comparison_is_made_once_and_leaves_no_trace() -> None:
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        rf.hf.token_logprobs(model, *batch("left"))
+    assert len(calls) == 1
+    assert modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_models_without_position_ids_take_an_attention_mask() -> None:
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    model = transformers.BloomForCausalLM(config).eval()
+    ids, attended = batch("right")
+    logits = model(input_ids=ids, attention_mask=attended).logits[:, :-1].log_softmax(-1)
+    wanted = logits.gather(-1, ids[:, 1:, None]).squeeze(-1).where(attended[:, 1:].bool(), 0.0)
+    torch.testing.assert_close(rf.hf.token_logprobs(model, ids, attended)[:, 1:], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_inputs_are_named() -> None:
+    model = tiny("llama")
+    ids, attended = batch("left")
+    for error, arguments in [
+        (TypeError, (ids.tolist(),)), (TypeError, (ids.float(),)), (ValueError, (ids[0],)), (TypeError, (None,)),
+        (TypeError, (ids, attended.tolist())), (ValueError, (ids, attended[:, 1:])),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=r"^rlhf_fast\.hf\.token_stats: (input_ids|attention_mask) must "):
+            rf.hf.token_logprobs(model, *arguments)

@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[tuple[str, ...]] = [
     ("errors", "_version", "_ext", "_dispatch", "_triton", "_pages"),
     ("ops", "kernels"),
-    ("integrations.causal_lm", "integrations.transformers", "integrations._patch", "integrations.hf"),
+    (
+        "integrations.lm_head",
+        "integrations.wrappers",
+        "integrations.causal_lm",
+        "integrations.transformers",
+        "integrations._patch",
+        "integrations.hf",
+    ),
     ("",),  # rlhf_fast/__init__.py, which the trainer and the patches of other trainers use as `rf`
     ("integrations",),
     ("distributed",),

@@ -4,34 +4,30 @@
     import rlhf_fast as rf
     logprobs = rf.hf.token_logprobs(model, input_ids, attention_mask, mask=response_mask, temperature=0.8)
 
-Nothing of transformers is imported: a model is whatever has `base_model`, `config` and `get_output_embeddings()`.
+Nothing of transformers is imported: a model is whatever has `base_model`, `config` and `get_output_embeddings()`, as
+it is, in a peft model, under DDP, or cut over ranks by FSDP2 (`fully_shard`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.ops import _check
 from rlhf_fast.ops.linear import linear_token_stats
-from rlhf_fast.ops.linear.inputs import Lora
 from rlhf_fast.ops.logprob import TokenStats
 
+from .lm_head import language_model_head, without_adapter_wrapper
+from .wrappers import as_forward_of, unwrapped
 
-class LanguageModelHead(NamedTuple):
-    """What turns a model's last hidden states into its logits; the names are those of `linear_token_logprobs`."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    lora: Lora | None
-    logit_scale: float
-    softcap: float | None
-
-    def options(self) -> dict[str, Any]:
-        """All but the weight, as keywords of the linear ops."""
-        return {k: v for k, v in self._asdict().items() if k != "weight"}
+# What `check_model` found to be right: by model, the kinds of its head.
+_checked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
 def token_logprobs(
@@ -47,14 +43,23 @@ def token_logprobs(
 ) -> Tensor:
     """log p(input_ids[b, t] | what precedes it), (B, T) float32 aligned with the tokens; differentiable.
 
+    The first call for a model compares its own logits for eight tokens with those of its trunk and head taken apart.
+
     Args:
-        model: a causal LM of transformers, or one that peft wraps; LoRA on the head is taken apart, not merged.
-        attention_mask: 1 or True = real token, padding on either side; None = all are. Positions count real tokens.
-        mask: bool, the tokens that are wanted; None = every real token with a real one before it. Only their positions
-            reach the head; the others give 0. Never the first column: nothing precedes it.
-        temperature: float, or (B, T) for each token its own.
+        model: a causal LM of transformers, or one that peft, DDP or FSDP2 wraps; LoRA on the head is applied without
+            merging it. Under DDP and FSDP2 every rank calls, and gradients are averaged as for the model's own forward.
+        input_ids: `(B, T)` int64.
+        attention_mask: `(B, T)`, 1 or True = real token, padding on either side; None = all are real. Positions count
+            real tokens.
+        mask: `(B, T)` bool, the tokens that are wanted; None = every real token with a real one before it. Only their
+            positions reach the head; the others give 0. Never the first column: nothing precedes it.
+        temperature: float, or `(B, T)` for each token its own.
         logits_dtype, memory_budget: as for `linear_token_logprobs`.
         trunk_inputs: more keywords for the trunk, such as position_ids.
+
+    Raises:
+        ValueError, TypeError: on wrong shapes, and if the model's logits are not what its trunk, its linear head and
+            its configuration say (docs/integrations.md lists the models), or it is under prompt or prefix tuning.
     """
     stats = token_stats(
         model, input_ids, attention_mask, outputs=("logprobs",), mask=mask, temperature=temperature,
@@ -76,76 +81,134 @@ def token_stats(
     memory_budget: int | None = None,
     **trunk_inputs: Any,
 ) -> TokenStats:
-    """`rf.linear_token_stats` of the laws that the tokens were drawn from, (B, T) each; see `token_logprobs`."""
+    """`rf.linear_token_stats` of the distributions that predict the tokens, (B, T) each.
+
+    Args:
+        outputs: as for `rf.token_stats`.
+        Others as for `token_logprobs`.
+
+    Raises:
+        ValueError, TypeError: as `token_logprobs`.
+    """
     wanted = _wanted("hf.token_stats", input_ids, attention_mask, mask)
-    hidden = _hidden_states(model, input_ids, attention_mask, trunk_inputs)
+    check_model(model)
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        _check.shape_is("hf.token_stats", "temperature", temperature, input_ids.shape, "input_ids")
         temperature = temperature[:, 1:]
-    head = language_model_head(model)
-    stats = linear_token_stats(
-        hidden[:, :-1], head.weight, input_ids[:, 1:], outputs=outputs, mask=wanted[:, 1:], temperature=temperature,
-        logits_dtype=logits_dtype, memory_budget=memory_budget, **head.options(),
-    )  # fmt: skip
+    inner = unwrapped(model)
+
+    def at_head(hidden: Tensor) -> TokenStats:
+        head = language_model_head(inner)
+        return linear_token_stats(
+            hidden, head.weight, input_ids[:, 1:], outputs=outputs, mask=wanted[:, 1:], temperature=temperature,
+            logits_dtype=logits_dtype, memory_budget=memory_budget, **head.options(),
+        )  # fmt: skip
+
+    def forward(input_ids: Tensor) -> TokenStats:
+        hidden = _hidden_states(inner, input_ids, attention_mask, trunk_inputs)
+        return as_forward_of(_head_layer(inner), at_head, hidden[:, :-1])
+
+    stats = as_forward_of(model, forward, input_ids)
     return TokenStats(*(None if x is None else nn.functional.pad(x, (1, 0)) for x in stats))
 
 
-def language_model_head(model: Any) -> LanguageModelHead:
-    """The head of a causal LM, tied or not, with its bias, scale, softcap and the adapter that is active on it.
+@torch.no_grad()
+def check_model(model: Any) -> None:
+    """Raise unless trunk and head, taken apart, give the model's own logits; a short forward, once for each head.
 
-    Gemma caps its logits (`final_logit_softcapping`), Cohere multiplies them (`logit_scale`), Granite divides them
-    (`logits_scaling`). Inside an FSDP2 model's forward the weight is whole; outside it is this rank's part.
+    Raises:
+        ValueError, TypeError: naming the model.
     """
-    model = _without_adapter_wrapper(model)
-    layer = model.get_output_embeddings()
-    if layer is None:
-        raise TypeError(f"rlhf_fast.hf: {type(model).__name__} has no output embeddings: it is no causal LM")
-    lora = _active_lora(layer)
-    base = getattr(layer, "base_layer", layer)
-    if not isinstance(getattr(base, "weight", None), Tensor) or base.weight.dim() != 2:
-        raise TypeError(f"rlhf_fast.hf: the head must be a linear layer, got {type(base).__name__}")
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model with images, too
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None) or None
-    return LanguageModelHead(base.weight, getattr(base, "bias", None), lora, float(scale), softcap)
+    if torch.compiler.is_compiling():
+        return
+    inner = unwrapped(model)
+    if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "rlhf_fast.hf: prompt tuning, prefix tuning and p-tuning are not supported, since they put virtual tokens "
+            "before the text; use the model's own logits with rlhf_fast.token_logprobs"
+        )
+    head = language_model_head(inner)
+    kind = (type(_head_layer(inner)), head.lora is not None, head.logit_scale, head.softcap, head.weight.dtype)
+    if kind in _checked.get(inner, ()):
+        return
+    name = type(without_adapter_wrapper(inner)).__name__
+    vocabulary = head.weight.shape[0]
+    ids = ((vocabulary // 2 + 7 * torch.arange(8)) % vocabulary).unsqueeze(0).to(head.weight.device)
+    with _in_eval_mode(inner):
+        ours = as_forward_of(model, lambda ids: _logits_taken_apart(inner, ids), ids)
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+    exact = head.weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(ids.device.type)
+    largest = float(theirs.abs().max())
+    gap = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+    if not gap <= (1e-3 if exact else 2e-2) * max(largest, 1e-6):
+        raise ValueError(
+            f"rlhf_fast.hf: {name} makes its logits from its trunk's hidden states in a way that is not known here: "
+            f"they differ by up to {gap:.3g} from its head's, the largest being {largest:.3g}; use its own logits "
+            "with rlhf_fast.token_logprobs"
+        )
+    _checked.setdefault(inner, set()).add(kind)
 
 
-def _active_lora(layer: Any) -> Lora | None:
-    """(A, B, scale) of peft's adapter on the head; None without one, or while it is switched off or merged."""
-    factors = getattr(layer, "lora_A", None)
-    if factors is None or layer.disable_adapters or layer.merged:
-        return None
-    active = [name for name in layer.active_adapters if name in factors]
-    if not active:
-        return None
-    name = active[0]
-    dropout = layer.lora_dropout[name]
-    if len(active) > 1 or getattr(layer, "lora_variant", {}).get(name) is not None or factors[name].bias is not None:
-        raise ValueError("rlhf_fast.hf: the head's adapter must be one plain LoRA (no DoRA, no second adapter)")
-    if dropout.training and getattr(dropout, "p", 0) > 0:
-        raise ValueError("rlhf_fast.hf: the head's adapter must have no dropout while training")
-    return factors[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+def _logits_taken_apart(inner: Any, ids: Tensor) -> Tensor:
+    hidden = _hidden_states(inner, ids, None, {})
+    width = language_model_head(inner).weight.shape[1]
+    if hidden.shape[-1] != width:  # something between them changes it
+        return hidden
+    return as_forward_of(_head_layer(inner), lambda hidden: language_model_head(inner).logits(hidden), hidden)
 
 
-def _without_adapter_wrapper(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@contextmanager
+def _in_eval_mode(model: Any) -> Iterator[None]:
+    """Without dropout; each module's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _head_layer(model: Any) -> Any:
+    return without_adapter_wrapper(model).get_output_embeddings()
+
+
+def _trunk(model: Any) -> Any:
+    """What makes the hidden states. Models whose `base_model` is themselves (Llama 4) keep it as `model`."""
+    model = without_adapter_wrapper(model)
+    trunk = model.base_model
+    return getattr(model, "model", trunk) if trunk is model else trunk
 
 
 def _hidden_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, trunk_inputs: dict[str, Any]
 ) -> Tensor:  # (B, T, H)
     """What the head reads. Positions count real tokens, so left padding does not shift them."""
-    trunk = _without_adapter_wrapper(model).base_model
+    trunk = _trunk(model)
+    given: dict[str, Any] = {"use_cache": False}
     if attention_mask is not None:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        trunk_inputs = {"attention_mask": attention_mask, "position_ids": positions, **trunk_inputs}
-    return trunk(input_ids=input_ids, **{"use_cache": False, **trunk_inputs}).last_hidden_state
+        given["attention_mask"] = attention_mask
+        if "position_ids" in inspect.signature(trunk.forward).parameters:
+            given["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    output = trunk(input_ids=input_ids, **{**given, **trunk_inputs})
+    hidden = getattr(output, "last_hidden_state", None)
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            f"rlhf_fast.hf: {type(trunk).__name__} must return last_hidden_state, got {type(output).__name__}"
+        )
+    return hidden
 
 
 def _wanted(op: str, input_ids: Tensor, attention_mask: Tensor | None, mask: Tensor | None) -> Tensor:
+    """(B, T) bool: `mask`, or every real token with a real one before it."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        came = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"rlhf_fast.{op}: input_ids must be an int64 or int32 tensor, got {came}")
     if input_ids.dim() != 2:
         raise ValueError(f"rlhf_fast.{op}: input_ids must be (B, T), got {tuple(input_ids.shape)}")
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"rlhf_fast.{op}: attention_mask must be a tensor, got {type(attention_mask).__name__}")
         _check.shape_is(op, "attention_mask", attention_mask, input_ids.shape, "input_ids")
     if mask is not None:
         _check.is_mask(op, "mask", mask, input_ids.shape, "input_ids", input_ids)

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_fast.ops.linear import linear_token_logprobs
 
 from ._patch import Patch, disabled
-from .causal_lm import language_model_head
+from .causal_lm import check_model
+from .lm_head import language_model_head
 
 IGNORE = -100  # transformers' label of positions that do not count
 
@@ -46,7 +47,7 @@ def patch_loss(model: Any, *, memory_budget: int | None = None) -> Patch:
     if hasattr(inner.forward, "rlhf_fast_replaces"):
         patch.rows[target] = "ours already, by an earlier call"
         return patch
-    _check_head(inner)
+    _check_model(inner)
     had_own = "forward" in vars(inner)
     original = inner.forward
     ours = _fused_forward(inner, original, memory_budget)
@@ -122,26 +123,10 @@ def _output(trunk: Any, loss: Tensor) -> Any:
     )
 
 
-@torch.no_grad()
-def _check_head(model: Any) -> None:
+def _check_model(model: Any) -> None:
     """Raise unless logits are the configured function of a linear head, and the loss the usual one."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    name, layer = type(model).__name__, model.get_output_embeddings()
-    if type(getattr(layer, "base_layer", layer)) is not nn.Linear:
-        raise ValueError(f"rlhf_fast.patch_loss: {name}'s head must be a plain nn.Linear, got {type(layer).__name__}")
     if model.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"rlhf_fast.patch_loss: {name} has a loss function of its own")
-    was_training = model.training
-    model.eval()
-    try:
-        head = language_model_head(model)
-        ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
-        logits = model(input_ids=ids, use_cache=False).logits.float()
-        z = layer(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float() * head.logit_scale
-        if head.softcap is not None:
-            z = head.softcap * torch.tanh(z / head.softcap)
-    finally:
-        model.train(was_training)
-    if not torch.allclose(logits, z, rtol=2e-2, atol=2e-2 * float(z.abs().max())):
-        raise ValueError(f"rlhf_fast.patch_loss: {name} makes its logits in a way that is not known here")
+        raise ValueError(f"rlhf_fast.patch_loss: {type(model).__name__} has a loss function of its own")
+    check_model(model)

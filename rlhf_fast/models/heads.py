@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rlhf_fast as rf
 from rlhf_fast.distributed.dtensors import whole
 from rlhf_fast.errors import UserError
-from rlhf_fast.integrations.causal_lm import language_model_head
+from rlhf_fast.integrations.lm_head import language_model_head
 
 from .attention import choose_attention
 from .batches import Batch, Support

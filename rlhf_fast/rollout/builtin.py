@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.encoding import end_of_turn
-from rlhf_fast.integrations.causal_lm import LanguageModelHead, language_model_head
+from rlhf_fast.integrations.lm_head import LanguageModelHead, language_model_head
 from rlhf_fast.models.attention import choose_attention
 from rlhf_fast.models.batches import Support
 from rlhf_fast.models.fsdp import unsharded

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_fast.integrations.causal_lm import LanguageModelHead
+from rlhf_fast.integrations.lm_head import LanguageModelHead
 
 Linear = Callable[[Tensor], Tensor]
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -171,7 +172,7 @@ def unequal(rank: int) -> None:
 
 
 def dtensor(rank: int) -> None:
-    """A weight that is a DTensor sharded on dim 0 is taken as it is, and so is its gradient's placement."""
+    """A weight that is a DTensor sharded on dim 0 is taken with its group alone, and so is its gradient's placement."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -179,7 +180,9 @@ def dtensor(rank: int) -> None:
     mesh = init_device_mesh("cpu", (RANKS,))
     weight = distribute_tensor(moving["weight"], mesh, [Shard(0)]).requires_grad_()
     hidden = moving["hidden"].clone().requires_grad_()
-    got = rf.linear_token_logprobs(hidden, weight, x["targets"])
+    with pytest.raises(ValueError, match="weight must be whole, got a DTensor .* give process_group"):
+        rf.linear_token_logprobs(hidden, weight, x["targets"])
+    got = rf.linear_token_logprobs(hidden, weight, x["targets"], process_group=mesh.get_group())
     got.sum().backward()
     leaves = {k: moving[k].clone().requires_grad_() for k in ("hidden", "weight")}
     whole = rf.linear_token_logprobs(**leaves, targets=x["targets"])

@@ -95,8 +95,8 @@ def check_head(
     _check.is_float(op, names["hidden"], hidden)
     if hidden.dim() == 0:
         raise ValueError(f"rlhf_fast.{op}: {names['hidden']} must be (..., H), got a tensor without dimensions")
-    weight, group = shards.local_part(op, names["weight"], weight, process_group)
-    bias, _ = shards.local_part(op, names["bias"], bias, process_group)
+    weight = shards.local_part(op, names["weight"], weight, process_group)
+    bias = shards.local_part(op, names["bias"], bias, process_group)
     lora_a, lora_b, lora_scale = _lora_tensors(op, lora, process_group)
     hidden, weight, bias, lora_a, lora_b = _under_autocast(hidden, weight, bias, lora_a, lora_b)
     _check.same_dtype(op, names["weight"], weight, names["hidden"], hidden)
@@ -116,8 +116,8 @@ def check_head(
     if memory_budget is not None and memory_budget < 0:
         raise ValueError(f"rlhf_fast.{op}: memory_budget must be at least 0 bytes, got {memory_budget}")
     float_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float64
-    handle = shards.handle_of(op, group, weight)
-    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    handle = shards.handle_of(op, process_group, weight)
+    ranks = 1 if process_group is None else torch.distributed.get_world_size(process_group)
     budget = budget_of(memory_budget, hidden.device)
     options = LoopOptions(lora_scale, -1, float_logits, handle, budget, rows_padded=False)
     return CheckedHead(HeadTensors(hidden, weight, bias, lora_a, lora_b), options, weight.shape[0] * ranks)
@@ -134,8 +134,8 @@ def _lora_tensors(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, 
         return None, None, 0.0
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"rlhf_fast.{op}: lora must be (A (r, H), B (V, r), scale), got {type(lora).__name__}")
-    b, _ = shards.local_part(op, "lora", lora[1], process_group)
-    return lora[0], b, float(lora[2])
+    a, b = (shards.local_part(op, "lora", x, process_group) for x in lora[:2])
+    return a, b, float(lora[2])
 
 
 def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight: Tensor) -> None:

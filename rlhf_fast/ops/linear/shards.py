@@ -65,19 +65,28 @@ class Shard:
         return x
 
 
-def local_part(op: str, name: str, x: Any, process_group: Any) -> tuple[Any, Any]:
-    """The tensor on this rank, and its group, of a DTensor sharded on dim 0; anything else as it is."""
+def local_part(op: str, name: str, x: Any, process_group: Any) -> Any:
+    """This rank's part of a DTensor sharded on dim 0, if `process_group` says that it is a slice of the vocabulary.
+
+    FSDP2 shards on dim 0 too, and there each rank has rows of its own; so the placement alone says nothing.
+    """
     if x is None or not hasattr(x, "placements"):
-        return x, process_group
+        return x
     mesh, placements = x.device_mesh, x.placements
     if all(p.is_replicate() for p in placements):
-        return x.to_local(), process_group
+        return x.to_local()
+    if process_group is None:
+        raise ValueError(
+            f"rlhf_fast.{op}: {name} must be whole, got a DTensor with placements {placements}; call the op within the "
+            "forward of the FSDP2 module that holds it (rlhf_fast.hf does), gather it with full_tensor(), or, if the "
+            "ranks hold slices of the vocabulary and the same hidden states, give process_group"
+        )
     if mesh.ndim != 1 or not placements[0].is_shard(0):
         raise ValueError(
             f"rlhf_fast.{op}: {name} as a DTensor must be sharded on dim 0 over a mesh of one dimension, "
             f"got placements {placements} over a mesh of shape {tuple(mesh.shape)}"
         )
-    return x.to_local(), mesh.get_group()
+    return x.to_local()
 
 
 def handle_of(op: str, process_group: Any, weight: Tensor) -> int:

@@ -125,10 +125,9 @@ def linear_token_logprobs(
             CPU, 2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and at most 256 MiB on CUDA
             (one row of logits if that is more). Results depend on it only by rounding.
         process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
-            hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient. A
-            weight that is a DTensor sharded on dim 0 says so itself; note that outside its module's forward an FSDP2
-            parameter is one too, although there each rank has tokens of its own. Before
-            torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
+            hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient.
+            Before torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
+            None = weight is whole; a sharded DTensor is refused then, since FSDP2's rows differ from rank to rank.
 
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that
