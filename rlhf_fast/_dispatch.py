@@ -22,22 +22,14 @@ NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "r
 BY_SPEED = tuple(NAMESPACES)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Public op -> the operator whose kernels decide who serves it. linear_* multiply with BLAS and use the row operators.
-KERNEL_OF = {
-    "token_logprobs": "token_stats",
-    "token_stats": "token_stats",
-    "token_kl": "token_kl",
-    "token_kl_and_grad": "token_kl_and_grad",
-    "approx_kl": "approx_kl",
-    "gae": "gae",
-    "ppo_advantages": "ppo_advantages",
-    "masked_whiten": "whiten",
-    "linear_token_logprobs": "token_stats",
-    "linear_token_stats": "token_stats",
-    "linear_token_kl": "token_kl",
-    "linear_policy_loss": "token_stats",
-    "linear_sampled_logprobs": "token_stats",
-}
+# Public op -> the operator whose kernels decide who serves it; the files of the ops fill it.
+KERNEL_OF: dict[str, str] = {}
+
+
+def served_by(kernel: str, *ops: str) -> None:
+    """The public functions `ops` run where the operator `kernel` has kernels. linear_* multiply with BLAS and use the
+    row operators."""
+    KERNEL_OF.update(dict.fromkeys(ops, kernel))
 
 
 # (kernel, device type) that the extension registered; filled once by `find_native_kernels`, when all ops are defined.

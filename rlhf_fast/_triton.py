@@ -21,14 +21,14 @@ NAMESPACE = "rlhf_fast_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")  # ROCm's tensors call themselves cuda
 
-# Operators by the file that launches them; functions there have the operators' names and arguments.
-FAMILIES = {
-    "logprob": ("token_stats", "token_stats_backward", "token_stats_backward_"),
-    "kl": ("token_kl", "token_kl_backward", "token_kl_and_grad", "approx_kl", "approx_kl_backward"),
-    "gae": ("gae",),
-    "ppo": ("ppo_advantages",),
-    "whiten": ("whiten_moments", "whiten"),
-}
+# File of kernels/ -> the operators that it launches, by functions with their names and arguments. The ops fill it.
+FAMILIES: dict[str, tuple[str, ...]] = {}
+
+
+def launched_from(family: str, *operators: str) -> None:
+    """`kernels/<family>.py` holds the launch functions of these operators."""
+    FAMILIES[family] = operators
+
 
 installed = importlib.util.find_spec("triton") is not None
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import machine
 from helpers.samples import SAMPLES, build
 from helpers.tools import native_is_built, native_is_wanted
 from test_contract import Recorder, assert_same, run
@@ -281,3 +284,24 @@ def test_leaving_autograd_out_is_invisible() -> None:
         assert not rf.token_logprobs(leaf, targets).requires_grad
     with pytest.raises(RuntimeError):  # not supported, and it may not pass for a constant
         torch.func.grad(lambda x: rf.token_logprobs(x, targets).sum())(logits)
+
+
+def test_every_list_of_ops_names_all_of_them() -> None:
+    """Definitions fill the tables; what cannot be derived (CMake, samples, public names) is compared with them."""
+    root = Path(__file__).parent.parent
+    defined = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("rlhf_fast_torch::")
+    }
+    public = {name for name in rf.__all__ if inspect.isfunction(getattr(rf, name))} - {"backends", "use_backend"}
+    assert set(_dispatch.KERNEL_OF) == public
+    assert set(_dispatch.KERNEL_OF.values()) <= defined
+    assert {build(name, torch.float32).op for name in SAMPLES} == public
+    launched = [name for names in _triton.FAMILIES.values() for name in names]
+    assert sorted(launched) == sorted(name for name in defined if not name.startswith("linear_"))
+    if _triton.installed:
+        for family, names in _triton.FAMILIES.items():
+            module = importlib.import_module(f"rlhf_fast.kernels.{family}")
+            assert all(callable(getattr(module, name, None)) for name in names), family
+    sources = {path.stem for path in (root / "csrc/cuda").glob("*.cu")}
+    built = set(re.findall(r"csrc/cuda/(\w+)\.cu\b", (root / "CMakeLists.txt").read_text()))
+    assert built == sources == set(machine.FAMILIES)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from rlhf_fast import _dispatch
+from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
 from rlhf_fast.ops._register import define
 
@@ -314,3 +314,9 @@ define(
     "whiten", "(Tensor values, Tensor mask, Tensor moments, bool shift_mean) -> Tensor",
     reference=reference.whiten, fake=_fake_whiten,
 )  # fmt: skip
+_dispatch.served_by("gae", "gae")
+_dispatch.served_by("ppo_advantages", "ppo_advantages")
+_dispatch.served_by("whiten", "masked_whiten")
+_triton.launched_from("gae", "gae")
+_triton.launched_from("ppo", "ppo_advantages")
+_triton.launched_from("whiten", "whiten_moments", "whiten")

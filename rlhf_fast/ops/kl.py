@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import _dispatch
+from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
 from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.logprob import check_row_options
@@ -275,3 +275,7 @@ define_backward(
     "approx_kl_backward", f"(Tensor grad_kl, {ESTIMATE}) -> (Tensor, Tensor)",
     reference=reference.approx_kl_backward, fake=_fake_approx_kl_backward, of="approx_kl",
 )  # fmt: skip
+_dispatch.served_by("token_kl", "token_kl")
+_dispatch.served_by("token_kl_and_grad", "token_kl_and_grad")
+_dispatch.served_by("approx_kl", "approx_kl")
+_triton.launched_from("kl", "token_kl", "token_kl_backward", "token_kl_and_grad", "approx_kl", "approx_kl_backward")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import _dispatch
+from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
 from rlhf_fast.ops._register import any_batched, define, define_backward, save, saved
 
@@ -302,3 +302,5 @@ define_backward(
     reference=reference.token_stats_backward, fake=_fake_backward, of="token_stats",
 )  # fmt: skip
 define("token_stats_backward_", INPLACE_SCHEMA, reference=_reference_inplace, fake=lambda *_: None)
+_dispatch.served_by("token_stats", "token_logprobs", "token_stats")
+_triton.launched_from("logprob", "token_stats", "token_stats_backward", "token_stats_backward_")

@@ -323,3 +323,4 @@ define_backward(
     reference=on_bundles(_backward_loop, *BACKWARD_ARGUMENTS),
     fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_token_kl",
 )  # fmt: skip
+_dispatch.served_by("token_kl", "linear_token_kl")

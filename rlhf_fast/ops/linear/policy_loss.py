@@ -261,3 +261,4 @@ define_backward(
     f"(Tensor grad_loss, {schema(HeadGradientTensors)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_scale, fake=_scale, of="linear_policy_loss",
 )  # fmt: skip
+_dispatch.served_by("token_stats", "linear_policy_loss")

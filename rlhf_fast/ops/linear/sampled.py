@@ -376,3 +376,4 @@ define_backward(
     reference=on_bundles(_backward_loop, *BACKWARD_ARGUMENTS),
     fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_sampled_logprobs",
 )  # fmt: skip
+_dispatch.served_by("token_stats", "linear_sampled_logprobs")

@@ -375,3 +375,4 @@ define_backward(
     reference=on_bundles(_backward_out_of_place, *BACKWARD_ARGUMENTS),
     fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_token_stats",
 )  # fmt: skip
+_dispatch.served_by("token_stats", "linear_token_logprobs", "linear_token_stats")
