@@ -35,11 +35,13 @@ left_out: dict[str, str] = {}
 
 
 def leave_out(part: str, reason: str) -> None:
+    """Say that a part is not installed, and keep the line for the note."""
     left_out[part] = reason
     print(f"{reason}. {CONSEQUENCES[part]}")
 
 
 def write_note(package: Path) -> None:
+    """Write what was left out into the package, or remove what an earlier build wrote."""
     package.mkdir(parents=True, exist_ok=True)
     (package / NOTE).unlink(missing_ok=True)
     if left_out:
@@ -50,6 +52,7 @@ class BuildPython(build_py):
     """The Python files, and the note of what was left out."""
 
     def run(self) -> None:
+        """Copy the files, then write the note beside them."""
         super().run()
         write_note((ROOT if self.editable_mode else Path(self.build_lib)) / "rlhf_fast")
 
@@ -58,6 +61,7 @@ class CMakeBuild(build_ext):
     """One CMake build makes every extension module: with CUDA kernels, or without them, or none at all."""
 
     def run(self) -> None:
+        """Build into the tree (editable) or the wheel; what fails is left out, or an error where it was demanded."""
         target = ROOT if self.inplace else Path(self.build_lib).resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'t' * FREE_THREADED}{'-abi3' * (ABI3 == '1')}"
         reason = ""
@@ -80,6 +84,7 @@ class CMakeBuild(build_ext):
 
 
 def run_cmake(build: Path, target: Path, cuda: str) -> None:
+    """Configure, build and install into `target`, with CUDA "ON" (where nvcc is) or "OFF"."""
     configure = [
         cmake_program(), "-G", "Ninja", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}",
         f"-DRLHF_FAST_CUDA={cuda}", f"-DRLHF_FAST_CUDA_REQUIRED={'ON' if CUDA == '1' else 'OFF'}",
@@ -106,6 +111,7 @@ def search_path() -> str:
 
 
 def cmake_program() -> str:
+    """The environment's cmake, else the one on the PATH."""
     return shutil.which("cmake", path=search_path()) or "cmake"
 
 

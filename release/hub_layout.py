@@ -85,6 +85,7 @@ def lay_out(wheel: Path, out: Path, backends: list[str], kernel_version: int) ->
 
 
 def main() -> None:
+    """Write the folders that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/hub"))

@@ -18,10 +18,12 @@ CHECKS = Path(__file__).with_name("wheel_checks.py")
 
 
 def run(*command: str | Path, **kwargs: object) -> None:
+    """Run a command; a failure ends the script."""
     subprocess.run([str(word) for word in command], check=True, **kwargs)  # type: ignore[call-overload]
 
 
 def main() -> None:
+    """Make the environment, install the wheel and run the checks there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--python", default="python3", help="interpreter to try it with")

@@ -57,6 +57,7 @@ def error_of_the_gradient() -> float:
 
 
 def main() -> None:
+    """Check, and print the row."""
     served = sorted({row.backend for row in rf.backends() if row.device == "cpu"})
     error, operators = error_of_the_gradient(), operators_hold()
     assert error < 1e-6, error

@@ -24,15 +24,18 @@ OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libc10.so")
 
 
 def run(*command: str, **env: str) -> None:
+    """Print a command and run it in the checkout, with these variables beside the environment's."""
     print("+", *command, flush=True)
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, **env})
 
 
 def python(*args: str, **env: str) -> None:
+    """Run a module of this Python."""
     run(sys.executable, "-m", *args, **env)
 
 
 def build(kind: str, to: Path, **env: str) -> None:
+    """Make an "sdist" or a "wheel" with what is installed here."""
     shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would pack what another build left there
     for left in (ROOT / "build").glob("lib.*"):
         shutil.rmtree(left)
@@ -40,6 +43,7 @@ def build(kind: str, to: Path, **env: str) -> None:
 
 
 def main() -> None:
+    """Make, repair and check them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="folder to fill; what it holds is removed")
     parser.add_argument("--no-binary", action="store_true", help="leave the binary wheel to cibuildwheel")
