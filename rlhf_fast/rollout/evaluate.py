@@ -50,7 +50,7 @@ def evaluate(
     starts = range(0, len(prompts), size)
     for place in range(ranks().index, -(-len(starts) // ranks().count) * ranks().count, ranks().count):
         left = place < len(starts)
-        if not left and not is_sharded(policy):
+        if not left and not is_sharded(policy) and not getattr(sampler, "needs_all_ranks", False):
             break
         start = starts[place] if left else 0  # in vain, but the others need this rank's part of the weights
         part = encoded[start : start + size]

@@ -76,6 +76,7 @@ class Rollout:
     ended: Tensor  # (B,) bool, True = ended by itself with EOS
     support: Support | None = None  # the ids that top-k and top-p kept for each sampled token; None = all
     scores: Tensor | None = None  # (B,) of completions that came with a rating
+    logprobs: Tensor | None = None  # (B, T) of the completions' tokens by the engine that sampled them, else 0
     score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,), of what the scores are made
 
     @property
@@ -94,6 +95,7 @@ class Rollout:
             ended=self.ended[index],
             support=batch.support,
             scores=None if self.scores is None else self.scores[index],
+            logprobs=None if self.logprobs is None else self.logprobs[index, : batch.input_ids.shape[1]],
             score_parts={name: part[index] for name, part in self.score_parts.items()},
         )
 
@@ -107,7 +109,7 @@ class Rollout:
 
     @staticmethod
     def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-        """The rows of all, in order, padded to one width. What only some of them have (support, scores) is an error."""
+        """The rows of all, in order, padded to one width. Either all have support, scores and logprobs or none."""
         width = max(one.input_ids.shape[1] for one in rollouts)
 
         def columns(name: str) -> Tensor:
@@ -128,6 +130,7 @@ class Rollout:
             ended=torch.cat([one.ended for one in rollouts]),
             support=Support.concatenate(supports) if supports else None,
             scores=torch.cat(scores) if scores else None,
+            logprobs=columns("logprobs") if optional("logprobs") else None,
             score_parts={
                 name: torch.cat([one.score_parts[name] for one in rollouts]) for name in rollouts[0].score_parts
             },
@@ -141,6 +144,7 @@ class Completions(NamedTuple):
     lengths: Tensor  # (B,) int64, at least 1: the tokens that count
     ended: Tensor  # (B,) bool
     support: Support | None  # of the tokens that count, row by row
+    logprobs: Tensor | None = None  # (B, n) float32, of the tokens, by what sampled them
 
 
 def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions, stop: Sequence[str] = ()) -> Rollout:
@@ -150,10 +154,13 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(samples)
     width = int((lengths + counts).max())
     input_ids = torch.full((len(sampled), width), tokenizer.pad_token_id, dtype=torch.int64)
+    logprobs = None if completions.logprobs is None else torch.zeros(len(sampled), width)
     texts = []
     for row, (start, count) in enumerate(zip(lengths.tolist(), counts.tolist(), strict=True)):
         input_ids[row, :start] = torch.tensor(prompts[row // samples])
         input_ids[row, start : start + count] = sampled[row, :count]
+        if logprobs is not None and completions.logprobs is not None:
+            logprobs[row, start : start + count] = completions.logprobs[row, :count].cpu()
         text = decode_completion(tokenizer, prompts[row // samples], sampled[row, :count].tolist())
         texts.append(text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))])
     support = completions.support
@@ -168,6 +175,7 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
         texts=texts,
         ended=completions.ended.cpu().clone(),
         support=support,
+        logprobs=logprobs,
     )
 
 

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling by an inference engine: it gets the policy's weights, samples, and says what it sampled from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import Support
+from rlhf_fast.models.fsdp import unsharded
+
+from .builtin import end_ids
+from .engine_weights import policy_weights
+from .rollout import Completions, Rollout, SamplingParams, assemble
+
+
+class EngineError(UserError):
+    """An engine that is gone, hangs or answers what it should not; the message names it and what to do."""
+
+
+class Completion(NamedTuple):
+    """One sampled completion."""
+
+    tokens: list[int]  # the end included
+    logprobs: list[float]  # of the tokens, under the distribution they were drawn from
+    kept: list[list[int]] | None  # the ids that could be drawn for each token; None = all
+    ended: bool  # by an end, not by the limit
+    weight_version: int  # the `load` whose weights it was sampled with
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is to sample: `samples` completions of each prompt, sample k with the random seed + k."""
+
+    prompts: Sequence[list[int]]
+    seeds: Sequence[int]
+    samples: int
+    params: SamplingParams
+    end_ids: Sequence[int]
+
+
+class Engine(Protocol):
+    """An inference engine, in this process or a server. Every call raises EngineError where it cannot do its work."""
+
+    def load(self, weights: dict[str, Tensor], version: int) -> None:
+        """Take these weights for all that is sampled from now on, and forget all that the old ones computed."""
+
+    def complete(self, request: Request) -> list[list[Completion]]:
+        """The completions of each prompt."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class EngineSampler:
+    """A `Sampler` by an engine, which gets the policy's weights before it samples if they have changed since.
+
+    `Rollout.logprobs` are the engine's. They are its rounding away from the trainer's, which are the ones to learn by.
+    """
+
+    needs_all_ranks = True  # at every call: the first rank sends the weights of all
+
+    def __init__(self, engine: Engine) -> None:
+        """Nothing is sent yet."""
+        self.engine = engine
+        self.version = 0
+        self._sent: tuple[int, int] | None = None
+
+    def __call__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        seed: int | None = None,
+        samples_per_prompt: int = 1,
+        first_prompt: int = 0,
+        total_prompts: int | None = None,
+    ) -> Rollout:
+        """Sample; see `Sampler`. The same seed gives the same samples whatever the number of ranks and servers."""
+        self.sync(model)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+        # An engine draws sample k of a prompt with the prompt's seed + k, so prompts need seeds that far apart.
+        base = int(torch.randint(2**48, (), generator=generator))
+        seeds = [base + (first_prompt + i) * samples_per_prompt for i in range(len(prompts))]
+        ends = end_ids(model, tokenizer)
+        found = ranks().all_or_none(
+            lambda: self.engine.complete(Request(prompts, seeds, samples_per_prompt, params, ends))
+        )
+        completions = [one for group in found for one in group]
+        stale = {one.weight_version for one in completions} - {self.version}
+        if stale:
+            raise EngineError(
+                f"the engine sampled with weights {sorted(stale)}, wanted {self.version}: does another run use it? "
+                "Give each run an engine of its own"
+            )
+        return assemble(tokenizer, prompts, _as_tensors(completions), params.stop).to(model.device)
+
+    def sync(self, model: Any) -> None:
+        """Send the weights if they are others than the engine has. All ranks take part, the first one sends."""
+        now = id(model), sum(parameter._version for parameter in model.parameters())
+        if now == self._sent:
+            return
+        self.version += 1
+        with unsharded(model):
+            ranks().once(lambda: self.engine.load(policy_weights(model), self.version))
+        self._sent = now
+
+
+def _as_tensors(completions: Sequence[Completion]) -> Completions:
+    lengths = torch.tensor([len(one.tokens) for one in completions])
+    width = int(lengths.max())
+    tokens = torch.full((len(completions), width), -1)
+    logprobs = torch.zeros(len(completions), width)
+    for row, one in enumerate(completions):
+        tokens[row, : len(one.tokens)] = torch.tensor(one.tokens)
+        logprobs[row, : len(one.tokens)] = torch.tensor(one.logprobs)
+    support = None
+    if completions[0].kept is not None:
+        kept = [ids for one in completions for ids in one.kept or []]
+        support = Support.of_counts(
+            torch.tensor([i for ids in kept for i in ids]), torch.tensor([len(ids) for ids in kept])
+        )
+    ended = torch.tensor([one.ended for one in completions])
+    return Completions(tokens=tokens, lengths=lengths, ended=ended, support=support, logprobs=logprobs)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One or several vLLM servers as an `Engine`, over HTTP: nothing of vLLM is imported, weights go by safetensors files.
+
+A server must be started as docs/engine.md shows: with VLLM_SERVER_DEV_MODE=1, our worker extension and processed
+log-probabilities. Who reaches its port can run methods of its workers: keep it on loopback or a trusted network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_fast.distributed.ranks import ranks
+
+from .engine import Completion, EngineError, Request
+from .rollout import SamplingParams
+
+MODEL = "policy"  # the name that a server serves it by
+START = "start it as docs/engine.md shows"
+MOST_REQUESTS = 64  # at once
+LARGEST_WHOLE = 4096  # ids of a vocabulary that top-p and min-p alone may be asked of: JSON of all for each token
+CUT = -9000.0  # JSON has no -inf: vLLM writes -9999
+
+
+class VLLMServers:
+    """vLLM servers that all have the same weights: rank r asks server r modulo their number."""
+
+    def __init__(self, urls: Sequence[str], timeout: float = 600.0, folder: str | None = None) -> None:
+        """Check what can be checked; `folder` is one that servers and this process share (None: /dev/shm).
+
+        Raises:
+            EngineError: a server does not answer, or was not started as is needed.
+        """
+        self.urls = [url.rstrip("/") for url in urls]
+        self.timeout = timeout
+        self.folder = folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
+        found = [self._check(url) for url in self.urls]
+        self.longest, self.vocabulary, self.dtype = found[0]
+        for url, other in zip(self.urls, found, strict=True):
+            if other != found[0]:
+                raise EngineError(
+                    f"{url} differs from {self.urls[0]}: {other} and {found[0]} (max_model_len, ids, dtype)"
+                )
+
+    def load(self, weights: dict[str, Tensor], version: int) -> None:
+        """Write the weights once and have every server read them, between requests; its prefix cache is emptied."""
+        from safetensors.torch import save_file
+
+        dtype = str(next(iter(weights.values())).dtype)
+        if dtype != self.dtype:
+            raise EngineError(
+                f"{self.urls[0]} works in {self.dtype}, the policy in {dtype}: start it with that --dtype"
+            )
+        path = Path(self.folder) / f"rlhf_fast-{os.getpid()}-{version}.safetensors"  # a new name: old ones are cached
+        try:
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, str(path))
+            for url in self.urls:
+                self._post(url, "/pause?mode=wait")
+                self._rpc(url, "rlhf_fast_load", [str(path), version])
+                if self._post(url, "/reset_prefix_cache") != {"success": True}:
+                    raise EngineError(
+                        f"{url} did not empty its prefix cache: it would go on with the old weights' keys"
+                    )
+                self._post(url, "/resume")
+                if self._version(url) != version:
+                    raise EngineError(f"{url} has not taken the new weights; restart it, then --resume")
+        except OSError as error:
+            raise EngineError(f"cannot write the policy's weights to {self.folder}: {error}") from error
+        finally:
+            path.unlink(missing_ok=True)
+
+    def complete(self, request: Request) -> list[list[Completion]]:
+        """One HTTP request a prompt; they may be sent again, since seeds repeat their samples."""
+        url = self.urls[ranks().index % len(self.urls)]
+        for prompt in request.prompts:
+            if len(prompt) + request.params.max_new_tokens > self.longest:
+                raise EngineError(
+                    f"{url}: a prompt of {len(prompt)} tokens and max_new_tokens {request.params.max_new_tokens} are "
+                    f"more than its max_model_len {self.longest}; start it with a larger --max-model-len"
+                )
+            if max(prompt) >= self.vocabulary:
+                raise EngineError(f"{url}: token id {max(prompt)} is not in its vocabulary of {self.vocabulary}")
+        version = self._version(url)
+        with ThreadPoolExecutor(min(MOST_REQUESTS, len(request.prompts))) as pool:
+            found = list(
+                pool.map(
+                    lambda prompt, seed: self._complete(url, prompt, seed, request, version),
+                    request.prompts,
+                    request.seeds,
+                )
+            )
+        if self._version(url) != version:
+            raise EngineError(f"{url} got other weights while it sampled: give each run an engine of its own")
+        return found
+
+    def close(self) -> None:
+        """Nothing is held: every call has a connection of its own."""
+
+    def _complete(self, url: str, prompt: list[int], seed: int, request: Request, version: int) -> list[Completion]:
+        params = request.params
+        body = {
+            "model": MODEL,
+            "prompt": list(prompt),
+            "n": request.samples,
+            "seed": seed,
+            "max_tokens": params.max_new_tokens,
+            "min_tokens": params.min_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "min_p": params.min_p,
+            "stop": list(params.stop) or None,
+            "stop_token_ids": list(request.end_ids),
+            "ignore_eos": False,
+            "logprobs": self._logprobs_wanted(url, params),
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        choices = sorted(self._post(url, "/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+        if len(choices) != request.samples:
+            raise EngineError(f"{url} gave {len(choices)} completions, wanted {request.samples}")
+        return [self._completion(url, choice, params, version) for choice in choices]
+
+    def _logprobs_wanted(self, url: str, params: SamplingParams) -> int:
+        """How many log-probabilities a token: those that may be kept; 0 is that of the sampled token alone."""
+        if not params.truncated:
+            return 0
+        if params.top_k:
+            return min(params.top_k, self.vocabulary)
+        if self.vocabulary > LARGEST_WHOLE:
+            raise EngineError(
+                f"{url} cannot say which of {self.vocabulary} ids top_p or min_p kept: set top_k too (1000 leaves out "
+                "next to nothing)"
+            )
+        return -1
+
+    def _completion(self, url: str, choice: dict[str, Any], params: SamplingParams, version: int) -> Completion:
+        tokens, found = choice["token_ids"], choice["logprobs"]
+        logprobs = found["token_logprobs"]
+        if len(tokens) != len(logprobs) or not tokens:
+            raise EngineError(f"{url} gave {len(tokens)} tokens and {len(logprobs)} log-probabilities; {START}")
+        kept = None
+        if params.truncated:
+            kept = [
+                sorted(int(name.removeprefix("token_id:")) for name, value in each.items() if value > CUT)
+                for each in found["top_logprobs"]
+            ]
+            lost = [token for token, ids in zip(tokens, kept, strict=True) if token not in ids]
+            if lost:
+                raise EngineError(f"{url} sampled ids {lost[:3]} that it says could not be sampled; {START}")
+        return Completion(tokens, logprobs, kept, choice["finish_reason"] == "stop", version)
+
+    # ---------------------------------------------------------------------------------------------- what is asked of it
+
+    def _check(self, url: str) -> tuple[int, int, str]:
+        """(max_model_len, ids of the vocabulary, dtype) of a server that is as it must be."""
+        self._get(url, "/health")
+        models = [model["id"] for model in self._get(url, "/v1/models")["data"]]
+        if MODEL not in models:
+            raise EngineError(f"{url} serves {', '.join(models)}, wanted --served-model-name {MODEL}; {START}")
+        vocabulary = self._state(url)["vocabulary"]
+        config = self._get(url, "/server_info?config_format=json")["vllm_config"]["model_config"]
+        if config["logprobs_mode"] != "processed_logprobs":
+            raise EngineError(
+                f"{url} gives {config['logprobs_mode']}, wanted --logprobs-mode processed_logprobs: those are of the "
+                "distribution it samples from"
+            )
+        return int(config["max_model_len"]), vocabulary, config["dtype"]
+
+    def _state(self, url: str) -> dict[str, int]:
+        """What our extension tells, which must be the same on all workers of a server."""
+        states = self._rpc(url, "rlhf_fast_state", [])
+        if any(state != states[0] for state in states):
+            raise EngineError(f"{url}: its workers have different weights: {states}; restart it")
+        return states[0]
+
+    def _version(self, url: str) -> int:
+        """Of the weights that a server has."""
+        return self._state(url)["weight_version"]
+
+    def _rpc(self, url: str, method: str, args: list[Any]) -> list[dict[str, int]]:
+        """What a method of our extension gives on each worker."""
+        answer = self._post(url, "/collective_rpc", {"method": method, "args": args})
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not results or not all(isinstance(one, dict) and "weight_version" in one for one in results):
+            raise EngineError(f"{url} lacks our worker extension (it answered {str(answer)[:100]}); {START}")
+        return list(results)
+
+    def _get(self, url: str, route: str) -> Any:
+        return self._call(url, urllib.request.Request(url + route))
+
+    def _post(self, url: str, route: str, body: dict[str, Any] | None = None) -> Any:
+        data = json.dumps({} if body is None else body).encode()
+        headers = {"Content-Type": "application/json"}
+        return self._call(url, urllib.request.Request(url + route, data, headers, method="POST"))
+
+    def _call(self, url: str, request: urllib.request.Request) -> Any:
+        """The JSON of the answer, None where it is empty. Once more where a connection was reset."""
+        route = request.full_url.removeprefix(url).partition("?")[0]
+        for last in (False, True):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                    text = answer.read()
+                return json.loads(text) if text.strip() else None
+            except urllib.error.HTTPError as error:
+                raise EngineError(self._refused(url, route, error)) from error
+            except json.JSONDecodeError as error:
+                raise EngineError(
+                    f"{url}{route} does not answer as vLLM does: is something else on that port?"
+                ) from error
+            except TimeoutError as error:
+                raise EngineError(
+                    f"{url}{route} did not answer in {self.timeout:.0f} s: the engine hangs or is overloaded; "
+                    "restart it, then --resume"
+                ) from error
+            except OSError as error:  # URLError is one
+                reason = getattr(error, "reason", error)
+                if isinstance(reason, TimeoutError) or not isinstance(reason, ConnectionError) or last:
+                    raise EngineError(f"{url} cannot be reached ({reason}): {START}, then --resume") from error
+        raise AssertionError("not reached")
+
+    def _refused(self, url: str, route: str, error: urllib.error.HTTPError) -> str:
+        detail = error.read().decode(errors="replace")[:300]
+        if "has no attribute 'rlhf_fast" in detail:
+            return f"{url} lacks our worker extension: {START} (--worker-extension-cls rlhf_fast_vllm_worker.Sync)"
+        if error.code == 404:
+            return f"{url} has no {route}: {START} (VLLM_SERVER_DEV_MODE=1, --served-model-name {MODEL})"
+        if error.code >= 500:
+            how = "the engine died or is out of memory; restart it, then --resume"
+            return f"{url}{route} failed ({error.code}): {how}. It said: {detail}"
+        return f"{url}{route} refused the request ({error.code}): {detail}"
