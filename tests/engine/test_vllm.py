@@ -161,7 +161,11 @@ def test_what_goes_wrong_shows(server: VLLMServers, monkeypatch: pytest.MonkeyPa
         post = server._post
         monkeypatch.setattr(
             server, "_post",
-            lambda url, route, body=None: {"success": True} if "reset" in route else post(url, route, body),
+            lambda url, route, body=None: (
+                {"success": True}
+                if "reset" in route
+                else post(url, route.replace("mode=wait", "mode=wait&clear_cache=false"), body)  # clears it, too
+            ),
         )  # fmt: skip
     else:
         wrong = SamplingParams(max_new_tokens=8, temperature=1.0)
