@@ -17,6 +17,8 @@ from typing import Any
 
 from rlhf_fast.distributed.ranks import first_to_fail, ranks
 from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.run.quiet import quiet
+from rlhf_fast.run.terminal import printable
 
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
@@ -35,7 +37,14 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
 
 `rlhf-fast COMMAND --help` lists the options of a command.
 """
-DISK_ERRORS = ("No space left on device", "Disk quota exceeded", "Read-only file system")
+DISK_ERRORS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "File too large",
+    "Permission denied",
+    "Input/output error",
+)
 PHASES = ("sft", "collect", "reward", "ppo", "run")
 TOOLS = {  # modules with a function main(arguments) -> exit code
     "data": "rlhf_fast.feedback.check",
@@ -57,11 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
+    quiet()
     try:
         return _command(arguments[0], arguments[1:])
     except (UserError, Interrupted) as error:
         if first_to_fail():
-            print(f"rlhf-fast {arguments[0]}: {error}", file=sys.stderr, flush=True)
+            print(f"rlhf-fast {arguments[0]}: {printable(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 130
     except KeyboardInterrupt:
         return 130
@@ -83,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # of whatever library was writing
         if not any(reason in str(error) for reason in DISK_ERRORS):
             raise
-        print(f"rlhf-fast {arguments[0]}: {error}; what was saved before is whole", file=sys.stderr)
+        print(f"rlhf-fast {arguments[0]}: {printable(error)}; what was saved before is whole", file=sys.stderr)
         return 2
 
 
@@ -168,10 +178,12 @@ def show(summary: dict[str, Any], folder: str) -> None:
     """Print the figures of a summary as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=folder, show_header=False)
+    table = Table(title=Text(printable(folder)), show_header=False)  # Text: brackets in a name are no markup
     for name, value in _flat(summary, ""):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        shown = f"{value:.4g}" if isinstance(value, float) else printable(value)
+        table.add_row(Text(name), Text(shown))
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from rlhf_fast.data.examples import Demonstration, completion_text, demonstration, prompt_line
 from rlhf_fast.data.files import read_rows
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.terminal import printable
 
 from .agreement import agreement, by_pair_of_annotators
 from .schema import Ranking, each_ranking, holds_feedback, last_words
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, value in findings.figures.items():
         print(f"  {name}: {value}")
     for message in findings.errors[:SHOWN_ERRORS]:
-        print(message)
+        print(printable(message))
     if len(findings.errors) > SHOWN_ERRORS:
         print(f"... and {len(findings.errors) - SHOWN_ERRORS} more")
     print(f"{len(findings.errors)} wrong lines" if findings.errors else "no line is wrong")

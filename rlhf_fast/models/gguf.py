@@ -16,6 +16,7 @@ from pathlib import Path
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import folder_aside
 from rlhf_fast.run.progress import notice
+from rlhf_fast.run.quiet import quiet
 
 from .hub import on_hub
 
@@ -79,9 +80,11 @@ def _converted(file: Path) -> Path:
 def _convert(file: Path, folder: Path) -> None:
     """Write the model and tokenizer of a GGUF file as an ordinary folder of safetensors in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+    quiet()
     try:
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **options: tensors  # its bar would cross our lines
         loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:
         raise UserError(f"reading {file.name} needs more packages: pip install 'rlhf-fast[demo]' ({error})") from None

@@ -15,6 +15,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import notice
+from rlhf_fast.run.quiet import quiet
 
 from .dropout import switch_off_dropout
 from .gguf import resolve_model
@@ -47,7 +48,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer, padding on the left. A missing pad token is the EOS token: pads are found by mask, never by id."""
     from transformers import AutoTokenizer
 
-    _quiet()
+    quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(model), padding_side="left", trust_remote_code=trust_remote_code
@@ -68,7 +69,7 @@ def load_causal_lm(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _quiet()
+    quiet()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             resolve_model(model),
@@ -97,7 +98,7 @@ def load_reward_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    _quiet()
+    quiet()
     source = resolve_model(model)
     try:
         loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -193,14 +194,6 @@ def parameter_count(model: Any) -> int:
     """Weights of the model, shared ones once."""
     shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]  # two weights of 4 bits are one entry
     return sum(map(math.prod, shapes))
-
-
-def _quiet() -> None:
-    """transformers reports each new head and each shard; a phase says what matters itself."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

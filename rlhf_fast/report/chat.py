@@ -13,6 +13,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import context_length, load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.run.terminal import printable
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError("--temperature and --max-new-tokens must be greater than 0")
     path = find_model(options.model)
     tokenizer, model = load_tokenizer(path), load_causal_lm(path, "auto")
-    print(f"{path}: an empty line ends it")
+    print(f"{printable(path)}: an empty line ends it")
     for turn in range(1_000_000_000):
         try:
             prompt = input("> ")
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
             break
         if not prompt.strip():
             break
-        print(answer(model, tokenizer, prompt, options.max_new_tokens, options.temperature, options.seed + turn))
+        text = answer(model, tokenizer, prompt, options.max_new_tokens, options.temperature, options.seed + turn)
+        print(printable(text))
     return 0
 
 

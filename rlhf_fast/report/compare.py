@@ -19,6 +19,7 @@ from rlhf_fast.models.loading import context_length, load_causal_lm, load_reward
 from rlhf_fast.rollout.evaluate import evaluate
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.checkpoint import write_json
+from rlhf_fast.run.terminal import printable
 
 from .chat import find_model
 
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
     result = compare(options)
     if options.output:
         write_json(Path(options.output), result)
-    print(shown(result))
+    print(printable(shown(result)))
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.terminal import printable
 
 from .page import PHASES, Phase, read_json, read_jsonl
 
@@ -176,10 +177,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", help="folder of a pipeline run, or of one phase")
     findings = diagnose(parser.parse_args(list(arguments)).run)
     for finding in findings:
-        print(f"{finding.phase:7}{finding.level:5} {finding.text}")
+        print(f"{finding.phase:7}{finding.level:5} {printable(finding.text)}")
     worst = next((f for level in ("bad", "look") for f in findings if f.level == level), None)
     if worst is None:
         print("nothing stands out")
     else:
-        print(f"look first at {PHASES[worst.phase]}: {worst.text}")
+        print(f"look first at {PHASES[worst.phase]}: {printable(worst.text)}")
     return int(worst is not None and worst.level == "bad")

@@ -27,6 +27,7 @@ from .checkpoint import (
     write_text,
 )
 from .lock import lock, unlock
+from .terminal import redacted
 from .trackers import Trackers
 
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other; locked while a run is in it
@@ -94,7 +95,7 @@ class RunFolder:
         self.keep = config.save_total_limit
         if ranks().main:
             self._trackers = Trackers(self.path, config) if tracked else None
-            write_text(self.path / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+            write_text(self.path / "config.yaml", yaml.safe_dump(redacted(dataclasses.asdict(config)), sort_keys=False))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append numbers to metrics.jsonl, to TensorBoard (where it is installed) and to the trackers."""

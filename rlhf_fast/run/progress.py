@@ -14,11 +14,13 @@ from typing import Any
 
 from rlhf_fast.distributed.ranks import ranks
 
+from .terminal import printable
+
 
 def notice(message: str) -> None:
     """Tell the user something in passing, on standard error."""
     if ranks().main:
-        print(f"rlhf-fast: {message}", file=sys.stderr, flush=True)
+        print(f"rlhf-fast: {printable(message)}", file=sys.stderr, flush=True)
 
 
 class StopFlag:

@@ -16,6 +16,7 @@ from .checkpoint import newest_checkpoint, write_json
 from .folder import RunFolder
 from .options import RunOptions, read_yaml
 from .progress import notice
+from .terminal import redacted
 
 INPUTS = "inputs.json"  # digests of the files and models that the run began with
 SAMPLE = 2**20  # bytes of a model's file that are read at three places; a whole one would take seconds
@@ -66,7 +67,7 @@ def _changes(run: RunFolder, config: RunOptions) -> dict[str, tuple[Any, Any]]:
     """Option -> (before, now), of those that differ from config.yaml; a file under another name is no change."""
     path = run.path / "config.yaml"
     before = read_yaml(path) if path.exists() else {}
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples are lists in YAML
+    now = json.loads(json.dumps(redacted(dataclasses.asdict(config))))  # tuples are lists in YAML
     same = _same_inputs(run, config)
     return {
         name: (before[name], value)

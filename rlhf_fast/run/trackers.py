@@ -10,6 +10,8 @@ from typing import Any
 
 from rlhf_fast.errors import UserError
 
+from .terminal import redacted
+
 
 class Trackers:
     """Those that `config.trackers` names, open; without names it does nothing.
@@ -26,7 +28,9 @@ class Trackers:
             cls = LOGGER_TYPE_TO_CLASS[name]
             tracker = cls(folder.name, folder) if cls.requires_logging_directory else cls(folder.name)
             tracker.start()
-            tracker.store_init_configuration({k: str(value) for k, value in dataclasses.asdict(config).items()})
+            tracker.store_init_configuration(
+                {k: str(value) for k, value in redacted(dataclasses.asdict(config)).items()}
+            )
             self._open.append(tracker)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
