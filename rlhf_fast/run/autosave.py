@@ -20,6 +20,7 @@ from .folder import RunFolder
 from .options import RunOptions
 from .progress import notice
 
+NOT_FINITE = "the weights are not finite and were not saved"
 BYTES_PER_WEIGHT = 12  # a float32 weight and two moments
 SAVING_SHARE = 20  # of the time between two saves by the clock, at most one part in so many is spent on saving
 
@@ -93,6 +94,8 @@ class Autosave:
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return
         message = self._save_after(error)
+        if message.startswith(NOT_FINITE) and not isinstance(error, UserError):
+            raise UserError(f"after step {self.step} {message}. Lower the learning rate") from error
         if isinstance(error, UserError):
             error.args = (f"{error}; {message}",)
         else:
@@ -108,7 +111,7 @@ class Autosave:
                 ranks().leave()
             try:
                 if not reason and not self._finite():
-                    reason = "the weights are not finite and were not saved"
+                    reason = NOT_FINITE
                 if not reason:
                     self.save(self.step)
             except Exception as failure:  # the first error is what matters

@@ -11,17 +11,20 @@ import torch
 
 from rlhf_fast._pages import keep_freed_memory
 
+from .threads import threads
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def tune_process() -> None:
-    """Round denormals to 0, and keep freed memory instead of handing it back to the system.
+    """Fit the threads to the load, round denormals to 0, and keep freed memory instead of handing it back.
 
     Adam's moments decay into denormals, which a CPU multiplies a hundred times slower. Activations are freed and asked
     for again at every step: with glibc's defaults each time brings thousands of page faults, measured at 6 to 15 % of
     the time of a forward and backward pass of a 135M model.
     """
     torch.set_flush_denormal(True)
+    threads().fit()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library: nothing to set
             mallopt = ctypes.CDLL(None).mallopt

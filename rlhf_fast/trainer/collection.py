@@ -23,6 +23,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
 from rlhf_fast.run.resume import finished_summary
+from rlhf_fast.run.threads import threads
 
 FEEDBACK_FILE = "feedback.jsonl"
 
@@ -78,6 +79,7 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
             per_rank = max(1, config.micro_batch_size // config.samples_per_prompt)
             together = per_rank * ranks().count
             for start in range(done // together * together, len(lines), together):
+                threads().fit()
                 own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
                 sampled = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
                 rows = [row for part in ranks().every(sampled) for row in part]

@@ -121,7 +121,7 @@ def test_the_time_limit_ends_the_phase_early(
     config: PPOConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunFolder.create(tmp_path / "run")
-    summary = ppo.train_ppo(replace(config, max_seconds=0.01), run)
+    summary = ppo.train_ppo(replace(config, max_seconds=0.01, min_steps=1), run)
     assert summary["steps"] == 1 and (run.path / "model" / "config.json").exists()
     assert "ends the phase after 1 steps" in capsys.readouterr().err
 

@@ -48,6 +48,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
+from rlhf_fast.run.threads import threads
 
 from .config import RewardConfig
 from .losses import calibration, calibration_error, pair_accuracy, ranking_loss
@@ -200,6 +201,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             batch = [rankings[i] for i in order[place * config.batch_size : (place + 1) * config.batch_size]]
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * (1 - step / total)
+            threads().fit()
             metrics = _step(config, model, optimizer, batch, pad_id)
             step += 1
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)

@@ -207,6 +207,8 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
     """Steps of sampling and learning."""
     prompt_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
     """Passes over the prompts (or pairs) of prompts_file in place of max_steps; 0: max_steps holds."""
+    min_steps: Annotated[int, NOT_NEGATIVE] = 10
+    """Steps that max_seconds does not take away: where time is short they get fewer prompts instead."""
     max_seconds: Annotated[float, NOT_NEGATIVE] = 0.0
     """End early, save and report once the phase has taken this long; 0 sets no limit."""
     epochs: Annotated[int, POSITIVE] = 1

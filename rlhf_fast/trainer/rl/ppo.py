@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from rlhf_fast.data.examples import read_prompts
-from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import parameter_count
@@ -39,6 +38,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
+from rlhf_fast.run.threads import threads
 
 from .agent import Agent, encode_prompts, load_agent, restore, save
 from .checks import check_distribution
@@ -47,6 +47,7 @@ from .evaluation import Evaluator, summarise
 from .learn import update
 from .metrics import Watch, rollout_metrics
 from .objectives import OBJECTIVES
+from .pace import Pace
 from .prompts import Prompts, read_prompts_or_feedback
 from .sample import collect
 from .schedule import learning_rate_scale
@@ -90,10 +91,12 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     metrics: dict[str, float] = {}
     watch = Watch()
     autosave = Autosave(run, config, (agent.policy, agent.critic), step, partial(save, agent, run))
+    pace = Pace(config, timer)
     with StopFlag() as stop, Progress("ppo", config.max_steps) as bar, autosave:
-        while step < config.max_steps and not out_of_time(config, timer, steps_done=step):
+        while step < config.max_steps and not pace.ended(step):
+            threads().fit()
             with timer("step"):
-                metrics = train_step(agent, prompts, config, step, timer, sampler)
+                metrics = train_step(agent, prompts, pace.config, step, timer, sampler)
             step += 1
             for message in watch.look(metrics):
                 notice(f"step {step}: {message}")
@@ -150,15 +153,3 @@ def train_step(
     if step >= config.critic_warmup:  # while the critic alone learns, kl_coef moves nothing
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics
-
-
-def out_of_time(config: PPOConfig, timer: Timer, steps_done: int) -> bool:
-    """True if one more step, the evaluation and saving would not end within `max_seconds`."""
-    if not config.max_seconds or "step" not in timer.totals:
-        return False
-    step = timer.totals["step"] / max(1, timer.counts["step"])
-    left = config.max_seconds - timer.elapsed() - timer.totals["evaluate"] - timer.totals["load"]
-    if ranks().any(left < 1.2 * step):
-        notice(f"the time limit of {config.max_seconds:.0f} s ends the phase after {steps_done} steps")
-        return True
-    return False

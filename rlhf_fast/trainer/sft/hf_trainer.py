@@ -27,6 +27,7 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag
+from rlhf_fast.run.threads import threads
 
 
 class SumTrainer(Trainer):
@@ -129,6 +130,7 @@ class Bridge(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say whether to save, and stop all ranks where one was told to."""
+        threads().fit()
         save, stop = self.autosave.due(state.global_step, self.stop.requested)
         control.should_save |= save or (state.global_step >= state.max_steps and self.autosave.keeps_last())
         control.should_training_stop |= stop

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the phase will end, and how much of a step's work fits into `max_seconds`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.run.progress import Timer, notice
+
+from .config import PPOConfig
+
+LEAST = 4  # a step never has fewer than a fourth of its prompts
+MARGIN = 1.2  # steps vary: samples differ in length
+WORTH_SAYING = 60.0  # seconds that a phase must take before its end is announced
+
+
+class Pace:
+    """Where time is short, steps get smaller before they get fewer: many small steps teach more than a few large ones.
+
+    with timer("step"):
+        train_step(..., pace.config, step, ...)
+    """
+
+    def __init__(self, config: PPOConfig, timer: Timer) -> None:
+        """Steps begin with the work that `config` says."""
+        self.config = self.full = config
+        self.timer = timer
+        self._first: int | None = None
+        self._seconds = 0.0  # of all steps when the last one ended
+        self._said = False
+
+    def ended(self, step: int) -> bool:
+        """Whether no further step fits after `step` of them; the same on every rank. Sets `config` for the next one."""
+        if self._first is None:
+            self._first = step
+        if step == self._first:
+            return False
+        last = self.timer.totals["step"] - self._seconds
+        self._seconds = self.timer.totals["step"]
+        # the main process decides for all: each has another clock
+        prompts, stop = ranks().once(lambda: self._plan(step, last))
+        if not stop:
+            self.config = replace(self.full, prompts_per_step=prompts)
+        return stop
+
+    def _plan(self, step: int, last: float) -> tuple[int, bool]:
+        """Prompts of the next step, and whether there should be none; `last` is what the last step took."""
+        full, left = self.full.prompts_per_step, self.full.max_steps - step
+        each = last / self.config.prompts_per_step  # seconds a prompt
+        after = self.timer.totals["evaluate"] + self.timer.totals["load"]  # evaluation and saving take about as long
+        limit = self.full.max_seconds
+        room = limit - self.timer.elapsed() - after if limit else float("inf")
+        prompts = self._valid(int(min(full, room / max(left, 1) / (MARGIN * each))))
+        done = step - (self._first or 0)
+        if done >= min(self.full.min_steps, self.full.max_steps) and left and room < MARGIN * each * prompts:
+            notice(f"the time limit of {limit:.0f} s ends the phase after {step} steps")
+            return prompts, True
+        if prompts < full and not self._said:
+            self._said = True
+            notice(
+                f"a step takes {each * full:.0f} s, too long for {left} more within max_seconds {limit:.0f}: "
+                f"{prompts} of {full} prompts a step from now on"
+            )
+        expected = left * each * prompts + after
+        if done == 1 and expected > WORTH_SAYING:
+            end = time.strftime("%H:%M", time.localtime(time.time() + expected))
+            notice(f"{left} more steps of {each * prompts:.1f} s: the phase ends at about {end}")
+        return prompts, False
+
+    def _valid(self, wanted: int) -> int:
+        """The largest number of prompts up to `wanted` that minibatches and ranks can share; at least a fourth."""
+        full, samples = self.full.prompts_per_step, self.full.samples_per_prompt
+        fits = [
+            n
+            for n in range(max(1, full // LEAST), full + 1)
+            if n % ranks().count == 0 and n * samples % (self.full.num_minibatches or 1) == 0
+        ]
+        return max((n for n in fits if n <= wanted), default=min(fits, default=full))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps get smaller before they get fewer, and threads are as many as the CPUs have time for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_fast.run import threads as threads_module
+from rlhf_fast.run.threads import Threads
+from rlhf_fast.trainer.rl.config import PPOConfig
+from rlhf_fast.trainer.rl.pace import Pace
+
+
+class Clock:
+    """A phase whose steps take so many seconds a prompt, with its timer."""
+
+    def __init__(self, each: float, **options: Any) -> None:
+        self.each, self.now = each, 0.0
+        self.timer = SimpleNamespace(totals={"evaluate": 10.0, "load": 5.0, "step": 0.0}, elapsed=lambda: self.now)
+        settings = {"prompts_per_step": 8, "samples_per_prompt": 4, "num_minibatches": 2, "max_steps": 16}
+        self.pace = Pace(PPOConfig(**{**settings, **options}), self.timer)  # type: ignore[arg-type]
+
+    def run(self, steps: int) -> list[int]:
+        """Prompts of each step, of at most so many."""
+        self.now, prompts = 15.0, []
+        while len(prompts) < steps and not self.pace.ended(len(prompts)):
+            prompts.append(self.pace.config.prompts_per_step)
+            self.now += self.each * prompts[-1]
+            self.timer.totals["step"] += self.each * prompts[-1]
+        return prompts
+
+
+def test_steps_get_smaller_before_they_get_fewer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Clock(1.6, max_seconds=400).run(16) == [8] * 16  # 13 s a step: all is well
+    assert "15 more steps of 12.8 s: the phase ends at about" in capsys.readouterr().err
+    slow = Clock(6.0, max_seconds=400)
+    prompts = slow.run(16)
+    assert len(prompts) == 16 and prompts[0] == 8 and 2 <= min(prompts) < 8 and slow.now + 15 < 420
+    error = capsys.readouterr().err
+    assert "a step takes 48 s, too long for 15 more within max_seconds 400" in error and error.count("too long") == 1
+
+
+def test_no_phase_ends_before_ten_steps_unless_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Clock(15.8, max_seconds=400).run(16) == [8] + [2] * 9  # 126 s a step, as it was seen
+    assert "the time limit of 400 s ends the phase after 10 steps" in capsys.readouterr().err
+    assert Clock(15.8, max_seconds=400, min_steps=1).run(16) == [8] + [2] * 7
+    assert len(Clock(15.8, max_seconds=400, max_steps=4).run(4)) == 4
+    assert Clock(15.8).run(16) == [8] * 16  # no limit
+
+
+def test_a_burst_of_load_is_made_up_for() -> None:
+    clock = Clock(6.0, max_seconds=400)
+    prompts = clock.run(3)
+    clock.each = 0.5
+    assert prompts[-1] < 8
+    while not clock.pace.ended(len(prompts)) and len(prompts) < 16:
+        prompts.append(clock.pace.config.prompts_per_step)
+        clock.now += clock.each * prompts[-1]
+        clock.timer.totals["step"] += clock.each * prompts[-1]
+    assert len(prompts) == 16 and prompts[-1] == 8
+
+
+@pytest.mark.parametrize(("samples", "minibatches", "smallest"), [(1, 4, 4), (3, 3, 3), (4, 8, 4)])
+def test_minibatches_still_divide_the_samples(samples: int, minibatches: int, smallest: int) -> None:
+    clock = Clock(100.0, max_seconds=1, samples_per_prompt=samples, num_minibatches=minibatches, prompts_per_step=12)
+    prompts = clock.run(3)
+    assert prompts == [12, smallest, smallest] and smallest * samples % minibatches == 0
+
+
+@pytest.fixture
+def cpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Two CPUs; `others` is how much of them others use, `own` how much this process does."""
+    load = {"others": 0.0, "own": 0.0, "now": 0.0, "worked": 0.0, "mine": 0.0}
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads_module, "_quota", lambda: 2**31)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+
+    def sample() -> tuple[float, float, float]:
+        load["now"] += 1.0
+        load["worked"] += load["others"] + load["own"]
+        load["mine"] += load["own"]
+        return load["now"], load["worked"], load["mine"]
+
+    monkeypatch.setattr(threads_module, "_sample", sample)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    return load
+
+
+def test_threads_follow_the_load(cpus: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(2)
+    threads = Threads()
+    for others, own, wanted in ((0.1, 0, 2), (0.0, 2, 2), (0.9, 1.1, 1), (1.0, 1, 1), (2.0, 0.5, 1), (0.0, 1, 2)):
+        cpus["others"], cpus["own"] = others, own
+        threads.fit()
+        assert torch.get_num_threads() == wanted, others
+    assert capsys.readouterr().err.count("working with 1 of 2 threads") == 1
+
+
+def test_what_the_user_set_is_the_most(cpus: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    threads = Threads()
+    threads.fit()
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    fixed = Threads()
+    cpus["others"] = 2.0
+    fixed.fit()
+    assert torch.get_num_threads() == 2
+
+
+def test_a_sample_counts_what_this_process_does() -> None:
+    first = threads_module._sample()
+    sum(i * i for i in range(3_000_000))
+    second = threads_module._sample()
+    assert first is not None and second is not None
+    assert second[0] > first[0] and second[1] >= first[1] and second[2] > first[2]
+
+
+def test_without_proc_nothing_is_touched(cpus: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads_module, "_sample", lambda: None)
+    threads = Threads()
+    threads.fit()
+    assert torch.get_num_threads() == 2 and threads.fixed
+
+
+def test_a_quota_of_the_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, quota in (("200000 100000", 2), ("50000 100000", 1), ("max 100000", 2**31)):
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert threads_module._quota() == quota
