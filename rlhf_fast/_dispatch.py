@@ -32,6 +32,11 @@ def served_by(kernel: str, *ops: str) -> None:
     KERNEL_OF.update(dict.fromkeys(ops, kernel))
 
 
+def served_by_reference(*ops: str) -> None:
+    """No backend but torch has kernels for the public functions `ops` yet."""
+    KERNEL_OF.update(dict.fromkeys(ops, ""))
+
+
 # (kernel, device type) that the extension registered; filled once by `find_native_kernels`, when all ops are defined.
 _native: frozenset[tuple[str, str]] = frozenset()
 
@@ -40,7 +45,7 @@ def find_native_kernels() -> None:
     """Asks the dispatcher once, so that `select` is plain Python that torch.compile can trace."""
     global _native
     devices = ("cpu", "cuda") if torch.version.hip is None else ("cpu",)  # ROCm's tensors call themselves cuda
-    pairs = {(kernel, device) for kernel in KERNEL_OF.values() for device in devices}
+    pairs = {(kernel, device) for kernel in KERNEL_OF.values() if kernel for device in devices}
     _native = frozenset(pair for pair in pairs if _ext.has_kernel(*pair))
 
 
@@ -74,6 +79,8 @@ def why_not(
     """Empty when the backend serves this on the device (of that index; None: the current one), else the reason."""
     if backend == "torch":
         return ""
+    if not KERNEL_OF[op]:
+        return "the op has no kernels, PyTorch alone"
     if backend == "native":
         if _ext.why_not:
             return _ext.why_not

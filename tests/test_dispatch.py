@@ -294,10 +294,11 @@ def test_every_list_of_ops_names_all_of_them() -> None:
     }
     public = {name for name in rf.__all__ if inspect.isfunction(getattr(rf, name))} - {"backends", "use_backend"}
     assert set(_dispatch.KERNEL_OF) == public
-    assert set(_dispatch.KERNEL_OF.values()) <= defined
+    assert set(_dispatch.KERNEL_OF.values()) - {""} <= defined
+    without_kernels = {op for op, kernel in _dispatch.KERNEL_OF.items() if not kernel}
     assert {build(name, torch.float32).op for name in SAMPLES} == public
     launched = [name for names in _triton.FAMILIES.values() for name in names]
-    assert sorted(launched) == sorted(name for name in defined if not name.startswith("linear_"))
+    assert sorted(launched) == sorted(name for name in defined - without_kernels if not name.startswith("linear_"))
     if _triton.installed:
         for family, names in _triton.FAMILIES.items():
             module = importlib.import_module(f"rlhf_fast.kernels.{family}")

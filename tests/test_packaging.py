@@ -22,7 +22,8 @@ logits, targets = torch.randn(4, 9), torch.randint(0, 9, (4,))
 expected = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 assert torch.allclose(rf.token_logprobs(logits, targets), expected, atol=1e-5)
 print(rf.__file__)
-print(sorted({row.backend.split()[0] for row in rf.backends()}), {row.why_not_faster for row in rf.backends()})
+rows = [row for row in rf.backends() if "the op has no kernels" not in row.why_not_faster]
+print(sorted({row.backend.split()[0] for row in rows}), {row.why_not_faster for row in rows})
 """
 
 
