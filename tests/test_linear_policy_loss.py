@@ -46,19 +46,6 @@ class Case:
         }
 
 
-def objective(name: str, logprobs: Tensor, old: Tensor, advantages: Tensor, clip: Any, dual: float) -> Tensor:
-    """Loss of each token, by the papers' formulas, for autograd."""
-    low, high = clip if isinstance(clip, tuple) else (clip, clip)
-    ratio = (logprobs - old).exp()
-    limited = ratio.clamp(1 - low, 1 + high)
-    if name == "cispo":
-        return -limited.detach() * advantages * logprobs
-    gain = torch.minimum(ratio * advantages, limited * advantages)
-    if name == "dual_clip":
-        gain = torch.where(advantages < 0, torch.maximum(gain, dual * advantages), gain)
-    return -gain
-
-
 def eager(
     case: Case,
     leaves: dict[str, Tensor],
@@ -78,7 +65,7 @@ def eager(
     logits = truths.linear_logits(leaves["hidden"], leaves["weight"], leaves["bias"]).to(wide)
     stats = truths.token_stats(logits, case.targets, **shaping)
     logprobs, old, ref, gains = stats["logprobs"], *(x.to(wide) for x in (case.old, case.ref, case.advantages))
-    loss = objective(name, logprobs, old, gains, clip, dual)
+    loss = truths.token_loss(name, logprobs, logprobs - old, gains, clip, dual)
     if kl_coef and estimator == "exact":
         ref_logits = truths.linear_logits(*(x.to(dtype) for x in case.ref_head.values())).to(wide)
         loss = loss + kl_coef * truths.token_kl(logits, ref_logits, **shaping)

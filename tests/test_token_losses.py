@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import truths
 from helpers.tools import INF
 from torch import Tensor
 
@@ -25,14 +26,8 @@ CLIP, DUAL, HIDDEN, VOCABULARY = (0.2, 0.3), 3.0, 8, 37
 
 def truth(name: str, logprobs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     """Each token's loss for autograd, in the papers' form with the log-ratio clamped."""
-    ratio = (logprobs - old).clamp(-rf.LOG_RATIO_LIMIT, rf.LOG_RATIO_LIMIT).exp()
-    limited = ratio.clamp(1 - CLIP[0], 1 + CLIP[1])
-    if name == "cispo":
-        return -limited.detach() * advantages * logprobs
-    loss = -torch.minimum(ratio * advantages, limited * advantages)
-    if name == "dual_clip":
-        loss = torch.where(advantages < 0, torch.minimum(loss, -DUAL * advantages), loss)
-    return loss
+    log_ratio = (logprobs - old).clamp(-rf.LOG_RATIO_LIMIT, rf.LOG_RATIO_LIMIT)
+    return truths.token_loss(name, logprobs, log_ratio, advantages, CLIP, DUAL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -202,3 +202,16 @@ def ppo_advantages(
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden (..., H), weight (V, H) -> (..., V)."""
     return torch.nn.functional.linear(hidden, weight, bias)
+
+
+def token_loss(name: str, logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Any, dual: float) -> Tensor:
+    """Each token's policy loss for autograd, by the papers' formulas (see rlhf_fast/ops/token_losses.py)."""
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    ratio = log_ratio.exp()
+    limited = ratio.clamp(1 - low, 1 + high)
+    if name == "cispo":
+        return -limited.detach() * advantages * logprobs
+    loss = -torch.minimum(ratio * advantages, limited * advantages)
+    if name == "dual_clip":
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual * advantages), loss)
+    return loss
