@@ -70,12 +70,15 @@ def test_files_and_functions_are_read_before_any_model(
             ppo.train_ppo(replace(config, strict=True, **values), RunFolder.create(tmp_path / "run", overwrite=True))
 
 
-def test_a_reward_model_with_another_vocabulary_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+def test_a_reward_model_that_cannot_read_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+    """Without a tokenizer of its own, and with too few embeddings for the policy's ids; more are padding."""
     model = models.load_reward_model(str(tiny / "model"), "float32")
-    model.resize_token_embeddings(99)
-    model.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="has another vocabulary than"):
-        agents.load_agent(replace(config, reward_model=str(tmp_path / "other")))
+    for size, name in ((99, "padded"), (20, "small")):
+        model.resize_token_embeddings(size)
+        model.save_pretrained(tmp_path / name)
+    assert agents.load_agent(replace(config, reward_model=str(tmp_path / "padded"))).rewards.reader is None
+    with pytest.raises(UserError, match="has 20 embeddings for a vocabulary of .* and no tokenizer of its own"):
+        agents.load_agent(replace(config, reward_model=str(tmp_path / "small")))
 
 
 def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:

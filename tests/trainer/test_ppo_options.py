@@ -13,8 +13,10 @@ import pytest
 import torch
 from helpers.ppo_runs import metrics, prompts_of, replace, steps, weights
 
+from rlhf_fast.data.examples import read_sft
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch
+from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
@@ -22,6 +24,8 @@ from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import checks, ppo
+from rlhf_fast.trainer.rl.prompts import draw
+from rlhf_fast.trainer.rl.ptx import encode_demonstrations
 from rlhf_fast.trainer.rl.schedule import learning_rate_scale
 
 
@@ -69,7 +73,7 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
         config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1
     )
     rewards, kept = iter([0.0, 1.0, 3.0, 2.0, 0.5]), []
-    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_functions", lambda *_: next(rewards))
+    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: next(rewards))
     step = ppo.train_step
 
     def recorded(agent: agents.Agent, *args: Any) -> dict[str, float]:
@@ -103,10 +107,13 @@ def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
     agent = agents.load_agent(config)
     figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
     assert 0 < figures["sample/ended"] < 1 and 0 < figures["sample/learned"] < 1
-    none = replace(config, max_new_tokens=1)
-    agent = agents.load_agent(none)
-    agent.tokenizer.eos_token_id = agent.policy.generation_config.eos_token_id = 10**6  # nothing ends
-    figures = ppo.train_step(agent, prompts_of(none, agent), none, 0, Timer())
+
+    def endless(*args: Any, **options: Any) -> Rollout:
+        rollout = generate(*args, **options)
+        return changed(rollout, ended=torch.zeros_like(rollout.ended))
+
+    agent = agents.load_agent(config)
+    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer(), endless)
     assert figures["sample/learned"] == 0 and figures["policy/grad_norm"] == 0
 
 
@@ -128,6 +135,39 @@ def test_a_budget_of_tokens_bounds_the_micro_batches(config: PPOConfig) -> None:
         for agent, tokens in ((agents.load_agent(config), 0), (agents.load_agent(config), 30))
     )
     assert cut == pytest.approx(whole, abs=2e-4, rel=2e-3)
+
+
+def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+    """The gradient is that of plain PPO plus ptx_coef times that of the demonstrations' mean loss."""
+    config = replace(config, ptx_file=str(tiny / "sft.jsonl"), ptx_coef=0.5, num_minibatches=1)
+    found: list[dict[str, Any]] = []
+    for demonstrations in (True, False):
+        agent = agents.load_agent(config)
+        if demonstrations:
+            lines = read_sft(config.ptx_file or "")
+            agent.demonstrations = encode_demonstrations(lines, agent.tokenizer, torch.device("cpu"), config.resolved())
+            batch = agent.demonstrations.batch.rows(torch.tensor(draw(16, 16, len(lines), config.seed + 1)))
+            agent.policy.zero_grad()
+            loss = -token_logprobs(agent.policy, batch).sum() / batch.mask.sum()
+            (0.5 * loss).backward()
+            assert 0 < float(batch.mask.sum()) < float(batch.attention_mask.sum())
+            extra = {name: p.grad.clone() for name, p in agent.policy.named_parameters()}
+            agent.policy.zero_grad()
+        kept: dict[str, Any] = {}
+        step = agent.policy_optimizer.step
+
+        def watched(norm: float | None, agent: Any = agent, kept: Any = kept, step: Any = step) -> float:
+            kept.update({name: p.grad.clone() for name, p in agent.policy.named_parameters()})
+            return float(step(norm))
+
+        agent.policy_optimizer.step = watched  # type: ignore[method-assign]
+        figures = ppo.train_step(agent, prompts_of(config, agent), config, 1, Timer())
+        found.append(kept)
+        assert not demonstrations or figures["loss/ptx"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, gradient in extra.items():
+        torch.testing.assert_close(found[0][name], found[1][name] + gradient, atol=1e-5, rtol=1e-3)
+    rows = steps(config, tmp_path / "run", max_steps=2)
+    assert "loss/ptx" in rows[0]
 
 
 # ------------------------------------------------------------------------------------------ samplers and rounding

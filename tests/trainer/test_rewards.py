@@ -13,22 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ppo_runs import prompts_of
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import RaterError
-from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer, set_score_normalizer
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.agent import load_agent
 from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.rl.reward_functions import load_functions
 from rlhf_fast.trainer.rl.rewards import LengthRules, Rewards
+from rlhf_fast.trainer.rl.sample import sample
 
 
 @pytest.fixture
@@ -58,20 +61,21 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
     tokenizer = load_tokenizer(str(tiny / "model"))
     model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in ("ann cat", "ann dog", "ben cat", "ben red")])
-    batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
+    real = torch.ones_like(ids).bool()
     functions = load_functions((f"2*{rules}:cats", f"-0.5 * {rules}:words"))
     texts = ["cat", "dog", "cat cat", "red"]
     lines = [PromptLine("ann", "f:1"), PromptLine("ben", "f:2")]
-    total = Rewards(model, functions)(batch, [torch.arange(4)], lines, texts).total
+    rollout = Rollout(ids, real, real, texts, real.all(1))
+    total = Rewards(model, functions)(rollout, [torch.arange(4)], lines).total
     with torch.no_grad():
-        scores = sequence_scores(model, batch)
+        scores = sequence_scores(model, rollout.batch)
     torch.testing.assert_close(total, scores + torch.tensor([1.5, -0.5, 3.0, -0.5]))
     assert Rewards(None, functions).of_functions(lines[:1], texts).total.tolist() == [1.5, -0.5, 3.0, -0.5]
     rows = [
         {"prompt": "ann", "completion": "cat", "reward": 2.0},
         {"prompt": "ann", "completion": "dog", "reward": 0.0},
     ]
-    assert Rewards(model, functions).add_functions(rows, lines[:1]) == pytest.approx((3.5 - 0.5) / 2)
+    assert Rewards(model, functions).add_to(rows, lines[:1]) == pytest.approx((3.5 - 0.5) / 2)
 
 
 def test_wrong_functions_are_named(rules: str) -> None:
@@ -229,11 +233,12 @@ def test_normalised_scores_alone_are_clipped(tiny: Path, reward_model: str, norm
     if not normalised:
         set_score_normalizer(agent.rewards.model, 0.0, 1.0)
     ids = torch.randint(2, 50, (6, 5), generator=torch.Generator().manual_seed(0))
-    batch = Batch(ids, torch.ones_like(ids).bool(), torch.ones_like(ids).bool())
+    real = torch.ones_like(ids).bool()
+    rollout = Rollout(ids, real, real, ["a"] * 6, real.all(1))
     with torch.no_grad():
-        raw = sequence_scores(agent.rewards.model, batch)
+        raw = sequence_scores(agent.rewards.model, rollout.batch)
     limit = float(raw.abs().median())
-    scores = replace(agent.rewards, score_clip=limit)(batch, [torch.arange(6)], lines_of({}), ["a"] * 6)
+    scores = replace(agent.rewards, score_clip=limit)(rollout, [torch.arange(6)], lines_of({}))
     torch.testing.assert_close(scores.total, raw.clamp(-limit, limit) if normalised else raw)
     share = {"objective/scores_clipped": (raw.abs() > limit).float(), "objective/scores": raw}
     assert scores.parts.keys() == (share.keys() if normalised else set())
@@ -253,3 +258,55 @@ def test_a_sample_that_did_not_end(tiny: Path) -> None:
     soft = LengthRules(overlong_penalty=2.0, overlong_buffer=0.2, max_new_tokens=10)
     assert soft.apply(rollout).tolist() == [0.0, 2.0, 4.0]  # all of it at the limit, half of it half-way
     assert soft.apply(rollout, punish=False).tolist() == [2.0, 3.0, 4.0]
+
+
+def permuted(tiny: Path, folder: Path) -> str:
+    """A reward model whose tokenizer has the same tokens under other ids."""
+    content = json.loads((tiny / "model" / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    special = {token["id"] for token in content["added_tokens"]}
+    ordinary = sorted(i for i in vocabulary.values() if i not in special)
+    other = dict(zip(ordinary, reversed(ordinary), strict=True))
+    content["model"]["vocab"] = {token: other.get(i, i) for token, i in vocabulary.items()}
+    model = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")))
+    model.score.weight.data.mul_(20)
+    embeddings = model.get_input_embeddings().weight.data
+    old = embeddings.clone()
+    for i, j in other.items():
+        embeddings[j] = old[i]
+    model.save_pretrained(folder)
+    load_tokenizer(str(tiny / "model")).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_a_reward_model_of_another_vocabulary_reads_the_text(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its embeddings are permuted as its ids are, so its scores are those of the model that reads the policy's ids."""
+    torch.manual_seed(0)
+    folder = permuted(tiny, tmp_path / "reward")
+    torch.manual_seed(0)
+    plain = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")))
+    plain.score.weight.data.mul_(20)
+    settings = config(tiny, tmp_path / "run", reward_model=folder, max_steps=1, score_clip=0.0)
+    agent = load_agent(settings)
+    assert "has another vocabulary than" in capsys.readouterr().err and agent.rewards.reader is not None
+    assert not agent.critic.score.weight.any()  # from the policy, with a new head
+    prompts = prompts_of(settings, agent)
+    rollout = sample(agent, prompts, settings.resolved(), 0, 0, Timer(), generate)
+    with torch.no_grad():
+        wanted = sequence_scores(plain, rollout.batch)
+    assert rollout.scores is not None
+    same = torch.zeros(len(wanted), dtype=torch.bool)  # of the samples that text keeps whole: no special token in them
+    for row, (ids, mask, ended) in enumerate(
+        zip(rollout.input_ids, rollout.attention_mask, rollout.ended.tolist(), strict=True)
+    ):
+        sampled = ids[mask].tolist()[: -1 if ended else None]
+        same[row] = not set(sampled[1:]) & set(agent.tokenizer.all_special_ids)
+    assert int(same.sum()) >= 4
+    torch.testing.assert_close(rollout.scores[same], wanted[same], atol=1e-4, rtol=1e-4)
+    summary = train_ppo(
+        replace(settings, eval_prompts_file=str(tiny / "heldout.jsonl")), RunFolder.create(tmp_path / "run")
+    )
+    assert summary["reward_before"] is not None

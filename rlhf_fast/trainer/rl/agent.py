@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.encoding import reads_ids_of
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
@@ -20,6 +21,7 @@ from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
     checkpoint_activations,
+    context_length,
     fit_padding,
     load_causal_lm,
     load_reward_model,
@@ -38,8 +40,9 @@ from .config import OptimizerOptions, PPOConfig
 from .kl_controller import KLController
 from .objectives import OBJECTIVES
 from .prompts import Prompts, encode_lines
+from .ptx import Demonstrations
 from .reward_functions import load_functions
-from .rewards import Rewards
+from .rewards import Reader, Rewards
 from .settings import given
 
 
@@ -56,6 +59,7 @@ class Agent:
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
     kl_controller: KLController
+    demonstrations: Demonstrations | None = None  # that the policy also learns from
     prompts_drawn: int = 0  # so far: where in their order the next step begins
     largest_gap: float = 0.0  # of the last step, between old and new log-probabilities that should be equal
 
@@ -99,21 +103,18 @@ def load_agent(config: PPOConfig) -> Agent:
     if not config.lora_rank:
         frozen = sharded(load_causal_lm(config.model, dtype, trust).requires_grad_(False), config.fsdp)
     adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
-    reward = None
+    reward = reader = None
     if config.reward_model:
         reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
+        ids = min(len(tokenizer), policy.get_input_embeddings().weight.shape[0])
+        reader = reader_of(reward, tokenizer, ids, config)
         reward = sharded(reward, config.fsdp)
-        if reward.get_input_embeddings().num_embeddings != policy.get_input_embeddings().num_embeddings:
-            raise UserError(
-                f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}; "
-                "it must read the same token ids"
-            )
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
-        start = config.reward_model or config.model
+        start = config.model if reader is not None else config.reward_model or config.model
         critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit))
         critic = sharded(critic, config.fsdp)
-        if reward is None:
+        if start == config.model:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
         if config.lora_rank:
             add_lora(critic, config.lora_rank, head=critic.score)
@@ -121,7 +122,7 @@ def load_agent(config: PPOConfig) -> Agent:
     for model in (policy, critic) if config.gradient_checkpointing else ():
         if model is not None:
             checkpoint_activations(model)
-    rewards = Rewards(reward, functions, given(config.score_clip))
+    rewards = Rewards(reward, functions, given(config.score_clip), reader)
     if given(config.score_clip) and reward is not None and not rewards.clips:
         notice(f"{config.reward_model!r} has no score_mean and score_std: its raw scores are not clipped to score_clip")
     return Agent(
@@ -135,6 +136,32 @@ def load_agent(config: PPOConfig) -> Agent:
         critic_optimizer=critic_optimizer,
         kl_controller=KLController(given(config.kl_coef), config.kl_target),
     )
+
+
+def reader_of(reward: Any, tokenizer: Any, ids: int, config: PPOConfig) -> Reader | None:
+    """None if the reward model reads the policy's token ids, of which there are `ids`, else how it reads their text.
+
+    Sizes do not tell: Llama 2 and Mistral both have 32 000 tokens, and embeddings are padded. A model without a
+    tokenizer of its own is taken for one of the policy's family if it has as many embeddings.
+    """
+    size = reward.get_input_embeddings().num_embeddings
+    try:
+        own = load_tokenizer(config.reward_model, config.trust_remote_code)
+    except UserError:
+        if size >= ids:
+            return None
+        raise UserError(
+            f"the reward model {config.reward_model!r} has {size} embeddings for a vocabulary of {ids} and "
+            "no tokenizer of its own: it cannot read what the policy writes"
+        ) from None
+    if reads_ids_of(own, tokenizer) and size >= ids:
+        return None
+    notice(
+        f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}: it reads prompts and "
+        "completions as text, by its own tokenizer and chat template, and a critic starts from the policy"
+    )
+    reward.config.pad_token_id = own.pad_token_id
+    return Reader(own, min(context_length(reward), 2**20), config.micro_batch_size)
 
 
 def optimizer_of(model: Any, lr: float, options: OptimizerOptions) -> AdamW:

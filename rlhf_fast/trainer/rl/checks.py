@@ -14,8 +14,8 @@ from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 # float32 they differ by rounding only: (of one token, on average).
 FLOAT32_TOLERANCE = (1e-3, 1e-4)
 # In 16 bits hidden states carry 8 or 11 bits, autograd may pick another attention kernel, a GPU other tiles, and a
-# mixture of experts then other experts for a token: single tokens move far, and all that is asked of the mean is that
-# the update would not be another one. Beyond RATIO_NOTABLE for a token the run says so once.
+# mixture of experts then other experts for a token: single tokens move far, so that the mean alone is limited. Where
+# one moves further than RATIO_NOTABLE the run says so once.
 LOW_PRECISION_MEAN, RATIO_NOTABLE = 0.1, 0.3
 # Surprise and entropy of this many tokens tell a wrong distribution from chance: both limits must be passed.
 FEWEST_TOKENS, DEVIATIONS, NATS = 200, 6.0, 0.1

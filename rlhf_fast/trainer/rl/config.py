@@ -183,7 +183,7 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
 
     CHANGEABLE = frozenset(
         {"epochs", "num_minibatches", "prompts_per_step", "samples_per_prompt", "dynamic_sampling", "eval_steps"}
-        | {"micro_batch_tokens"}
+        | {"micro_batch_tokens", "ptx_coef"}
     )
     EXTENDS = frozenset({"max_steps", "prompt_epochs", "max_seconds"})
 
@@ -199,6 +199,10 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
     """Save the model of the evaluation with the highest held-out reward, not the last one; needs eval_steps."""
     rater: str | None = None
     """Simulated rater, shown beside the reward on held-out prompts; never trained on."""
+    ptx_file: str | None = None
+    """Demonstrations that each update also learns from (PPO-ptx), so that what is not rewarded is not forgotten."""
+    ptx_coef: Annotated[float, POSITIVE] = 27.8
+    """Weight of their mean negative log-likelihood; the default is InstructGPT's."""
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
     dynamic_sampling: Annotated[int | None, NOT_NEGATIVE] = None

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.rollout.evaluate import Rater, evaluate
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.folder import RunFolder
@@ -40,7 +39,7 @@ class Evaluator:
         figures, rows = evaluate(
             self.agent.policy,
             self.agent.reference,
-            self.agent.rewards.model,
+            None if self.agent.rewards.reader is not None else self.agent.rewards.model,
             self.agent.tokenizer,
             [line.prompt for line in self.held_out.lines],
             self.held_out.ids,
@@ -49,8 +48,7 @@ class Evaluator:
             micro_batch_size=config.micro_batch_size,
             rater=self.rater,
         )
-        lines = self.held_out.lines
-        figures["reward"] = ranks().once(lambda: self.agent.rewards.add_functions(rows, lines))
+        figures["reward"] = self.agent.rewards.add_to(rows, self.held_out.lines)
         if when in ("before", "after"):
             run.append_jsonl(
                 "samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows)

@@ -40,12 +40,14 @@ def update(
     plans: Plans,
     options: UpdateOptions,
     generator: torch.Generator,
+    step: int,
     *,
     critic_only: bool = False,
 ) -> Figures:
     """Learn from a step's samples; returns the means of the losses and of what they tell, over optimizer steps."""
     sums: Figures = {}
-    done = 0
+    done, agent.largest_gap = 0, 0.0
+    before = step * options.epochs * len(plans)  # optimizer steps
     for epoch in range(options.epochs):
         for index in range(len(plans)) if epoch == 0 else torch.randperm(len(plans), generator=generator).tolist():
             # Losses of the micro-batches are sums over tokens, over what the whole minibatch has on all ranks: how it
@@ -58,7 +60,10 @@ def update(
             if not critic_only:
                 totals = Totals(learned, sequences, options.longest)
                 policy = partial(policy_gradients, agent, experience, totals, options, epoch == index == 0)
-                figures |= learn(policy, plans[index], agent.policy_optimizer, "policy/grad_norm", options)
+                ptx = None
+                if agent.demonstrations is not None:
+                    ptx = partial(agent.demonstrations.backward, agent.policy, before + done)
+                figures |= learn(policy, plans[index], agent.policy_optimizer, "policy/grad_norm", options, ptx)
             if agent.critic_optimizer is not None:
                 critic = partial(critic_gradients, agent, experience, tokens, options)
                 figures |= learn(critic, plans[index], agent.critic_optimizer, "val/grad_norm", options)
@@ -72,12 +77,20 @@ def update(
 
 
 def learn(
-    gradients: Callable[[Tensor], Figures], plan: list[Tensor], optimizer: AdamW, norm: str, options: UpdateOptions
+    gradients: Callable[[Tensor], Figures],
+    plan: list[Tensor],
+    optimizer: AdamW,
+    norm: str,
+    options: UpdateOptions,
+    more: Callable[[], Figures] | None = None,
 ) -> Figures:
-    """One step of one model: add up the gradients of its micro-batches and what they tell, over all ranks."""
+    """One step of one model: add up the gradients of its micro-batches and what they tell, over all ranks.
+
+    `more` adds gradients that are not of the plan's rows.
+    """
     sums: Figures = {}
-    for rows in plan:
-        for name, value in gradients(rows).items():
+    for found in [*map(gradients, plan), *([more()] if more is not None else [])]:
+        for name, value in found.items():
             sums[name] = sums.get(name, 0.0) + value
     names = sorted(set().union(*ranks().every(list(sums))))  # a rank without rows has none
     figures = dict(zip(names, ranks().total([sums.get(name, 0.0) for name in names]), strict=True))

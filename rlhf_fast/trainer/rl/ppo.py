@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phase 3: reinforcement learning from a reward model by PPO (Schulman et al. 2017; Ouyang et al. 2022) and its kin.
+"""Phase 3: reinforcement learning from a reward (Schulman et al. 2017; Ouyang et al. 2022).
 
 A copy of the SFT model is the policy, a frozen copy the reference; the critic starts as the reward model. One step:
 
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.data.examples import read_prompts
+from rlhf_fast.data.examples import read_prompts, read_sft
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import parameter_count
@@ -49,6 +50,7 @@ from .metrics import Watch, rollout_metrics
 from .objectives import OBJECTIVES
 from .pace import Pace
 from .prompts import Prompts, read_prompts_or_feedback
+from .ptx import encode_demonstrations
 from .sample import collect
 from .schedule import learning_rate_scale
 from .score import pairs_of, plan_minibatches, score
@@ -71,12 +73,15 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     scored = bool(config.reward_model or config.reward_functions)
     pairs = OBJECTIVES[config.objective].pairs
     lines = read_prompts_or_feedback(config.prompts_file, feedback=pairs, scored=scored, strict=config.strict)
+    demonstrations = read_sft(config.ptx_file, config.strict) if config.ptx_file else []
     held_out_file = config.eval_prompts_file
     held_out_lines = read_prompts(held_out_file, config.strict) if held_out_file else []
     with timer("load"):
         agent = load_agent(config)
         prompts = encode_prompts(lines, config, agent)
         held_out = encode_prompts(held_out_lines, config, agent) if held_out_lines else None
+        if demonstrations:
+            agent.demonstrations = encode_demonstrations(demonstrations, agent.tokenizer, ranks().device, config)
     run.save_config(config)
     if config.prompt_epochs:
         steps = math.ceil(config.prompt_epochs * len(prompts.ids) / config.prompts_per_step)
@@ -134,18 +139,22 @@ def train_step(
     # 3. to 6. Log-probabilities under policy and reference, values, advantages.
     plans = plan_minibatches(samples.batch, unit, config, agent.policy, generator)
     experience = score(agent, samples, plans, config, timer, calibrate=step == 0)
+    options = update_options(config, agent.kl_controller.coef, agent.rewards.rounding, unit)
+    # Whether every sample is here, as it was drawn from the whole distribution, rather than chosen by its reward.
+    plain = samples.support is None and prompts.pairs is None and unit == 1 and not drawn.get("sample/dropped")
+    if plain and not options.loss.on_policy:
+        check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
 
     # 7. Learn from them.
-    options = update_options(config, agent.kl_controller.coef, agent.rewards.rounding, unit)
     scale = learning_rate_scale(step, config.warmup_steps, config.max_steps, config.lr_schedule)
     agent.set_learning_rates(config.lr * scale, config.critic_lr * scale)
     with timer("update"):
         agent.train(config.gradient_checkpointing)  # in this mode only it works; dropout is off for good
-        losses = update(agent, experience, plans, options, generator, critic_only=step < config.critic_warmup)
+        losses = update(agent, experience, plans, options, generator, step, critic_only=step < config.critic_warmup)
         agent.train(False)
 
     # 8. Metrics of the samples, now that the log-probabilities of all of them are known.
-    if samples.support is None and prompts.pairs is None and not drawn:
+    if plain and options.loss.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
     metrics = {**rollout_metrics(samples, experience, options.loss.kl), **drawn, **losses}
     metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": config.lr * scale}

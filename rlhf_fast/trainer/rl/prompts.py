@@ -40,12 +40,7 @@ class Prompts:
 
     def draw(self, place: int, count: int, seed: int) -> list[int]:
         """The next `count` indices of an endlessly reshuffled pass over the prompts, starting at `place`."""
-        size = len(self.ids)
-        orders = {
-            round_: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + round_)).tolist()
-            for round_ in range(place // size, (place + count - 1) // size + 1)
-        }
-        return [orders[i // size][i % size] for i in range(place, place + count)]
+        return draw(place, count, len(self.ids), seed)
 
     def ranked(self, indices: list[int]) -> Rollout | None:
         """The two completions of each of these pairs, in place of sampled ones; None if there are no pairs."""
@@ -65,6 +60,15 @@ class Prompts:
             ended=torch.tensor([ranking.source.ended[k] for ranking, k in sides], device=device()),
             scores=torch.tensor([float(ranking.source.goodness[k]) for ranking, k in sides], device=device()),
         )
+
+
+def draw(place: int, count: int, size: int, seed: int) -> list[int]:
+    """The next `count` indices of an endlessly reshuffled pass over `size` things, starting at `place`."""
+    orders = {
+        round_: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + round_)).tolist()
+        for round_ in range(place // size, (place + count - 1) // size + 1)
+    }
+    return [orders[i // size][i % size] for i in range(place, place + count)]
 
 
 def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.examples import PromptLine
-from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.data.encoding import encode_texts
+from rlhf_fast.data.examples import PromptLine, pad_right
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
+from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import score_normalizer
 from rlhf_fast.rollout.rollout import Rollout
@@ -32,6 +35,7 @@ class Rewards:
     model: Any | None
     functions: Sequence[RewardFunction]
     score_clip: float = 0.0  # of the model's score if that is normalised; 0: none
+    reader: Reader | None = None  # of a model that reads other token ids than the policy's
 
     @property
     def rounding(self) -> float:
@@ -43,15 +47,18 @@ class Rewards:
         """Whether scores are clipped: those that a normaliser has given mean 0 and deviation 1, no others."""
         return self.score_clip > 0 and self.model is not None and score_normalizer(self.model) != (0.0, 1.0)
 
-    def __call__(self, batch: Batch, plan: list[Tensor], prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
-        """Of the completions `texts` (B,), those of one prompt next to each other.
+    def __call__(self, rollout: Rollout, plan: list[Tensor], prompts: Sequence[PromptLine]) -> Scores:
+        """Of completions, those of one prompt next to each other; `plan` are the micro-batches of the model's pass.
 
         Raises RaterError naming the sample if a function raises or returns what is no finite number.
         """
-        device = batch.input_ids.device
+        device, texts = rollout.input_ids.device, rollout.texts
         total, parts = torch.zeros(len(texts), device=device), {}
         if self.model is not None:
-            scores = in_micro_batches(lambda part: sequence_scores(self.model, part), batch, plan)
+            if self.reader is None:
+                scores = in_micro_batches(lambda part: sequence_scores(self.model, part), rollout.batch, plan)
+            else:
+                scores = self.reader.scores(self.model, prompts, texts, rollout.ended.tolist())
             check_finite("the score", scores)
             total = scores
             if self.functions:
@@ -73,15 +80,41 @@ class Rewards:
             parts[f"rewards/{function.name}"] = found
         return Scores(total, parts)
 
-    def add_functions(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> float:
-        """Turn the model's score in each row of an evaluation into the whole reward; returns the mean.
+    def add_to(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> float:
+        """Make the whole reward of what each row of an evaluation has as its "reward"; returns the mean.
 
+        That is the model's score, unless the model reads other token ids: then it is missing and is taken here.
         `prompts` (P,) are in the order of `rows`, each with equally many.
         """
-        found = self.of_functions(prompts, [row["completion"] for row in rows]).total.tolist()
+        texts = [row["completion"] for row in rows]
+        if self.reader is not None:
+            scores = self.reader.scores(self.model, prompts, texts, [row["ended"] for row in rows])
+            for row, score in zip(rows, scores.tolist(), strict=True):
+                row["reward"] = score
+        found = ranks().once(lambda: self.of_functions(prompts, texts)).total.tolist()
         for row, number in zip(rows, found, strict=True):
             row["reward"] = row.get("reward", 0.0) + number
         return sum(row["reward"] for row in rows) / len(rows)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a reward model of another vocabulary reads completions: as text, by its own tokenizer and template."""
+
+    tokenizer: Any
+    max_length: int
+    micro_batch_size: int
+
+    def scores(self, model: Any, prompts: Sequence[PromptLine], texts: Sequence[str], ended: Sequence[bool]) -> Tensor:
+        """(B,) scores of the completions `texts`, those of each of the `prompts` next to each other."""
+        samples = len(texts) // len(prompts)
+        every = [line.prompt for line in prompts for _ in range(samples)]
+        rows = encode_texts(self.tokenizer, every, texts, ended, self.max_length)
+        device = next(model.parameters()).device
+        ids, attention = (x.to(device) for x in pad_right(rows, self.tokenizer.pad_token_id))
+        batch = Batch(ids, attention.bool(), attention.bool())
+        plan = pad_to_ranks(batch.plan(self.micro_batch_size), model, NO_ROWS)
+        return in_micro_batches(lambda part: sequence_scores(model, part), batch, plan)
 
 
 class Scores(NamedTuple):

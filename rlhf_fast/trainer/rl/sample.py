@@ -69,6 +69,6 @@ def sample(
             plan = pad_to_ranks(
                 batch.plan(options.micro_batch_size, tokens=options.micro_batch_tokens), agent.policy, NO_ROWS
             )
-            scores = ranks().all_or_none(lambda: agent.rewards(batch, plan, lines, rollout.texts))
+            scores = ranks().all_or_none(lambda: agent.rewards(rollout, plan, lines))
             rollout.scores, rollout.score_parts = scores.total, scores.parts
     return rollout

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Demonstrations in the policy's update (PPO-ptx, Ouyang et al. 2022, arXiv 2203.02155, eq. 2).
+
+Each optimizer step also raises the log-likelihood of some demonstrations, so that what RL does not reward is not
+forgotten: ptx_coef times the mean negative log-likelihood of their completions' tokens is added to the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_fast.data.encoding import encode_example
+from rlhf_fast.data.examples import Demonstration, pad_right
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import UserError
+from rlhf_fast.models.batches import NO_ROWS, Batch
+from rlhf_fast.models.fsdp import pad_to_ranks
+from rlhf_fast.models.heads import token_logprobs
+
+from .config import PPOConfig
+from .prompts import draw
+from .settings import given
+
+
+@dataclass
+class Demonstrations:
+    """Encoded demonstrations, `count` of which all ranks together learn from at each optimizer step."""
+
+    batch: Batch  # of all of them
+    coef: float
+    count: int
+    micro_batch_size: int
+    seed: int
+
+    def backward(self, policy: Any, number: int) -> dict[str, float]:
+        """Add the gradients of the demonstrations of optimizer step `number`; this rank's part of their mean loss."""
+        order = draw(number * self.count, self.count, len(self.batch.input_ids), self.seed + 1)
+        rows = torch.tensor(order)[ranks().index :: ranks().count]
+        tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
+        loss = 0.0
+        for part in pad_to_ranks(self.batch.plan(self.micro_batch_size, rows), policy, NO_ROWS):
+            mean = -token_logprobs(policy, self.batch.rows(part)).sum() / tokens
+            (self.coef * mean).backward()
+            loss += float(mean.detach())
+        return {"loss/ptx": loss}
+
+
+def encode_demonstrations(
+    lines: Sequence[Demonstration], tokenizer: Any, device: torch.device, options: PPOConfig
+) -> Demonstrations:
+    """Those that fit; at an optimizer step as many as samples."""
+    max_length = options.max_length
+    encoded = [encode_example(tokenizer, line.prompt, line.completion, where=line.where) for line in lines]
+    fitting = [one for one in encoded if len(one.ids) <= max_length and one.completion]
+    if not fitting:
+        raise UserError(f"ptx_file: none of {len(lines)} demonstrations has at most max_length {max_length} tokens")
+    input_ids, attention = (x.to(device) for x in pad_right([one.ids for one in fitting], tokenizer.pad_token_id))
+    starts = torch.tensor([max(1, one.prompt_length) for one in fitting], device=device)
+    columns = torch.arange(input_ids.shape[1], device=device)
+    mask = attention.bool() & (columns >= starts[:, None])
+    return Demonstrations(
+        batch=Batch(input_ids, attention.bool(), mask),
+        coef=options.ptx_coef,
+        count=options.prompts_per_step * options.samples_per_prompt // given(options.num_minibatches),
+        micro_batch_size=options.micro_batch_size,
+        seed=options.seed,
+    )
