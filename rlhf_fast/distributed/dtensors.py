@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors cut over the ranks along dim 0 (DTensors): this rank's part, the whole of it, and a whole one cut like it.
+"""Tensors sharded over the ranks along dim 0 (DTensors): to the local shard, to the full tensor, and back.
 
-Every rank must call these in the same order, since they exchange parts; what is not cut passes through unchanged.
+Every rank must call these in the same order, because they communicate. An ordinary tensor passes through unchanged.
 """
 
 from __future__ import annotations
@@ -14,75 +14,72 @@ from torch import Tensor
 from .ranks import ranks
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """True of a tensor whose rows lie on several ranks."""
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether the rows of `tensor` are sharded over the ranks."""
     return hasattr(tensor, "placements")
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """This rank's rows, in the storage of `tensor`; outside of autograd."""
-    return tensor.detach().to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's rows, sharing memory with `tensor`, detached."""
+    return tensor.detach().to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All rows on every rank, differentiable: gradients of the ranks are added up in float32, and each keeps its rows.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All rows on every rank, differentiable. The backward sums the gradients of all ranks in float32 and shards them.
 
-    Ranks work on other sequences each, so what each finds for the whole is a part of a sum (`Partial`).
+    Each rank works on its own sequences, so its gradient is one term of a sum (`Partial`).
     """
-    if not is_cut(tensor):
+    if not is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import Partial, Replicate
 
-    together = tensor.redistribute(placements=[Replicate()], backward_dtype=torch.float32)  # type: ignore[attr-defined]
-    return together.to_local(grad_placements=[Partial()])  # type: ignore[no-any-return]
+    replicated = tensor.redistribute(placements=[Replicate()], backward_dtype=torch.float32)  # type: ignore[attr-defined]
+    return replicated.to_local(grad_placements=[Partial()])  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def gathered(tensor: Tensor) -> Tensor:
-    """All rows, on the CPU of the main process, which saves them.
-
-    The others get an empty tensor: what is saved is larger than what one process should hold.
-    """
-    if not is_cut(tensor):
+def full_on_main(tensor: Tensor) -> Tensor:
+    """All rows in the CPU memory of the main process, for saving; other ranks get an empty tensor."""
+    if not is_dtensor(tensor):
         return tensor
-    found = whole(tensor.detach())
-    return found.cpu() if ranks().main else found.new_empty(0)
+    full = full_tensor(tensor.detach())
+    return full.cpu() if ranks().main else full.new_empty(0)
 
 
-def cut(found: Tensor, mesh: Any) -> Tensor:
-    """A tensor that every rank has whole, cut over the ranks of a mesh; what a rank keeps is a copy."""
+def shard(full: Tensor, mesh: Any) -> Tensor:
+    """Shard over `mesh` a tensor that every rank holds in full; the shard is a copy."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    return distribute_tensor(found.detach(), mesh, [Shard(0)], src_data_rank=None).clone()
+    return distribute_tensor(full.detach(), mesh, [Shard(0)], src_data_rank=None).clone()
 
 
-def cut_like(found: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has whole, cut like another of its shape."""
-    return cut(found, like.device_mesh) if is_cut(like) else found  # type: ignore[attr-defined]
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """Shard a tensor that every rank holds in full as `like`, of the same shape, is sharded."""
+    return shard(full, like.device_mesh) if is_dtensor(like) else full  # type: ignore[attr-defined]
 
 
-def joined(part: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows taken for a part of something that is cut like `like`."""
-    if not is_cut(like):
-        return part
+def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
+    """A DTensor of which `local` is this rank's shard, sharded as `like`; `local` itself if `like` is not sharded."""
+    if not is_dtensor(like):
+        return local
     from torch.distributed.tensor import DTensor
 
     other: Any = like
     return DTensor.from_local(
-        part.detach(), other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+        local.detach(), other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
     )
 
 
-def whole_state(model: Any) -> dict[str, Tensor] | None:
-    """The state dict of a model with cut weights, whole in the main process; None where no weight is cut.
+def full_state_dict(model: Any) -> dict[str, Tensor] | None:
+    """The full state dict of a sharded model in the main process; None if no weight is sharded.
 
-    Weights that are one tensor stay one, by which transformers knows that they are tied.
+    Tied weights stay one tensor, by which transformers recognises them.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    if not any(map(is_cut, state.values())):
+    if not any(map(is_dtensor, state.values())):
         return None
     found: dict[int, Tensor] = {}
     for tensor in state.values():
         if id(tensor) not in found:
-            found[id(tensor)] = gathered(tensor).detach()
+            found[id(tensor)] = full_on_main(tensor).detach()
     return {name: found[id(tensor)] for name, tensor in state.items()}

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models cut over the ranks by FSDP2: each rank keeps its rows of every weight, its gradient and its optimizer state.
+"""Models sharded over the ranks by FSDP2: each rank keeps its rows of every weight, gradient and optimizer state.
 
 The trunk is FSDP's: `fully_shard` of each decoder layer and of the rest of the trunk, which gathers a layer's weights
-when it runs and adds up its gradients over the ranks. They are added, not averaged: our losses are sums over the sum of
-what all ranks count. The head is ours to read, outside of any forward: a matrix cut the same way, which `whole`
-gathers for an op. A tied head is the trunk's own weight, whose gradients from both meet in one place. A scalar head is
-left as it is, and so are its gradients: the optimizer adds them up, as it does without FSDP.
+when it runs and sums its gradients over the ranks. They are summed, not averaged: our losses are sums over the sum of
+what all ranks count. The head is read by our ops, outside of any forward: a matrix sharded the same way, which
+`full_tensor` gathers for an op. A tied head is the trunk's own weight, whose gradients from both meet in one place. A
+scalar head is replicated, and so are its gradients: the optimizer sums them, as it does without FSDP.
 
 Gathering takes all ranks. A rank with fewer micro-batches than another runs empty ones as well (`pad_to_ranks`); in
 generation each rank has its own number of tokens, so weights are gathered once, before (`unsharded`).
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_fast.distributed.dtensors import cut, is_cut, whole
+from rlhf_fast.distributed.dtensors import full_tensor, is_dtensor, shard
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def sharded(model: Any, wanted: bool) -> Any:
-    """The model, cut over the ranks (several) in place if that is `wanted`; UserError where it cannot be."""
+    """Shard `model` over the ranks in place if `wanted`, and return it; UserError if that is impossible."""
     if not wanted:
         return model
     from torch.distributed.device_mesh import init_device_mesh
@@ -52,7 +52,7 @@ def sharded(model: Any, wanted: bool) -> Any:
         if name in tied:
             setattr(head, name, trunk.get_parameter(tied[name]))
         else:
-            setattr(head, name, nn.Parameter(cut(weight, mesh), weight.requires_grad))
+            setattr(head, name, nn.Parameter(shard(weight, mesh), weight.requires_grad))
     return model
 
 
@@ -71,8 +71,8 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def is_sharded(model: Any) -> bool:
-    """True of a model that `sharded` has cut."""
-    return any(map(is_cut, model.parameters()))
+    """Whether `sharded` has sharded the model."""
+    return any(map(is_dtensor, model.parameters()))
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def unsharded(model: Any) -> Iterator[None]:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         for name, part in parts.items():
-            setattr(head, name, nn.Parameter(whole(part), requires_grad=False))
+            setattr(head, name, nn.Parameter(full_tensor(part), requires_grad=False))
     try:
         yield
     finally:
@@ -108,7 +108,7 @@ def unsharded(model: Any) -> Iterator[None]:
 def pad_to_ranks(parts: list[T], model: Any, filler: T) -> list[T]:
     """Pad this rank's micro-batches with `filler`, an empty one, so that every rank runs equally many.
 
-    Only a model that is cut over the ranks needs it; of any other `parts` come back as they are.
+    Only a sharded model needs it; of any other `parts` come back as they are.
     """
     if not is_sharded(model):
         return parts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rlhf_fast as rf
-from rlhf_fast.distributed.dtensors import whole
+from rlhf_fast.distributed.dtensors import full_tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.lm_head import language_model_head
 
@@ -60,8 +60,8 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 def head_and_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
     """The head's weight (V, H), and the other arguments of the `rf.linear_*` ops: bias, scale, cap, temperature."""
     found = language_model_head(model)
-    bias = None if found.bias is None else whole(found.bias)
-    return whole(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
+    bias = None if found.bias is None else full_tensor(found.bias)
+    return full_tensor(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
 
 
 def predicting_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

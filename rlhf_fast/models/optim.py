@@ -5,7 +5,7 @@ A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e
 therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
 Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks;
 one alone waits as it came, in half the memory, and is made float32 a few weights at a time as they are stepped. Of
-weights that are cut over the ranks each steps its own rows, and saves them whole.
+sharded weights each rank steps its own rows; the main process saves all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rlhf_fast.distributed.dtensors import cut_like, gathered, is_cut, joined, own_part
+from rlhf_fast.distributed.dtensors import as_dtensor, full_on_main, is_dtensor, local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
 
 PORTION = 16 * 2**20  # numbers of weights whose low-precision gradients are float32 at the same time
@@ -47,10 +47,10 @@ class AdamW:
             masters = [_master(p) for p in weights]
             self.pairs += zip(weights, masters, strict=True)
             group["params"] = masters
-        self.alone: dict[Tensor, Tensor] = {}  # of a master, the gradient of the only backward so far
+        self.single: dict[Tensor, Tensor] = {}  # of a master, the gradient of the only backward so far
         for weight, master in self.pairs:
             if master is not weight:
-                weight.register_post_accumulate_grad_hook(self._into(master))
+                weight.register_post_accumulate_grad_hook(self._gradient_hook(master))
         self.optimizer = torch.optim.AdamW(dicts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @property
@@ -67,18 +67,20 @@ class AdamW:
         masters = [master for _, master in self.pairs]
         if ranks().count > 1:
             for master in masters:
-                self._widen(master)
+                self._to_float32(master)
                 if master.grad is None:  # this rank had no row in the minibatch
                     master.grad = torch.zeros_like(master)
-            # FSDP has added up those of weights that are cut
-            ranks().sum_(master.grad for weight, master in self.pairs if not is_cut(weight) and master.grad is not None)
+            # FSDP has summed those of sharded weights
+            ranks().sum_(
+                master.grad for weight, master in self.pairs if not is_dtensor(weight) and master.grad is not None
+            )
         norm = self._norm()
         most = float("inf") if max_norm is None else max_norm
         if torch.isfinite(norm):
             for portion in self._portions():
                 torch.nn.utils.clip_grads_with_norm_([master for _, master in portion], most, norm)
                 self.optimizer.step()
-                low = [(own_part(weight), master) for weight, master in portion if master.dtype != weight.dtype]
+                low = [(local_shard(weight), master) for weight, master in portion if master.dtype != weight.dtype]
                 if low:
                     torch._foreach_copy_([weight for weight, _ in low], [master for _, master in low])
                 for _, master in portion:
@@ -96,50 +98,51 @@ class AdamW:
             yield portion
         portion, numbers = [], 0
         for weight, master in self.pairs:
-            if master in self.alone:
+            if master in self.single:
                 if portion and numbers + master.numel() > PORTION:
                     yield portion
                     portion, numbers = [], 0
-                self._widen(master)
+                self._to_float32(master)
                 portion.append((weight, master))
                 numbers += master.numel()
         if portion:
             yield portion
 
-    def _into(self, master: Tensor) -> Callable[[Tensor], None]:
-        """A hook that takes a weight's gradient for its float32 master."""
+    def _gradient_hook(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook that moves the gradient of a low-precision weight to its float32 master."""
 
         def take(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient, weight.grad = own_part(weight.grad), None
-            if master in self.alone or master.grad is not None:
-                self._widen(master)
+            gradient, weight.grad = local_shard(weight.grad), None
+            if master in self.single or master.grad is not None:
+                self._to_float32(master)
                 assert master.grad is not None
                 master.grad.add_(gradient)
             else:
-                self.alone[master] = gradient
+                self.single[master] = gradient
 
         return take
 
-    def _widen(self, master: Tensor) -> None:
-        """Make a gradient that is alone a float32 one."""
-        if master in self.alone:
-            master.grad = self.alone.pop(master).float()
+    def _to_float32(self, master: Tensor) -> None:
+        """Turn the low-precision gradient of a single backward into a float32 one."""
+        if master in self.single:
+            master.grad = self.single.pop(master).float()
 
     def _norm(self) -> Tensor:
-        """Of the whole gradient: ranks have the same of some weights and their own part of others."""
-        every = [(is_cut(weight), self.alone.get(master, master.grad)) for weight, master in self.pairs]
-        own, parts = ([grad for cut, grad in every if grad is not None and cut == wanted] for wanted in (False, True))
-        norm = _total_norm(own)
-        if not parts:
+        """Norm of the full gradient: replicated weights count once, shards are summed over the ranks."""
+        gradients = [(is_dtensor(weight), self.single.get(master, master.grad)) for weight, master in self.pairs]
+        replicated = [grad for is_shard, grad in gradients if grad is not None and not is_shard]
+        shards = [grad for is_shard, grad in gradients if grad is not None and is_shard]
+        norm = _total_norm(replicated)
+        if not shards:
             return norm
-        squares = _total_norm(parts).square()
+        squares = _total_norm(shards).square()
         ranks().sum_([squares])
         return (squares + norm.to(squares.device).square()).sqrt()
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.alone.clear()
+        self.single.clear()
         for weight, master in self.pairs:
             weight.grad = None
             master.grad = None
@@ -149,10 +152,14 @@ class AdamW:
         inner = self.optimizer.state_dict()
         return {
             "moments": {
-                str(i): {name: gathered(joined(x, self.pairs[i][0])) if x.dim() else x for name, x in moments.items()}
+                str(i): {
+                    name: full_on_main(as_dtensor(x, self.pairs[i][0])) if x.dim() else x for name, x in moments.items()
+                }
                 for i, moments in inner["state"].items()
             },
-            "weights": {str(i): gathered(joined(master, weight)) for i, (weight, master) in enumerate(self.pairs)},
+            "weights": {
+                str(i): full_on_main(as_dtensor(master, weight)) for i, (weight, master) in enumerate(self.pairs)
+            },
         }
 
     @torch.no_grad()
@@ -160,21 +167,23 @@ class AdamW:
         """Put back what `state_dict` gave, the model's weights included; learning rates stay those of the options."""
         groups = self.optimizer.state_dict()["param_groups"]
         moments = {
-            int(i): {name: own_part(cut_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in kept.items()}
+            int(i): {
+                name: local_shard(shard_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in kept.items()
+            }
             for i, kept in state["moments"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for i, (weight, master) in enumerate(self.pairs):
-            master.copy_(own_part(cut_like(state["weights"][str(i)], weight)))
+            master.copy_(local_shard(shard_like(state["weights"][str(i)], weight)))
             if master is not weight:
-                own_part(weight).copy_(master)
+                local_shard(weight).copy_(master)
 
 
 def _master(weight: Parameter) -> Parameter:
-    """What is stepped: the weight itself or this rank's part of it (the same memory) if in float32, else a copy."""
-    if weight.dtype == torch.float32 and not is_cut(weight):
+    """What the optimizer steps: a float32 weight itself (of a sharded one the local shard), else a float32 copy."""
+    if weight.dtype == torch.float32 and not is_dtensor(weight):
         return weight
-    return Parameter(own_part(weight).detach().float())
+    return Parameter(local_shard(weight).detach().float())
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.distributed.dtensors import is_cut, own_part
+from rlhf_fast.distributed.dtensors import is_dtensor, local_shard
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 
@@ -106,7 +106,7 @@ class Autosave:
         reason = ""
         if not self._is_on_disk(self.step):
             if not ranks().all_raised(error):
-                if any(map(is_cut, self.weights)):
+                if any(map(is_dtensor, self.weights)):
                     reason = "weights that are sharded over processes cannot be saved once one of them has failed"
                 ranks().leave()
             try:
@@ -125,7 +125,7 @@ class Autosave:
 
     @torch.no_grad()
     def _finite(self) -> bool:
-        return not ranks().any(not all(bool(own_part(weight).isfinite().all()) for weight in self.weights))
+        return not ranks().any(not all(bool(local_shard(weight).isfinite().all()) for weight in self.weights))
 
     def _is_on_disk(self, step: int) -> bool:
         return self._checkpoint(step).is_dir()

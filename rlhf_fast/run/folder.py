@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.distributed.dtensors import whole_state
+from rlhf_fast.distributed.dtensors import full_state_dict
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
@@ -159,7 +159,7 @@ class RunFolder:
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
         """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
-        state = whole_state(model)
+        state = full_state_dict(model)
         if ranks().main:
             own_config = getattr(model, "while_saving", nullcontext)  # of a model that was loaded by us
             with own_config(), folder_aside(self.path / "model") as folder:

@@ -95,7 +95,7 @@ class RunOptions(Options):
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
-    """Cut what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
+    """Shard what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints; 0 leaves it to the clock. Ctrl-C and errors save as well."""
     save_minutes: Annotated[float, NOT_NEGATIVE] = 10.0
@@ -121,7 +121,7 @@ class RunOptions(Options):
                 "fsdp and lora_rank exclude each other so far: with adapters every process has whole models"
             )
         if self.fsdp and ranks().count == 1:
-            raise UserError("fsdp cuts models over several processes and this is one: start it with torchrun")
+            raise UserError("fsdp shards models over several processes and this is one: start it with torchrun")
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"

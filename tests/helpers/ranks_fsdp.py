@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from rlhf_fast.distributed.dtensors import whole_state
+from rlhf_fast.distributed.dtensors import full_state_dict
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
@@ -55,7 +55,7 @@ class Tokenizer:
     pad_token_id, eos_token_id = 0, 2
 
     def decode(self, ids: Tensor, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids.tolist()))
+        return " ".join(map(str, ids))
 
 
 def batches() -> list[Batch]:
@@ -98,7 +98,7 @@ def compare(model: Any, critic: bool, tolerance: float) -> None:
     if ranks().main:
         for kind in ("weights", "moments"):
             torch.testing.assert_close(saved[0][kind], saved[1][kind], rtol=0, atol=tolerance)
-    state, plain = whole_state(cut), model.state_dict()
+    state, plain = full_state_dict(cut), model.state_dict()
     assert state is not None and state.keys() == plain.keys()
     if ranks().main:
         torch.testing.assert_close(state, plain, rtol=0, atol=2 * tolerance)

@@ -32,7 +32,7 @@ def test_two_processes(result: subprocess.CompletedProcess[str], case: str) -> N
 
 
 def test_one_process_is_refused() -> None:
-    with pytest.raises(UserError, match="fsdp cuts models over several processes and this is one"):
+    with pytest.raises(UserError, match="fsdp shards models over several processes and this is one"):
         RewardConfig(feedback_file="x", fsdp=True).validate()
 
 

@@ -50,10 +50,10 @@ def test_weights_stepped_a_few_at_a_time_go_where_all_at_once_do(monkeypatch: py
         for _ in range(3):
             for seen in (weights[:6], weights[2:4]):
                 sum((weight * torch.randn(7).to(weight.dtype)).sum() for weight in seen).backward()  # type: ignore[union-attr]
-            squares = sum(float(g.float().square().sum()) for g in [*ours.alone.values(), *wide(ours)])
-            assert len(ours.alone) == 3 and len(wide(ours)) == 3
+            squares = sum(float(g.float().square().sum()) for g in [*ours.single.values(), *wide(ours)])
+            assert len(ours.single) == 3 and len(wide(ours)) == 3
             assert math.isclose(ours.step(0.1), squares**0.5, rel_tol=1e-6)
-            assert not ours.alone and not wide(ours)
+            assert not ours.single and not wide(ours)
         return weights
 
     def wide(ours: AdamW) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from rlhf_fast.distributed.dtensors import cut_like, gathered, whole_state
+from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict, shard_like
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fsdp import is_sharded, sharded
@@ -33,7 +33,7 @@ from rlhf_fast.run.threads import threads
 class SumTrainer(Trainer):
     """Takes models whose forward gives the loss summed over tokens. What it would pickle goes through `save_state`."""
 
-    fsdp = False  # True cuts the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
+    fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
 
     def compute_loss(
         self,
@@ -52,21 +52,21 @@ class SumTrainer(Trainer):
         return loss + (count - 1) * loss.detach() if is_sharded(model) else loss * count
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Before there is one, the model is cut over the ranks if that is wanted; accelerate takes it as it is."""
+        """Shards the model first if that is wanted; accelerate takes it as it is."""
         if self.fsdp and not is_sharded(self.model):
             sharded(self.model, True)._is_accelerate_prepared = True
         return super().create_optimizer()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """In one piece, whatever the ranks hold."""
-        state = whole_state(self.model)
+        state = full_state_dict(self.model)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
         inner = self.optimizer.state_dict()
-        moments = {str(i): {k: gathered(x) for k, x in values.items()} for i, values in inner["state"].items()}
+        moments = {str(i): {k: full_on_main(x) for k, x in values.items()} for i, values in inner["state"].items()}
         groups, scheduler = inner["param_groups"], self.lr_scheduler.state_dict()
         if self.args.should_save:
             save_state(output_dir, {"moments": moments, "groups": groups, "scheduler": scheduler})
@@ -77,7 +77,7 @@ class SumTrainer(Trainer):
             state = load_state(checkpoint, "moments", "groups", "scheduler")
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             moments = {
-                int(i): {k: cut_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
+                int(i): {k: shard_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
                 for i, values in state["moments"].items()
             }
             lrs = self.lr_scheduler.base_lrs  # of the options, which may have changed

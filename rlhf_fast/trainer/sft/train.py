@@ -164,7 +164,7 @@ def _train(
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            raise UserError("launch without FSDP and DeepSpeed: --fsdp is what cuts a model over the processes")
+            raise UserError("launch without FSDP and DeepSpeed: --fsdp is what shards a model over the processes")
         trainer.remove_callback(PrinterCallback)
 
         def save(step: int) -> None:
