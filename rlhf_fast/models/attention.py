@@ -107,7 +107,7 @@ def attend(
     found = []
     for block in packed_row.blocks:
         queries, keys, values = (
-            _Take.apply(x.flatten(1), places).unflatten(2, x.shape[1:])
+            _Take.apply(x.flatten(1), places).unflatten(2, x.shape[1:])  # type: ignore[no-untyped-call]
             for x, places in zip(tokens, (block.queries, block.keys, block.keys), strict=True)
         )
         if block.plain:
@@ -148,7 +148,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     queries = query.view(rows, count, key_heads, shared, size).permute(0, 2, 3, 1, 4)
     queries = queries.reshape(rows * key_heads, shared * count, size)
     keys, values = (x.transpose(1, 2).reshape(rows * key_heads, x.shape[1], -1) for x in (key, value))
-    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, count, width)
+    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, count, width)  # type: ignore[no-untyped-call]
     return found.permute(0, 3, 1, 2, 4).reshape(rows, count, heads, width)
 
 

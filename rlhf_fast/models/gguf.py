@@ -84,7 +84,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     quiet()
     try:
-        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **options: tensors  # its bar would cross our lines
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **options: tensors  # type: ignore[attr-defined]  # its bar would cross our lines
         loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:
         raise UserError(f"reading {file.name} needs more packages: pip install 'rlhf-fast[demo]' ({error})") from None

@@ -44,7 +44,7 @@ def define(
         if fake is not None:
             torch.library.register_fake(qualified, fake)
         if backward is not None:
-            _libraries.append(_CheckedLibrary(namespace, "FRAGMENT"))
+            _libraries.append(_CheckedLibrary(namespace, "FRAGMENT"))  # type: ignore[no-untyped-call]
             checked = partial(_checked_backward, name, partial(backward, ops))
             torch.library.register_autograd(qualified, checked, setup_context=setup_context, lib=_libraries[-1])
 
@@ -96,7 +96,7 @@ class _CheckedLibrary(torch.library.Library):
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "Autograd":
             fn = partial(_checked_forward, op_name, fn)
-        super().impl(op_name, fn, dispatch_key, **options)
+        super().impl(op_name, fn, dispatch_key, **options)  # type: ignore[no-untyped-call]
 
 
 def _checked_forward(name: str, kernel: Callable[..., Any], keyset: Any, *args: Any, **kwargs: Any) -> Any:
