@@ -178,6 +178,11 @@ def _ppo(phase: Phase) -> str:
             held_out("kl", "held out", ORANGE),
         ),
         chart("Entropy", "Nats per token.", line("objective/entropy")),
+        *[
+            chart(f"Reward: {_text(name.partition('/')[2])}", "Before its weight, mean of each step's samples.", line(name))
+            for name in sorted({name for row in phase.metrics for name in row if name.startswith("rewards/")})
+            if name != "rewards/accuracies"
+        ],
         chart("Length", "Tokens in a completion.", line("sample/length")),
         chart("Clip fraction", "Share of tokens whose ratio was clipped.", line("policy/clipfrac_avg")),
         chart(

@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> Path:
     write(tmp_path / "reward/metrics.jsonl", *({"step": n, "loss": 0.6, "pair_accuracy": 0.5} for n in steps))
     samples = [{"prompt": "p", "completion": EVIL, "goodness": g, "score": g / 2} for g in (0, 1)]
     write(tmp_path / "reward/samples.jsonl", *samples)
-    ppo = {"objective/scores": 0.1, "objective/kl": 2.0, "val/explained_variance": None}
+    ppo = {"objective/scores": 0.1, "objective/kl": 2.0, "val/explained_variance": None, f"rewards/{EVIL}": 0.5}
     write(tmp_path / "ppo/metrics.jsonl", *({"step": n, **ppo} for n in steps))
     row = {"prompt": EVIL, "completion": EVIL, "reward": 1.0, "gold": 0.5, "ended": False}
     write(tmp_path / "ppo/samples.jsonl", {"when": "before", **row}, {"when": "after", **row})
@@ -95,6 +95,7 @@ def test_the_page_is_whole_self_contained_and_escaped(run: Path) -> None:
         "PPO",
         "before and after",
         "Best, median and worst",
+        "Reward: ",
         "Calibration",
         "config.yaml",
     ):
