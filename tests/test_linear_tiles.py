@@ -38,7 +38,7 @@ def test_one_tile_beside_the_budget(rows: int, columns: int, budget: int) -> Non
     with Allocated() as scratch:
         for tile in tiles:
             covered += tile.logits.numel()
-            in_buffer += tile.logits.nbytes if tile.kept else 0
+            in_buffer += tile.logits.nbytes if tile.in_buffer else 0
             row_heights.add(tile.logits.shape[0])
     assert covered == rows * columns
     assert in_buffer <= buffer.nbytes <= budget

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear family: the row ops straight from hidden states and a head's weight, without ever holding all the logits.
 
-A head is many logits tiles. Rows that the mask drops leave before the matmul; of the rest, BLAS makes a tile of some
-rows and some columns, the row kernels fold it, and in the backward turn it into its own gradient, which BLAS consumes.
+A head is many logits tiles. Rows that the mask drops leave before the matmul; of the rest, BLAS computes a tile of
+some rows and some columns, the row kernels reduce it to statistics, and in the backward turn it into its own gradient,
+which BLAS multiplies again.
 
     row_selection.py    which rows take part    head.py    weight, bias, LoRA: a tile, and the sums of gradients
     tiles.py    which tile comes when, and which are kept for the backward (the memory budget)

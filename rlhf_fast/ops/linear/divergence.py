@@ -240,19 +240,19 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
 
 
 def _backward_loop(
-    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs, ref_needs: RefNeeds
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, stored: Saved, needs: Needs, ref_needs: RefNeeds
 ) -> tuple[Tensor, ...]:
     with torch.autocast(inputs.head.hidden.device.type, enabled=False):
         loop = _Loop(inputs, options)
         policy, ref = loop.policy, loop.ref
-        grad_kl, parts = loop.selection.take(grads.grad_kl), loop.selection.take(kept.parts, (6,))
+        grad_kl, parts = loop.selection.take(grads.grad_kl), loop.selection.take(stored.parts, (6,))
         assert grad_kl is not None and parts is not None
-        tiles = loop.tiles(kept.tiles)
+        tiles = loop.tiles(stored.tiles)
         ref_head_needs = Needs(*ref_needs, lora_a=False, lora_b=False)
         sums = HeadGradients(policy.head, policy.hidden, policy.low, needs, tiles.row_blocks)
         ref_sums = HeadGradients(ref.head, ref.hidden, None, ref_head_needs, tiles.row_blocks)
         for tile in tiles:
-            pair = loop.pair(tile, not tile.kept)
+            pair = loop.pair(tile, not tile.in_buffer)
             grad, ref_grad = pair_kl_backward(
                 ops, grad_kl[tile.rows], pair, loop.kind, loop.beta, parts[tile.rows], any(needs), any(ref_needs)
             )
@@ -286,7 +286,7 @@ def _fake(inputs: Inputs, options: Options) -> Outputs:
 
 
 def _fake_backward(
-    grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs, ref_needs: RefNeeds
+    grads: Gradients, inputs: Inputs, options: Options, stored: Saved, needs: Needs, ref_needs: RefNeeds
 ) -> tuple[Tensor, ...]:
     return fake_gradients((*inputs.head, *inputs.ref), (*needs, *ref_needs))
 
@@ -303,10 +303,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ops: Any, ctx: Any, grad_kl: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_kl is None:
         return gradients_of([], [], Inputs, Options)
-    inputs, kept = unflatten(saved(ctx, "linear_token_kl"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx, "linear_token_kl"), Inputs, Saved)
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     grads = ops.linear_token_kl_backward(*flatten(
-        Gradients(grad_kl), inputs, ctx.options, kept, Needs(*needed.head), RefNeeds(*needed.ref)
+        Gradients(grad_kl), inputs, ctx.options, stored, Needs(*needed.head), RefNeeds(*needed.ref)
     ))  # fmt: skip
     return gradients_of(grads, (*needed.head, *needed.ref), Inputs, Options)
 

@@ -100,7 +100,7 @@ def _global_logprobs(
     ops: Any, tile: Tensor, shaping: Shaping, shard: Shard, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """This rank's columns of the log-probabilities (n, V / ranks), and the rows' max and log-sum (n, 2) over all."""
-    slices = Slices.dead(1, tile.shape[0], 0, 0, tile, dtype)
+    slices = Slices.empty(1, tile.shape[0], 0, 0, tile, dtype)
     fold(ops, slices, 0, slice(0, tile.shape[0]), tile, None, None, shaping, 0, 0)
     parts = shard.merge(slices, shaping.factor).row_statistics(shaping.factor, dtype, 0).parts
     return log_softmax_again(shape_logits(tile, *shaping, -1), parts[:, 0], parts[:, 1]), parts

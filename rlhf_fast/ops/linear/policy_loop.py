@@ -119,7 +119,7 @@ class _Loop(HeadRows):
                 inputs.ref.ref_hidden, inputs.ref.ref_weight, inputs.ref.ref_bias, lora_a=None, lora_b=None
             )
             self.ref = HeadRows(ref, options.loop, selection)
-        self.softmax = self.shaping(inputs.row_temperature, options.logits)
+        self.row_shaping = self.shaping(inputs.row_temperature, options.logits)
         per_token = (
             inputs.targets, inputs.old_logprobs, inputs.advantages, inputs.share, inputs.log_ratio, inputs.ref_logprobs
         )  # fmt: skip
@@ -148,8 +148,8 @@ class _Loop(HeadRows):
     def statistics(self, ops: Any, rows: slice, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
         """Fills the tiles of a block; its log-probs (n,), entropy (n,) and parts (n, 2)."""
         outputs = codes.LOGPROBS | codes.ENTROPY
-        shaping = self.softmax.at(rows)
-        slices = Slices.dead(max(1, tiles.column_blocks), tiles.rows, 1, outputs, self.hidden, self.sum_dtype)
+        shaping = self.row_shaping.at(rows)
+        slices = Slices.empty(max(1, tiles.column_blocks), tiles.rows, 1, outputs, self.hidden, self.sum_dtype)
         for at, tile in enumerate(tiles):
             self.fill(tile.logits, rows, tile.columns)
             fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), shaping, outputs, 0)
@@ -164,7 +164,7 @@ class _Loop(HeadRows):
         height = rows.stop - rows.start
         policy, ref = (x[: height * self.columns].view(height, self.columns) for x in memory)
         self.ref.fill(ref, rows, slice(0, self.columns))
-        shaping = self.softmax.at(rows)
+        shaping = self.row_shaping.at(rows)
         return Pair(policy, ref, shaping, shaping)
 
 
@@ -229,7 +229,7 @@ def _add_gradients(
 ) -> None:  # fmt: skip
     """Turns the tiles of a block into their gradient and adds what that gives."""
     for tile in tiles:
-        gradients.turn(ops, tile.logits, tile.rows, *loop.own_targets(rows, tile), loop.softmax.at(rows))
+        gradients.turn(ops, tile.logits, tile.rows, *loop.own_targets(rows, tile), loop.row_shaping.at(rows))
         if kl_gradient is not None:
             tile.logits.add_(kl_gradient)
         sums.add(tile.logits, rows, tile.columns)
@@ -241,7 +241,7 @@ def _largest_gradient(loop: _Loop, slope: Tensor, tokens: Tokens) -> Tensor:
     """A bound of the entries of the tiles' gradients, as long as no log-probability that matters is below -30 nats."""
     options = loop.loss
     nats = 30.0 * (abs(options.entropy_coef) + (abs(options.kl_coef) if loop.ref is not None else 0.0))
-    shaping = loop.softmax
+    shaping = loop.row_shaping
     temperature: Any = shaping.temperature if shaping.row_temperature is None else shaping.row_temperature.min()
     return ((slope.abs() + nats) * tokens.share.abs()).max() * (abs(shaping.logit_scale) / temperature)
 

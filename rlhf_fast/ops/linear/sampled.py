@@ -181,7 +181,7 @@ class _Loop(HeadRows):
         assert targets is not None
         self.targets = targets.unsqueeze(-1)
         # Scale and cap are applied by `logits`, before the ids elsewhere become -inf.
-        self.softmax = self.shaping(inputs.row_temperature, LogitOptions(options.logits.temperature, 1.0, 0.0))
+        self.row_shaping = self.shaping(inputs.row_temperature, LogitOptions(options.logits.temperature, 1.0, 0.0))
         self.logit_scale, self.softcap = options.logits.logit_scale, options.logits.softcap
 
     def blocks(self) -> Iterator[_Block]:
@@ -247,8 +247,8 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
         parts = hidden.new_empty((loop.count, 2), dtype=loop.sum_dtype)
         for block in loop.blocks():
             z, _, _ = loop.logits(block)
-            shaping = loop.softmax.at(block.rows)
-            slices = Slices.dead(1, z.shape[0], 1, codes.LOGPROBS, z, loop.sum_dtype)
+            shaping = loop.row_shaping.at(block.rows)
+            slices = Slices.empty(1, z.shape[0], 1, codes.LOGPROBS, z, loop.sum_dtype)
             everything = slice(0, z.shape[0])
             fold(ops, slices, 0, everything, z, block.target, block.target_here, shaping, codes.LOGPROBS, 0)
             merged = loop.shard.merge(slices, shaping.factor)
@@ -261,20 +261,20 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
 
 
 def _backward_loop(
-    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, stored: Saved, needs: Needs
 ) -> HeadGradientTensors:
     with torch.autocast(inputs.head.hidden.device.type, enabled=False):
         loop = _Loop(inputs, options)
         sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, row_blocks=2)  # 2: nothing is complete at once
         entries: list[_Entries] = []
-        given, sorted_parts = loop.selection.take(grads.grad_logprobs), kept.parts[loop.order]
+        given, sorted_parts = loop.selection.take(grads.grad_logprobs), stored.parts[loop.order]
         assert given is not None
         for block in loop.blocks():
             z, slope, gathered = loop.logits(block)
             wanted = torch.where(block.found, given[block.rows], 0.0).unsqueeze(-1)
             gradients = RowGradients(wanted, None, None, None, None, sorted_parts[block.rows])
             everything = slice(0, z.shape[0])
-            gradients.turn(ops, z, everything, block.target, block.target_here, loop.softmax.at(block.rows))
+            gradients.turn(ops, z, everything, block.target, block.target_here, loop.row_shaping.at(block.rows))
             grad = z.mul_(slope).masked_fill_(~block.here, 0)
             if gathered is None:
                 tile = grad.new_zeros((z.shape[0], loop.shard.columns)).scatter_add_(1, block.ids, grad)
@@ -341,7 +341,9 @@ def _fake(inputs: Inputs, options: Options) -> Outputs:
     )
 
 
-def _fake_backward(grads: Gradients, inputs: Inputs, options: Options, kept: Saved, needs: Needs) -> tuple[Tensor, ...]:
+def _fake_backward(
+    grads: Gradients, inputs: Inputs, options: Options, stored: Saved, needs: Needs
+) -> tuple[Tensor, ...]:
     return fake_gradients(inputs.head, needs)
 
 
@@ -357,10 +359,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_logprobs is None:
         return gradients_of([], [], Inputs, Options)
-    inputs, kept = unflatten(saved(ctx, "linear_sampled_logprobs"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx, "linear_sampled_logprobs"), Inputs, Saved)
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     grads = ops.linear_sampled_logprobs_backward(
-        *flatten(Gradients(grad_logprobs), inputs, ctx.options, kept, Needs(*needed.head))
+        *flatten(Gradients(grad_logprobs), inputs, ctx.options, stored, Needs(*needed.head))
     )
     return gradients_of(grads, needed.head, Inputs, Options)
 

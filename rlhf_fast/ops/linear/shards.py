@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head whose vocabulary is cut into equal slices over the ranks of a process group, rank 0 having the first ids.
+"""A head whose vocabulary is split into equal slices over the ranks of a process group, rank 0 having the first ids.
 
 Every rank has all rows of hidden and the same targets. One gather of a few floats per token merges the statistics; the
 gradient of hidden is summed over ranks, that of the weight stays where its slice is.

@@ -62,7 +62,7 @@ class Slices(NamedTuple):
     argmax: Tensor | None  # (S, n), among all columns
 
     @staticmethod
-    def dead(count: int, rows: int, k: int, outputs: int, like: Tensor, dtype: torch.dtype) -> Slices:
+    def empty(count: int, rows: int, k: int, outputs: int, like: Tensor, dtype: torch.dtype) -> Slices:
         """Slices without any mass, to be written over."""
         zeros = like.new_zeros((count, rows), dtype=dtype)
         return Slices(

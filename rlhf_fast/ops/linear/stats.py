@@ -122,8 +122,8 @@ def linear_token_logprobs(
             them under torch.compile); with indices it never does, so that a CUDA graph of fixed R can be captured.
         logits_dtype: torch.float32 gives exact logits of half-precision operands; None = the operands' dtype.
         memory_budget: bytes of logits kept for the backward; the others are computed again there. None = 512 MiB on
-            CPU, 2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and at most 256 MiB on CUDA
-            (one row of logits if that is more). Results depend on it only by rounding.
+            CPU, 2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and at most 256 MiB on CUDA.
+            Results depend on it only by rounding.
         process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
             hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient.
             Before torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
@@ -214,7 +214,7 @@ class _Loop(HeadRows):
         targets = inputs.targets
         self.k = () if targets is None or targets.shape == hidden.shape[:-1] else (targets.shape[-1],)
         self.targets = self.take_k(targets)
-        self.shape_of_z = self.shaping(inputs.row_temperature, options.logits)
+        self.row_shaping = self.shaping(inputs.row_temperature, options.logits)
         self.budget = options.loop.budget
 
     def take_k(self, x: Tensor | None) -> Tensor | None:
@@ -243,15 +243,15 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
         tiles = loop.tiles(buffer)
         k = 0 if loop.targets is None else loop.targets.shape[1]
         blocks = max(1, tiles.column_blocks)
-        slices = Slices.dead(blocks, loop.count, k, options.outputs, loop.hidden, loop.sum_dtype)
+        slices = Slices.empty(blocks, loop.count, k, options.outputs, loop.hidden, loop.sum_dtype)
         for tile in tiles:
             loop.fill(tile.logits, tile.rows, tile.columns)
             local, here = loop.own_targets(tile.rows, tile.columns)
             fold(
-                ops, slices, tile.columns.start // tiles.width, tile.rows, tile.logits, local, here, loop.shape_of_z,
+                ops, slices, tile.columns.start // tiles.width, tile.rows, tile.logits, local, here, loop.row_shaping,
                 options.outputs, tile.columns.start + loop.shard.first,
             )  # fmt: skip
-        factor = loop.shape_of_z.factor
+        factor = loop.row_shaping.factor
         merged = loop.shard.merge(slices, factor)
         found = merged.row_statistics(factor, loop.sum_dtype, options.outputs)
     return _outputs(loop, found, buffer)
@@ -271,36 +271,36 @@ def _outputs(loop: _Loop, found: RowStatistics, buffer: Tensor) -> Outputs:
 
 
 def _backward_in_place(
-    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, stored: Saved, state: TileState, needs: Needs
 ) -> HeadGradientTensors:
     """The gradients of the head's tensors; tiles that were kept are overwritten with their own gradient."""
     with torch.autocast(inputs.head.hidden.device.type, enabled=False):
         loop = _Loop(inputs, options)
         take = loop.selection.take
-        parts = take(kept.parts, (2,))
+        parts = take(stored.parts, (2,))
         assert parts is not None
         wanted = RowGradients(
             loop.take_k(grads.grad_logprobs), take(grads.grad_entropy), take(grads.grad_logsumexp), loop.targets,
-            take(kept.entropy), parts,
+            take(stored.entropy), parts,
         )  # fmt: skip
-        tiles = loop.tiles(kept.tiles)
+        tiles = loop.tiles(stored.tiles)
         sums = HeadGradients(loop.head, loop.hidden, loop.low, needs, tiles.row_blocks, revisits=False)
         for tile in tiles:
-            if not (tile.kept and state.tiles_hold_logits):
+            if not (tile.in_buffer and state.tiles_hold_logits):
                 loop.fill(tile.logits, tile.rows, tile.columns)
-            wanted.turn(ops, tile.logits, tile.rows, *loop.own_targets(tile.rows, tile.columns), loop.shape_of_z)
+            wanted.turn(ops, tile.logits, tile.rows, *loop.own_targets(tile.rows, tile.columns), loop.row_shaping)
             sums.add(tile.logits, tile.rows, tile.columns)
-            if tile.kept:
+            if tile.in_buffer:
                 give_back(tile.logits)
         result = sums.finish(loop.vocabulary, loop.shard.sum)
     return result._replace(grad_hidden=loop.put_hidden(result.grad_hidden) if needs.hidden else result.grad_hidden)
 
 
 def _backward_out_of_place(
-    ops: Any, grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+    ops: Any, grads: Gradients, inputs: Inputs, options: Options, stored: Saved, state: TileState, needs: Needs
 ) -> HeadGradientTensors:
-    kept = kept._replace(tiles=kept.tiles.clone())
-    return _backward_in_place(ops, grads, inputs, options, kept, state, needs)
+    stored = stored._replace(tiles=stored.tiles.clone())
+    return _backward_in_place(ops, grads, inputs, options, stored, state, needs)
 
 
 # ----------------------------------------------------------------------------------------------- registration
@@ -327,7 +327,7 @@ def _fake(inputs: Inputs, options: Options) -> Outputs:
 
 
 def _fake_backward(
-    grads: Gradients, inputs: Inputs, options: Options, kept: Saved, state: TileState, needs: Needs
+    grads: Gradients, inputs: Inputs, options: Options, stored: Saved, state: TileState, needs: Needs
 ) -> tuple[Tensor, ...]:
     return fake_gradients(inputs.head, needs)
 
@@ -347,16 +347,16 @@ def _backward(ops: Any, ctx: Any, *flat_grads: Tensor | None) -> tuple[Any, ...]
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     if all(g is None for g in grads):
         return gradients_of([], [], Inputs, Options)
-    inputs, kept = unflatten(saved(ctx, "linear_token_stats"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx, "linear_token_stats"), Inputs, Saved)
     state = TileState(ctx.tiles_hold_logits)
     # With create_graph the gradients must come from an operator that refuses to be differentiated; while tracing,
     # functionalisation would copy the tiles anyway.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(kept.tiles) is not Tensor:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(stored.tiles) is not Tensor:
         backward = ops.linear_token_stats_backward
     else:  # tiles turn into gradients; a second backward fills them again
         backward = ops.linear_token_stats_backward_
-        kept, ctx.tiles_hold_logits = kept._replace(tiles=kept.tiles.data), False
-    results = backward(*flatten(grads, inputs, ctx.options, kept, state, Needs(*needed.head)))
+        stored, ctx.tiles_hold_logits = stored._replace(tiles=stored.tiles.data), False
+    results = backward(*flatten(grads, inputs, ctx.options, stored, state, Needs(*needed.head)))
     return gradients_of(results, needed.head, Inputs, Options)
 
 

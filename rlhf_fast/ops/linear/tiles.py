@@ -12,8 +12,8 @@ from torch import Tensor
 # Bytes of logits kept for the backward when the caller says nothing.
 DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 
-# On a CPU a tile shares the last-level cache with the slices of the operands it is made of. On a GPU it is made as
-# large as the budget allows, and this is for a budget smaller than that.
+# On a CPU a tile shares the last-level cache with the slices of the operands that it is the product of. On a GPU it has
+# to be large enough to fill the device, and no larger: it stands beside the tiles that the budget keeps.
 CPU_TILE = 16 * 2**20
 GPU_TILE = 256 * 2**20
 
@@ -39,14 +39,14 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     logits: Tensor  # (rows, columns), dense
-    kept: bool  # lies in the buffer that lives until the backward
+    in_buffer: bool  # which lives until the backward
 
 
 class Tiles:
-    """All tiles of `(rows, columns)` logits, one column of them after the other; the first ones lie in `kept`."""
+    """All tiles of `(rows, columns)` logits, one column of them after the other; the first ones lie in `buffer`."""
 
-    def __init__(self, rows: int, columns: int, kept: Tensor, height: int, width: int) -> None:
-        self.rows, self.columns, self.kept = rows, columns, kept
+    def __init__(self, rows: int, columns: int, buffer: Tensor, height: int, width: int) -> None:
+        self.rows, self.columns, self.buffer = rows, columns, buffer
         self.height, self.width = height, width
         self.row_blocks = -(-rows // height)
         self.column_blocks = -(-columns // width)
@@ -59,11 +59,11 @@ class Tiles:
                 rows = slice(top, min(top + self.height, self.rows))
                 shape = (rows.stop - rows.start, columns.stop - columns.start)
                 size = shape[0] * shape[1]
-                if used + size <= self.kept.numel():
-                    yield Tile(rows, columns, self.kept[used : used + size].view(shape), True)
+                if used + size <= self.buffer.numel():
+                    yield Tile(rows, columns, self.buffer[used : used + size].view(shape), True)
                     used += size
                 else:
-                    scratch = self.kept.new_empty(self.height * self.width) if scratch is None else scratch
+                    scratch = self.buffer.new_empty(self.height * self.width) if scratch is None else scratch
                     yield Tile(rows, columns, scratch[:size].view(shape), False)
 
 

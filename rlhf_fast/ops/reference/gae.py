@@ -35,16 +35,16 @@ def gae(
     real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     r, v = (torch.where(real, x.to(dtype), 0.0) for x in (rewards, values))
     done = torch.zeros_like(real) if dones is None else dones & real
-    cut = torch.zeros_like(real) if truncated is None else truncated & real & ~done
-    boot = r if bootstrap_values is None else torch.where(cut, bootstrap_values.to(dtype), 0.0)
+    is_truncated = torch.zeros_like(real) if truncated is None else truncated & real & ~done
+    boot = r if bootstrap_values is None else torch.where(is_truncated, bootstrap_values.to(dtype), 0.0)
     lam_rows = lam if row_lam is None else row_lam.to(dtype)
     value_lam_rows = value_lam if row_value_lam is None else row_value_lam.to(dtype)
 
     advantages, value_advantages = torch.zeros_like(r), torch.zeros_like(r)
     next_value = running = value_running = r.new_zeros(r.shape[0])
     for t in range(r.shape[1] - 1, -1, -1):
-        goes_on = ~(done[:, t] | cut[:, t])
-        following = torch.where(goes_on, next_value, torch.where(cut[:, t], boot[:, t], 0.0))
+        goes_on = ~(done[:, t] | is_truncated[:, t])
+        following = torch.where(goes_on, next_value, torch.where(is_truncated[:, t], boot[:, t], 0.0))
         delta = r[:, t] + gamma * following - v[:, t]
         a = delta + gamma * lam_rows * torch.where(goes_on, running, 0.0)
         b = delta + gamma * value_lam_rows * torch.where(goes_on, value_running, 0.0)
