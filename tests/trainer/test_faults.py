@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the machine in the middle of a run: what was saved is whole, and --resume ends as if nothing had been."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import transformers.modeling_utils
+from helpers import phases
+
+from rlhf_fast.run.checkpoint import checkpoints, damaged_file
+from rlhf_fast.trainer import PPOConfig
+
+# Every kind of file that a run of RL writes, and which write of it fails.
+WRITES = {
+    "config.yaml": 1,
+    "eval_before.json": 1,
+    "samples.jsonl": 2,
+    "metrics.jsonl": 2,
+    "state.safetensors": 2,
+    "state.json": 2,
+    "checksums.json": 2,
+    "model.safetensors": 1,
+    "eval_after.json": 1,
+    "summary.json": 1,
+}
+
+
+class Failing:
+    """A file of which half of the first write reaches the disk."""
+
+    def __init__(self, file: Any, error: OSError) -> None:
+        self.file, self.error = file, error
+
+    def write(self, text: str) -> int:
+        self.file.write(text[: len(text) // 2])
+        raise self.error
+
+    def __enter__(self) -> Failing:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.__exit__(*error)
+
+
+def fail_writes(name: str, which: int, error: OSError, patch: pytest.MonkeyPatch) -> None:
+    """From the `which`-th write of a file of this name on, each writes half and raises `error`."""
+    count = [0]
+    really_open, save_file = Path.open, safetensors.torch.save_file
+
+    def fails(path: str | Path) -> bool:
+        if Path(path).name.removesuffix(".tmp") != name:
+            return False
+        count[0] += 1
+        return count[0] >= which
+
+    def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = really_open(path, mode, *args, **options)
+        return Failing(file, error) if mode in ("w", "a") and fails(path) else file
+
+    def saved(tensors: Any, filename: Any, *args: Any, **options: Any) -> None:
+        save_file(tensors, filename, *args, **options)
+        if fails(filename):
+            os.truncate(filename, os.path.getsize(filename) // 2)
+            raise error
+
+    patch.setattr(Path, "open", opened)
+    patch.setattr(safetensors.torch, "save_file", saved)
+    patch.setattr(transformers.modeling_utils, "safe_save_file", saved)
+
+
+@pytest.fixture(scope="module")
+def config(job_data: Path) -> PPOConfig:
+    return replace(phases.jobs(job_data)["grpo"], save_steps=1, max_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(config: PPOConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    phases.run(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [*((name, errno.ENOSPC) for name in WRITES), ("metrics.jsonl", errno.EROFS), ("state.json", errno.EROFS)],
+)
+def test_a_disk_that_is_full_or_read_only_half_way(
+    name: str, code: int, config: PPOConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_writes(name, WRITES[name], OSError(code, os.strerror(code)), patch)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            phases.run(config, run)
+    assert all(damaged_file(path) is None for path in checkpoints(run))
+    assert not (run / "summary.json").exists()
+    phases.run(config, run, resume=True)
+    for file in ("model/model.safetensors", "eval_before.json", "eval_after.json", "samples.jsonl"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert phases.metrics(run) == phases.metrics(whole)
+
+
+DIES = """
+import os
+calls = 0
+
+def reward(prompt, completions):
+    global calls
+    calls += 1
+    if os.environ.get("RANK") == "1" and os.environ.get("DIES") and calls > 4:  # two prompts a step: in the third step
+        os._exit(9)
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+def test_when_a_process_dies_the_main_one_saves(job_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text(DIES)
+    command = f"""ppo --model {job_data}/model --prompts-file {job_data}/few.jsonl --reward-functions
+        {tmp_path}/dies.py:reward --objective grpo --dtype float32 --max-length 32 --max-new-tokens 6 --max-steps 4
+        --prompts-per-step 4 --samples-per-prompt 2 --output-dir {tmp_path}/run""".split()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlhf_fast"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    died = subprocess.run(
+        [*launch, *command], capture_output=True, text=True, timeout=200, env={**environment, "DIES": "1"}
+    )
+    assert died.returncode != 0
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-2"], died.stderr[-3000:]
+    assert died.stderr.count("saved after 2 steps, --resume goes on from there") == 1
+    resumed = subprocess.run(
+        [sys.executable, "-m", "rlhf_fast", *command, "--resume"], capture_output=True, text=True, env=environment
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in phases.metrics(tmp_path / "run")] == [1, 2, 3, 4]
