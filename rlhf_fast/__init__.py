@@ -16,7 +16,7 @@ from rlhf_fast import _triton
 from rlhf_fast._dispatch import backends, find_native_kernels, use_backend
 from rlhf_fast._version import __version__
 from rlhf_fast.integrations import hf
-from rlhf_fast.ops.gae import Advantages, gae, masked_whiten, ppo_advantages
+from rlhf_fast.ops.gae import GAE, Advantages, gae, masked_whiten, ppo_advantages
 from rlhf_fast.ops.kl import approx_kl, token_kl, token_kl_and_grad
 from rlhf_fast.ops.linear import (
     PolicyLoss,
@@ -33,6 +33,7 @@ find_native_kernels()
 _triton.register()
 
 __all__ = [
+    "GAE",
     "LOG_RATIO_LIMIT",
     "Advantages",
     "PolicyLoss",

@@ -64,6 +64,9 @@ def use_backend(name: str) -> Iterator[None]:
 
     name: "auto" (the default outside), "native" (compiled C++/CUDA), "triton" or "torch" (the reference).
     Applies to the whole process, not to one thread. A backward runs on the backend of its forward.
+
+    Raises:
+        ValueError: on an unknown name.
     """
     global _requested
     previous, _requested = _requested, _checked(name, "rlhf_fast.use_backend")
@@ -89,7 +92,7 @@ def why_not(
             return f"this build holds no {device_type} kernels" + (f" ({reason})" if reason else "")
         if reason := _ext.why_not_native_gpu(device_type, index):
             return reason
-    if backend == "triton" and (reason := _triton.why_not(device_type, index)):
+    if backend == "triton" and (reason := _triton.why_not(KERNEL_OF[op], device_type, index)):
         return reason
     return "" if dtype in KERNEL_DTYPES else f"{dtype} is served by PyTorch alone"
 

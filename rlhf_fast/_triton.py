@@ -30,6 +30,10 @@ def launched_from(family: str, *operators: str) -> None:
     FAMILIES[family] = operators
 
 
+# Those that sum for whitening in float64.
+FLOAT64_KERNELS = ("ppo_advantages", "whiten_moments", "whiten")
+_float64: dict[int | None, bool] = {}
+
 installed = importlib.util.find_spec("triton") is not None
 
 
@@ -50,10 +54,19 @@ def _launcher(family: str, name: str) -> Callable[..., Any]:
     return launch
 
 
-def why_not(device_type: str, index: int | None = None) -> str:
-    """Empty when Triton kernels serve this kind of device, else the reason that they do not."""
+def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
+    """Empty when the Triton kernel of this name serves the device, else the reason that it does not."""
     if not installed:
         return "Triton is not installed (pip install 'rlhf-fast[triton]')"
     if device_type not in DEVICES:
         return f"Triton kernels run on GPUs, not on {device_type}"
+    if device_type == "xpu" and kernel in FLOAT64_KERNELS and not _has_float64(index):
+        return "this Intel GPU has no float64, in which the kernel sums"
     return _ext.why_not_gpu(device_type, index)
+
+
+def _has_float64(index: int | None) -> bool:
+    """Asked once of each Intel GPU, and never while torch.compile traces, which cannot follow that."""
+    if not torch.compiler.is_compiling() and index not in _float64:
+        _float64[index] = bool(torch.xpu.get_device_capability(index).get("has_fp64", True))
+    return _float64.get(index, True)

@@ -203,3 +203,31 @@ def test_gradients_of_estimators_used_as_losses(generator: torch.Generator) -> N
     torch.testing.assert_close(k2_gradient, kl_gradient, rtol=0, atol=1e-12)
     _, k3_gradient, _, kl_gradient = expected("k3", "value", generator)
     assert (k3_gradient - kl_gradient).abs().max().item() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("gradient", ["value", "straight_through"])
+def test_the_limit_of_the_log_ratio(backend: str, estimator: str, gradient: str, generator: torch.Generator) -> None:
+    """Within it nothing changes; beyond it value and gradient are those of a constant, where exp would overflow."""
+    d = torch.tensor([0.0, 3.0, -3.0, 20.0, -20.0, 30.0, -30.0, 200.0, -200.0, 1e4, -1e4])
+    ref = randn(d.numel(), generator=generator).abs().neg().requires_grad_()
+    logprobs = (ref.detach() + d).requires_grad_()
+    limited = d.clamp(-20, 20)
+    options = {"estimator": estimator, "gradient": gradient}
+    got = rf.approx_kl(logprobs, ref, log_ratio_limit=rf.LOG_RATIO_LIMIT, **options)
+    torch.testing.assert_close(got, rf.approx_kl(limited, torch.zeros_like(d), **options), rtol=1e-4, atol=1e-5)
+    got.sum().backward()
+    assert logprobs.grad is not None and ref.grad is not None
+    assert bool(logprobs.grad.isfinite().all()) and bool((logprobs.grad[5:] == 0).all())
+    torch.testing.assert_close(ref.grad, -logprobs.grad)
+    inner = d[:3].clone().requires_grad_()
+    rf.approx_kl(inner, torch.zeros(3), **options).sum().backward()
+    torch.testing.assert_close(logprobs.grad[:3], inner.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_happens_where_k3_overflows(backend: str) -> None:
+    """As the docstring says: infinite below d = -88.7, finite above; the other estimators are finite everywhere."""
+    d = torch.tensor([-88.0, -89.0])
+    assert rf.approx_kl(d, torch.zeros(2), estimator="k3").isfinite().tolist() == [True, False]
+    for estimator in ("k1", "k2", "abs"):
+        assert bool(rf.approx_kl(d * 1e4, torch.zeros(2), estimator=estimator).isfinite().all())

@@ -67,7 +67,8 @@ def main(steps: int = 60) -> list[float]:
         made = rf.ppo_advantages(scores, old_logprobs, ref_logprobs, values, mask, kl_coef=KL_COEF)
         for _ in range(2):
             hidden = policy.trunk(ids)[:, states]
-            ratio = (response_logprobs(policy, hidden, response, mask) - old_logprobs).exp()
+            log_ratio = response_logprobs(policy, hidden, response, mask) - old_logprobs
+            ratio = log_ratio.clamp(-rf.LOG_RATIO_LIMIT, rf.LOG_RATIO_LIMIT).exp()  # without the limit it may be inf
             gain = torch.min(ratio * made.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * made.advantages)
             value_errors = (policy.value(hidden)[..., 0] - made.returns) ** 2
             loss = ((0.5 * value_errors - gain) * mask).sum() / mask.sum()

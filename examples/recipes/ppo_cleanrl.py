@@ -75,7 +75,8 @@ def update(agent: Agent, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, 
     b_obs, b_actions, b_logprobs, b_advantages, b_returns = (x.reshape(-1, *x.shape[2:]) for x in batch)
     for mb in torch.randperm(len(b_obs)).chunk(4):
         stats = rf.token_stats(agent.actor(b_obs[mb]), b_actions[mb])  # log-probs and entropy in one reading
-        ratio = (stats.logprobs - b_logprobs[mb]).exp()
+        log_ratio = stats.logprobs - b_logprobs[mb]
+        ratio = log_ratio.clamp(-rf.LOG_RATIO_LIMIT, rf.LOG_RATIO_LIMIT).exp()  # without the limit it may be inf
         advantages = (b_advantages[mb] - b_advantages[mb].mean()) / (b_advantages[mb].std() + 1e-8)
         pg_loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP_COEF, 1 + CLIP_COEF)).mean()
         v_loss = 0.5 * ((agent.critic(b_obs[mb])[:, 0] - b_returns[mb]) ** 2).mean()

@@ -189,8 +189,7 @@ def _kl_penalty(original: Any) -> Any:
         if estimator != "k3":
             return rf.approx_kl(logprob, ref_logprob, estimator=estimator)
         # verl's clamp stops the gradient too; the inner one keeps exp from overflowing into 0 * inf.
-        log_ratio = (logprob - ref_logprob).clamp(-20.0, 20.0)
-        return rf.approx_kl(log_ratio, torch.zeros_like(log_ratio), estimator="k3").clamp(max=10.0)
+        return rf.approx_kl(logprob, ref_logprob, estimator="k3", log_ratio_limit=20.0).clamp(max=10.0)
 
     return kl_penalty
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def is_float(op: str, name: str, x: Tensor) -> None:
+def is_float(op: str, name: str, x: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"rlhf_fast.{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -50,22 +52,68 @@ def is_mask(op: str, name: str, mask: Tensor | None, wanted: tuple[int, ...], of
     on_device(op, name, mask, of, first)
 
 
+def number(op: str, name: str, value: Any) -> float:
+    """A Python or NumPy number, or a tensor of one element."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"rlhf_fast.{op}: {name} must be a number, got {_named(value)}") from None
+
+
+def whole_number(op: str, name: str, value: Any) -> int:
+    """As it is, since torch.compile may have made a symbol of it."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"rlhf_fast.{op}: {name} must be an integer, got {_named(value)}") from None
+
+
+def flag(op: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"rlhf_fast.{op}: {name} must be True or False, got {_named(value)}")
+    return value
+
+
+def is_group(op: str, value: Any) -> None:
+    """A process group, or None."""
+    if value is not None and not hasattr(value, "group_name"):
+        raise TypeError(f"rlhf_fast.{op}: process_group must be a process group or None, got {_named(value)}")
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    return "None" if value is None else f"{str(value)[:60]} ({type(value).__name__})"
+
+
 def choice(op: str, name: str, value: str, allowed: Mapping[str, int]) -> int:
+    if not isinstance(value, str):
+        raise TypeError(f"rlhf_fast.{op}: {name} must be one of {', '.join(allowed)}, got {_named(value)}")
     if value not in allowed:
         raise ValueError(f"rlhf_fast.{op}: {name} must be one of {', '.join(allowed)}, got {value!r}")
     return allowed[value]
 
 
 def positive(op: str, name: str, value: float) -> float:
+    value = number(op, name, value)
     if not value > 0:
         raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0, got {value}")
-    return float(value)
+    return value
 
 
 def in_unit_interval(op: str, name: str, value: float) -> float:
+    value = number(op, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"rlhf_fast.{op}: {name} must be between 0 and 1, got {value}")
-    return float(value)
+    return value
 
 
 def can_look(x: Tensor) -> bool:
@@ -84,8 +132,12 @@ def temperature(
     """
     if not isinstance(value, Tensor):
         return None, positive(op, name, value)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"rlhf_fast.{op}: {name} must hold numbers, got {value.dtype}")
     if value.dim() != 0:
         shape_is(op, name, value, rows, "the rows")
+    if value.device.type == "meta":
+        on_device(op, name, value, "the rows", first)
     if value.requires_grad and torch.is_grad_enabled():
         value = value.detach()  # by contract the temperature is a constant
     if can_look(value):

@@ -26,6 +26,15 @@ from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
 from rlhf_fast.ops._register import define
 
+MASK_MODES = {"zero": 0, "carry": 1}
+
+
+class GAE(NamedTuple):
+    """What `gae` returns, both of the shape of rewards, float32 (float64 for float64), 0 at masked tokens."""
+
+    advantages: Tensor
+    returns: Tensor
+
 
 class Advantages(NamedTuple):
     """What `ppo_advantages` returns, all `(B, T)` float32 and 0 at masked tokens."""
@@ -49,7 +58,7 @@ def gae(
     lam: float | Tensor = 0.95,
     value_lam: float | Tensor | None = None,
     mask_mode: str = "carry",
-) -> tuple[Tensor, Tensor]:
+) -> GAE:
     """Advantages and returns; formulas in the module's docstring. No gradient.
 
     Args:
@@ -65,7 +74,11 @@ def gae(
         mask_mode: "carry" or "zero".
 
     Returns:
-        `(advantages, returns)`, float32 (float64 for float64), of the shape of rewards.
+        `GAE(advantages, returns)`, float32 (float64 for float64), of the shape of rewards; returns at masked tokens
+        are 0 too.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "gae"
     _check.is_float(op, "rewards", rewards)
@@ -75,8 +88,7 @@ def gae(
         raise ValueError(f"rlhf_fast.{op}: rewards must be {wanted}, got shape {tuple(rewards.shape)}")
     _check_like(op, "values", values, rewards)
     _check.is_mask(op, "mask", mask, rewards.shape, "rewards", rewards)
-    if mask_mode not in ("carry", "zero"):
-        raise ValueError(f"rlhf_fast.{op}: mask_mode must be 'carry' or 'zero', got {mask_mode!r}")
+    carry = bool(_check.choice(op, "mask_mode", mask_mode, MASK_MODES))
     if (truncated is None) != (bootstrap_values is None):
         raise ValueError(f"rlhf_fast.{op}: truncated and bootstrap_values must be given together, got one of them")
     if cu_seqlens is not None:
@@ -87,10 +99,11 @@ def gae(
         (row_lam, lam_float) if value_lam is None else _row_lam(op, "value_lam", value_lam, rows, rewards)
     )
     flags = _token_flags(op, rewards, rows, mask, cu_seqlens, dones, truncated, bootstrap_values)
-    return _dispatch.select(op, rewards).gae(
+    advantages, returns = _dispatch.select(op, rewards).gae(
         rewards.detach(), values.detach(), mask, *flags, cu_seqlens, row_lam, row_value_lam,
-        _check.in_unit_interval(op, "gamma", gamma), lam_float, value_lam_float, mask_mode == "carry",
+        _check.in_unit_interval(op, "gamma", gamma), lam_float, value_lam_float, carry,
     )  # fmt: skip
+    return GAE(advantages, returns)
 
 
 def ppo_advantages(
@@ -124,6 +137,12 @@ def ppo_advantages(
         score_clip: limits scores to [-score_clip, score_clip].
         whiten: whiten the advantages, as `masked_whiten`.
         process_group: whiten with the statistics of all its ranks.
+
+    Returns:
+        `Advantages(kl, rewards, advantages, returns)`, all `(B, T)` float32 (float64 for float64), 0 at masked tokens.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "ppo_advantages"
     _check.is_float(op, "logprobs", logprobs)
@@ -137,14 +156,16 @@ def ppo_advantages(
     if mask is None:
         raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = response token), got None")
     _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
+    _check.is_group(op, process_group)
     clip = float("inf") if score_clip is None else _check.positive(op, "score_clip", score_clip)
     ops = _dispatch.select(op, logprobs)
     kl, rewards, advantages, returns, moments = ops.ppo_advantages(
-        scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask, float(kl_coef),
-        _check.choice(op, "estimator", estimator, codes.ESTIMATORS), _check.in_unit_interval(op, "gamma", gamma),
+        scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask,
+        _check.number(op, "kl_coef", kl_coef), _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
+        _check.in_unit_interval(op, "gamma", gamma),
         _check.in_unit_interval(op, "lam", lam), clip,
     )  # fmt: skip
-    if whiten:
+    if _check.flag(op, "whiten", whiten):
         advantages = ops.whiten(advantages, mask, _over_ranks(moments, process_group), True)
     return Advantages(kl, rewards, advantages, returns)
 
@@ -159,13 +180,18 @@ def masked_whiten(
     """(x - mean) * rsqrt(var + 1e-8) over the real tokens, of all ranks when given a process group. No gradient.
 
     The variance is unbiased (divides by n - 1), and 0 with fewer than two real tokens. shift_mean=False adds the mean
-    back. Masked tokens are not read and return 0.
+    back. Masked tokens are not read and return 0. float32 (float64 for float64 values).
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "masked_whiten"
     _check.is_float(op, "values", values)
     if mask is None:
         raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = real token), got None")
     _check.is_mask(op, "mask", mask, values.shape, "values", values)
+    _check.flag(op, "shift_mean", shift_mean)
+    _check.is_group(op, process_group)
     ops = _dispatch.select(op, values)
     values = values.detach()
     moments = _over_ranks(ops.whiten_moments(values, mask), process_group)
@@ -187,6 +213,10 @@ def _check_like(op: str, name: str, x: Tensor, first: Tensor, first_name: str = 
 def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) -> tuple[Tensor | None, float]:
     if not isinstance(lam, Tensor):
         return None, _check.in_unit_interval(op, name, lam)
+    if lam.dtype == torch.bool or lam.is_complex():
+        raise TypeError(f"rlhf_fast.{op}: {name} must hold numbers, got {lam.dtype}")
+    if lam.device.type == "meta":
+        _check.on_device(op, name, lam, "rewards", first)
     if lam.dim() != 0:
         _check.shape_is(op, name, lam, (rows,), "the rows")
     if _check.can_look(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
@@ -196,8 +226,9 @@ def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) 
 
 
 def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"rlhf_fast.{op}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"rlhf_fast.{op}: cu_seqlens must be an int32 or int64 tensor, got {came}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"rlhf_fast.{op}: cu_seqlens must be (S + 1,), got shape {tuple(cu_seqlens.shape)}")
     _check.on_device(op, "cu_seqlens", cu_seqlens, "rewards", rewards)
@@ -223,6 +254,9 @@ def _token_flags(
     """dones, truncated, bootstrap_values with an entry for each token; those given per row go to the last real one."""
     flags: list[Tensor | None] = []
     given = (("dones", dones), ("truncated", truncated), ("bootstrap_values", bootstrap_values))
+    for name, x in given:
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"rlhf_fast.{op}: {name} must be a tensor, got {type(x).__name__}")
     per_row = {
         name: x is not None and x.dim() == 1 and x.shape != rewards.shape and x.shape[0] == rows for name, x in given
     }
@@ -282,11 +316,11 @@ def _two_like(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_ppo_advantages(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*_two_like(logprobs), *_two_like(logprobs), logprobs.new_empty(3, dtype=torch.float64))
+    return (*_two_like(logprobs), *_two_like(logprobs), _fake_moments(logprobs, logprobs))
 
 
 def _fake_moments(values: Tensor, mask: Tensor) -> Tensor:
-    return values.new_empty(3, dtype=torch.float64)
+    return values.new_empty(3, dtype=reference.wide_dtype(values.device))
 
 
 def _fake_whiten(values: Tensor, *_: Any) -> Tensor:

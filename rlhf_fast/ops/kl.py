@@ -56,6 +56,9 @@ def token_kl(
         `(...)` float32 (float64 for float64 logits); 0 at masked rows. Differentiable in `logits`, and in `ref_logits`
         if that requires grad. Where the value is +inf (a token that only one side forbids) the gradient is finite: it
         counts the forbidden side's log-probability as -104 nats, about float32's smallest.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "token_kl"
     tensors, options = _checked_pair(
@@ -91,6 +94,9 @@ def token_kl_and_grad(
     Returns:
         `(kl, grad_logits)`: kl as from `token_kl`, and `(..., V)` in the dtype of logits, what its backward would give
         for `grad_kl`; 0 at masked rows.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "token_kl_and_grad"
     tensors, options = _checked_pair(
@@ -125,7 +131,7 @@ def _checked_pair(
     _check.shape_is(op, "ref_logits", ref_logits, logits.shape, "logits")
     _check.on_device(op, "ref_logits", ref_logits, "logits", logits)
     kind_code = _check.choice(op, "kind", kind, codes.KL_KINDS)
-    if not 0 < beta < 1:
+    if not 0 < _check.number(op, "beta", beta) < 1:
         raise ValueError(f"rlhf_fast.{op}: beta must be strictly between 0 and 1, got {beta}")
     rows = logits.shape[:-1]
     row_temperature, scalar, cap, columns = check_row_options(
@@ -134,7 +140,7 @@ def _checked_pair(
     ref_row_temperature, ref_scalar = row_temperature, scalar
     if ref_temperature is not None:
         ref_row_temperature, ref_scalar = _check.temperature(op, "ref_temperature", ref_temperature, rows, logits, mask)
-    options = (scalar, ref_scalar, float(logit_scale), cap, columns, kind_code, float(beta))
+    options = (scalar, ref_scalar, _check.number(op, "logit_scale", logit_scale), cap, columns, kind_code, float(beta))
     return (logits, ref_logits, mask, row_temperature, ref_row_temperature), options
 
 
@@ -146,6 +152,7 @@ def approx_kl(
     gradient: str = "value",
     importance_ratio: Tensor | None = None,  # (B, T)
     clamp: float | None = None,
+    log_ratio_limit: float | None = None,
     mask: Tensor | None = None,  # (B, T)
 ) -> Tensor:
     """Estimate of KL(policy, ref) at each token from the log-probs of the sampled one, in nats.
@@ -158,20 +165,34 @@ def approx_kl(
             too unless the caller detaches it. Needed off policy (DeepSeek-V3.2, arXiv 2512.02556).
         clamp: limits the estimate to [-clamp, clamp] once computed; the gradient is as if unclamped, so the tokens that
             drifted most keep theirs.
+        log_ratio_limit: limits d to [-log_ratio_limit, log_ratio_limit] before the estimate, as `rf.LOG_RATIO_LIMIT`
+            does in every policy loss; beyond it value and gradient are those of a constant. None = exact: k3 and its
+            gradient are then infinite below d = -88.7, where exp(-d) leaves float32. k1, k2 and abs are finite always.
         mask: `(B, T)` bool, True = real token.
 
     Returns:
         `(B, T)` float32 (float64 for float64 inputs); 0 at masked tokens.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "approx_kl"
     _check.is_float(op, "logprobs", logprobs)
-    for name, x in (("ref_logprobs", ref_logprobs), ("importance_ratio", importance_ratio)):
-        if x is not None:
-            _check.same_dtype(op, name, x, "logprobs", logprobs)
-            _check.shape_is(op, name, x, logprobs.shape, "logprobs")
-            _check.on_device(op, name, x, "logprobs", logprobs)
+    others = {"ref_logprobs": ref_logprobs}
+    if importance_ratio is not None:
+        others["importance_ratio"] = importance_ratio
+    for name, x in others.items():
+        _check.same_dtype(op, name, x, "logprobs", logprobs)
+        _check.shape_is(op, name, x, logprobs.shape, "logprobs")
+        _check.on_device(op, name, x, "logprobs", logprobs)
     _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
     limit = float("inf") if clamp is None else _check.positive(op, "clamp", clamp)
+    if log_ratio_limit is not None:
+        bound = _check.positive(op, "log_ratio_limit", log_ratio_limit)
+        dtype = reference.accumulate_dtype(logprobs.dtype)
+        logprobs = (logprobs.to(dtype) - ref_logprobs.to(dtype)).clamp(-bound, bound)
+        ref_logprobs = torch.zeros_like(logprobs)
+        importance_ratio = None if importance_ratio is None else importance_ratio.to(dtype)
     return _dispatch.call(
         _dispatch.select(op, logprobs).approx_kl.default,
         logprobs, ref_logprobs, importance_ratio, mask, _check.choice(op, "estimator", estimator, codes.ESTIMATORS),

@@ -96,7 +96,12 @@ def token_stats(
         targets: may be None when "logprobs" is not asked for.
         Others as for `token_logprobs`.
 
-    A row that is -inf throughout has logprobs and logsumexp -inf, entropy and sum_sq_probs 0, argmax 0, gradient 0.
+    Returns:
+        `TokenStats`, all float32 (float64 for float64 logits) but argmax (int64). A row that is -inf throughout has
+        logprobs and logsumexp -inf, entropy and sum_sq_probs 0, argmax 0, gradient 0.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     asked = output_bits("token_stats", outputs, targets)
     results = _token_stats(
@@ -107,8 +112,8 @@ def token_stats(
 
 def output_bits(op: str, outputs: tuple[str, ...], targets: Tensor | None) -> int:
     """The asked outputs as one integer."""
-    if isinstance(outputs, str):
-        raise TypeError(f"rlhf_fast.{op}: outputs must be a tuple of names, got the string {outputs!r}")
+    if not isinstance(outputs, (tuple, list)):
+        raise TypeError(f"rlhf_fast.{op}: outputs must be a tuple of names, got {outputs!r}")
     asked = 0
     for name in outputs:
         asked |= _check.choice(op, "outputs", name, codes.OUTPUTS)
@@ -146,7 +151,8 @@ def _token_stats(
         targets = None
     return _dispatch.call(
         _dispatch.select(op, logits).token_stats.default,
-        logits, targets, mask, row_temperature, temperature, float(logit_scale), cap, columns, asked, inplace_backward,
+        logits, targets, mask, row_temperature, temperature, _check.number(op, "logit_scale", logit_scale), cap,
+        columns, asked, _check.flag(op, "inplace_backward", inplace_backward),
     )  # fmt: skip
 
 
@@ -179,7 +185,7 @@ def check_row_options(
 ) -> tuple[Tensor | None, float, float, int]:
     """The options that every row op shares, as the operators take them."""
     _check.is_mask(op, "mask", mask, rows, "the rows", first)
-    if vocab_size is not None and not 0 < vocab_size <= width:
+    if vocab_size is not None and not 0 < _check.whole_number(op, "vocab_size", vocab_size) <= width:
         raise ValueError(f"rlhf_fast.{op}: vocab_size must be between 1 and V = {width}, got {vocab_size}")
     row_temperature, scalar = _check.temperature(op, "temperature", temperature, rows, first, mask)
     cap = 0.0 if softcap is None else _check.positive(op, "softcap", softcap)

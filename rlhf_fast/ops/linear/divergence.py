@@ -135,6 +135,9 @@ def linear_token_kl(
     Returns:
         `(...)` float32 (float64 for float64). Differentiable in hidden, weight, bias and lora, and in the reference's
         tensors if they require grad.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "linear_token_kl"
     options = {"logits_dtype": logits_dtype, "memory_budget": memory_budget, "process_group": process_group}
@@ -142,7 +145,7 @@ def linear_token_kl(
     ref = check_reference(op, head, ref_hidden, ref_weight, ref_bias, **options)  # type: ignore[arg-type]
     row_inputs, checked, padded = select_rows(op, mask, rows, head.tensors.hidden)
     kind_code = _check.choice(op, "kind", kind, codes.KL_KINDS)
-    if not 0 < beta < 1:
+    if not 0 < _check.number(op, "beta", beta) < 1:
         raise ValueError(f"rlhf_fast.{op}: beta must be strictly between 0 and 1, got {beta}")
     row_temperature, scalar, cap, columns = check_row_options(
         op, head.shape, head.vocabulary, temperature, softcap, checked, vocab_size, head.tensors.hidden
@@ -153,16 +156,20 @@ def linear_token_kl(
             op, "ref_temperature", ref_temperature, head.shape, head.tensors.hidden, checked
         )
     ref_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
-    ref_cap = cap if ref_softcap is None else ref_softcap and _check.positive(op, "ref_softcap", ref_softcap)
+    ref_cap = cap if ref_softcap is None else _check.number(op, "ref_softcap", ref_softcap)
+    if ref_cap != 0:  # 0: the reference has none, where the policy has one
+        _check.positive(op, "ref_softcap", ref_cap)
     needed = any(needs_of(head.tensors)) or any(needs_of(ref.tensors))
     loop_options = head.options._replace(
         vocab_size=columns, budget=head.options.budget if needed else 0, rows_padded=padded
     )
+    scale = _check.number(op, "logit_scale", logit_scale)
+    ref_scale = _check.number(op, "ref_logit_scale", ref_scale)
     outputs = _dispatch.select(op, head.tensors.hidden).linear_token_kl(*flatten(
         Inputs(head.tensors, ref_tensors(ref), row_inputs, row_temperature, ref_row_temperature),
         Options(
-            loop_options, LogitOptions(scalar, float(logit_scale), cap),
-            RefLogitOptions(ref_scalar, float(ref_scale), float(ref_cap)), kind_code, float(beta),
+            loop_options, LogitOptions(scalar, scale, cap),
+            RefLogitOptions(ref_scalar, ref_scale, float(ref_cap)), kind_code, float(beta),
         ),
     ))  # fmt: skip
     return Outputs(*outputs).kl

@@ -95,6 +95,7 @@ def check_head(
     _check.is_float(op, names["hidden"], hidden)
     if hidden.dim() == 0:
         raise ValueError(f"rlhf_fast.{op}: {names['hidden']} must be (..., H), got a tensor without dimensions")
+    _check.is_group(op, process_group)
     weight = shards.local_part(op, names["weight"], weight, process_group)
     bias = shards.local_part(op, names["bias"], bias, process_group)
     lora_a, lora_b, lora_scale = _lora_tensors(op, lora, process_group)
@@ -111,9 +112,9 @@ def check_head(
         _check.shape_is(op, names["bias"], bias, weight.shape[:1], "the vocabulary")
     if lora_a is not None and lora_b is not None:
         _check_lora(op, lora_a, lora_b, hidden, weight)
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
+    if logits_dtype is not None and not any(logits_dtype is x for x in (torch.float32, hidden.dtype)):
         raise ValueError(f"rlhf_fast.{op}: logits_dtype must be None, torch.float32 or hidden's, got {logits_dtype}")
-    if memory_budget is not None and memory_budget < 0:
+    if memory_budget is not None and _check.whole_number(op, "memory_budget", memory_budget) < 0:
         raise ValueError(f"rlhf_fast.{op}: memory_budget must be at least 0 bytes, got {memory_budget}")
     float_logits = logits_dtype == torch.float32 and hidden.dtype != torch.float64
     handle = shards.handle_of(op, process_group, weight)
@@ -135,7 +136,7 @@ def _lora_tensors(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, 
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"rlhf_fast.{op}: lora must be (A (r, H), B (V, r), scale), got {type(lora).__name__}")
     a, b = (shards.local_part(op, "lora", x, process_group) for x in lora[:2])
-    return a, b, float(lora[2])
+    return a, b, _check.number(op, "lora", lora[2])
 
 
 def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -157,7 +158,7 @@ def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight:
 def _under_autocast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype, as the model's own head would take them; float64 stays."""
     device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if tensors[0].dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if x is None else x.to(dtype) for x in tensors]

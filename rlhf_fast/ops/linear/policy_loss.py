@@ -113,6 +113,9 @@ def linear_policy_loss(
     Returns:
         `PolicyLoss`; loss is differentiable, once, in hidden, weight, bias and lora. clip_fraction is the share of real
         tokens whose loss the clip decides.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "linear_policy_loss"
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, memory_budget, process_group)
@@ -126,18 +129,22 @@ def linear_policy_loss(
     check_targets(op, targets, head.shape, head.vocabulary if columns < 0 else columns, checked, first)
     _check.shape_is(op, "targets", targets, head.shape, "the rows")
     per_token = {"old_logprobs": old_logprobs, "advantages": advantages, "log_ratio": log_ratio}
-    old, gains, ratios = (None if x is None else _per_token(op, name, x, head) for name, x in per_token.items())
+    old, gains, ratios = (
+        None if x is None and name == "log_ratio" else _per_token(op, name, x, head) for name, x in per_token.items()
+    )
     assert old is not None and gains is not None
     ref_tokens, ref = _reference(op, estimator, ref_logprobs, ref_hidden, ref_weight, ref_bias, kl_coef, head)
     loss = LossOptions(
         _check.choice(op, "objective", objective, {name: i for i, name in enumerate(TOKEN_LOSSES)}),
-        _clip(op, clip, dual_clip), float(kl_coef), ESTIMATORS[estimator],
-        _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS), bool(kl_importance), float(entropy_coef),
+        _clip(op, clip, dual_clip), _check.number(op, "kl_coef", kl_coef), ESTIMATORS[estimator],
+        _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS),
+        _check.flag(op, "kl_importance", kl_importance), _check.number(op, "entropy_coef", entropy_coef),
     )  # fmt: skip
     share = _share(op, normalizer, mask, rows, head.shape, accumulate_dtype(first.dtype))
     inputs = Inputs(head.tensors, targets, old, gains, share, ratios, ref_tokens, ref, row_inputs, row_temperature)
+    scale = _check.number(op, "logit_scale", logit_scale)
     loop_options = head.options._replace(vocab_size=columns, rows_padded=padded)
-    options = Options(loop_options, LogitOptions(scalar, float(logit_scale), cap), loss)
+    options = Options(loop_options, LogitOptions(scalar, scale, cap), loss)
     results = _dispatch.select(op, first).linear_policy_loss(*flatten(inputs, options, needs_of(head.tensors)))
     outputs = Outputs(*results[: len(Outputs._fields)])
     has_reference = ref_tokens is not None or ref.ref_hidden is not None
@@ -146,21 +153,25 @@ def linear_policy_loss(
     )
 
 
-def _per_token(op: str, name: str, x: Tensor, head: CheckedHead) -> Tensor:
+def _per_token(op: str, name: str, x: Tensor | None, head: CheckedHead) -> Tensor:
     _check.is_float(op, name, x)
+    assert x is not None
     _check.shape_is(op, name, x, head.shape, "the rows of hidden")
     _check.on_device(op, name, x, "hidden", head.tensors.hidden)
     return x.detach().to(accumulate_dtype(head.tensors.hidden.dtype))
 
 
 def _clip(op: str, clip: float | tuple[float, float], dual_clip: float) -> Clip:
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    for value in (low, high):
-        if not value >= 0:
-            raise ValueError(f"rlhf_fast.{op}: clip must be at least 0, got {clip}")
+    pair = tuple(clip) if isinstance(clip, (tuple, list)) else (clip, clip)
+    if len(pair) != 2:
+        raise ValueError(f"rlhf_fast.{op}: clip must be a number or (low, high), got {clip}")
+    low, high = (_check.number(op, "clip", value) for value in pair)
+    if not (low >= 0 and high >= 0):
+        raise ValueError(f"rlhf_fast.{op}: clip must be at least 0, got {clip}")
+    dual_clip = _check.number(op, "dual_clip", dual_clip)
     if not dual_clip > 1:
         raise ValueError(f"rlhf_fast.{op}: dual_clip must be greater than 1, got {dual_clip}")
-    return Clip(float(low), float(high), float(dual_clip))
+    return Clip(low, high, dual_clip)
 
 
 def _reference(
@@ -192,7 +203,11 @@ def _share(
     assert real is not None
     if normalizer is None:
         normalizer = real.sum().clamp(min=1)
-    elif not isinstance(normalizer, Tensor):
+    elif isinstance(normalizer, Tensor):
+        _check.on_device(op, "normalizer", normalizer, "mask", real)
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"rlhf_fast.{op}: normalizer must hold numbers, got {normalizer.dtype}")
+    else:
         normalizer = torch.full((), _check.positive(op, "normalizer", normalizer), dtype=dtype, device=real.device)
     sizes = zip(reversed(normalizer.shape), reversed(shape), strict=False)
     if normalizer.dim() > len(shape) or any(n not in (1, m) for n, m in sizes):

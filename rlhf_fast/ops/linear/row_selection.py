@@ -39,6 +39,7 @@ def select_rows(
             raise ValueError(f"rlhf_fast.{op}: mask and rows say the same; give one of the two")
         _check_rows(op, rows, hidden)
         return RowInputs(None, rows.long()), _mask_of(rows, hidden), True
+    _check.is_mask(op, "mask", mask, hidden.shape[:-1], "the rows", hidden)
     if mask is None or type(mask) is not Tensor or torch.compiler.is_compiling() or _capturing(mask):
         return RowInputs(mask, None), mask, False
     return RowInputs(None, mask.reshape(-1).nonzero().squeeze(-1)), mask, False

@@ -102,6 +102,9 @@ def linear_sampled_logprobs(
     Returns:
         `(...)` float32 (float64 for float64), differentiable in hidden, weight, bias, A and B. A target outside its
         support raises ValueError on CPU; on a GPU it gives -inf and no gradient.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "linear_sampled_logprobs"
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, process_group=process_group)
@@ -111,9 +114,13 @@ def linear_sampled_logprobs(
     )
     check_targets(op, targets, head.shape, head.vocabulary, checked, head.tensors.hidden)
     _check.shape_is(op, "targets", targets, head.shape, "the rows of hidden")
+    scale = _check.number(op, "logit_scale", logit_scale)
     _check_support(op, support_ids, support_offsets, targets, checked, head.vocabulary)
     inputs = Inputs(head.tensors, targets, support_ids, support_offsets, row_inputs, row_temperature)
-    options = Options(head.options._replace(rows_padded=padded), LogitOptions(scalar, float(logit_scale), cap))
+    options = Options(
+        head.options._replace(rows_padded=padded),
+        LogitOptions(scalar, scale, cap),
+    )
     return Outputs(
         *_dispatch.select(op, head.tensors.hidden).linear_sampled_logprobs(*flatten(inputs, options))
     ).logprobs

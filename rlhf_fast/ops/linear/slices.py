@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import codes
+from rlhf_fast.ops.reference.common import wide_dtype
 from rlhf_fast.ops.reference.logprob import times
 
 
@@ -36,7 +37,7 @@ class Shaping(NamedTuple):
 
         See `rlhf_fast.ops.reference.logprob.ShapedLogits`; (n,) float64 where temperatures are per row.
         """
-        temperature: Any = self.temperature if self.row_temperature is None else self.row_temperature.double()
+        temperature: Any = self.temperature if self.row_temperature is None else _widened(self.row_temperature)
         return (1.0 if self.softcap > 0 else abs(self.logit_scale)) / temperature
 
 
@@ -68,7 +69,7 @@ class Slices(NamedTuple):
         return Slices(
             zeros - torch.inf,
             zeros.clone(),
-            like.new_full((count, rows, k), torch.nan, dtype=torch.float64) if outputs & codes.LOGPROBS else None,
+            _widened(like.new_full((count, rows, k), torch.nan, dtype=dtype)) if outputs & codes.LOGPROBS else None,
             zeros.clone() if outputs & codes.ENTROPY else None,
             zeros.clone() if outputs & codes.SUM_SQ_PROBS else None,
             zeros.to(torch.int64) if outputs & codes.ARGMAX else None,
@@ -78,8 +79,8 @@ class Slices(NamedTuple):
         """One slice (1, n) of all."""
         best = self.max.argmax(0, keepdim=True)  # the first among ties, so argmax has the lowest index
         top = self.max.gather(0, best)
-        safe_top = torch.where(top == -torch.inf, 0.0, top.double())
-        shift = (self.max.double() - safe_top) * factor
+        safe_top = torch.where(top == -torch.inf, 0.0, _widened(top))
+        shift = (_widened(self.max) - safe_top) * factor
         mass = shift + self.log_sum  # log of the slice's sum, relative to the row's max
         log_sum = torch.logsumexp(mass, 0, keepdim=True)
         log_sum = torch.where(log_sum == -torch.inf, 0.0, log_sum)
@@ -104,11 +105,16 @@ class Slices(NamedTuple):
         return RowStatistics(
             None if self.target is None else (self.target[0] - log_sum.unsqueeze(-1)).clamp(max=0).to(dtype),
             None if self.entropy is None else self.entropy[0].clamp(min=0),
-            (top.double() * factor + log_sum).to(dtype) if outputs & codes.LOGSUMEXP else None,
+            (_widened(top) * factor + log_sum).to(dtype) if outputs & codes.LOGSUMEXP else None,
             None if self.sum_sq_probs is None else self.sum_sq_probs[0],
             None if self.argmax is None else self.argmax[0],
             torch.stack([top.to(dtype), log_sum.to(dtype)], -1),
         )
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return x.to(wide_dtype(x.device))
 
 
 def own_targets(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ def fold(
     slices.max[at, rows] = parts[:, 0]
     slices.log_sum[at, rows] = parts[:, 1]
     if slices.target is not None and here is not None:
-        slices.target[at, rows] = (logprobs.double() + parts[:, 1:].double()).masked_fill(~here, torch.nan)
+        slices.target[at, rows] = (_widened(logprobs) + _widened(parts[:, 1:])).masked_fill(~here, torch.nan)
     if slices.entropy is not None:
         slices.entropy[at, rows] = entropy
     if slices.sum_sq_probs is not None:

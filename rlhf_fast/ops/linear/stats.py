@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast._pages import give_back
-from rlhf_fast.ops import codes
+from rlhf_fast.ops import _check, codes
 from rlhf_fast.ops._register import define, define_backward, save, saved
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.head import HeadGradients
@@ -132,6 +132,9 @@ def linear_token_logprobs(
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that
         nobody needs (a frozen head) are not computed.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     results = _linear_stats(
         "linear_token_logprobs",
@@ -162,6 +165,9 @@ def linear_token_stats(
     """`token_stats(hidden @ weight.T + bias, targets, ...)` without the logits; arguments as `linear_token_logprobs`.
 
     logprobs, entropy and logsumexp are differentiable in hidden, weight, bias and the LoRA factors.
+
+    Raises:
+        TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "linear_token_stats"
     wanted = output_bits(op, outputs, targets)
@@ -192,9 +198,10 @@ def _linear_stats(
     else:
         targets = None
     budget = head.options.budget if any(needs_of(head.tensors)) else 0
+    scale = _check.number(op, "logit_scale", logit_scale)
     options = Options(
         head.options._replace(vocab_size=columns, budget=budget, rows_padded=padded),
-        LogitOptions(scalar, float(logit_scale), cap), outputs,
+        LogitOptions(scalar, scale, cap), outputs,
     )  # fmt: skip
     inputs = Inputs(head.tensors, targets, row_inputs, row_temperature)
     return Outputs(*_dispatch.select(op, hidden).linear_token_stats(*flatten(inputs, options)))

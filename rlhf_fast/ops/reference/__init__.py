@@ -9,7 +9,7 @@ Arithmetic is float32, or float64 where the inputs are. Masked rows never reach 
 not multiplied, so a NaN in a masked slot stays there.
 """
 
-from rlhf_fast.ops.reference.common import accumulate_dtype
+from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype
 from rlhf_fast.ops.reference.gae import gae, ppo_advantages, whiten, whiten_moments
 from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_and_grad, token_kl_backward
 from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward
@@ -27,4 +27,5 @@ __all__ = [
     "token_stats_backward",
     "whiten",
     "whiten_moments",
+    "wide_dtype",
 ]

@@ -14,3 +14,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def zero_where_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 for sums and offsets that must keep their digits; float32 on devices that have nothing wider."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.compiler.is_compiling():
+        return torch.float64 if torch.xpu.get_device_capability(device).get("has_fp64", True) else torch.float32
+    return torch.float64

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import codes
-from rlhf_fast.ops.reference.common import accumulate_dtype
+from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype
 from rlhf_fast.ops.reference.kl import approx_kl
 
 
@@ -123,9 +123,9 @@ def ppo_advantages(
 
 
 def whiten_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the real entries, in float64: what ranks add up."""
-    x = torch.where(mask, values.double(), 0.0)
-    return torch.stack([mask.sum().double(), x.sum(), x.square().sum()])
+    """Count, sum and sum of squares of the real entries, in float64 where there is one: what ranks add up."""
+    x = torch.where(mask, values.to(wide_dtype(values.device)), 0.0)
+    return torch.stack([mask.sum().to(x.dtype), x.sum(), x.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> Tensor:
@@ -133,7 +133,7 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> T
     count, total, squares = moments.unbind()
     mean = total / count.clamp(min=1)
     variance = ((squares - count * mean * mean) / (count - 1).clamp(min=1)).clamp(min=0)
-    whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
+    whitened = (values.to(moments.dtype) - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0.0).to(dtype).contiguous()
