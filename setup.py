@@ -28,6 +28,7 @@ FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))  # has no limi
 NOTE = "_left_out.txt"  # in the package, read by rlhf_fast/_ext.py: lines "part: reason"
 CONSEQUENCES = {
     "extension": "rlhf_fast is installed without its compiled kernels: the ops run on PyTorch, correct but slower.",
+    "triton": "rlhf_fast is installed without its Triton kernels: on a GPU the ops run on CUDA's or on PyTorch.",
     "cuda": "rlhf_fast is installed without its CUDA kernels: on a GPU the ops run on Triton or PyTorch.",
 }
 
@@ -126,6 +127,12 @@ def why_not_built() -> str:
     return ""
 
 
+def check_link(root: Path) -> None:
+    """A checkout on Windows may hold a text file where rlhf_fast/kernels is a symlink."""
+    if not (root / "rlhf_fast" / "kernels").is_dir():
+        leave_out("triton", "rlhf_fast/kernels is no folder: check out again with git config core.symlinks true")
+
+
 def extensions() -> list[Extension]:
     """What is to be built, or nothing, with the reason printed."""
     if reason := why_not_built():
@@ -145,6 +152,7 @@ def extensions() -> list[Extension]:
     return modules if ABI3 == "1" else [*modules, Extension("rlhf_fast._host", sources=[])]
 
 
+check_link(ROOT)
 setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},

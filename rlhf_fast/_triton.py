@@ -34,7 +34,8 @@ def launched_from(family: str, *operators: str) -> None:
 FLOAT64_KERNELS = ("ppo_advantages", "whiten_moments", "whiten")
 _float64: dict[int | None, bool] = {}
 
-installed = importlib.util.find_spec("triton") is not None
+left_out = _ext.LEFT_OUT.get("triton", "")
+installed = importlib.util.find_spec("triton") is not None and not left_out
 
 
 def register() -> None:
@@ -56,6 +57,8 @@ def _launcher(family: str, name: str) -> Callable[..., Any]:
 
 def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
     """Empty when the Triton kernel of this name serves the device, else the reason that it does not."""
+    if left_out:
+        return f"this installation holds no Triton kernels ({left_out})"
     if not installed:
         return "Triton is not installed (pip install 'rlhf-fast[triton]')"
     if device_type not in DEVICES:

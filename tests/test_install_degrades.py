@@ -16,6 +16,8 @@ from types import ModuleType
 import pytest
 import setuptools
 
+from rlhf_fast import _triton
+
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
 
@@ -102,6 +104,21 @@ def test_windows_installs_without_kernels(
     assert "not built on Windows" in printed and len(printed.splitlines()) == 1
     setup.write_note(tmp_path / "rlhf_fast")
     assert "Windows" in note(tmp_path)
+
+
+def test_a_checkout_without_symlinks_installs_without_triton_kernels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    setup = load_setup(monkeypatch)
+    setup.check_link(ROOT)
+    assert setup.left_out == {} or "triton" not in setup.left_out
+    (tmp_path / "rlhf_fast").mkdir()
+    (tmp_path / "rlhf_fast" / "kernels").write_text("../kernels")  # what git writes there
+    setup.check_link(tmp_path)
+    setup.write_note(tmp_path / "rlhf_fast")
+    assert "triton: rlhf_fast/kernels is no folder" in note(tmp_path)
+    monkeypatch.setattr(_triton, "left_out", "rlhf_fast/kernels is no folder")
+    assert "holds no Triton kernels (rlhf_fast/kernels is no folder)" in _triton.why_not("gae", "cuda")
 
 
 def configure(folder: Path, *options: str, **env: str) -> tuple[str, dict[str, str]]:

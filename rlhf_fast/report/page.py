@@ -179,7 +179,11 @@ def _ppo(phase: Phase) -> str:
         ),
         chart("Entropy", "Nats per token.", line("objective/entropy")),
         *[
-            chart(f"Reward: {_text(name.partition('/')[2])}", "Before its weight, mean of each step's samples.", line(name))
+            chart(
+                f"Reward: {_text(name.partition('/')[2])}",
+                "Before its weight, mean of each step's samples.",
+                line(name),
+            )
             for name in sorted({name for row in phase.metrics for name in row if name.startswith("rewards/")})
             if name != "rewards/accuracies"
         ],
