@@ -59,7 +59,7 @@ def main() -> None:
         overrides |= dict(word.split("=", 1) for word in sys.argv[1:])
         config = load_config(PPOConfig, None, overrides)
         if not config.reward_model:
-            reward = load_reward_model(config.model, config.dtype, load_tokenizer(config.model))
+            reward = load_reward_model(config.model, config.dtype, load_tokenizer(config.model), new_head=True)
             config.reward_model = str(Path(ranks().every(folder)[0]) / "reward")
             if ranks().main:
                 reward.save_pretrained(config.reward_model)

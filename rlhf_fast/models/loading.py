@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from rlhf_fast.run.quiet import quiet
 from .dropout import switch_off_dropout
 from .gguf import resolve_model
 from .qlora import four_bit, is_quantised, keep_gradients
+
+SCORE_HEADS = ("score.", "classifier.")  # first words of the weights that give scores, not tokens
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -65,21 +67,22 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 def load_causal_lm(
     model: str, dtype: str | torch.dtype, trust_remote_code: bool = False, load_in_4bit: bool = False
 ) -> Any:
-    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles."""
-    from safetensors import SafetensorError
+    """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles.
+
+    Raises:
+        UserError: it cannot be read, or its files lack a weight or have a head for scores in place of one for tokens.
+    """
     from transformers import AutoModelForCausalLM
 
-    quiet()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            resolve_model(model),
-            dtype=resolve_dtype(dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            **(four_bit(resolve_dtype(dtype), device()) if load_in_4bit else {}),
+    source = Source(model, "language model", resolve_dtype(dtype), trust_remote_code, load_in_4bit)
+    loaded, found = _from_pretrained(AutoModelForCausalLM, source)
+    missing = sorted(found["missing_keys"])
+    other = sorted(key for key in found["unexpected_keys"] if key.startswith(SCORE_HEADS))
+    if missing or other:
+        raise UserError(
+            f"{model!r} is not a language model: its files {'lack' if missing else 'have'} "
+            f"{', '.join((missing or other)[:3])}; is it the folder of a reward model?"
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the language model {model!r}: {_first_line(error)}") from None
     return _in_place(loaded)
 
 
@@ -89,37 +92,75 @@ def load_reward_model(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
+    *,
+    new_head: bool = False,
 ) -> Any:
-    """An AutoModelForSequenceClassification with one label, from a reward model or (new head) from a language model.
+    """An AutoModelForSequenceClassification with one label; `new_head` makes one of a language model.
 
     The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
     written into the config, as users of the saved model need it for batches.
+
+    Raises:
+        UserError: it cannot be read, its head is not one linear layer `score` with one output, or its files lack it
+            and it is not to be new.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    quiet()
-    source = resolve_model(model)
-    try:
-        loaded = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            num_labels=1,
-            dtype=resolve_dtype(dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            **(four_bit(resolve_dtype(dtype), device()) if load_in_4bit else {}),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
+    source = Source(model, "reward model", resolve_dtype(dtype), trust_remote_code, load_in_4bit)
+    loaded, found = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise UserError(
             f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions here"
         )
+    missing = sorted(key for key in found["missing_keys"] if not (new_head and key == "score.weight"))
+    other = sorted(key for key in found["unexpected_keys"] if key.startswith(SCORE_HEADS))
+    if missing or other:
+        raise UserError(
+            f"{model!r} is not a reward model: its files {'lack' if missing else 'have'} "
+            f"{', '.join((missing or other)[:3])}; rlhf-fast reward makes one of a language model"
+        )
     loaded.score.float()
-    _restore_head(loaded, Path(source))
+    _restore_head(loaded, Path(resolve_model(model)))
     if tokenizer is not None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return _in_place(loaded)
+
+
+class Source(NamedTuple):
+    """Where a model comes from and how it is read."""
+
+    model: str
+    kind: str  # for messages
+    dtype: torch.dtype
+    trust_remote_code: bool
+    load_in_4bit: bool
+
+
+def _from_pretrained(auto: Any, source: Source, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model and which of its weights were not found, not wanted, or of another shape; the last is refused."""
+    from safetensors import SafetensorError
+
+    quiet()
+    try:
+        loaded, found = auto.from_pretrained(
+            resolve_model(source.model),
+            dtype=source.dtype,
+            use_safetensors=True,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below; transformers' own message says to look elsewhere
+            **(four_bit(source.dtype, device()) if source.load_in_4bit else {}),
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load the {source.kind} {source.model!r}: {_first_line(error)}") from None
+    for name, shape, wanted in sorted(found["mismatched_keys"], key=str):
+        heads = f": {shape[0]} outputs where one score is wanted" if name == "score.weight" else ""
+        raise UserError(
+            f"cannot load the {source.kind} {source.model!r}: its {name} has the shape {list(shape)} and not "
+            f"{list(wanted)}{heads}"
+        )
+    return loaded, found
 
 
 def _in_place(model: Any) -> Any:

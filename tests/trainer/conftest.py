@@ -71,7 +71,8 @@ def reward_model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An untrained reward model with a normaliser: enough for everything but learning something useful."""
     folder = tmp_path_factory.mktemp("reward") / "model"
     torch.manual_seed(0)
-    model = loading.load_reward_model(str(tiny / "model"), "float32", loading.load_tokenizer(str(tiny / "model")))
+    tokenizer = loading.load_tokenizer(str(tiny / "model"))
+    model = loading.load_reward_model(str(tiny / "model"), "float32", tokenizer, new_head=True)
     model.score.weight.data.mul_(20)
     loading.set_score_normalizer(model, 0.1, 0.5)
     model.save_pretrained(folder)

@@ -133,7 +133,7 @@ def test_ctrl_c_in_the_middle_of_a_step_saves_and_the_run_resumes(tmp_path: Path
 
     from rlhf_fast.models import loading as models
 
-    reward = models.load_reward_model(str(tiny / "model"), "float32")
+    reward = models.load_reward_model(str(tiny / "model"), "float32", new_head=True)
     reward.save_pretrained(tmp_path / "reward")
     run = tmp_path / "run"
     options = {

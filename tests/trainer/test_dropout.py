@@ -125,7 +125,7 @@ def test_a_loaded_model_has_none(others: Path) -> None:
         tokenizer = loading.load_tokenizer(str(others / name))
         for model in (
             loading.load_causal_lm(str(others / name), "float32"),
-            loading.load_reward_model(str(others / name), "float32", tokenizer),
+            loading.load_reward_model(str(others / name), "float32", tokenizer, new_head=True),
         ):
             ids = torch.arange(1, 41).view(4, 10)
             model.train()

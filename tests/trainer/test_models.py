@@ -26,7 +26,9 @@ def lm(tiny: Path) -> Any:
 @pytest.fixture
 def reward(tiny: Path) -> Any:
     torch.manual_seed(0)
-    return models.load_reward_model(str(tiny / "model"), "float32", models.load_tokenizer(str(tiny / "model")))
+    return models.load_reward_model(
+        str(tiny / "model"), "float32", models.load_tokenizer(str(tiny / "model")), new_head=True
+    )
 
 
 def padded(side: str, rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,7 @@ def test_files_and_functions_are_read_before_any_model(
 
 def test_a_reward_model_that_cannot_read_is_refused(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
     """Without a tokenizer of its own, and with too few embeddings for the policy's ids; more are padding."""
-    model = models.load_reward_model(str(tiny / "model"), "float32")
+    model = models.load_reward_model(str(tiny / "model"), "float32", new_head=True)
     for size, name in ((99, "padded"), (20, "small")):
         model.resize_token_embeddings(size)
         model.save_pretrained(tmp_path / name)

@@ -47,7 +47,7 @@ def bitsandbytes() -> Any:
 def test_the_trunk_is_quantised_and_the_head_is_not(bitsandbytes: Any, tiny: Path) -> None:
     whole = loading.load_causal_lm(str(tiny / "model"), "bfloat16")
     lm = loading.load_causal_lm(str(tiny / "model"), "bfloat16", load_in_4bit=True)
-    reward = loading.load_reward_model(str(tiny / "model"), "bfloat16", load_in_4bit=True)
+    reward = loading.load_reward_model(str(tiny / "model"), "bfloat16", load_in_4bit=True, new_head=True)
     for model in (lm, reward):
         linear = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Linear)]
         assert len(linear) == 14 and all(isinstance(m, bitsandbytes.nn.Linear4bit) for m in linear)

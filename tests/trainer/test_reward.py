@@ -125,7 +125,7 @@ def test_it_learns_and_its_scores_are_normalised_wherever_it_is_loaded(
 
 def test_the_score_is_read_at_the_last_real_token_whatever_the_padding(tiny: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny / "model"))
-    model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer)
+    model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer, new_head=True)
     sequences = [encode_completion(tokenizer, text) for text in COMPLETIONS]
     with torch.no_grad():
         alone = torch.cat(

@@ -59,7 +59,7 @@ def config(tiny: Path, folder: Path, **values: Any) -> PPOConfig:
 
 def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
     tokenizer = load_tokenizer(str(tiny / "model"))
-    model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer)
+    model = load_reward_model(str(tiny / "model"), torch.float32, tokenizer, new_head=True)
     ids = torch.tensor([tokenizer(text)["input_ids"] for text in ("ann cat", "ann dog", "ben cat", "ben red")])
     real = torch.ones_like(ids).bool()
     functions = load_functions((f"2*{rules}:cats", f"-0.5 * {rules}:words"))

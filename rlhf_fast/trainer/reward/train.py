@@ -72,7 +72,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         trust, four_bit = config.trust_remote_code, config.load_in_4bit
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit)
+        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit, new_head=True)
         model = sharded(model, config.fsdp)
         adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
         if config.dropout:

@@ -112,9 +112,10 @@ def load_agent(config: PPOConfig) -> Agent:
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
         start = config.model if reader is not None else config.reward_model or config.model
-        critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit))
+        new = start == config.model  # a language model's folder
+        critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit, new_head=new))
         critic = sharded(critic, config.fsdp)
-        if start == config.model:
+        if new:
             torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
         if config.lora_rank:
             add_lora(critic, config.lora_rank, head=critic.score)
