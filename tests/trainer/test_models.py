@@ -161,6 +161,23 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path: Path, monkeypatch: pyt
         models.load_reward_model(str(tmp_path), "float32")
 
 
+def test_a_head_that_the_files_lack_is_never_a_random_one(tiny: Path, reward: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    with pytest.raises(UserError, match=r"model' is not a reward model: its files lack score.weight"):
+        models.load_reward_model(str(tiny / "model"), "float32")
+    two = AutoModelForSequenceClassification.from_pretrained(tiny / "model", num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match=r"score.weight has the shape \[2, 64\] and not \[1, 64\]: 2 outputs where one"):
+        models.load_reward_model(str(tmp_path / "two"), "float32", new_head=True)
+    for tied in (False, True):  # a tied head is in the files, but what they hold was trained for scores
+        reward.config.tie_word_embeddings = tied
+        reward.save_pretrained(tmp_path / str(tied))
+        with pytest.raises(UserError, match="is not a language model: its files (lack lm_head|have score).weight"):
+            models.load_causal_lm(str(tmp_path / str(tied)), "float32")
+    assert models.load_reward_model(str(tmp_path / "False"), "float32").score.weight.equal(reward.score.weight)
+
+
 def test_pickles_and_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny / "model", tmp_path / "model")
     weights = folder / "model.safetensors"

@@ -21,6 +21,7 @@ from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import RewardConfig
+from rlhf_fast.trainer.reward import losses
 from rlhf_fast.trainer.reward import train as reward
 
 COMPLETIONS = ["cat dog", "red blue green pink", "rain", "egg salt soup"]
@@ -46,7 +47,7 @@ def test_the_loss_is_the_mean_over_all_pairs_and_ties_count_for_nothing() -> Non
     whole = reward.ranking_loss([scores], [ranked([3, 2, 1])])
     assert float(whole) == pytest.approx((term(0, 1) + term(0, 2) + term(1, 2)) / 3)
     tied = reward.ranking_loss([scores, scores], [ranked([3, 1, 1]), ranked([1, 1, 1])])
-    assert float(tied) == pytest.approx((term(0, 1) + term(0, 2)) / 3)
+    assert float(tied) == pytest.approx((term(0, 1) + term(0, 2)) / 2)  # a ranking's weight is whole, ties or not
     nothing = reward.ranking_loss([scores.requires_grad_()], [ranked([1, 1, 1])])
     nothing.backward()
     assert float(nothing.detach()) == 0 and scores.grad is not None and not scores.grad.any()
@@ -197,6 +198,7 @@ def test_the_other_losses_by_hand() -> None:
     assert loss("plackett_luce", [2, 1, 3]) == pytest.approx(order / 2)
     tied = -math.log(e[2] / (e[2] + e[1])) - math.log(e[0] / (e[0] + e[1]))
     assert loss("plackett_luce", [3, 1, 3]) == pytest.approx(tied / 2)
+    assert loss("plackett_luce", [3, 1, 1]) == pytest.approx(-math.log(e[0] / sum(e)))  # one choice: its whole weight
     assert loss("best_of_k", [1, 1, 3]) == pytest.approx(-math.log(e[2] / sum(e)))
     assert loss("best_of_k", [3, 1, 3]) == pytest.approx(-math.log((e[0] + e[2]) / sum(e)))
     gaps = {(2, 0): 4.0, (2, 1): 6.0, (0, 1): 2.0}  # of the ratings 3, 1, 7
@@ -211,11 +213,22 @@ def test_the_other_losses_by_hand() -> None:
 
 
 def test_ratings_are_standardised_over_all_rankings() -> None:
-    made = reward.standardised([ranked_and_rated([1, 7]), ranked_and_rated([3, 5])])
+    made = losses.standardised([ranked_and_rated([1, 7]), ranked_and_rated([3, 5])])
     every = torch.tensor([value for ranking in made for value in ranking.source.ratings])
     assert float(every.mean()) == pytest.approx(0, abs=1e-6) and float(every.std(correction=0)) == pytest.approx(1)
     with pytest.raises(UserError, match="f:1: the loss regression needs ratings"):
-        reward.standardised([ranked([1, 2])])
+        losses.standardised([ranked([1, 2])])
+
+
+def test_margins_do_not_depend_on_the_unit_of_the_ratings() -> None:
+    """Raw differences of a 1 to 7 scale would give a loss of 3.4 before anything is learned."""
+    for unit in (1.0, 100.0):
+        rankings = [ranked_and_rated([unit * r for r in ratings]) for ratings in ([1, 7, 4], [2, 3])]
+        scaled = losses.scaled_margins([*rankings, ranked([2, 1])])
+        gaps = [[r.source.ratings[b] - r.source.ratings[w] for b, w in r.pairs] for r in scaled]
+        assert [pytest.approx(part) for part in gaps] == [[1, 0.5, 0.5], [1 / 6], [1]]
+        start = reward.ranking_loss([torch.zeros(3)], scaled[:1], "margin")
+        assert float(start) == pytest.approx(sum(math.log1p(math.exp(m)) for m in (1, 0.5, 0.5)) / 3)
 
 
 def test_calibration_sets_how_sure_against_how_often_right() -> None:

@@ -268,7 +268,7 @@ def permuted(tiny: Path, folder: Path) -> str:
     ordinary = sorted(i for i in vocabulary.values() if i not in special)
     other = dict(zip(ordinary, reversed(ordinary), strict=True))
     content["model"]["vocab"] = {token: other.get(i, i) for token, i in vocabulary.items()}
-    model = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")))
+    model = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")), new_head=True)
     model.score.weight.data.mul_(20)
     embeddings = model.get_input_embeddings().weight.data
     old = embeddings.clone()
@@ -287,7 +287,7 @@ def test_a_reward_model_of_another_vocabulary_reads_the_text(
     torch.manual_seed(0)
     folder = permuted(tiny, tmp_path / "reward")
     torch.manual_seed(0)
-    plain = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")))
+    plain = load_reward_model(str(tiny / "model"), torch.float32, load_tokenizer(str(tiny / "model")), new_head=True)
     plain.score.weight.data.mul_(20)
     settings = config(tiny, tmp_path / "run", reward_model=folder, max_steps=1, score_clip=0.0)
     agent = load_agent(settings)

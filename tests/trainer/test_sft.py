@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,37 @@ def test_what_a_kill_left_of_a_checkpoint_is_cleared_away(tiny: Path, tmp_path: 
     train(config(tiny, tmp_path / "run", max_steps=2, save_steps=2, resume=True))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-2"
     assert checkpoint.exists() and not list(checkpoint.parent.rglob(".tmp*"))
+
+
+def test_the_schedule_the_decay_and_evaluations_on_the_way(tiny: Path, tmp_path: Path) -> None:
+    def rows(name: str, **values: Any) -> list[dict[str, Any]]:
+        train(config(tiny, tmp_path / name, max_steps=8, **values))
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    shaped = rows("shaped", lr_schedule="cosine", warmup_steps=2, weight_decay=10.0, eval_steps=3)
+    assert [row["step"] for row in shaped if "eval/nll" in row] == [0, 3, 6, 8]
+    rates = [row["lr"] / 3e-3 for row in shaped if "lr" in row]
+    wanted = [0, 0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 6) for k in range(6))]
+    assert rates == pytest.approx(wanted, abs=1e-6)
+    assert {row["lr"] for row in rows("constant", lr_schedule="constant") if "lr" in row} == {3e-3}
+    decayed, plain = weights(tmp_path / "shaped"), weights(tmp_path / "constant")
+    assert decayed["model.embed_tokens.weight"].norm() < 0.95 * plain["model.embed_tokens.weight"].norm()
+
+
+def test_the_frozen_trunk_under_adapters_is_kept_in_the_dtype_of_the_products(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[bool, set[torch.dtype]] = {}
+
+    def spy(model: Any, rank: int) -> Any:
+        handle = add_lora(model, rank)
+        kept.update(
+            {learns: {p.dtype for p in model.parameters() if p.requires_grad is learns} for learns in (True, False)}
+        )
+        return handle
+
+    add_lora = sft.add_lora
+    monkeypatch.setattr(sft, "add_lora", spy)
+    summary = train(config(tiny, tmp_path / "run", dtype="bfloat16", lora_rank=8, max_steps=30, lr=1e-2, batch_size=32))
+    assert kept == {True: {torch.float32}, False: {torch.bfloat16}}
+    assert summary["loss_before"] - summary["loss_after"] > 0.1

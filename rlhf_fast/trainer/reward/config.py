@@ -27,8 +27,8 @@ class RewardOptions(Options):
     """Weight of the squared sum of two scores, which keeps scores near 0; 0.01 is usual."""
     eval_fraction: Annotated[float, PROPER_FRACTION] = 0.2
     """Share of the prompts held out to measure pair accuracy."""
-    epochs: Annotated[float, POSITIVE] = 2.0
-    """Passes over the training rankings."""
+    epochs: Annotated[float, POSITIVE] = 1.0
+    """Passes over the training rankings; more overfit (Ouyang et al. 2022)."""
     dropout: bool = False
     """Learn with the dropout that the model's configuration names; off, it has none."""
     batch_size: Annotated[int, POSITIVE] = 8

@@ -7,36 +7,42 @@ tied. Another loss is one function here and its name in `LOSSES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.encoded import EncodedRanking
 
 
 def bradley_terry(scores: Tensor, ranking: EncodedRanking) -> Tensor:
-    """1 / C(K, 2) x sum over pairs of -log sigmoid(s_better - s_worse) (Ouyang et al. 2022, equation 1)."""
+    """Mean over the pairs of -log sigmoid(s_better - s_worse) (Ouyang et al. 2022, equation 1)."""
     return _pairwise(scores, ranking, margins=False)
 
 
 def margin(scores: Tensor, ranking: EncodedRanking) -> Tensor:
-    """Bradley-Terry on s_better - s_worse - m, m the difference of the ratings, or of the ranks (Llama 2)."""
+    """Bradley-Terry on s_better - s_worse - m (Touvron et al. 2023, Llama 2, equation 2).
+
+    m is the difference of the ratings, or of the ranks, in units of the largest one in the training data, which
+    `scaled_margins` has seen to: from 0 to 1, as the smaller of Llama 2's margins (table 27).
+    """
     return _pairwise(scores, ranking, margins=True)
 
 
 def plackett_luce(scores: Tensor, ranking: EncodedRanking) -> Tensor:
     """Mean over completions of -log P(it is chosen among itself and all worse ones) (Luce 1959, Plackett 1975).
 
-    Without ties that is -log P(order) / (K - 1); of tied completions each is set against the worse ones alone.
+    That is over those that some other is worse than. Without ties it is -log P(order) / (K - 1); of tied completions
+    each is set against the worse ones alone.
     """
     goodness = torch.tensor(ranking.source.goodness, device=scores.device)
     rivals = goodness[:, None] > goodness  # (K, K): [i, j] = j is worse than i
     choices = rivals | torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     terms = torch.where(choices, scores, -torch.inf).logsumexp(1) - scores
-    return terms[rivals.any(1)].sum() / (len(scores) - 1)
+    return terms[rivals.any(1)].mean()
 
 
 def best_of_k(scores: Tensor, ranking: EncodedRanking) -> Tensor:
@@ -81,9 +87,44 @@ def _pairwise(scores: Tensor, ranking: EncodedRanking, margins: bool) -> Tensor:
     better, worse = torch.tensor(ranking.pairs, device=scores.device).T
     gaps = scores[better] - scores[worse]
     if margins:
-        worth = scores.new_tensor(ranking.source.ratings or ranking.source.goodness)
+        worth = scores.new_tensor(worth_of(ranking))
         gaps = gaps - (worth[better] - worth[worse]).clamp(min=0)
-    return -logsigmoid(gaps).sum() / math.comb(len(scores), 2)
+    return -logsigmoid(gaps).mean()
+
+
+def worth_of(ranking: EncodedRanking) -> list[float]:
+    """The ratings, or where there are none the ranks, best highest."""
+    return ranking.source.ratings or ranking.source.goodness
+
+
+def scaled_margins(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
+    """With ratings in units of the largest difference in one ranking, so that margins are between 0 and 1.
+
+    Ratings and ranks are scaled apart: a file may hold rankings with either.
+    """
+    largest: dict[bool, float] = {}
+    for ranking in rankings:
+        worth, rated = worth_of(ranking), ranking.source.ratings is not None
+        largest[rated] = max(largest.get(rated, 0.0), max(worth) - min(worth))
+    return [
+        with_ratings(r, [value / (largest[r.source.ratings is not None] or 1.0) for value in worth_of(r)])
+        for r in rankings
+    ]
+
+
+def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
+    """With ratings brought to mean 0 and standard deviation 1 over all of them, so that their unit does not matter."""
+    for ranking in rankings:
+        if ranking.source.ratings is None:
+            raise UserError(f"{ranking.source.where}: the loss regression needs ratings, and this line has ranks only")
+    ratings = torch.tensor([value for ranking in rankings for value in ranking.source.ratings or []]).double()
+    mean, std = float(ratings.mean()), max(float(ratings.std(correction=0)), 1e-6)
+    return [with_ratings(r, [(value - mean) / std for value in r.source.ratings or []]) for r in rankings]
+
+
+def with_ratings(ranking: EncodedRanking, ratings: list[float]) -> EncodedRanking:
+    """The ranking with other ratings and the order that it has."""
+    return replace(ranking, source=replace(ranking.source, ratings=ratings))
 
 
 def pair_accuracy(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> float | None:
@@ -122,3 +163,10 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float | None:
     total = sum(entry["pairs"] for entry in bins)
     gaps = sum(entry["pairs"] * abs(entry["predicted"] - entry["observed"]) for entry in bins)
     return gaps / total if total else None
+
+
+# What a loss needs done to all training rankings first; the others take them as they are.
+PREPARE: dict[str, Callable[[Sequence[EncodedRanking]], list[EncodedRanking]]] = {
+    "margin": scaled_margins,
+    "regression": standardised,
+}

@@ -51,7 +51,7 @@ from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.run.threads import threads
 
 from .config import RewardConfig
-from .losses import calibration, calibration_error, pair_accuracy, ranking_loss
+from .losses import PREPARE, calibration, calibration_error, pair_accuracy, ranking_loss
 
 MAX_GRAD_NORM = 1.0
 NORMALIZER_PROMPTS = 64
@@ -86,8 +86,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         tokenizer, rankings, reading_limits(model, config), need_pairs=ordered, source=config.feedback_file
     )
     train, held_out = split(encoded, config)
-    if not ordered:
-        train = standardised(train)
+    if config.loss in PREPARE:
+        train = PREPARE[config.loss](train)
     run.save_config(config)
 
     with timer("train"):
@@ -164,10 +164,16 @@ def micro_batches(rankings: Sequence[EncodedRanking], size: int) -> list[list[En
 
 @torch.no_grad()
 def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, size: int) -> list[Tensor]:
-    """Scores (K,) of every ranking, on the CPU."""
+    """Scores (K,) of every ranking, on the CPU. Each rank reads its share, and all get all."""
     model.eval()
-    batches = micro_batches(rankings, size)
-    return [score.cpu() for batch in batches for score in forward_scores(model, batch, pad_id)]
+    own: list[Tensor] = []
+    for part in pad_to_ranks(micro_batches(rankings[ranks().index :: ranks().count], size), model, []):
+        shown = part or rankings[:1]  # with nothing to do for one rank others still need its part of the weights
+        own += [score.cpu() for score in forward_scores(model, shown, pad_id)][: len(part)]
+    scores: list[Tensor] = [torch.empty(0)] * len(rankings)
+    for rank, found in enumerate(ranks().every(own)):
+        scores[rank :: ranks().count] = found
+    return scores
 
 
 def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankings: Sequence[EncodedRanking]) -> int:
@@ -231,19 +237,6 @@ def _step(
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"the reward model's loss is {loss} and its gradient norm {norm}; lower lr or head_lr")
     return {"loss": loss, "pair_accuracy": right / max(count_all, 1), "grad_norm": norm}
-
-
-def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
-    """With ratings brought to mean 0 and standard deviation 1 over all of them, so that their unit does not matter."""
-    for ranking in rankings:
-        if ranking.source.ratings is None:
-            raise UserError(f"{ranking.source.where}: the loss regression needs ratings, and this line has ranks only")
-    ratings = torch.tensor([value for ranking in rankings for value in ranking.source.ratings or []]).double()
-    mean, std = float(ratings.mean()), max(float(ratings.std(correction=0)), 1e-6)
-    return [
-        replace(r, source=replace(r.source, ratings=[(value - mean) / std for value in r.source.ratings or []]))
-        for r in rankings
-    ]
 
 
 def normalizer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,16 @@ class Bridge(TrainerCallback):
             made.rename(made.with_name(f"step-{state.global_step}"))
             remove_old_checkpoints(self.run.path, self.run.keep)
         ranks().wait()
+
+
+class Evaluation(TrainerCallback):
+    """The loss on the held-out demonstrations every few steps."""
+
+    def __init__(self, run: RunFolder, every: int, loss: Callable[[], float]) -> None:
+        """`loss` leaves the model in eval mode; the Trainer's next step puts it into training mode."""
+        self.run, self.every, self.loss = run, every, loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The last step is followed by an evaluation in any case."""
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.run.log({"eval/nll": self.loss()}, state.global_step)

@@ -12,8 +12,9 @@ and the model is written in it at the end.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from rlhf_fast.data.examples import read_sft
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.dropout import switch_on_dropout
+from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.loading import (
     device,
     fit_padding,
@@ -71,7 +73,8 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype)
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        kept = dtype if config.load_in_4bit else torch.float32  # what is frozen needs no more
+        frozen = config.load_in_4bit or config.lora_rank > 0
+        kept = dtype if frozen else torch.float32  # what is frozen needs no more
         model = load_causal_lm(config.model, kept, config.trust_remote_code, config.load_in_4bit)
         adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
@@ -87,7 +90,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         run.truncate_metrics(-1)
         run.log({"eval/nll": before}, 0)
     with timer("train"):
-        steps = _train(config, run, model, tokenizer, examples, dtype)
+        steps = _train(config, run, model, tokenizer, Data(examples, eval_examples), dtype)
     with timer("evaluate"):
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     with timer("save"):
@@ -120,25 +123,33 @@ def _end_with(model: Any, *ends: int) -> None:
 
 @torch.no_grad()
 def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, dtype: torch.dtype) -> float:
-    """Mean negative log-likelihood, in nats per completion token; NaN without examples."""
+    """Mean negative log-likelihood, in nats per completion token; NaN without examples. Ranks share the work."""
     model.eval()
-    total, tokens = 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        batch = to_device(collate(examples[start : start + batch_size], pad_id))
+    total, tokens = 0.0, 0.0
+    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+    for part in pad_to_ranks(batches[ranks().index :: ranks().count], model, []):
+        batch = to_device(collate(part or examples[:1], pad_id))  # others may need this rank's part of the weights
         with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
             logprobs = completion_logprobs(model, batch)
-        total -= float(logprobs.sum(dtype=torch.float64))
-        tokens += int((batch["labels"] != IGNORED).sum())
+        if part:
+            total -= float(logprobs.sum(dtype=torch.float64))
+            tokens += int((batch["labels"] != IGNORED).sum())
+    total, tokens = ranks().total([total, tokens])
     return total / tokens if tokens else math.nan
 
 
-def _train(
-    config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, examples: list[Example], dtype: torch.dtype
-) -> int:
-    """Run the Trainer over `examples`, changing `model` in place; returns the number of optimizer steps."""
+class Data(NamedTuple):
+    """What is learned, and what is held out."""
+
+    train: list[Example]
+    held_out: list[Example]
+
+
+def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: Data, dtype: torch.dtype) -> int:
+    """Run the Trainer over `data`, changing `model` in place; returns the number of optimizer steps."""
     from transformers import PrinterCallback
 
-    from .hf_trainer import Bridge, SumTrainer
+    from .hf_trainer import Bridge, Evaluation, SumTrainer
 
     if config.dropout:
         switch_on_dropout(model)
@@ -147,7 +158,7 @@ def _train(
     model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
     width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
     if config.packing:
-        check_packing(model.eval(), examples, pad_id)
+        check_packing(model.eval(), data.train, pad_id)
 
     def gather(batch: list[Example]) -> dict[str, Tensor]:
         return pack(batch, pad_id, width) if config.packing else collate(batch, pad_id)
@@ -157,7 +168,7 @@ def _train(
             trainer = SumTrainer(
                 model=model,
                 args=_arguments(config, run, dtype),
-                train_dataset=examples,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
+                train_dataset=data.train,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
                 data_collator=gather,
             )
         trainer.fsdp = config.fsdp
@@ -173,6 +184,9 @@ def _train(
 
         autosave = Autosave(run, config, [model], 0, save)
         trainer.add_callback(bridge := Bridge(run, stop, autosave))
+        if config.eval_steps and data.held_out:
+            held_out = partial(evaluate, model, data.held_out, pad_id, config.micro_batch_size, dtype)
+            trainer.add_callback(Evaluation(run, config.eval_steps, held_out))
         checkpoint = run.latest_checkpoint()
         try:
             with autosave:
@@ -205,10 +219,11 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.lr,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
+        warmup_steps=config.warmup_steps,
         optim="adamw_torch_fused",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         seed=config.seed,
         save_strategy="no",  # Autosave says when
