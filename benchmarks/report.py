@@ -26,8 +26,6 @@ README_ROWS = [
         "token_stats (logprobs, entropy) forward 512 x 49152 float32",
     ),
     ("`token_kl` reverse, 512 x 49152", "token_kl reverse forward 512 x 49152 float32"),
-    ("`gae` 64 x 1024 (eager: the usual loop over tokens)", "gae 64 x 1024 float32"),
-    ("`ppo_advantages` 64 x 1024", "ppo_advantages 64 x 1024 float32"),
     (
         "`linear_token_logprobs` forward and backward, 1024 x 576 x 49152",
         "linear_token_logprobs forward + backward 1024 x 576 x 49152 float32 100% real",
@@ -38,6 +36,18 @@ README_ROWS = [
     ),
     ("`token_logprobs` forward, 16 x 128", "token_logprobs forward 16 x 128 float32"),
 ]
+# README's choice of errors: label, then op, dtype and inputs of the accuracy table.
+README_ERRORS = [
+    ("log-probability", "token_logprobs", "float32", "ordinary"),
+    ("log-probability, logits offset by 1e4", "token_logprobs", "float32", "offset 1e4"),
+    ("log-probability", "token_logprobs", "bfloat16", "ordinary"),
+    ("entropy", "entropy", "bfloat16", "ordinary"),
+    ("entropy, some logits -inf", "entropy", "float32", "with -inf"),
+    ("exact KL, some logits -inf", "token_kl reverse", "float32", "with -inf"),
+    ("gradient of log-probabilities", "token_logprobs, gradient", "bfloat16", "ordinary"),
+    ("advantages (GAE)", "gae (no mask)", "bfloat16", "ordinary"),
+]
+README_PROVIDERS = {"native": "ours", "eager": "eager", "eager, own dtype": "eager in the logits' dtype", "TRL": "TRL"}
 OURS = ("native", "torch", "triton")
 
 
@@ -196,7 +206,30 @@ def results(name: str, report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def readme_table(report: dict[str, Any]) -> str:
+def readme_errors(report: dict[str, Any]) -> str:
+    """The largest errors against float64, for the outputs that README names."""
+    errors = {(row["op"], row["dtype"], row["inputs"]): row["errors"] for row in report["accuracy"]}
+    rows = []
+    for label, *key in README_ERRORS:
+        if tuple(key) in errors:
+            found = (errors[tuple(key)].get(name) for name in README_PROVIDERS)
+            shown = ("-" if x is None else x if isinstance(x, str) else f"{x:.1e}" for x in found)
+            rows.append([label, key[1], *shown])
+    return table(["largest error", "inputs", *README_PROVIDERS.values()], rows, range(2, 6))
+
+
+def readme_results(report: dict[str, Any]) -> str:
+    """What README shows: exactness first, then memory, where we lose, and speed."""
+    parts = [
+        ("Largest error against float64, on random inputs; NaN where the result is not a number:", readme_errors),
+        ("Peak memory beyond the inputs, forward and backward:", memory),
+        ("Shapes at which something else is faster:", losses),
+        ("Speed against PyTorch, a figure under 1 being a loss:", readme_speed),
+    ]
+    return "\n".join(f"{title}\n\n{show(report)}" for title, show in parts)
+
+
+def readme_speed(report: dict[str, Any]) -> str:
     rows = {row["case"]: row for row in report["rows"]}
     wanted = [(label, rows[case]) for label, case in README_ROWS if case in rows]
     cells = [[label, ratio(row, "eager", " x"), ratio(row, "compile", " x")] for label, row in wanted]
@@ -216,7 +249,7 @@ def documents() -> dict[Path, str]:
     name, report = load()
     return {
         DOCUMENT: between_marks(DOCUMENT.read_text(), results(name, report)),
-        README: between_marks(README.read_text(), readme_table(report)),
+        README: between_marks(README.read_text(), readme_results(report)),
     }
 
 
