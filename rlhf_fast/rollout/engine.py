@@ -70,7 +70,7 @@ class EngineSampler:
         """Nothing is sent yet."""
         self.engine = engine
         self.version = 0
-        self._sent: tuple[int, int] | None = None
+        self._sent: list[int] = []
 
     def __call__(
         self,
@@ -105,13 +105,21 @@ class EngineSampler:
 
     def sync(self, model: Any) -> None:
         """Send the weights if they are others than the engine has. All ranks take part, the first one sends."""
-        now = id(model), sum(parameter._version for parameter in model.parameters())
-        if now == self._sent:
+        now = _digest(model)
+        if not ranks().any(now != self._sent):  # a sharded weight may have changed in another rank's part
             return
         self.version += 1
         with unsharded(model):
             ranks().once(lambda: self.engine.load(policy_weights(model), self.version))
         self._sent = now
+
+
+@torch.no_grad()
+def _digest(model: Any) -> list[int]:
+    """One number of all bits of each weight, of a sharded one of this rank's part. Torch's counters of writes do not
+    see those of fused optimizers."""
+    parts = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
+    return [int(torch.hash_tensor(part).item()) if part.numel() else 0 for part in parts]
 
 
 def _as_tensors(completions: Sequence[Completion]) -> Completions:

@@ -35,7 +35,7 @@ class Tokenizer:
     pad_token_id, eos_token_id = 0, 2
 
     def decode(self, ids: Any, skip_special_tokens: bool) -> str:
-        return " ".join(map(str, ids.tolist()))
+        return " ".join(map(str, ids))
 
 
 def policy(tied: bool = True) -> Any:

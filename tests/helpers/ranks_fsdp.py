@@ -23,6 +23,7 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
 )
+from vllm_stub import Stub
 
 from rlhf_fast.distributed.dtensors import full_state_dict
 from rlhf_fast.distributed.ranks import ranks
@@ -33,7 +34,9 @@ from rlhf_fast.models.heads import check_head, token_kl, token_logprobs, token_v
 from rlhf_fast.models.loading import checkpoint_activations, make_critic
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.engine import EngineSampler
 from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.vllm_server import VLLMServers
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -172,6 +175,39 @@ def reads() -> None:
             assert not any(hasattr(p, "placements") for p in cut_pair[0].parameters())
         assert all(hasattr(p, "placements") for p in cut_pair[0].parameters())
         assert shapes == [tuple(p.shape) for p in model.parameters()]
+
+
+def engine() -> None:
+    """A server has the weights of all ranks, new ones after a step; samples are those of one process."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(CONFIGS["tied"]).eval()
+    served, whole_policy = copy.deepcopy(policy), copy.deepcopy(policy)
+    cut_policy = sharded(policy, True)
+    optimizer = AdamW(cut_policy.parameters(), lr=1e-2)
+    stub = Stub(served).__enter__() if ranks().main else None
+    (url, _) = ranks().every(stub.url if stub else None)
+    sampler = EngineSampler(VLLMServers([url]))
+    prompts = [[5, 9, 11], [8, 3], [6, 33, 21], [7, 19]]
+    mine = slice(2 * ranks().index, 2 * ranks().index + 2)
+    params, texts = SamplingParams(max_new_tokens=4), []
+    for step in range(2):
+        rollout = sampler(
+            cut_policy, Tokenizer(), prompts[mine], params, seed=3, samples_per_prompt=2,
+            first_prompt=mine.start, total_prompts=4,
+        )  # fmt: skip
+        own = token_logprobs(cut_policy, rollout.batch).detach()
+        torch.testing.assert_close(own, rollout.logprobs, rtol=0, atol=1e-5)
+        texts.append([text for part in ranks().every(rollout.texts) for text in part])
+        assert sampler.version == step + 1 and (stub is None or stub.version == step + 1)
+        loss_of(cut_policy, batches()[ranks().index].rows(torch.arange(3)), critic=False).backward()
+        optimizer.step(1.0)
+    assert texts[0] != texts[1]
+    ranks().wait()
+    ranks().leave()  # from here on this is one process: the last case
+    if stub is not None:
+        alone = EngineSampler(VLLMServers([url]))
+        assert alone(whole_policy, Tokenizer(), prompts, params, seed=3, samples_per_prompt=2).texts == texts[0]
+        stub.stop()
 
 
 def refused() -> None:

@@ -38,7 +38,10 @@ class Stub:
             def log_message(self, *args: Any) -> None:
                 """Silent."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # connections at once
+
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = False  # `stop` waits for them
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -117,7 +120,7 @@ class Stub:
             shown = logits.log_softmax(-1) if self.faults.get("raw") else law
             ids.append(token)
             tokens.append(token)
-            logprobs.append(float(shown[token]))
+            logprobs.append(float(shown[token]) + self.faults.get("shift", 0.0))
             best = law.topk(max(1, body["logprobs"] if body["logprobs"] >= 0 else len(law)))
             top.append(
                 {f"token_id:{i}": max(float(v), CUT) for v, i in zip(best.values, best.indices.tolist(), strict=True)}

@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.ppo_runs import metrics
 from helpers.vllm_stub import Stub
 from torch import Tensor
 
 from rlhf_fast.data.encoding import decode_completion
+from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads, loading
 from rlhf_fast.models.lora import add_lora, merged_copy
 from rlhf_fast.rollout import mismatch
@@ -22,6 +25,9 @@ from rlhf_fast.rollout.engine_weights import policy_weights
 from rlhf_fast.rollout.mismatch import Correction
 from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 from rlhf_fast.rollout.vllm_server import VLLMServers
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import ppo
 
 PROMPTS = [[5, 9, 11], [8], [6, 33, 21, 50, 4], [7, 19]]
 PARAMS = SamplingParams(max_new_tokens=6, temperature=0.8)
@@ -62,8 +68,10 @@ def gap(lm: Any, rollout: Rollout) -> float:
     return float((own - rollout.logprobs).abs().max())
 
 
-def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(lm: Any, tokenizer: Any, stub: Stub) -> None:
-    sampler = EngineSampler(VLLMServers([stub.url]))
+def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(
+    lm: Any, tokenizer: Any, stub: Stub, tmp_path: Path
+) -> None:
+    sampler = EngineSampler(VLLMServers([stub.url], folder=str(tmp_path)))
     for step in range(3):
         rollout = sampler(lm, tokenizer, PROMPTS, PARAMS, seed=step, samples_per_prompt=3)
         assert gap(lm, rollout) < 1e-5
@@ -79,7 +87,7 @@ def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(lm: Any, to
     route = [name for name in stub.log if name in ("/pause", "/collective_rpc", "/reset_prefix_cache", "/resume")]
     start = route.index("/pause")
     assert route[start : start + 4] == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
-    assert not list(Path("/dev/shm").glob("rlhf_fast-*")) if Path("/dev/shm").is_dir() else True
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompts_have_seeds_of_their_own_and_the_share_of_a_rank_changes_no_sample(
@@ -251,3 +259,67 @@ def test_metrics_of_the_mismatch() -> None:
     assert found["engine/k3"] == pytest.approx(float((d.exp() - 1 - d).mean()), rel=1e-5)
     assert found["engine/corrected"] == pytest.approx(1 / 6)
     assert found["engine/effective_samples"] == pytest.approx(float(w.sum() ** 2 / (6 * w.square().sum())), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- in the trainer
+
+
+@pytest.fixture
+def run_config(config: PPOConfig, stub: Stub) -> PPOConfig:
+    return dataclasses.replace(config, objective="grpo", sampler="vllm-server", engine_url=(stub.url,), max_steps=2)
+
+
+def learned_from(config: PPOConfig, folder: Path, patch: pytest.MonkeyPatch) -> list[Any]:
+    """What each step of a run learned from."""
+    seen: list[Any] = []
+    learn = ppo.update
+    with patch.context() as context:
+        context.setattr(
+            ppo, "update", lambda agent, made, *rest, **more: seen.append(made) or learn(agent, made, *rest, **more)
+        )
+        ppo.train_ppo(config, RunFolder.create(folder))
+    return seen
+
+
+def test_a_run_by_an_engine_syncs_each_step_and_says_how_far_it_is(
+    run_config: PPOConfig, tmp_path: Path, stub: Stub, tiny: Path
+) -> None:
+    config = dataclasses.replace(run_config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_samples=1, max_steps=3)
+    ppo.train_ppo(config, RunFolder.create(tmp_path / "run"))
+    rows = metrics(tmp_path / "run")
+    assert stub.version == 4  # before, and after each update; the evaluation before and the first step share one
+    assert len(rows) == 3
+    for row in rows:
+        assert row["engine/logprob_diff_max"] < 1e-5 and row["engine/effective_samples"] == pytest.approx(1, abs=1e-4)
+        assert row["engine/corrected"] == 0 and abs(row["engine/k3"]) < 1e-6
+
+
+def test_the_correction_weights_the_advantages(
+    run_config: PPOConfig, tmp_path: Path, stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub.faults["shift"] = -8e-4  # an engine whose rounding is that of a lower precision
+    found = {}
+    for kind in ("none", "truncate"):
+        config = dataclasses.replace(run_config, sampler_correction=kind, sampler_cap=1.0005, max_steps=1)
+        found[kind] = learned_from(config, tmp_path / kind, monkeypatch)[0]
+    assert float(found["none"].advantages.abs().max()) > 0.1
+    torch.testing.assert_close(found["truncate"].advantages, found["none"].advantages * 1.0005)
+    torch.testing.assert_close(found["truncate"].returns, found["none"].returns)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_an_engine_of_other_weights_stops_the_run(
+    run_config: PPOConfig, tmp_path: Path, stub: Stub, minibatches: int
+) -> None:
+    """Where a step is learned from once, too, whose log-probabilities are else the update's own."""
+    stub.faults["shift"] = 0.01
+    config = dataclasses.replace(run_config, num_minibatches=minibatches, kl_in="loss")
+    with pytest.raises(UserError, match="the engine's log-probabilities are 0.01 nats a token from the policy's"):
+        ppo.train_ppo(config, RunFolder.create(tmp_path / "run"))
+
+
+def test_options_of_engines_that_contradict_one_another_are_refused(config: PPOConfig) -> None:
+    with pytest.raises(UserError, match="sampler vllm-server needs engine_url"):
+        dataclasses.replace(config, sampler="vllm-server").validate()
+    with pytest.raises(UserError, match="engine_url is for sampler vllm-server"):
+        dataclasses.replace(config, engine_url=("http://127.0.0.1:1",)).validate()

@@ -13,7 +13,7 @@ import pytest
 from rlhf_fast.errors import UserError
 from rlhf_fast.trainer import PPOConfig, RewardConfig
 
-CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused")
+CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused", "engine")
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks_fsdp.py"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.mismatch import Kind as CorrectionKind
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.options import (
     FILE,
@@ -178,7 +179,23 @@ class OptimizerOptions(Options):
 
 
 @dataclass
-class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOptions, SamplingOptions):
+class EngineOptions(Options):
+    """What samples."""
+
+    CHANGEABLE = frozenset({"sampler", "engine_url", "sampler_correction", "sampler_cap"})
+
+    sampler: Literal["builtin", "vllm-server"] = "builtin"
+    """What samples: the built-in sampler, or vLLM servers at engine_url (docs/engine.md)."""
+    engine_url: tuple[str, ...] = ()
+    """Servers of the sampler vllm-server: http://127.0.0.1:8000"""
+    sampler_correction: CorrectionKind = "truncate"
+    """Weights of an engine's tokens by p_trainer / p_engine: limited to sampler_cap, or 0 outside of a band."""
+    sampler_cap: Annotated[float, POSITIVE] = 2.0
+    """Largest weight of a token by truncate, of a sequence by sequence-mask."""
+
+
+@dataclass
+class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOptions, SamplingOptions):
     """Reinforcement learning of a copy of the model against the reward model, held near the original."""
 
     CHANGEABLE = frozenset(
@@ -301,6 +318,14 @@ class PPOOptions(OptimizerOptions, CriticOptions, RewardOptions, ObjectiveOption
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) of options that the objective would not read."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
+        yield (
+            self.sampler == "vllm-server" and not self.engine_url,
+            "sampler vllm-server needs engine_url, such as http://127.0.0.1:8000: docs/engine.md shows how to start it",
+        )
+        yield (
+            self.sampler == "builtin" and bool(self.engine_url),
+            "engine_url is for sampler vllm-server: set that too",
+        )
         for option in ("critic_warmup", "whiten_rewards", "bootstrap_truncated"):
             yield (
                 bool(getattr(self, option)) and not objective.critic,

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.evaluate import Rater, evaluate
-from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.rollout import Sampler, SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer, notice
 
@@ -27,6 +28,7 @@ class Evaluator:
     config: PPOConfig
     run: RunFolder
     rater: Rater | None
+    sampler: Sampler = generate
     best: tuple[int, float] | None = None  # step and reward of the best evaluation in the course of the run
 
     def at(self, when: str) -> Figures:
@@ -47,6 +49,7 @@ class Evaluator:
             samples=config.eval_samples,
             micro_batch_size=config.micro_batch_size,
             rater=self.rater,
+            sampler=self.sampler,
         )
         figures["reward"] = self.agent.rewards.add_to(rows, self.held_out.lines)
         if when in ("before", "after"):

@@ -32,7 +32,10 @@ from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.engine import EngineSampler
+from rlhf_fast.rollout.mismatch import Correction, mismatch_metrics
 from rlhf_fast.rollout.rollout import Sampler
+from rlhf_fast.rollout.vllm_server import VLLMServers
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
@@ -57,7 +60,7 @@ from .score import pairs_of, plan_minibatches, score
 from .settings import update_options
 
 
-def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) -> dict[str, Any]:
+def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None) -> dict[str, Any]:
     """Run the phase in `run`; the resulting model is in `model/`. Returns the summary, which is in summary.json too.
 
     Raises UserError for wrong input or when a check fails, Interrupted after a Ctrl-C or SIGTERM (all is saved).
@@ -76,6 +79,7 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
     demonstrations = read_sft(config.ptx_file, config.strict) if config.ptx_file else []
     held_out_file = config.eval_prompts_file
     held_out_lines = read_prompts(held_out_file, config.strict) if held_out_file else []
+    sampler = sampler or make_sampler(config)
     with timer("load"):
         agent = load_agent(config)
         prompts = encode_prompts(lines, config, agent)
@@ -88,7 +92,7 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler = generate) ->
         config = replace(config, max_steps=steps)
     require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
     step = restore(agent, run)
-    evaluator = Evaluator(agent, held_out, config, run, rater)
+    evaluator = Evaluator(agent, held_out, config, run, rater, sampler)
     evaluator.resume(step)
     with timer("evaluate"):
         before = evaluator.at("before")
@@ -158,7 +162,16 @@ def train_step(
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
     metrics = {**rollout_metrics(samples, experience, options.loss.kl), **drawn, **losses}
     metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": config.lr * scale}
+    if samples.logprobs is not None:
+        correction = Correction(config.sampler_correction, config.sampler_cap)
+        mask = experience.batch.mask
+        metrics |= mismatch_metrics(experience.old_logprobs, samples.logprobs, mask, correction)
     metrics["policy/ratio_gap"] = agent.largest_gap
     if step >= config.critic_warmup:  # while the critic alone learns, kl_coef moves nothing
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics
+
+
+def make_sampler(config: PPOConfig) -> Sampler:
+    """What the options name; EngineError if a server is not as it must be, before any model is loaded."""
+    return EngineSampler(VLLMServers(config.engine_url)) if config.sampler == "vllm-server" else generate

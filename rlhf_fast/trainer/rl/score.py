@@ -12,6 +12,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores, token_kl, token_logprobs, token_logprobs_entropy, token_values
+from rlhf_fast.rollout.mismatch import Correction, check_engine, weights
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.progress import Timer
 
@@ -59,9 +60,11 @@ def score(
     # 3. Log-probabilities of the sampled tokens under the policy that sampled, and its entropy.
     with timer("old_logprobs"):
         old_logprobs, entropy = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
-        if not learned_from_once(options, kl):
+        if not learned_from_once(options, kl) or rollout.logprobs is not None:
             old_logprobs, entropy = logprobs_and_entropy(agent.policy, batch, plan, options.temperature)
             check_logprobs("old_logprobs", old_logprobs, batch.mask)
+        if rollout.logprobs is not None:
+            check_engine(old_logprobs, rollout.logprobs, batch.mask, agent.policy.dtype)
 
     # 4. Log-probabilities under the reference.
     with timer("reference"):
@@ -96,6 +99,10 @@ def score(
             stats, advantage_options(options, kl.coef, agent.rewards.rounding)
         )
         check_finite("advantages", found.advantages, batch.mask)
+        advantages = found.advantages
+        if rollout.logprobs is not None:  # losses are homogeneous in the advantage, so this weights the policy's alone
+            correction = Correction(options.sampler_correction, options.sampler_cap)
+            advantages = advantages * weights(old_logprobs, rollout.logprobs, batch.mask, correction)
     learned = batch.mask & rollout.ended[:, None] if options.overlong_filter else batch.mask
     return Experience(
         batch=batch,
@@ -105,7 +112,7 @@ def score(
         entropy=entropy,
         ref_logprobs=ref_logprobs,
         values=values,
-        advantages=found.advantages,
+        advantages=advantages,
         returns=found.returns,
     )
 
