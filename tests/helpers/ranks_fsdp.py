@@ -180,7 +180,7 @@ def reads() -> None:
 def engine() -> None:
     """A server has the weights of all ranks, new ones after a step; samples are those of one process."""
     torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(CONFIGS["tied"]).eval()
+    policy = AutoModelForCausalLM.from_config(CONFIGS["tied"], dtype=torch.float32).eval()
     served, whole_policy = copy.deepcopy(policy), copy.deepcopy(policy)
     cut_policy = sharded(policy, True)
     optimizer = AdamW(cut_policy.parameters(), lr=1e-2)
