@@ -20,7 +20,6 @@ LONG_FUNCTIONS = {
     "kernels/gae.py gae_rows",
     "kernels/logprob_fold.py token_stats_fold",
     "kernels/ppo.py ppo_rows",
-    "rlhf_fast/ops/linear/divergence.py linear_token_kl",
     "rlhf_fast/ops/linear/policy_loss.py linear_policy_loss",
     "rlhf_fast/trainer/reward/train.py train_reward",
 }
@@ -31,6 +30,14 @@ def sources() -> list[Path]:
     found = [path for name in OURS for path in [ROOT / name, *(ROOT / name).glob("**/*")]]
     linked = ROOT / "rlhf_fast" / "kernels"
     return [path for path in found if path.suffix in SUFFIXES and path.is_file() and linked not in path.parents]
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """From `def` to the end, without the docstring: what is said about a function does not make it long."""
+    lines = (function.end_lineno or function.lineno) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        lines -= (function.body[0].end_lineno or 0) - function.body[0].lineno + 1
+    return lines
 
 
 def test_no_file_is_longer_than_400_lines() -> None:
@@ -45,8 +52,7 @@ def test_no_function_is_longer_than_60_lines() -> None:
         if path.suffix == ".py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                    if lines > LINES_OF_A_FUNCTION:
+                    if lines_of(node) > LINES_OF_A_FUNCTION:
                         long.add(f"{path.relative_to(ROOT)} {node.name}")
     assert long - LONG_FUNCTIONS == set(), "longer than 60 lines"
     assert LONG_FUNCTIONS - long == set(), "short enough by now: take it out of LONG_FUNCTIONS"
