@@ -122,3 +122,18 @@ def test_an_exact_kl_and_an_entropy_bonus_in_float16(generator: torch.Generator)
     true = gradients(lambda x: case.fused(x, 1e6, **wide), {k: v.float() for k, v in case.leaves.items()}, LOSS_SCALE)
     for name, x in got.items():
         assert error(x, true[name].double()) < 5e-3, name
+
+
+@pytest.mark.parametrize("block", [64, ROWS], ids=["blocks", "one_block"])
+def test_sums_beyond_float16(block: int, generator: torch.Generator, monkeypatch: Any) -> None:
+    """All rows push the same column the same way: the scaled sum of a block exceeds 65504, the gradient does not."""
+    monkeypatch.setattr(tiles, "CPU_ROW_TILE", block * VOCABULARY * 2)
+    monkeypatch.setattr(tiles, "CPU_MIN_ROWS", block)
+    case = Case(torch.float16, generator)
+    case.targets.zero_()
+    case.leaves["hidden"] += 8
+    case.old = rf.linear_token_logprobs(**case.leaves, targets=case.targets)
+    case.advantages = torch.ones(ROWS)
+    got, true = gradients(lambda x: case.fused(x, 1e4), case.leaves, 1.0), _truth(case, 1e4, 1.0)
+    for name, x in got.items():
+        assert error(x, true[name]) < 2e-3, name
