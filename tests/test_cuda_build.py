@@ -74,6 +74,27 @@ def test_hot_loops_go_by_sixteen_bytes(disassembler: None, arch: str) -> None:
             assert found["LDL"] == found["STL"] == 0, f"{name} uses local memory"
 
 
+# Instructions of the hot loop on sm_90, of four loads of 16 bytes; what nvcc 13.0 made of them, and a little.
+LONGEST = {
+    "token_stats_kernel<BFloat16, false, true>": 330,
+    "token_stats_kernel<BFloat16, false, false>": 226,
+    "token_stats_backward_kernel<BFloat16, false, false>": 300,
+    "token_stats_backward_kernel<BFloat16, false, true>": 398,
+    "token_kl_kernel<BFloat16, false, 0>": 198,
+}
+
+
+def test_hot_loops_do_not_grow(disassembler: None) -> None:
+    if "release 13.0" not in os.popen("nvcc --version").read():
+        pytest.skip("the counts are nvcc 13.0's")
+    loops = codegen.hot_loops("sm_90")
+    readable = codegen._readable(set(loops))
+    found = {readable[name]: loop for name, loop in loops.items()}
+    for kernel, longest in LONGEST.items():
+        loads, instructions = found[kernel]
+        assert loads == 4 and instructions <= longest, f"{kernel}: {instructions} instructions for {loads} loads"
+
+
 def test_the_page_is_that_of_this_build(disassembler: None) -> None:
     if "release 13.0" not in os.popen("nvcc --version").read():
         pytest.skip("docs/codegen.md was written with nvcc 13.0")

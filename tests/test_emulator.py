@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulator import build, sanitized
+from emulator import build, mutants, proof, sanitized
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,14 +28,35 @@ WATCHED = {
 }
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are looked for beside g++")
-@pytest.mark.parametrize("family", WATCHED)
-def test_emulated_kernels_under_address_and_undefined_behaviour_sanitizers(family: str) -> None:
-    path, names = WATCHED[family]
-    which = "(emulated-fp32 or emulated-bf16)" + (f" and ({names})" if names else "")
-    done = sanitized.run(path, "-x", "-k", which)
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are looked for beside g++")
+
+
+@needs_gxx
+def test_emulated_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
+    """One process for all families: under the sanitizers it takes longer to start than to test."""
+    chosen = [f"({Path(path).name} and ({names}))" if names else Path(path).name for path, names in WATCHED.values()]
+    which = f"(emulated-fp32 or emulated-bf16) and ({' or '.join(chosen)})"
+    done = sanitized.run(*(path for path, _ in WATCHED.values()), "-x", "-k", which)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
+
+
+@needs_gxx
+@pytest.mark.parametrize("way", ["real", "memory", "races"])
+def test_every_kernel_in_a_program_of_its_own(tmp_path: Path, way: str) -> None:
+    """At a GPU's block sizes; under AddressSanitizer and UBSan; under ThreadSanitizer, in several schedules."""
+    program = proof.build(way, tmp_path)
+    for schedule in ("", "seed=3 resident=3 start=random", "seed=8 resident=1 start=random"):
+        done = proof.run(way, program, schedule)
+        assert done.returncode == 0, f"{schedule}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
+        assert "every kernel is right" in done.stdout
+
+
+@needs_gxx
+@pytest.mark.parametrize(("family", "number"), [("reduce", 0), ("gae", 0)])
+def test_the_program_sees_a_removed_barrier_and_a_block_without_a_ticket(family: str, number: int) -> None:
+    """The others of mutants.py take minutes."""
+    assert mutants.caught_by(mutants.MUTANTS[family][number])
 
 
 def test_the_sanitizers_see_a_read_past_the_end(tmp_path: Path) -> None:

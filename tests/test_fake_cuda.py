@@ -28,7 +28,7 @@ def test_bindings_on_a_fake_cuda_runtime() -> None:
         pytest.skip("no CUDA kernels in this build, or no g++")
     if not machine.cuda_objects() or machine.cuda_headers() is None:
         pytest.skip("no CUDA objects in build/ (a wheel's build removes them), or no nvcc")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fake_cuda/cases.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/fake_cuda/cases.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) passed", done.stdout)

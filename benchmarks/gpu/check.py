@@ -37,10 +37,11 @@ def steps(results: Path) -> list[Step]:
     return [
         Step("facts", ["nvidia-smi"], 20, "nvidia-smi"),
         Step("build", ["env", "RLHF_FAST_CUDA=1", python, "setup.py", "build_ext", "--inplace"], 170, "nvcc"),
-        Step("backends", [python, "-c", "import rlhf_fast as rf; print(rf.backends())"], 60),
+        Step("first-touch", [python, "benchmarks/gpu/first_touch.py"], 60),
         Step("tests", tests, 200),
-        Step("memcheck", [*sanitizer, "memcheck", python, DRIVER], 90, "compute-sanitizer"),
-        Step("racecheck", [*sanitizer, "racecheck", python, DRIVER], 90, "compute-sanitizer"),
+        Step("memcheck", [*sanitizer, "memcheck", python, DRIVER], 80, "compute-sanitizer"),
+        Step("racecheck", [*sanitizer, "racecheck", python, DRIVER], 80, "compute-sanitizer"),
+        Step("synccheck", [*sanitizer, "synccheck", python, DRIVER], 60, "compute-sanitizer"),
         Step("benchmarks", [python, "benchmarks/gpu/bench.py", "--out", str(results), "--seconds", "150"], 220),
     ]
 
@@ -92,7 +93,7 @@ def main() -> int:
             continue
         print(f"{step.name} ...", flush=True)
         outcomes.append((step.name, run(step, results, env, BUDGET - (time.monotonic() - begin))))
-    for table in (results / "gpu.md", results / "tests.log"):
+    for table in (results / "first-touch.log", results / "gpu.md", results / "tests.log"):
         if table.exists():
             print("\n" + "\n".join(table.read_text(errors="replace").splitlines()[-30:]))
     print()

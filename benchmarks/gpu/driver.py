@@ -43,6 +43,14 @@ def few_long_rows() -> None:
     rf.gae(torch.randn(1, 50_001, device=DEVICE), torch.randn(1, 50_001, device=DEVICE))
 
 
+def clusters() -> None:
+    """Every kind of KL with its gradient from rows so long that they are shared by clusters of blocks, and reread."""
+    for rows in (1, 40, 150):  # many blocks a row with a launch for each step; clusters of four; of two or one
+        x, y = logits(70_001, torch.bfloat16, (rows,)), logits(70_001, torch.bfloat16, (rows,))
+        for kind in ("reverse", "forward", "jsd", "tv"):
+            rf.token_kl_and_grad(x, y, torch.ones(rows, device=DEVICE), kind=kind)
+
+
 def token_ops(rows: int, length: int) -> None:
     def random() -> torch.Tensor:
         return torch.randn(rows, length, device=DEVICE)
@@ -71,6 +79,8 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 row_ops(width, dtype)
         few_long_rows()
+        if DEVICE == "cuda":  # the emulator has clusters at smaller sizes
+            clusters()
         for rows, length in ((1, 1), (3, 37), (2, 9001)):
             token_ops(rows, length)
     if DEVICE == "cuda":

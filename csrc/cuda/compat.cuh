@@ -8,10 +8,15 @@
 
 #ifdef RF_EMULATE
 #include "cuda_emulator.h"
+#ifndef RF_REAL_BLOCKS
+#define RF_SMALL_BLOCKS  // few threads, so that small tests have many blocks
+#endif
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+// An array in the block's shared memory: RF_SHARED(float, scratch, 16);
+#define RF_SHARED(type, name, count) __shared__ type name[count]
 // RF_LAUNCH(kernel<T>, blocks, threads, stream, arguments...): an error shows in cudaGetLastError().
 #define RF_LAUNCH(kernel, blocks, threads, stream, ...) \
   (kernel)<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(__VA_ARGS__)
@@ -56,22 +61,24 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads,
                      const Arguments&... arguments) {
   emulator::launch(blocks, threads, [=] { kernel(arguments...); }, size);
 }
-inline void cluster_barrier() { emulator::wait_at(emulator::block().cluster); }
+inline void cluster_barrier() { emulator::cluster_barrier(); }
 template <class Kernel>
-int64_t cluster_cache(Kernel*) {
+int64_t cluster_cache(Kernel*, int) {
   return 256 * 1024;
+}
+template <class... Parameters>
+bool clusters_fit(void (*)(Parameters...), int, int) {
+  return true;
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned bits) {
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> bits);
+}
 inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
-inline void publish(uint64_t value, uint64_t* word) {
-  if (*word != kUnpublished) emulator::fail("a word is published twice, or was not cleared");
-  *word = value;
-}
-inline uint64_t wait_for(const uint64_t* word) {
-  if (*word == kUnpublished) emulator::fail("a block waits for what no block before it has published");
-  return *word;
-}
+inline void publish(uint64_t value, uint64_t* word) { emulator::publish(value, word, kUnpublished); }
+inline uint64_t wait_for(const uint64_t* word) { return emulator::wait_for(word, kUnpublished); }
+inline unsigned take_ticket(uint64_t* counter) { return emulator::take_ticket(counter, kUnpublished); }
 inline float to_float(Half x) { return static_cast<float>(bit_cast<_Float16>(x.bits)); }
 inline void from_float(float x, Half* to) { to->bits = bit_cast<uint16_t>(static_cast<_Float16>(x)); }
 inline void from_float(float x, BFloat16* to) {
@@ -82,22 +89,30 @@ inline void from_float(float x, BFloat16* to) {
 
 #else
 
-// Launches clusters of `size` neighbouring blocks (at most 8), which run at the same time and meet at
+struct ClusterLaunch {
+  cudaLaunchAttribute cluster{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int64_t blocks, int threads, int size, cudaStream_t stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(size);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points to cluster
+};
+
+// Launches clusters of `size` neighbouring blocks (2, 4 or 8), which run at the same time and meet at
 // cluster_barrier().
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t stream,
                      const Arguments&... arguments) {
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(size);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
+  const ClusterLaunch launch(blocks, threads, size, stream);
+  cudaLaunchKernelEx(&launch.config, kernel, arguments...);
 }
 
 // All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched
@@ -113,17 +128,32 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Bytes of the current device's L2 cache; 0 where `kernel` must not run in clusters. The device alone does not tell:
-// code compiled for an older one has no barrier for them.
+// Bytes of the device's L2 cache; 0 where `kernel` must not run in clusters. The device alone does not tell: code
+// compiled for an older one has no barrier for them.
 template <class Kernel>
-int64_t cluster_cache(Kernel* kernel) {
+int64_t cluster_cache(Kernel* kernel, int device) {
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) == cudaSuccess ? bytes : 0;
+  int bytes = 0;
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion < 90) return 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  return error == cudaSuccess && cudaGetLastError() == cudaSuccess ? bytes : 0;
 }
 
+// Whether the current device has room for a cluster of `size` blocks of the kernel. A GPU of which a part is switched
+// off, or shared out, may not.
+template <class... Parameters>
+bool clusters_fit(void (*kernel)(Parameters...), int threads, int size) {
+  ClusterLaunch launch(size, threads, size, nullptr);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters > 0;
+  cudaGetLastError();  // an answer, not a failure
+  return false;
+}
+
+// The lower word of high:low >> bits, bits < 32.
+__device__ __forceinline__ uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned bits) {
+  return __funnelshift_r(low, high, bits);
+}
 // One instruction; 2 ulp; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
@@ -137,8 +167,13 @@ __device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
                : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
 }
-// A word from one block to others, whole or not at all; it orders nothing else. A block may wait for blocks of lower
-// index alone: they start first, so none waits for one that has no room to start.
+// How many blocks took one before; `counter` holds kUnpublished until the first does. A block may wait for blocks of
+// lower tickets alone: they run already, so none waits for one that has no room to start. (CUDA does not promise to
+// start blocks in the order of their indices.)
+__device__ __forceinline__ unsigned take_ticket(uint64_t* counter) {
+  return static_cast<unsigned>(atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull) - kUnpublished);
+}
+// A word from one block to others, whole or not at all; it orders nothing else.
 __device__ __forceinline__ void publish(uint64_t value, uint64_t* word) {
   asm volatile("st.relaxed.gpu.u64 [%0], %1;" : : "l"(word), "l"(value));
 }

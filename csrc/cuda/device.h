@@ -53,6 +53,11 @@ class Launch {
   }
 #endif
 
+#ifdef RF_EMULATE
+  int device() const { return 0; }
+#else
+  int device() const { return device_; }
+#endif
   cudaStream_t stream() const { return stream_; }
 
   // Raises what the launch of `kernel` reported, with its name.

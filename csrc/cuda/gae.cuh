@@ -37,9 +37,6 @@ __device__ __forceinline__ float finished_scale(float scale, float decay, bool c
   return cut ? kCut : fmaxf(scale, fminf(decay, __FLT_DENORM_MIN__));
 }
 
-// Blocks run through the tiles from the last: those to the right, which a tile may wait for, have started before it.
-__device__ __forceinline__ int64_t tile_of_block() { return gridDim.x - 1 - blockIdx.x; }
-
 // ------------------------------------------------------------------------------------------- gae
 
 // gamma * lam of a sequence, and gamma * value_lam where the returns have their own.
@@ -120,9 +117,9 @@ __device__ __forceinline__ Tokens load_gae_tokens(const GaeArgs& a, const Place&
 
 template <class T, int kChains>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
-    gae_kernel(const __grid_constant__ GaeArgs a, const __grid_constant__ Sequences sequences, uint64_t* links,
+    gae_kernel(const __grid_constant__ GaeArgs a, const __grid_constant__ Sequences sequences, Links links,
                bool packs) {
-  const int64_t tile = tile_of_block();
+  const int64_t tile = take_tile(links);
   const Place place = place_in_tile(tile, sequences.total, packs);
   Tokens tokens = load_gae_tokens<T>(a, place);
   const int64_t behind = sequences.of(place.first + kTokens);
@@ -145,7 +142,7 @@ cudaError_t launch_gae(const GaeArgs& a, const Sequences& sequences, uint64_t* l
   if (error != cudaSuccess) return error;
   const bool packs = aligned(a.rewards, a.values, a.mask, a.dones, a.truncated, a.advantages, a.returns);
   const auto kernel = gae_kernel<T, kChains>;
-  RF_LAUNCH(kernel, tiles_of(sequences.total), kTileThreads, stream, a, sequences, links, packs);
+  RF_LAUNCH(kernel, tiles_of(sequences.total), kTileThreads, stream, a, sequences, Links(links), packs);
   return cudaGetLastError();
 }
 
@@ -222,8 +219,8 @@ __device__ __forceinline__ bool ppo_back(const PpoAdvantagesArgs& a, const Seque
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     ppo_advantages_kernel(const __grid_constant__ PpoAdvantagesArgs a, const __grid_constant__ Sequences sequences,
-                          uint64_t* links, bool packs, Moments* partial) {
-  const int64_t tile = tile_of_block();
+                          Links links, bool packs, Moments* partial) {
+  const int64_t tile = take_tile(links);
   const Place place = place_in_tile(tile, sequences.total, packs);
   Tokens tokens = load_ppo_tokens<T>(a, place);
   const int64_t behind = sequences.of(place.first + kTokens);
@@ -254,7 +251,7 @@ cudaError_t launch_ppo_advantages(const PpoAdvantagesArgs& a, const Sequences& s
   const bool packs = aligned(a.logprobs, a.ref_logprobs, a.values, a.mask, a.kl, a.rewards, a.advantages, a.returns);
   const int64_t tiles = tiles_of(sequences.total);
   const auto kernel = ppo_advantages_kernel<T>;
-  if (tiles > 0) RF_LAUNCH(kernel, tiles, kTileThreads, stream, a, sequences, links, packs, partial);
+  if (tiles > 0) RF_LAUNCH(kernel, tiles, kTileThreads, stream, a, sequences, Links(links), packs, partial);
   launch_sum_moments(partial, tiles, a.moments, stream);
   return cudaGetLastError();
 }

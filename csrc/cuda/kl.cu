@@ -17,7 +17,7 @@ void run_token_kl(const char* op, Dtype dtype, const TokenKlArgs& args, int64_t 
     const bool writes = steps & cuda::kGradientStep, reads_once = args.kind == kReverse || args.kind == kForward;
     const int64_t row_bytes = args.columns * like.element_size() * (writes ? 3 : 2);
     const int64_t rows_in_flight = int64_t{cuda::kRowBlocks} * launch.multiprocessors();
-    split = cuda::split_rows(split.parts, rows, rows_in_flight * row_bytes, writes || !reads_once);
+    split = cuda::split_rows(split.parts, rows, rows_in_flight * row_bytes, writes || !reads_once, launch.device());
   }
   const bool handed_on = split.parts > 1 && steps != cuda::kGradientStep;
   const int64_t partial_bytes = handed_on ? rows * split.parts * static_cast<int64_t>(sizeof(cuda::KlPartial)) : 0;

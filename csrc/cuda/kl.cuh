@@ -19,7 +19,7 @@ namespace cuda {
 // of a cluster; otherwise the next launch finds them in `partial`, or in `parts` of the forward.
 enum Step : int { kFoldStep = 1, kMeansStep = 2, kFinishStep = 4, kGradientStep = 8 };
 
-#ifdef RF_EMULATE
+#ifdef RF_SMALL_BLOCKS
 constexpr int kMaxCluster = 4;  // few, so that small tests have rows that need more
 #else
 constexpr int kMaxCluster = 8;  // the most that every GPU with clusters has
@@ -133,16 +133,17 @@ constexpr int kLoads = kCap || kKind == kJsd ? 1 : 2;
 template <class T, bool kCap>
 __device__ __forceinline__ PairFold fold_rows(const RowPair<T>& row, const RowTransform& p, const RowTransform& q) {
   PairFold fold;
-  for_each_pair<kLoads<kCap>>(row.x, row.y, row.begin, row.end, [&](const auto& x, const auto& y, int64_t) {
-    constexpr int kCount = sizeof(x) / sizeof(float);
-    float u[kCount], v[kCount];
+  for_each_pair<kLoads<kCap>, !kCap>(row.x, row.y, row.x, row.begin, row.end,
+                                     [&](const auto& x, const auto& y, int64_t) {
+                                       constexpr int kCount = sizeof(x) / sizeof(float);
+                                       float u[kCount], v[kCount];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      u[j] = p.apply<kCap>(x[j]);
-      v[j] = q.apply<kCap>(y[j]);
-    }
-    fold_entries(u, v, p.factor2, q.factor2, &fold);
-  });
+                                       for (int j = 0; j < kCount; ++j) {
+                                         u[j] = p.apply<kCap>(x[j]);
+                                         v[j] = q.apply<kCap>(y[j]);
+                                       }
+                                       fold_entries(u, v, p.factor2, q.factor2, &fold);
+                                     });
   return fold;
 }
 
@@ -151,15 +152,16 @@ __device__ __forceinline__ KlMeans sum_means(const TokenKlArgs& a, const RowPair
   const Side<kCap> p(a.transform, row.n, stats.max_p, stats.log_sum_p);
   const Side<kCap> q(a.ref_transform, row.n, stats.max_q, stats.log_sum_q);
   KlMeans means;
-  for_each_pair<kLoads<kCap, kKind>>(row.x, row.y, row.begin, row.end, [&](const auto& x, const auto& y, int64_t) {
+  for_each_pair<kLoads<kCap, kKind>, !kCap>(
+      row.x, row.y, row.x, row.begin, row.end, [&](const auto& x, const auto& y, int64_t) {
 #pragma unroll
-    for (int j = 0; j < static_cast<int>(sizeof(x) / sizeof(float)); ++j) {
-      const KlTerms t = kl_terms<kKind>(p.logprob(p.transformed(x[j])), q.logprob(q.transformed(y[j])), a.beta);
-      means.p = fmaf(t.p, t.slope_p, means.p);
-      means.q = fmaf(t.q, t.slope_q, means.q);
-      means.distance += t.distance;
-    }
-  });
+        for (int j = 0; j < static_cast<int>(sizeof(x) / sizeof(float)); ++j) {
+          const KlTerms t = kl_terms<kKind>(p.logprob(p.transformed(x[j])), q.logprob(q.transformed(y[j])), a.beta);
+          means.p = fmaf(t.p, t.slope_p, means.p);
+          means.q = fmaf(t.q, t.slope_q, means.q);
+          means.distance += t.distance;
+        }
+      });
   return means;
 }
 
@@ -202,12 +204,11 @@ __device__ __forceinline__ void write_gradient(const TokenKlArgs& a, const RowPa
   T* to = static_cast<T*>(kOfQ ? a.grad_ref_logits : a.grad_logits) + row.n * a.width;
   if (row.last) zero_range(to, a.columns, a.width);
   if (without) return zero_range(to, row.begin, row.end);
-  const bool packs = same_phase<T>(to, row.x);
   const Side<kCap> p(a.transform, row.n, stats.max_p, stats.log_sum_p);
   const Side<kCap> q(a.ref_transform, row.n, stats.max_q, stats.log_sum_q);
   const float grad_kl = a.grad_kl[row.n];
-  for_each_pair<kLoads<kCap, kKind>>(
-      row.x, row.y, row.begin, row.end, [&](const auto& x, const auto& y, int64_t column) {
+  for_each_pair<kLoads<kCap, kKind>, !kCap>(
+      row.x, row.y, static_cast<const T*>(to), row.begin, row.end, [&](const auto& x, const auto& y, int64_t column) {
         constexpr int kCount = sizeof(x) / sizeof(float);
         float gradient[kCount];
 #pragma unroll
@@ -218,7 +219,7 @@ __device__ __forceinline__ void write_gradient(const TokenKlArgs& a, const RowPa
           const float dq = kKind == kReverse ? t.q - t.p : t.q * (t.slope_q - stats.mean_q);
           gradient[j] = kOfQ ? dq * (grad_kl * q.slope_at(v)) : dp * (grad_kl * p.slope_at(u));
         }
-        store_entries(gradient, column, packs, to);
+        store_entries(gradient, column, to);
       });
 }
 
@@ -227,8 +228,8 @@ __device__ __forceinline__ void write_gradient(const TokenKlArgs& a, const RowPa
 template <class T, bool kCap, int kKind>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_kl_kernel(const __grid_constant__ TokenKlArgs a, int parts, int steps, KlPartial* partial) {
-  __shared__ PairFold folds[kRowThreads / kWarp];
-  __shared__ KlMeans sums[kRowThreads / kWarp];
+  RF_SHARED(PairFold, folds, kRowThreads / kWarp);
+  RF_SHARED(KlMeans, sums, kRowThreads / kWarp);
   const RowPair<T> row(a, parts);
   const bool masked = a.mask && !a.mask[row.n], writes = row.part == 0 && threadIdx.x == 0;
   KlStats stats{-kInf, 0, -kInf,
@@ -274,12 +275,14 @@ struct RowSplit {
 
 // From the parts that fill the GPU. Where the rows are read again, parts double until the rows in flight, which with
 // one part and what is written of them are `bytes`, take half of the L2 cache; later reads should then find them there.
-inline RowSplit split_rows(int parts, int64_t rows, int64_t bytes, bool read_again) {
+inline RowSplit split_rows(int parts, int64_t rows, int64_t bytes, bool read_again, int device) {
   if (parts == 1 && !read_again) return {1, false};
-  const int64_t cache = cluster_cache(token_kl_kernel<float, false, kReverse>);
-  if (cache == 0) return {parts, false};
-  while (read_again && 2 * parts <= kMaxCluster && bytes / parts > cache / 2 && rows < (1 << 24)) parts *= 2;
-  return {parts, parts <= kMaxCluster};
+  const int64_t cache = cluster_cache(token_kl_kernel<float, false, kReverse>, device);
+  if (cache == 0 || parts > kMaxCluster) return {parts, false};
+  int size = 1;  // clusters are powers of two: other sizes do not fill the groups of multiprocessors they run in
+  while (2 * size <= parts) size *= 2;
+  while (read_again && 2 * size <= kMaxCluster && bytes / size > cache / 2 && rows < (1 << 24)) size *= 2;
+  return {size, size > 1};
 }
 
 template <class T, bool kCap, int kKind>
@@ -290,7 +293,7 @@ void launch_token_kl(const TokenKlArgs& a, int64_t rows, RowSplit split, int ste
   const auto launch = [&](int now) { RF_LAUNCH(kernel, blocks, kRowThreads, stream, a, split.parts, now, partial); };
   if (split.parts == 1 || steps == kGradientStep) {
     launch(steps);
-  } else if (split.clusters) {
+  } else if (split.clusters && clusters_fit(kernel, kRowThreads, split.parts)) {
     launch_clusters(kernel, blocks, kRowThreads, split.parts, stream, a, split.parts, steps, partial);
   } else {
     launch(kFoldStep);
@@ -322,8 +325,8 @@ inline cudaError_t token_kl(Dtype dtype, TokenKlArgs a, int64_t rows, RowSplit s
     with_dtype(dtype, [&](auto zero) {
       using T = decltype(zero);
       KlPartial* partials = static_cast<KlPartial*>(partial);
-      args.transform.softcap > 0 ? launch_token_kl<T, true>(args, rows, split, steps, partials, stream)
-                                 : launch_token_kl<T, false>(args, rows, split, steps, partials, stream);
+      bends(args.transform) ? launch_token_kl<T, true>(args, rows, split, steps, partials, stream)
+                            : launch_token_kl<T, false>(args, rows, split, steps, partials, stream);
     });
   };
   if (a.grad_logits && a.grad_ref_logits) {  // of the backward alone; a launch writes one side

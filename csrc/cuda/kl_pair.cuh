@@ -17,12 +17,15 @@ struct Count {
 };
 
 // Calls add(values, others, column) for what this thread has of the columns [begin, end) of x and y: arrays of a pack's
-// floats, or of one. kLoads packs of each row are loaded before the first is used. Rows that do not reach their 16-byte
-// boundaries together go entry by entry.
-template <int kLoads, class T, class Add>
-__device__ __forceinline__ void for_each_pair(const T* x, const T* y, int64_t begin, int64_t end, const Add& add) {
-  Span span = span_of(x, begin, end);
-  if (!same_phase(x, y)) span.head = span.tail = end;
+// floats, or of one. kLoads packs of each row are loaded before the first is used. Packs begin at the 16-byte
+// boundaries of `anchor`, a row that is written perhaps. Where x or y has others, a pack of it comes from two loads;
+// without kShifts, which takes registers, all go entry by entry there.
+template <int kLoads, bool kShifts, class T, class Add>
+__device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* anchor, int64_t begin, int64_t end,
+                                              const Add& add) {
+  const bool together = same_phase(x, y) && same_phase(x, anchor);
+  Span span = together ? span_of(x, begin, end) : shifted_span_of(anchor, begin, end);
+  if (!kShifts && !together) span.head = span.tail = end;
   const auto one = [&](int64_t i) {
     const float value[1] = {to_float(x[i])}, other[1] = {to_float(y[i])};
     add(value, other, i);
@@ -44,19 +47,25 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* y, int64_t be
   };
   for (int64_t i = span.begin + threadIdx.x; i < span.head; i += kRowThreads) one(i);
   int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
+  for (; kShifts && !together && i < span.tail; i += kPairStride<T>) {
+    float values[kPack<T>], others[kPack<T>];
+    unpack(load_any_pack(x + i), values);
+    unpack(load_any_pack(y + i), others);
+    add(values, others, i);
+  }
   for (; i + (kLoads - 1) * kPairStride<T> < span.tail; i += kLoads * kPairStride<T>) some(i, Count<kLoads>());
   for (; kLoads > 1 && i < span.tail; i += kPairStride<T>) some(i, Count<1>());
   if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
 }
 
-// Writes what became of the entries that for_each_pair gave with `column`; `packs`: the row begins as those read do.
+// Writes what became of the entries that for_each_pair, anchored at this row, gave with `column`.
 template <class T, int kCount>
-__device__ __forceinline__ void store_entries(const float (&values)[kCount], int64_t column, bool packs, T* row) {
+__device__ __forceinline__ void store_entries(const float (&values)[kCount], int64_t column, T* row) {
   if constexpr (kCount > 1) {
-    if (packs) return store_pack(pack_of<T>(values), row + column);
+    store_pack(pack_of<T>(values), row + column);
+  } else {
+    from_float(values[0], row + column);
   }
-#pragma unroll
-  for (int j = 0; j < kCount; ++j) from_float(values[j], row + column + j);
 }
 
 // Below this a log-probability counts as -inf: a mask of the dtype's lowest number is one, and no sum overflows.
@@ -114,7 +123,8 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], const flo
       fold->covered += e;
     }
     fold->other_sum += exp2_fast(b);
-    fold->cross = fmaf(e, fmaxf(a, -150.0f) - (forbidden ? 0.0f : b), fold->cross);  // 0 * (-inf) must be 0
+    fold->cross = fmaf(e, fmaxf(a, -150.0f) - (forbidden ? 0.0f : b),
+                       fold->cross);  // 0 * (-inf) must be 0
   }
 }
 

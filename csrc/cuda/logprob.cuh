@@ -50,7 +50,7 @@ __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, co
 template <class T, bool kCap, bool kFull>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_stats_kernel(const __grid_constant__ TokenStatsArgs a, int parts, Fold<kFull>* partial) {
-  __shared__ Fold<kFull> scratch[kRowThreads / kWarp];
+  RF_SHARED(Fold<kFull>, scratch, kRowThreads / kWarp);
   const int64_t n = blockIdx.x / parts;
   const int part = blockIdx.x % parts, thread = threadIdx.x;
   if (a.mask && !a.mask[n]) {
@@ -61,16 +61,21 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   int64_t begin, end;
   slice_of(a.columns, part, parts, &begin, &end);
   Fold<kFull> fold;
-  for_each_column(static_cast<const T*>(a.logits) + row_offset(a.rows, n), begin, end,
-                  [&](const auto& x, int64_t column) {
-                    constexpr int kCount = sizeof(x) / sizeof(float);
-                    float u[kCount];
+  const T* row = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
+  for_each_column(row, begin, end, [&](const auto& x, int64_t column) {
+    constexpr int kCount = sizeof(x) / sizeof(float);
+    float u[kCount];
 #pragma unroll
-                    for (int j = 0; j < kCount; ++j) u[j] = transform.apply<kCap>(x[j]);
-                    fold_entries<T>(u, column, transform.factor2, &fold);
-                  });
+    for (int j = 0; j < kCount; ++j) u[j] = transform.apply<kCap>(x[j]);
+    fold_entries<T>(u, column, transform.factor2, &fold);
+  });
   const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
+  const Fold<kFull> own = fold;
   fold = reduce_block<kRowThreads>(fold, merge, scratch);
+  if constexpr (kFull) {
+    RF_SHARED(int32_t, columns, kRowThreads / kWarp);
+    if (a.argmax) fold.index = first_column_of<T, kCap>(fold.max, own, row, end, transform, columns);
+  }
   if (parts == 1) {
     write_row<T, kCap>(a, n, transform, fold, thread, kRowThreads);
   } else if (thread == 0) {
@@ -110,7 +115,7 @@ inline cudaError_t token_stats(Dtype dtype, const TokenStatsArgs& a, int64_t row
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool full = a.entropy || a.sum_sq_probs || a.argmax;
-    if (a.transform.softcap > 0) {
+    if (bends(a.transform)) {
       full ? launch_token_stats<T, true, true>(a, rows, parts, partial, stream)
            : launch_token_stats<T, true, false>(a, rows, parts, partial, stream);
     } else {
@@ -164,23 +169,25 @@ __device__ __forceinline__ float gradient_at_target(const TokenStatsBackwardArgs
 
 template <int kLoads, class T, class Gradient>
 __device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t begin, int64_t end, const Gradient& g) {
-  const bool packs = same_phase(x, grad);
-  for_each_column<kLoads>(x, begin, end, [&](const auto& values, int64_t column) {
-    constexpr int kCount = sizeof(values) / sizeof(float), kStep = kCount < kPack<T> ? 1 : kPack<T>;
+  const auto write = [&](const auto& values, int64_t column) {
+    constexpr int kCount = sizeof(values) / sizeof(float);
+    if constexpr (kCount == 1) {
+      from_float(g.at(values[0]), grad + column);
+    } else {
 #pragma unroll
-    for (int first = 0; first < kCount; first += kStep) {
-      T* to = grad + column_of<T>(column, first);
-      if (kStep > 1 && packs) {
+      for (int first = 0; first < kCount; first += kPack<T>) {
         Pack<T> pack;
 #pragma unroll
-        for (int j = 0; j < kStep; ++j) from_float(g.at(values[first + j]), &pack.values[j]);
-        store_pack(pack, to);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kStep; ++j) from_float(g.at(values[first + j]), to + j);
+        for (int j = 0; j < kPack<T>; ++j) from_float(g.at(values[first + j]), &pack.values[j]);
+        store_pack(pack, grad + column_of<T>(column, first));
       }
     }
-  });
+  };
+  if (same_phase<T>(x, grad)) {
+    for_each_column<kLoads>(x, begin, end, write);
+  } else {
+    for_each_column_shifted<T>(x, grad, begin, end, write);
+  }
 }
 
 // Block b has part b % parts of row b / parts. `grad_logits` may be `logits`: every entry is read before it is written,
@@ -188,7 +195,7 @@ __device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t beg
 template <class T, bool kCap, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_stats_backward_kernel(const __grid_constant__ TokenStatsBackwardArgs a, int parts) {
-  __shared__ float scratch[kRowThreads / kWarp];
+  RF_SHARED(float, scratch, kRowThreads / kWarp);
   const int64_t n = blockIdx.x / parts;
   const int part = blockIdx.x % parts;
   const T* x = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
@@ -233,7 +240,7 @@ inline cudaError_t token_stats_backward(Dtype dtype, const TokenStatsBackwardArg
                                         cudaStream_t stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.transform.softcap > 0) {
+    if (bends(a.transform)) {
       a.grad_entropy ? launch_token_stats_backward<T, true, true>(a, rows, parts, stream)
                      : launch_token_stats_backward<T, true, false>(a, rows, parts, stream);
     } else {

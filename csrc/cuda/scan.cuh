@@ -121,9 +121,26 @@ __device__ __forceinline__ void for_each_sequence(const Sequences& sequences, in
 // Whether tiles need to hear of those on their right, because not all of them end with a sequence.
 inline bool needs_links(const Sequences& s) { return s.total > kTile && (s.bounds || kTile % s.length != 0); }
 
-// Where they do: for each tile and chain, a word of constant and scale, which is never the -1.7e38 of kUnpublished.
+// Where they do, the memory for it: a counter of tickets, and for each tile and chain a word of constant and scale,
+// which is never the -1.7e38 of kUnpublished.
 inline int64_t link_bytes(const Sequences& s, int chains) {
-  return needs_links(s) ? tiles_of(s.total) * chains * static_cast<int64_t>(sizeof(uint64_t)) : 0;
+  return needs_links(s) ? (1 + tiles_of(s.total) * chains) * static_cast<int64_t>(sizeof(uint64_t)) : 0;
+}
+struct Links {
+  uint64_t* tickets;  // null where no tile waits
+  uint64_t* words;
+
+  explicit Links(uint64_t* memory) : tickets(memory), words(memory ? memory + 1 : nullptr) {}
+};
+
+// The tile that this block takes: tiles go from the last, and those to the right, which one may wait for, are taken
+// before it by blocks that run already.
+__device__ __forceinline__ int64_t take_tile(const Links& links) {
+  if (!links.tickets) return gridDim.x - 1 - blockIdx.x;
+  RF_SHARED(unsigned, ticket, 1);
+  if (threadIdx.x == 0) ticket[0] = take_ticket(links.tickets);
+  __syncthreads();
+  return gridDim.x - 1 - ticket[0];
 }
 
 inline cudaError_t clear_links(const Sequences& s, int chains, uint64_t* links, cudaStream_t stream) {
@@ -137,19 +154,19 @@ struct LinkWord {
 };
 
 template <int kChains>
-__device__ __forceinline__ void publish_stretch(const Stretch<kChains>& s, int64_t tile, uint64_t* links) {
+__device__ __forceinline__ void publish_stretch(const Stretch<kChains>& s, int64_t tile, const Links& links) {
 #pragma unroll
   for (int c = 0; c < kChains; ++c) {
-    publish(bit_cast<uint64_t>(LinkWord{s.constant[c], s.scale[c]}), links + tile * kChains + c);
+    publish(bit_cast<uint64_t>(LinkWord{s.constant[c], s.scale[c]}), links.words + tile * kChains + c);
   }
 }
 
 template <int kChains>
-__device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const uint64_t* links) {
+__device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const Links& links) {
   Stretch<kChains> s;
 #pragma unroll
   for (int c = 0; c < kChains; ++c) {
-    const auto word = bit_cast<LinkWord>(wait_for(links + tile * kChains + c));
+    const auto word = bit_cast<LinkWord>(wait_for(links.words + tile * kChains + c));
     s.constant[c] = word.constant;
     s.scale[c] = word.scale;
   }
@@ -157,12 +174,12 @@ __device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const
 }
 
 // The state behind a tile, whose own stretch lane 0 holds; by the whole of one warp. Waits for the tiles on the right
-// as far as the tile's last sequence reaches, if it reaches past the tile. `links` is null where no tile has to wait.
+// as far as the tile's last sequence reaches, if it reaches past the tile. Without links no tile has to wait.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Stretch<kChains>& own,
-                                                         const Sequences& sequences, uint64_t* links) {
+                                                         const Sequences& sequences, const Links& links) {
   const Stretch<kChains> end = Stretch<kChains>::end();
-  if (!links) return end;
+  if (!links.words) return end;
   const int lane = threadIdx.x % kWarp;
   if (lane == 0) publish_stretch(own, tile, links);
   const int64_t next = (tile + 1) * kTile, sequence = sequences.of(next);
@@ -181,9 +198,9 @@ __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Str
 // From every thread's stretch, the state that its last token finds: a stretch that cuts.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> scan_tile(const Stretch<kChains>& own, int64_t tile,
-                                                      const Sequences& sequences, uint64_t* links) {
+                                                      const Sequences& sequences, const Links& links) {
   constexpr int kWarps = kTileThreads / kWarp;
-  __shared__ Stretch<kChains> warps[kWarps];
+  RF_SHARED(Stretch<kChains>, warps, kWarps);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Stretch<kChains> from_lane = scan_warp(own), after = after_lane(from_lane);
   if (lane == 0) warps[warp] = from_lane;

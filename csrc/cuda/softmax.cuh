@@ -9,7 +9,7 @@
 namespace rlhf_fast {
 namespace cuda {
 
-#ifdef RF_EMULATE
+#ifdef RF_SMALL_BLOCKS
 constexpr int kRowThreads = 64;  // two warps show what sixteen would
 #else
 constexpr int kRowThreads = 512;
@@ -35,20 +35,25 @@ struct RowTransform {
     slope = t.scale / temperature;
   }
 
+  // kCap: with a softcap, or a negative scale, which is as rare; otherwise u is x.
   template <bool kCap>
   __device__ __forceinline__ float apply(float x) const {
+    if (!kCap) return x;
     const float scaled = x * in_scale;
-    return kCap ? cap * tanhf(scaled) : scaled;
+    return cap > 0 ? cap * tanhf(scaled) : scaled;
   }
 
   // dz/dx at the x that became u.
   template <bool kCap>
   __device__ __forceinline__ float slope_at(float u) const {
-    if (!kCap) return slope;
+    if (!kCap || !(cap > 0)) return slope;
     const float capped = u / cap;
     return slope * (1.0f - capped * capped);
   }
 };
+
+// Whether a row's transform needs the kernels with kCap.
+inline bool bends(const LogitTransform& t) { return t.softcap > 0 || t.scale < 0; }
 
 // Calls add(floats, column) for what this thread has of the columns [begin, end), floats being an array of one entry,
 // of one pack, or of kLoads packs that stand kRowThreads packs apart; columns rise from call to call.
@@ -68,12 +73,32 @@ __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64
     for (int j = 0; j < kLoads; ++j) packs[j] = load_pack(x + i + j * kStride);
     float floats[kLoads * kPack<T>];
 #pragma unroll
-    for (int j = 0; j < kLoads * kPack<T>; ++j) floats[j] = to_float(packs[j / kPack<T>].values[j % kPack<T>]);
+    for (int j = 0; j < kLoads; ++j) unpack(packs[j], floats + j * kPack<T>);
     add(floats, i);
   }
   for (; i < span.tail; i += kStride) {
     float floats[kPack<T>];
     unpack(load_pack(x + i), floats);
+    add(floats, i);
+  }
+  if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
+}
+
+// The same for a row that does not reach its 16-byte boundaries at the columns where `anchor`, a row to be written,
+// does: a pack at a time, of two loads.
+template <class T, class Add>
+__device__ __forceinline__ void for_each_column_shifted(const T* x, const T* anchor, int64_t begin, int64_t end,
+                                                        const Add& add) {
+  const Span span = shifted_span_of(anchor, begin, end);
+  const auto one = [&](int64_t i) {
+    const float value[1] = {to_float(x[i])};
+    add(value, i);
+  };
+  if (span.begin + threadIdx.x < span.head) one(span.begin + threadIdx.x);
+  int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
+  for (; i < span.tail; i += int64_t{kRowThreads} * kPack<T>) {
+    float floats[kPack<T>];
+    unpack(load_any_pack(x + i), floats);
     add(floats, i);
   }
   if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
@@ -106,7 +131,7 @@ struct Fold<true> {
   float sum = 0;
   float weighted = 0;  // sum of e log2 e
   float squares = 0;   // sum of e^2
-  int32_t index = 0;   // lowest column where u = max
+  int32_t index = 0;   // lowest column where u = max; while columns are folded, only the first of its round
 
   __device__ __forceinline__ void rescale(float rise, float decay) {
     weighted = (weighted - rise * sum) * decay;
@@ -157,12 +182,7 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], int64_t c
   for (int j = 1; j < kCount; ++j) top = fmaxf(top, u[j]);  // passes NaN over; the sums will show it
   if (top > fold->max) {
     raise_to(top, factor2, fold);
-    if constexpr (kFull) {
-#pragma unroll
-      for (int j = kCount - 1; j >= 0; --j) {
-        if (u[j] == top) fold->index = static_cast<int32_t>(column_of<T>(column, j));
-      }
-    }
+    if constexpr (kFull) fold->index = static_cast<int32_t>(column);
   }
   const float shift = safe_max(*fold);
 #pragma unroll
@@ -170,6 +190,23 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], int64_t c
     const float s = (u[j] - shift) * factor2;
     fold->add_term(exp2_fast(s), s);
   }
+}
+
+// The lowest column of [begin, end) where u = top, in every thread. Folding columns notes only the round in which a
+// thread's maximum came; those whose maximum is the block's look through that round again.
+template <class T, bool kCap>
+__device__ __forceinline__ int32_t first_column_of(float top, const Fold<true>& own, const T* x, int64_t end,
+                                                   const RowTransform& transform, int32_t* scratch) {
+  constexpr int32_t kNone = 0x7fffffff;
+  int32_t lowest = kNone;
+  if (own.max == top && top != -kInf) {
+    for (int j = kUnroll * kPack<T> - 1; j >= 0; --j) {
+      const int64_t column = column_of<T>(own.index, j);
+      if (column < end && transform.apply<kCap>(to_float(x[column])) == top) lowest = static_cast<int32_t>(column);
+    }
+  }
+  lowest = reduce_block<kRowThreads>(lowest, [](int32_t a, int32_t b) { return a < b ? a : b; }, scratch);
+  return lowest == kNone ? 0 : lowest;
 }
 
 template <bool kFull>

@@ -8,7 +8,7 @@ namespace rlhf_fast {
 namespace cuda {
 
 constexpr int kTokens = 8;
-#ifdef RF_EMULATE
+#ifdef RF_SMALL_BLOCKS
 constexpr int kTileThreads = 64;  // small, so that small tests have many tiles
 #else
 constexpr int kTileThreads = 256;

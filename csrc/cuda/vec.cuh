@@ -22,15 +22,42 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from) {
   return bit_cast<Pack<T>>(raw);
 }
 
+// The 16 bytes at any address, from the 32 around it that begin at a boundary of 16: all of them must be readable.
+template <class T>
+__device__ __forceinline__ Pack<T> load_any_pack(const T* from) {
+  const uint64_t address = reinterpret_cast<uint64_t>(from);
+  const unsigned past = address % 16;
+  const uint4* around = reinterpret_cast<const uint4*>(address - past);
+  const uint4 low = around[0], high = around[1];
+  uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int k = 0; k < 6; ++k) words[k] = past & 8 ? words[k + 2] : words[k];
+#pragma unroll
+  for (int k = 0; k < 5; ++k) words[k] = past & 4 ? words[k + 1] : words[k];
+  const unsigned bits = past % 4 * 8;
+  return bit_cast<Pack<T>>(uint4{funnel_shift(words[0], words[1], bits), funnel_shift(words[1], words[2], bits),
+                                 funnel_shift(words[2], words[3], bits), funnel_shift(words[3], words[4], bits)});
+}
+
 template <class T>
 __device__ __forceinline__ void store_pack(const Pack<T>& pack, T* to) {
   store_16_bytes(bit_cast<uint4>(pack), to);
 }
 
 template <class T>
-__device__ __forceinline__ void unpack(const Pack<T>& pack, float (&floats)[kPack<T>]) {
+__device__ __forceinline__ void unpack(const Pack<T>& pack, float* floats) {
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) floats[i] = to_float(pack.values[i]);
+}
+// Two to a word: one is its high half, the other goes there by a shift.
+__device__ __forceinline__ void unpack(const Pack<BFloat16>& pack, float* floats) {
+  const uint4 raw = bit_cast<uint4>(pack);
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    floats[2 * i] = bit_cast<float>(words[i] << 16);
+    floats[2 * i + 1] = bit_cast<float>(words[i] & 0xffff0000u);
+  }
 }
 
 template <class T>
@@ -57,7 +84,16 @@ __device__ __forceinline__ Span span_of(const T* row, int64_t begin, int64_t end
   return {head, head + (end - head) / kPack<T> * kPack<T>, begin, end};
 }
 
-// Whether two rows reach their 16-byte boundaries at the same columns, so that both can go by packs.
+// The same for rows that do not reach their boundaries together: packs begin at those of `anchor`, and others are read
+// by load_any_pack, so the last of them are entries of the rest.
+template <class T>
+__device__ __forceinline__ Span shifted_span_of(const T* anchor, int64_t begin, int64_t end) {
+  Span span = span_of(anchor, begin, end);
+  if (span.tail > span.head) span.tail -= kPack<T>;
+  return span;
+}
+
+// Whether two rows reach their 16-byte boundaries at the same columns.
 template <class T>
 __device__ __forceinline__ bool same_phase(const T* a, const T* b) {
   return reinterpret_cast<uint64_t>(a) % 16 == reinterpret_cast<uint64_t>(b) % 16;

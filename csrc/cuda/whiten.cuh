@@ -21,7 +21,7 @@ struct Moments {
   }
 };
 
-#ifdef RF_EMULATE
+#ifdef RF_SMALL_BLOCKS
 constexpr int kSumThreads = 64;
 #else
 constexpr int kSumThreads = 1024;
@@ -30,7 +30,7 @@ constexpr int kSumThreads = 1024;
 // The block's sums, in every thread.
 template <int kThreads>
 __device__ __forceinline__ Moments sum_over_block(const Moments& own) {
-  __shared__ Moments scratch[kThreads / kWarp];
+  RF_SHARED(Moments, scratch, kThreads / kWarp);
   const auto merge = [](const Moments& x, const Moments& y) {
     return Moments{x.count + y.count, x.sum + y.sum, x.squares + y.squares};
   };
@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     whiten_kernel(const __grid_constant__ WhitenArgs a, int64_t total, bool packs) {
-  __shared__ Whitening shared;
-  if (threadIdx.x == 0) shared = whitening(a.moments, a.shift_mean);
+  RF_SHARED(Whitening, shared, 1);
+  if (threadIdx.x == 0) shared[0] = whitening(a.moments, a.shift_mean);
   __syncthreads();
-  const Whitening w = shared;
+  const Whitening w = shared[0];
   for (int64_t tile = blockIdx.x; tile * kTile < total; tile += gridDim.x) {
     const Place place = place_in_tile(tile, total, packs);
     const Eight<T> values = load_tokens(static_cast<const T*>(a.values), place);

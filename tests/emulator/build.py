@@ -23,10 +23,20 @@ ROOT = FOLDER.parents[1]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
 
 
+def is_up_to_date(library: Path, flags: str) -> bool:
+    """Whether no source is newer. CMake takes many seconds to find that out, in every process that runs tests."""
+    stamp = library.with_name("flags")
+    if not library.exists() or not stamp.exists() or stamp.read_text() != f"{flags} {torch.__version__}":
+        return False
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*.*"), *FOLDER.glob("*.h")]
+    return max(path.stat().st_mtime for path in sources) < library.stat().st_mtime
+
+
 def build() -> Path:
     """Compiles what changed; returns the shared object. sanitized.py sets the two variables."""
     folder = Path(os.environ.get("RLHF_FAST_EMULATED_BUILD") or BUILD)
     flags = os.environ.get("RLHF_FAST_EMULATED_FLAGS", "")
+    library = folder / "_emulated.so"
     programs = Path(sys.executable).parent
     configure = [str(programs / "cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DRLHF_FAST_CUDA=OFF"]
     make = [str(programs / "cmake"), "--build", str(folder), "--target", "_emulated"]
@@ -35,11 +45,15 @@ def build() -> Path:
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):  # several workers run the tests
+        if is_up_to_date(library, flags):
+            return library
         for command in ([*configure, *options], make):
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-6000:]}{done.stderr[-6000:]}")
-    return folder / "_emulated.so"
+        library.touch()  # ninja leaves it alone where nothing changed that it is made of
+        library.with_name("flags").write_text(f"{flags} {torch.__version__}")
+    return library
 
 
 @functools.cache

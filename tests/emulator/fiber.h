@@ -6,11 +6,14 @@
 #include <cstdint>
 #include <memory>
 
-#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define RF_FAST_FIBERS
 #else
+#include <sys/mman.h>
 #include <ucontext.h>
 #endif
+
+#include "races.h"
 
 namespace emulator {
 
@@ -63,16 +66,22 @@ inline void start_fiber(Fiber& fiber, void (*entry)()) {
 #else
 
 struct Fiber {
-  std::unique_ptr<char[]> stack;
+  void* stack = nullptr;
   ucontext_t context;
 };
 
 inline void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
 
 inline void start_fiber(Fiber& fiber, void (*entry)()) {
-  if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+  if (fiber.stack != nullptr && kWatchesRaces) {  // two threads on one stack would seem to race
+    munmap(fiber.stack, kStack);
+    fiber.stack = nullptr;
+  }
+  if (fiber.stack == nullptr) {
+    fiber.stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_sp = fiber.stack;
   fiber.context.uc_stack.ss_size = kStack;
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);

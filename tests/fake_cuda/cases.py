@@ -166,6 +166,46 @@ def test_gae_clears_exactly_the_memory_that_its_blocks_talk_through(gpu: Machine
     assert [x.kernel.split("<")[0] for x in launches(lines)] == ["gae_kernel"]
 
 
+def kl_and_grad(rows: int, width: int, kind: str = "jsd") -> None:
+    x = on_device(torch.zeros(1, width, dtype=torch.bfloat16).expand(rows, width), DEVICE)
+    with torch.no_grad():
+        rf.token_kl_and_grad(x, x, on_device(torch.ones(rows), DEVICE), kind=kind)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 70_000), (40, 70_001), (88, 70_001), (53, 151_936), (150, 70_001)])
+def test_clusters_are_powers_of_two_that_the_device_has_room_for(gpu: Machine, rows: int, width: int) -> None:
+    kl_and_grad(rows, width)
+    lines = gpu.lines()
+    found = launches(lines)
+    assert all(x.cluster in (1, 2, 4, 8) for x in found)
+    for x in found:
+        assert x.cluster == 1 or (x.blocks == rows * x.cluster and f"clusters of {x.cluster}?" in lines)
+
+
+def test_without_room_for_clusters_each_step_is_a_launch(gpu: Machine) -> None:
+    kl_and_grad(88, 70_001)
+    assert [x.cluster > 1 for x in launched(gpu)] == [True]
+    gpu.pretend(clusters=0)
+    kl_and_grad(88, 70_001)
+    assert [x.cluster for x in launched(gpu)] == [1, 1, 1]
+    gpu.pretend()
+    gpu.fail("cudaOccupancyMaxActiveClusters")
+    kl_and_grad(88, 70_001)
+    assert [x.cluster for x in launched(gpu)] == [1, 1, 1]
+    assert gpu.last_error() == 0
+
+
+def test_code_without_the_clusters_barrier_is_launched_without_clusters(gpu: Machine) -> None:
+    """sm_80 code on a newer GPU: what decides is the code that runs, and the launch's device is asked for its cache."""
+    gpu.pretend(code=80)
+    kl_and_grad(88, 70_001)
+    assert {x.cluster for x in launched(gpu)} == {1}
+    gpu.pretend()
+    kl_and_grad(88, 70_001)
+    asked = [line for line in gpu.lines() if line.startswith("attribute")]
+    assert asked and all(line.endswith(f" of {DEVICE}") for line in asked)
+
+
 @pytest.mark.usefixtures("lazy_memory")
 @pytest.mark.parametrize(
     ("shape", "message"),

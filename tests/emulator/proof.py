@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles driver.cpp, a program that checks every CUDA kernel on the emulator, in the ways that Python does not stand.
+
+`races`: ThreadSanitizer. `memory`: AddressSanitizer and UBSan. `real`: the block and cluster sizes of a GPU, where
+reductions go over 16 and 32 warps. `plain`: quick; mutants.py runs it on broken kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+KERNELS = FOLDER.parents[1] / "csrc" / "cuda"
+FLAGS = {
+    "plain": [],
+    "real": ["-DRF_REAL_BLOCKS"],
+    "races": ["-fsanitize=thread"],
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+}
+# ThreadSanitizer of g++ 12 does not know the addresses of newer kernels' randomised layouts.
+FIXED_ADDRESSES = ["setarch", platform.machine(), "-R"]
+
+
+def build(way: str, folder: Path, kernels: Path = KERNELS) -> Path:
+    """The program, from the kernels in `kernels` (a copy of csrc/cuda beside copies of csrc/*.h)."""
+    program = folder / way
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DRF_EMULATE"]
+    command += [*FLAGS[way], f"-I{FOLDER}", f"-I{kernels}", str(FOLDER / "driver.cpp"), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return program
+
+
+def run(way: str, program: Path, schedule: str = "", seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    """schedule: see schedule.h."""
+    prefix = FIXED_ADDRESSES if way == "races" else []
+    environment = {**os.environ, "RLHF_FAST_SCHEDULE": schedule, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [*prefix, str(program)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/gpu/timing.py on an imaginary GPU whose times are known: it must tell the kernel from the call."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from gpu import timing  # noqa: E402
+
+
+class ImaginaryGpu:
+    """A host and a device, each with a clock in milliseconds; the device works off what the host enqueues."""
+
+    cycles_per_ms = 1e6
+
+    def __init__(self) -> None:
+        self.host = self.device_free_at = 0.0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                gpu.host += 0.001
+                gpu.device_free_at = self.at = max(gpu.host, gpu.device_free_at)
+
+            def query(self) -> bool:
+                return gpu.host >= self.at
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at)
+
+        self.Event = Event
+
+    def run(self, host: float, kernel: float) -> None:
+        self.host += host
+        self.device_free_at = max(self.host, self.device_free_at) + kernel
+
+    def _sleep(self, cycles: int) -> None:
+        self.run(0.002, cycles / self.cycles_per_ms)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.device_free_at)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ImaginaryGpu:
+    imaginary = ImaginaryGpu()
+    monkeypatch.setattr(timing, "cuda", imaginary)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: imaginary.host / 1e3)
+    return imaginary
+
+
+@pytest.mark.parametrize("launches", [1, 20])
+@pytest.mark.parametrize("kernel", [0.005, 0.025, 0.83])
+def test_the_hosts_time_is_not_the_kernels(gpu: ImaginaryGpu, kernel: float, launches: int) -> None:
+    found = timing.milliseconds({"op": lambda i: gpu.run(0.05, kernel)}, rounds=5, launches=launches)["op"]
+    assert found.kernel == pytest.approx(kernel, rel=0.01, abs=1e-4)
+    assert found.call == pytest.approx(max(0.05, kernel) if launches > 1 else 0.05 + kernel, rel=0.05, abs=2e-3)
+
+
+def test_a_host_that_is_late_is_given_more_time(gpu: ImaginaryGpu) -> None:
+    """The first calls are quick, later ones are not: the GPU must not be caught waiting."""
+    count = 0
+
+    def call(i: int) -> None:
+        nonlocal count
+        count += 1
+        gpu.run(0.05 if count < 6 else 3.0, 0.02)
+
+    assert timing.milliseconds({"op": call}, rounds=5)["op"].kernel == pytest.approx(0.02, rel=0.01, abs=1e-4)
