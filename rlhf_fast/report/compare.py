@@ -20,6 +20,8 @@ from rlhf_fast.rollout.evaluate import evaluate
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.terminal import printable
+from rlhf_fast.trainer.rl.reward_reader import reader_of
+from rlhf_fast.trainer.rl.rewards import Rewards
 
 from .chat import find_model
 
@@ -51,9 +53,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             f"{names['a']} and {names['b']} have different vocabularies, so no KL can be taken between them"
         )
     reference = load_causal_lm(find_model(options.reference or options.a), options.dtype)
-    reward = None
+    reward = reader = None
     if options.reward_model:
-        reward = load_reward_model(find_reward(options.reward_model), options.dtype, tokenizer)
+        source = find_reward(options.reward_model)
+        reward = load_reward_model(source, options.dtype, tokenizer)
+        reader = reader_of(reward, source, tokenizer, reference, options.micro_batch_size)
     figures: dict[str, dict[str, float]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for key, name in names.items():
@@ -63,7 +67,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         figures[key], rows[key] = evaluate(
             model,
             lambda: nullcontext(reference),
-            reward,
+            None if reader is not None else reward,
             tokenizer,
             [line.prompt for line in lines],
             encoded,
@@ -72,6 +76,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             micro_batch_size=options.micro_batch_size,
             rater=rater,
         )
+        if reader is not None:
+            figures[key]["reward"] = Rewards(reward, [], reader=reader).add_to(rows[key], lines)
     wins = {
         measure: win_rate([row[measure] for row in rows["a"]], [row[measure] for row in rows["b"]], options.samples)
         for measure in ("reward", "gold")

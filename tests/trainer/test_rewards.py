@@ -310,3 +310,9 @@ def test_a_reward_model_of_another_vocabulary_reads_the_text(
         replace(settings, eval_prompts_file=str(tiny / "heldout.jsonl")), RunFolder.create(tmp_path / "run")
     )
     assert summary["reward_before"] is not None
+    for reward in (folder, str(tiny / "model")):  # the second has no score head to speak of, but reads the same ids
+        options = ["--prompts", str(tiny / "heldout.jsonl"), "--limit", "4", "--max-new-tokens", "4", "--reward-model"]
+        assert cli.main(["eval", str(tiny / "model"), str(tiny / "model"), *options, reward]) in (0, 2)
+        said = capsys.readouterr()
+        assert ("has another vocabulary" in said.err) == (reward == folder)
+        assert reward != folder or "B wins by reward 50.0%" in said.out

@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.encoding import reads_ids_of
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.schema import Ranking
 from rlhf_fast.models.fsdp import sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
     checkpoint_activations,
-    context_length,
     fit_padding,
     load_causal_lm,
     load_reward_model,
@@ -42,7 +39,8 @@ from .objectives import OBJECTIVES
 from .prompts import Prompts, encode_lines
 from .ptx import Demonstrations
 from .reward_functions import load_functions
-from .rewards import Reader, Rewards
+from .reward_reader import reader_of
+from .rewards import Rewards
 from .settings import given
 
 
@@ -106,8 +104,7 @@ def load_agent(config: PPOConfig) -> Agent:
     reward = reader = None
     if config.reward_model:
         reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
-        ids = min(len(tokenizer), policy.get_input_embeddings().weight.shape[0])
-        reader = reader_of(reward, tokenizer, ids, config)
+        reader = reader_of(reward, config.reward_model, tokenizer, policy, config.micro_batch_size, trust)
         reward = sharded(reward, config.fsdp)
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
@@ -137,32 +134,6 @@ def load_agent(config: PPOConfig) -> Agent:
         critic_optimizer=critic_optimizer,
         kl_controller=KLController(given(config.kl_coef), config.kl_target),
     )
-
-
-def reader_of(reward: Any, tokenizer: Any, ids: int, config: PPOConfig) -> Reader | None:
-    """None if the reward model reads the policy's token ids, of which there are `ids`, else how it reads their text.
-
-    Sizes do not tell: Llama 2 and Mistral both have 32 000 tokens, and embeddings are padded. A model without a
-    tokenizer of its own is taken for one of the policy's family if it has as many embeddings.
-    """
-    size = reward.get_input_embeddings().num_embeddings
-    try:
-        own = load_tokenizer(config.reward_model, config.trust_remote_code)
-    except UserError:
-        if size >= ids:
-            return None
-        raise UserError(
-            f"the reward model {config.reward_model!r} has {size} embeddings for a vocabulary of {ids} and "
-            "no tokenizer of its own: it cannot read what the policy writes"
-        ) from None
-    if reads_ids_of(own, tokenizer) and size >= ids:
-        return None
-    notice(
-        f"the reward model {config.reward_model!r} has another vocabulary than {config.model!r}: it reads prompts and "
-        "completions as text, by its own tokenizer and chat template, and a critic starts from the policy"
-    )
-    reward.config.pad_token_id = own.pad_token_id
-    return Reader(own, min(context_length(reward), 2**20), config.micro_batch_size)
 
 
 def optimizer_of(model: Any, lr: float, options: OptimizerOptions) -> AdamW:

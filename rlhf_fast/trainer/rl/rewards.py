@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.data.encoding import encode_texts
-from rlhf_fast.data.examples import PromptLine, pad_right
+from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import pad_to_ranks
+from rlhf_fast.models.batches import in_micro_batches
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import score_normalizer
 from rlhf_fast.rollout.rollout import Rollout
@@ -22,6 +20,7 @@ from rlhf_fast.rollout.rollout import Rollout
 from .checks import check_finite
 from .config import PPOOptions
 from .reward_functions import RewardFunction
+from .reward_reader import Reader
 
 # A score in bfloat16 or float16 is off by about this, relative to its size or to 1: eight or eleven bits of the hidden
 # state it is read from. Which rows are read together decides how, so equal completions can differ by it.
@@ -95,26 +94,6 @@ class Rewards:
         for row, number in zip(rows, found, strict=True):
             row["reward"] = row.get("reward", 0.0) + number
         return sum(row["reward"] for row in rows) / len(rows)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a reward model of another vocabulary reads completions: as text, by its own tokenizer and template."""
-
-    tokenizer: Any
-    max_length: int
-    micro_batch_size: int
-
-    def scores(self, model: Any, prompts: Sequence[PromptLine], texts: Sequence[str], ended: Sequence[bool]) -> Tensor:
-        """(B,) scores of the completions `texts`, those of each of the `prompts` next to each other."""
-        samples = len(texts) // len(prompts)
-        every = [line.prompt for line in prompts for _ in range(samples)]
-        rows = encode_texts(self.tokenizer, every, texts, ended, self.max_length)
-        device = next(model.parameters()).device
-        ids, attention = (x.to(device) for x in pad_right(rows, self.tokenizer.pad_token_id))
-        batch = Batch(ids, attention.bool(), attention.bool())
-        plan = pad_to_ranks(batch.plan(self.micro_batch_size), model, NO_ROWS)
-        return in_micro_batches(lambda part: sequence_scores(model, part), batch, plan)
 
 
 class Scores(NamedTuple):
