@@ -103,10 +103,11 @@ def test_options_of_rewards_change_the_step(config: PPOConfig, tmp_path: Path, v
 
 def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
     """Nor does their number change what the others count: DAPO's mean is over the tokens that are left."""
-    config = replace(config, objective="dapo", dynamic_sampling=0, overlong_penalty=0.0)
+    config = replace(config, objective="dapo", dynamic_sampling=0, overlong_penalty=0.0, num_minibatches=1)
     agent = agents.load_agent(config)
     figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
     assert 0 < figures["sample/ended"] < 1 and 0 < figures["sample/learned"] < 1
+    assert figures["policy/ratio"] == pytest.approx(1.0, abs=1e-4)  # a mean over what is learned from
 
     def endless(*args: Any, **options: Any) -> Rollout:
         rollout = generate(*args, **options)
