@@ -108,16 +108,16 @@ class RunFolder:
         if self._trackers is not None:
             self._trackers.log(metrics, step)
 
-    def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]], behind: int | None = None) -> None:
-        """Append one JSON object a line to a file of the folder; in place of all `behind` so many lines, if given."""
+    def append_jsonl(self, name: str, rows: Sequence[Mapping[str, Any]], keep_lines: int | None = None) -> None:
+        """Append one JSON object a line to a file; with `keep_lines`, first truncate the file to that many lines."""
         if not ranks().main:
             return
         path, text = self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if behind is None:
+        if keep_lines is None:
             with path.open("a", encoding="utf-8", errors=SURROGATES) as file:
                 file.write(text)
         else:  # not splitlines, which also cuts at line separators inside of texts
-            kept = path.read_text(encoding="utf-8").split("\n")[:behind] if behind else []
+            kept = path.read_text(encoding="utf-8").split("\n")[:keep_lines] if keep_lines else []
             write_text(path, "".join(line + "\n" for line in kept if line) + text)
 
     def truncate_metrics(self, step: int) -> None:

@@ -73,7 +73,7 @@ def die_while_saving() -> None:
 def die_within_a_line() -> None:
     """The next line that is appended has its first half when the end comes."""
 
-    def half(run: RunFolder, name: str, rows: Any, behind: int | None = None) -> None:
+    def half(run: RunFolder, name: str, rows: Any, keep_lines: int | None = None) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with (run.path / name).open("a") as file:
             file.write(text[: len(text) // 2])

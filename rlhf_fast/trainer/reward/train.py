@@ -287,4 +287,4 @@ def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: S
         for ranking, score in zip(rankings, scores, strict=True)
         for k, (completion, goodness) in enumerate(zip(ranking.source.texts, ranking.source.goodness, strict=True))
     ]
-    run.append_jsonl("samples.jsonl", rows, behind=0)
+    run.append_jsonl("samples.jsonl", rows, keep_lines=0)
