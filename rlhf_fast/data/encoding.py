@@ -97,7 +97,9 @@ def encode_example(
 def encode_completion(tokenizer: Any, completion: str, *, after: str = "", ended: bool = True) -> list[int]:
     """Token ids of a completion of text behind the text `after`, and the end-of-sequence token if it `ended`."""
     ids = _in_place(tokenizer, completion, after)
-    return [*ids, tokenizer.eos_token_id] if ended else ids
+    if ended and ids[-1:] != [tokenizer.eos_token_id]:  # texts that a template has written end with it already
+        ids.append(tokenizer.eos_token_id)
+    return ids
 
 
 def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int], completion: Completion) -> list[int]:
@@ -175,8 +177,13 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _opened(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text with the special tokens in front, and without those that some tokenizers close it with."""
+    """Token ids of text with the special tokens in front, and without those that some tokenizers close it with.
+
+    A text that a template has written begins with the first of them already: it is not doubled.
+    """
     ids = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids.pop(0)
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids

@@ -7,12 +7,11 @@
     datasets:NAME[:SPLIT]      whatever `datasets.load_dataset` finds under NAME, split train unless given
 
 JSON and CSV may be compressed (`.jsonl.gz`). Empty CSV cells are left out. A CSV cell is text, but for messages and for
-the columns that hold lists (`completions`, `ranks`, ...), written as JSON or as Python prints them.
+the columns that hold lists (`completions`, `ranks`, ...), which are JSON.
 """
 
 from __future__ import annotations
 
-import ast
 import csv
 import gzip
 import io
@@ -71,7 +70,7 @@ def _jsonl(path: Path) -> Iterator[Found]:
         if line.strip():
             where = f"{path}:{number}"
             try:
-                row = _object(_parsed(line), where)
+                row = _object(_parsed(line), where, _may_hold_surrogates(line))
             except json.JSONDecodeError as error:
                 row = UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})")
             except ValueError as error:
@@ -90,22 +89,18 @@ def _json(path: Path) -> Iterator[Found]:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    suspect = _may_hold_surrogates(text)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         where = f"{path}, item {number}"
-        yield _object(row, where), where
+        yield _object(row, where, suspect), where
 
 
 def _parsed(text: str) -> Any:
     """JSON that can be used further; ValueError says what is wrong with it."""
     try:
-        value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+        return json.loads(text)
     except RecursionError:
         raise ValueError("not valid JSON (nested too deeply)") from None
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair (as in \\ud83d), which is no character") from None
-    return value
 
 
 def _csv(path: Path) -> Iterator[Found]:
@@ -134,27 +129,18 @@ def _cell(name: str, text: str) -> Any:
     """Text, or the list that it spells: messages in any column, other lists in the columns `LISTS`."""
     if not text.lstrip().startswith("["):
         return text
-    value = _literal(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
     if is_messages(value) or (name in LISTS and isinstance(value, list)):
         return value
-    if text.lstrip("[ \n").startswith("{") and ('"role"' in text or "'role'" in text):
+    if text.lstrip("[ \n").startswith("{") and ("'role'" in text or '"role"' in text):  # as pandas writes them
         raise ValueError(
-            f'"{name}" looks like messages, but is neither JSON nor a Python list; write it as JSON '
+            f'"{name}" looks like messages, but is not JSON: write it with json.dumps, as '
             '[{"role": "user", "content": "..."}]'
         )
     return text
-
-
-def _literal(text: str) -> Any:
-    """What text spells in JSON or Python; None if it spells nothing."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-        return None
 
 
 def _parquet(path: Path) -> Iterator[Found]:
@@ -196,7 +182,17 @@ def _text(path: Path) -> str:
     return text
 
 
-def _object(row: Any, where: str) -> Row | UserError:
-    if isinstance(row, dict):
-        return row
-    return UserError(f'{where}: wanted a JSON object such as {{"prompt": "..."}}, got {json.dumps(row)[:60]}')
+def _may_hold_surrogates(text: str) -> bool:
+    return "\\ud" in text or "\\uD" in text
+
+
+def _object(row: Any, where: str, suspect: bool) -> Row | UserError:
+    """The row if it is an object and, where its JSON is `suspect`, holds no half of a surrogate pair."""
+    if not isinstance(row, dict):
+        return UserError(f'{where}: wanted a JSON object such as {{"prompt": "..."}}, got {json.dumps(row)[:60]}')
+    try:
+        if suspect:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return UserError(f"{where}: holds half of a surrogate pair (as in \\ud83d), which is no character")
+    return row

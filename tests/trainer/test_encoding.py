@@ -176,10 +176,20 @@ def test_tools_calls_and_reasoning_reach_the_template() -> None:
         ({"content": "42", "reasoning_content": "twice 21"}, "<think>twice 21</think>42<|im_end|>"),
     ]
     for answer, wanted in answers:
-        row = {"messages": [*TURN, {"role": "assistant", **answer}], "tools": [{"type": "function"}]}
+        tools = '[{"type": "function"}]'  # JSON text, since Parquet cannot hold schemas that differ from row to row
+        row = {"messages": [*TURN, {"role": "assistant", **answer}], "tools": tools}
         (example,) = labels.encode(tokenizer, [demonstration(row, "f:1")], Limits(300))
         assert tokenizer.decode([i for i in example["labels"] if i >= 0]) == wanted
         assert '{"type": "function"}' in tokenizer.decode(example["input_ids"])
+
+
+def test_text_that_a_template_has_written_gets_no_second_bos_and_eos() -> None:
+    tokenizer = sentencepiece(None)
+    begin = encode_prompt(tokenizer, "<s>[INST] say it [/INST]", where="f:1")
+    assert begin.count(tokenizer.bos_token_id) == 1
+    row = demonstration({"prompt": "<s>[INST] say it [/INST]", "completion": " yo</s>"}, "f:1")
+    (example,) = labels.encode(tokenizer, [row], Limits(99))
+    assert example["input_ids"][: len(begin)] == begin and example["input_ids"].count(tokenizer.eos_token_id) == 1
 
 
 def test_a_template_that_opens_a_think_block_is_followed_and_told(capsys: pytest.CaptureFixture[str]) -> None:

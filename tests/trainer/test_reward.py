@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,11 @@ def test_ratings_are_standardised_over_all_rankings() -> None:
     assert float(every.mean()) == pytest.approx(0, abs=1e-6) and float(every.std(correction=0)) == pytest.approx(1)
     with pytest.raises(UserError, match="f:1: the loss regression needs ratings"):
         losses.standardised([ranked([1, 2])])
+
+
+def test_the_option_names_every_loss() -> None:
+    assert typing.get_args(typing.get_type_hints(RewardConfig)["loss"]) == tuple(losses.LOSSES)
+    assert set(losses.PREPARE) <= set(losses.LOSSES)
 
 
 def test_margins_do_not_depend_on_the_unit_of_the_ratings() -> None:
