@@ -42,9 +42,9 @@ def test_emulated_kernels_under_address_and_undefined_behaviour_sanitizers() -> 
 
 
 @needs_gxx
-@pytest.mark.parametrize("way", ["real", "memory", "races"])
+@pytest.mark.parametrize("way", ["real", "races"])  # "memory" is the test above, with more shapes
 def test_every_kernel_in_a_program_of_its_own(tmp_path: Path, way: str) -> None:
-    """At a GPU's block sizes; under AddressSanitizer and UBSan; under ThreadSanitizer, in several schedules."""
+    """At a GPU's block sizes, and under ThreadSanitizer, in several schedules."""
     program = proof.build(way, tmp_path)
     for schedule in ("", "seed=3 resident=3 start=random", "seed=8 resident=1 start=random"):
         done = proof.run(way, program, schedule)
