@@ -35,7 +35,7 @@ class Progress:
         if self.total:
             return  # xdist: every worker has collected the same tests
         self.total = total
-        last = self.config.cache.get(LAST_RUN, {}).get(str(total)) if self.config.cache else None
+        last = self.config.cache.get(LAST_RUN, {}).get(str(total)) if getattr(self.config, "cache", None) else None
         if total >= MANY:
             self.say(f"{total} tests; " + (f"the last such run took {minutes(last)}" if last else "the first such run"))
 
@@ -57,7 +57,7 @@ class Progress:
             self.say(f"{minutes(now - self.started)}: {self.done} of {self.total} tests, now {report.location[0]}")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self.total >= MANY and self.done == self.total and self.config.cache:
+        if self.total >= MANY and self.done == self.total and getattr(self.config, "cache", None):
             # A run of as many tests lasts as long: what was selected is told by its size.
             seconds = {**self.config.cache.get(LAST_RUN, {}), str(self.total): time.monotonic() - self.started}
             self.config.cache.set(LAST_RUN, seconds)
