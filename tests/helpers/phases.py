@@ -141,6 +141,8 @@ def run(config: Any, folder: Path, resume: bool = False) -> None:
 
     def sampler(*args: Any, **options: Any) -> Rollout:
         made = generate(*args, **options)
+        if "total_prompts" not in options:  # an evaluation, which has its own share of the work
+            return made
         with (folder / f"rollouts-{ranks().index}.jsonl").open("a") as file:
             rows = [ids[keep].tolist() for ids, keep in zip(made.input_ids, made.attention_mask, strict=True)]
             file.write(json.dumps({"ids": rows, "ended": made.ended.tolist(), "tokens": int(made.response_mask.sum())}))
@@ -176,6 +178,6 @@ if __name__ == "__main__":
     data, folder = Path(first), Path(second)
     for name, config in {**jobs(data), **(cut_jobs(data) if ranks().count > 1 else {})}.items():
         if not names or name in names:
-            run(config, folder / name, resume=(folder / name).exists())
+            run(config, folder / name, resume=ranks().once((folder / name).exists))  # one answer for all processes
     if command:
         sys.exit(cli.main(command.split()))
