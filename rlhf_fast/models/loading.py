@@ -93,9 +93,9 @@ def load_reward_model(
     trust_remote_code: bool = False,
     load_in_4bit: bool = False,
     *,
-    new_head: bool = False,
+    new_head: bool = True,
 ) -> Any:
-    """An AutoModelForSequenceClassification with one label; `new_head` makes one of a language model.
+    """An AutoModelForSequenceClassification with one label; of a language model with a random head if it may be new.
 
     The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
     written into the config, as users of the saved model need it for batches.

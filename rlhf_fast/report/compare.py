@@ -56,7 +56,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     reward = reader = None
     if options.reward_model:
         source = find_reward(options.reward_model)
-        reward = load_reward_model(source, options.dtype, tokenizer)
+        reward = load_reward_model(source, options.dtype, tokenizer, new_head=False)
         reader = reader_of(reward, source, tokenizer, reference, options.micro_batch_size)
     figures: dict[str, dict[str, float]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -165,7 +165,7 @@ def test_a_head_that_the_files_lack_is_never_a_random_one(tiny: Path, reward: An
     from transformers import AutoModelForSequenceClassification
 
     with pytest.raises(UserError, match=r"model' is not a reward model: its files lack score.weight"):
-        models.load_reward_model(str(tiny / "model"), "float32")
+        models.load_reward_model(str(tiny / "model"), "float32", new_head=False)
     two = AutoModelForSequenceClassification.from_pretrained(tiny / "model", num_labels=2)
     two.save_pretrained(tmp_path / "two")
     with pytest.raises(UserError, match=r"score.weight has the shape \[2, 64\] and not \[1, 64\]: 2 outputs where one"):

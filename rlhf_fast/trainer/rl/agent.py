@@ -103,7 +103,8 @@ def load_agent(config: PPOConfig) -> Agent:
     adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
     reward = reader = None
     if config.reward_model:
-        reward = load_reward_model(config.reward_model, dtype, tokenizer, trust).requires_grad_(False)
+        reward = load_reward_model(config.reward_model, dtype, tokenizer, trust, new_head=False)
+        reward.requires_grad_(False)
         reader = reader_of(reward, config.reward_model, tokenizer, policy, config.micro_batch_size, trust)
         reward = sharded(reward, config.fsdp)
     critic = critic_optimizer = None
