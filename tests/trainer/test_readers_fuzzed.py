@@ -112,7 +112,7 @@ def test_bytes_of_any_kind(tmp_path: Path, data: bytes, name: str) -> None:
 @given(rows=st.lists(st.tuples(WRITABLE, WRITABLE), min_size=1, max_size=4))
 def test_csv_cells_come_back_as_they_were_written(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     file = io.StringIO(newline="")
-    csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("prompt", "completion"), *rows])
+    csv.writer(file).writerows([("prompt", "completion"), *rows])
     (tmp_path / "f.csv").write_bytes(file.getvalue().encode())
     found = read_everything(tmp_path / "f.csv")
     assert found == [{k: v for k, v in zip(("prompt", "completion"), row, strict=True) if v} for row in rows]
