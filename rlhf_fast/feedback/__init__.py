@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people, or functions, think of completions: one schema, readers of other tools' files, checks, collecting."""
+"""Ratings and rankings of completions: the schema, readers of other tools' files, checks, the labelling page."""

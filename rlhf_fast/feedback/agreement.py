@@ -21,7 +21,7 @@ from .schema import Ranking
 
 
 class Agreement(NamedTuple):
-    """Of two or more annotators; alpha is None where all answers are the same and chance has no meaning."""
+    """Agreement of two or more annotators; alpha is None if all answers are the same, as chance is then undefined."""
 
     pairs: int  # comparisons of two annotators' answers on one pair of completions
     raw: float
@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(rankings: Sequence[Ranking]) -> Agreement | None:
-    """Over all annotators; None if no two have rated the same completions."""
+    """Agreement over all annotators; None if no two have rated the same completions."""
     units: dict[tuple[str, int, int], list[int]] = defaultdict(list)
     for ranking in rankings:
         for i, j in permutations(range(len(ranking.goodness)), 2):
@@ -48,7 +48,7 @@ def agreement(rankings: Sequence[Ranking]) -> Agreement | None:
 
 
 def _alpha(weights: dict[tuple[int, int], float]) -> float | None:
-    """From the coincidence matrix."""
+    """Krippendorff's alpha from the coincidence matrix."""
     frequency: dict[int, float] = defaultdict(float)
     for (a, _), weight in weights.items():
         frequency[a] += weight
@@ -59,12 +59,13 @@ def _alpha(weights: dict[tuple[int, int], float]) -> float | None:
 
 
 def by_pair_of_annotators(rankings: Sequence[Ranking]) -> dict[tuple[str, str], Agreement]:
-    """Agreement of each two annotators who have rated the same completions."""
+    """Agreement of every two annotators who have rated the same completions."""
     by_annotator: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in rankings:
         by_annotator[ranking.annotator or "nobody named"].append(ranking)
-    found = {(a, b): agreement(by_annotator[a] + by_annotator[b]) for a, b in combinations(sorted(by_annotator), 2)}
-    return {names: value for names, value in found.items() if value is not None}
+    pairs = combinations(sorted(by_annotator), 2)
+    agreements = {(a, b): agreement(by_annotator[a] + by_annotator[b]) for a, b in pairs}
+    return {names: value for names, value in agreements.items() if value is not None}
 
 
 def _sign(difference: float) -> int:

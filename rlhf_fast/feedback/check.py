@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rlhf-fast data check FILE`: every wrong line of a data file, what it holds, and how far its annotators agree."""
+"""`rlhf-fast data check FILE`: list the wrong lines of a data file, count what it holds, and measure agreement."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.run.terminal import printable
 
 from .agreement import agreement, by_pair_of_annotators
-from .schema import Ranking, each_ranking, holds_feedback, last_words
+from .schema import Ranking, each_ranking, holds_feedback, latest_lines
 
 SHOWN_ERRORS = 20
 
 
 @dataclass
 class Findings:
-    """What `check` found: figures to print, in order, and one message for each wrong line."""
+    """The result of `check`: figures to print, in order, and one message for each wrong line."""
 
     kind: str
     figures: dict[str, str] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Findings:
 
 
 def check(path: str | Path) -> Findings:
-    """Read the whole file; whether it holds feedback, demonstrations or prompts is seen from its first good line."""
+    """Read the whole file. Its first valid line tells whether it holds feedback, demonstrations or prompts."""
     keys: set[str] = next((set(row) for row, _ in read_rows(path) if isinstance(row, dict)), set())
     if holds_feedback(path) or not keys & {"prompt", "messages", "text"}:
         return _feedback(path)
@@ -58,33 +58,33 @@ def _examples(path: str | Path, kind: str) -> Findings:
 
 def _feedback(path: str | Path) -> Findings:
     findings = Findings("feedback")
-    every: list[Ranking] = []
-    for found in each_ranking(path):
-        if isinstance(found, UserError):
-            findings.errors.append(str(found))
+    rankings: list[Ranking] = []
+    for ranking in each_ranking(path):
+        if isinstance(ranking, UserError):
+            findings.errors.append(str(ranking))
         else:
-            every.append(found)
-    kept = last_words(every)
-    rated = [ranking for ranking in kept if ranking.goodness]
+            rankings.append(ranking)
+    latest = latest_lines(rankings)
+    rated = [ranking for ranking in latest if ranking.goodness]
     compared = sum(len(r.goodness) * (len(r.goodness) - 1) // 2 for r in rated)
     pairs = sum(len(r.pairs()) for r in rated)
-    sizes = Counter(len(r.completions) for r in kept)
+    sizes = Counter(len(r.completions) for r in latest)
     names = Counter(r.annotator or "nobody named" for r in rated)
     findings.figures |= {
-        "lines": f"{len(kept)}, of which {len(rated)} are rated",
-        "replaced by later lines": str(len(every) - len(kept)),
-        "different prompts": str(len({str(r.prompt) for r in kept})),
+        "lines": f"{len(latest)}, of which {len(rated)} are rated",
+        "replaced by later lines": str(len(rankings) - len(latest)),
+        "different prompts": str(len({str(r.prompt) for r in latest})),
         "completions of a prompt": ", ".join(f"{size} ({count} lines)" for size, count in sorted(sizes.items())),
         "pairs": f"{pairs}, and {compared - pairs} ties",
         "ratings": f"in {sum(r.ratings is not None for r in rated)} lines",
         "annotators": ", ".join(f"{name} ({count})" for name, count in names.most_common()),
-        "the same text twice in a line": str(sum(len(set(r.texts)) < len(r.texts) for r in kept)),
+        "the same text twice in a line": str(sum(len(set(r.texts)) < len(r.texts) for r in latest)),
         "lines of ties alone, which teach nothing": str(sum(not r.pairs() for r in rated)),
     }
-    if (whole := agreement(rated)) is None:
+    if (overall := agreement(rated)) is None:
         findings.figures["agreement"] = "not measured: no two annotators have rated the same completions"
     else:
-        findings.figures["agreement"] = _shown(*whole)
+        findings.figures["agreement"] = _shown(*overall)
         for (first, second), value in by_pair_of_annotators(rated).items():
             findings.figures[f"agreement of {first} and {second}"] = _shown(*value)
     return findings

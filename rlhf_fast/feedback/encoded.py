@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rankings as token ids: what the reward model learns from, and DPO where it learns from feedback."""
+"""Rankings as token ids, for the reward model and for DPO on feedback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlhf_fast.run.progress import notice
 from .schema import Ranking
 
 TIES = "every rated line of them is a tie, which teaches no order"
-SAME = "their completions are the same tokens, as they are or because they were cut at max_length"
+SAME = "their completions are the same tokens, perhaps only because they were cut at max_length"
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class EncodedRanking:
     pairs: list[tuple[int, int]]
     source: Ranking
     prompt_length: int = 0
-    cut: int = 0  # completions that lost their end
+    truncated: int = 0  # completions that were longer than max_length
 
 
 def encode(tokenizer: Any, ranking: Ranking, limits: Limits | int) -> EncodedRanking:
-    """Token ids of each completion behind its prompt; too long a completion is cut at the right.
+    """Token ids of the prompt and each completion; a completion that is too long is truncated at the right.
 
-    Pairs of completions that are the same tokens then are left out. Raises UserError for a prompt that leaves no room
+    Pairs whose completions are then the same tokens are left out. Raises UserError for a prompt that leaves no room
     for a completion, or that the tokenizer or the model cannot read.
     """
     limits = Limits(limits) if isinstance(limits, int) else limits
@@ -46,43 +46,43 @@ def encode(tokenizer: Any, ranking: Ranking, limits: Limits | int) -> EncodedRan
     if limits.overlong == "truncate-left":
         room = max(1, min(room, limits.max_length - max(len(row.ids) for row in rows) + start))
     prompt = limits.fit_prompt(rows[0].ids[:start], room, ranking.where, tokenizer.bos_token_id)
-    whole = [prompt + row.ids[start:] for row in rows]
-    sequences = [ids[: limits.max_length] for ids in whole]
+    untruncated = [prompt + row.ids[start:] for row in rows]
+    sequences = [ids[: limits.max_length] for ids in untruncated]
     pairs = [(better, worse) for better, worse in ranking.pairs() if sequences[better] != sequences[worse]]
-    cut = sum(len(ids) > limits.max_length for ids in whole)
-    return EncodedRanking(sequences, pairs, ranking, len(prompt), cut)
+    truncated = sum(len(ids) > limits.max_length for ids in untruncated)
+    return EncodedRanking(sequences, pairs, ranking, len(prompt), truncated)
 
 
 def encode_all(
     tokenizer: Any, rankings: Sequence[Ranking], limits: Limits, *, need_pairs: bool = True, source: str | Path = ""
 ) -> list[EncodedRanking]:
-    """The rankings that fit and, with `need_pairs`, have a pair to learn from; what is left out or cut is said."""
-    dropped, kept = Dropped(source or "the feedback", limits.strict), []
+    """The rankings that fit and, with `need_pairs`, have a pair to learn from. Reports what it drops or truncates."""
+    dropped, usable = Dropped(source or "the feedback", limits.strict), []
     for ranking in rankings:
         try:
             encoded = encode(tokenizer, ranking, limits)
         except UserError as error:
             limits.leave_out(dropped, error)
             continue
-        if encoded.cut and limits.overlong == "error":
+        if encoded.truncated and limits.overlong == "error":
             raise UserError(
                 f"{ranking.where}: a completion is longer than max_length {limits.max_length}; raise it or shorten it"
             )
         if encoded.pairs or not need_pairs:
-            kept.append(encoded)
+            usable.append(encoded)
         else:
             dropped.add(UserError(ranking.where), SAME if ranking.pairs() else TIES)
-    dropped.report(len(kept))
-    if cut := sum(ranking.cut for ranking in kept):
-        every = sum(len(ranking.sequences) for ranking in kept)
-        notice(f"{cut} of {every} completions were longer than max_length {limits.max_length} and were cut")
-    if need_pairs and (same := sum(len(r.source.pairs()) - len(r.pairs) for r in kept)):
+    dropped.report(len(usable))
+    if truncated := sum(ranking.truncated for ranking in usable):
+        total = sum(len(ranking.sequences) for ranking in usable)
+        notice(f"{truncated} of {total} completions were longer than max_length {limits.max_length} and were cut")
+    if need_pairs and (same := sum(len(r.source.pairs()) - len(r.pairs) for r in usable)):
         notice(f"{same} pairs of completions were left out: {SAME}")
-    return kept
+    return usable
 
 
 def _rows(tokenizer: Any, ranking: Ranking) -> list[Encoded]:
-    """Each completion behind the prompt: the tokens that were sampled if they are known, else those of its text."""
+    """Prompt and completion for each completion: the sampled tokens if they are known, else the encoded text."""
     ids, prompt = ranking.completion_ids, None
     if ids is not None and ranking.vocabulary == vocabulary_id(tokenizer):
         prompt = encode_prompt(tokenizer, ranking.prompt, where=ranking.where)
@@ -90,6 +90,6 @@ def _rows(tokenizer: Any, ranking: Ranking) -> list[Encoded]:
     for k, (completion, ended) in enumerate(zip(ranking.completions, ranking.ended, strict=True)):
         if prompt is not None and ids is not None and decode_completion(tokenizer, prompt, ids[k]) == completion:
             rows.append(Encoded(prompt + ids[k], len(prompt)))
-        else:  # written by a person, or edited since
+        else:  # written or edited by a person
             rows.append(encode_example(tokenizer, ranking.prompt, completion, ended=ended, where=ranking.where))
     return rows

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rlhf-fast label FILE`: a person ranks or rates completions in a local web page (gradio).
 
-The page shows a prompt and its completions in random order, without the models' names. Whatever a model wrote is shown
-as the value of a text field, so nothing of it becomes markup. `desk.py` keeps the answers.
+The page shows a prompt and its completions in random order, without the models' names. Model output is shown
+as the value of a text field, so none of it becomes markup. `answer_file.py` writes the answers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 from rlhf_fast.data.examples import prompt_text
 from rlhf_fast.errors import UserError
 
-from .answer_file import Desk
+from .answer_file import AnswerFile
 
-KEYS = "1-9 answer, arrows choose a completion, Enter saves, s skips, u takes the last answer back"
+KEYS = "1-9 answer, arrows choose a completion, Enter saves, s skips, u undoes the last answer"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,16 +27,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("file", help="feedback file, rated or not (rlhf-fast collect writes one)")
     parser.add_argument("--output", help="file that answers are appended to (default FILE.labels.jsonl)")
     parser.add_argument("--rate", action="store_true", help="rate each completion 1 to 7 (default: rank them)")
-    parser.add_argument("--annotator", default="", help="name to begin with; the page lets everyone change it")
+    parser.add_argument("--annotator", default="", help="initial name; it can be changed on the page")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default 7860)")
     options = parser.parse_args(list(arguments))
     output = options.output or str(Path(options.file).with_suffix(".labels.jsonl"))
-    desk = Desk(options.file, output, rate=options.rate)
+    answer_file = AnswerFile(options.file, output, rate=options.rate)
     print(f"answers go to {output}; the page is http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        build(desk, options.annotator).launch(
+        build(answer_file, options.annotator).launch(
             server_name=options.host,
             server_port=options.port,
             share=False,
@@ -51,69 +51,69 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def build(desk: Desk, annotator: str = "") -> Any:
-    """The page as gr.Blocks. Each open page has its own annotator and its own place in the file."""
+def build(answer_file: AnswerFile, annotator: str = "") -> Any:
+    """The page as gr.Blocks. Each open page has its own annotator and position in the file."""
     import gradio as gr
 
-    size = max(len(item.completions) for item in desk.items)
-    ask = "1 (bad) to 7 (good)" if desk.rate else "rank, 1 is best, equal ranks are ties"
+    size = max(len(item.completions) for item in answer_file.items)
+    scale = "1 (bad) to 7 (good)" if answer_file.rate else "rank, 1 is best, equal ranks are ties"
     with gr.Blocks(title="rlhf-fast label", analytics_enabled=False) as page:
         task = gr.State(None)
         name = gr.Textbox(annotator, label="Your name", elem_id="name", info="press Enter to begin, or to change it")
-        said = gr.Markdown("", elem_id="said")
+        status = gr.Markdown("", elem_id="said")
         prompt = gr.Textbox(label="Prompt", interactive=False, visible=False, elem_id="prompt", max_lines=30)
         texts, grades = [], []
         for k in range(size):
             label = f"Completion {chr(ord('A') + k)}"
             texts.append(gr.Textbox(label=label, interactive=False, visible=False, elem_classes="text", max_lines=30))
-            choices = list(range(1, desk.best() + 1))
-            grades.append(gr.Radio(choices, label=ask, visible=False, elem_classes="grade"))
+            choices = list(range(1, answer_file.best() + 1))
+            grades.append(gr.Radio(choices, label=scale, visible=False, elem_classes="grade"))
         with gr.Row():
             save = gr.Button("Save", variant="primary", elem_id="save")
             skip = gr.Button("Skip", elem_id="skip")
             undo = gr.Button("Undo", elem_id="undo")
         gr.Markdown(f"Keys: {KEYS}")
-        shown = [task, said, prompt, *texts, *grades]
+        outputs = [task, status, prompt, *texts, *grades]
 
         def show(who: str, where: int | None = None, message: str = "") -> list[Any]:
-            return _show(gr, desk, who.strip(), where, message, size)
+            return _show(gr, answer_file, who.strip(), where, message, size)
 
-        # The task, (annotator, item), says whose completions are shown in which order, whatever is in the name's field.
-        def on_save(who: str, asked: tuple[str, int] | None, *numbers: int | None) -> list[Any]:
-            if asked is not None:
-                given = numbers[: len(desk.items[asked[1]].completions)]
-                if any(number is None for number in given):
+        # Save under the annotator and item that are shown (`current`), even if the name field has changed since.
+        def on_save(who: str, current: tuple[str, int] | None, *numbers: int | None) -> list[Any]:
+            if current is not None:
+                answers = numbers[: len(answer_file.items[current[1]].completions)]
+                if any(number is None for number in answers):
                     return [gr.skip(), "Give each completion a number first.", *[gr.skip()] * (1 + 2 * size)]
-                desk.answer(*asked, [int(number) for number in given if number is not None])
+                answer_file.answer(*current, [int(number) for number in answers if number is not None])
             return show(who)
 
-        def on_skip(who: str, asked: tuple[str, int] | None) -> list[Any]:
-            if asked is not None:
-                desk.skip(*asked)
+        def on_skip(who: str, current: tuple[str, int] | None) -> list[Any]:
+            if current is not None:
+                answer_file.skip(*current)
             return show(who)
 
         def on_undo(who: str) -> list[Any]:
-            return show(who, desk.undo(who.strip()), "Taken back." if who.strip() else "")
+            return show(who, answer_file.undo(who.strip()), "Undone." if who.strip() else "")
 
-        page.load(show, name, shown)
-        name.submit(show, name, shown)
-        save.click(on_save, [name, task, *grades], shown)
-        skip.click(on_skip, [name, task], shown)
-        undo.click(on_undo, name, shown)
+        page.load(show, name, outputs)
+        name.submit(show, name, outputs)
+        save.click(on_save, [name, task, *grades], outputs)
+        skip.click(on_skip, [name, task], outputs)
+        undo.click(on_undo, name, outputs)
     return page
 
 
-def _show(gr: Any, desk: Desk, who: str, where: int | None, message: str, size: int) -> list[Any]:
-    """New values of all parts of the page: item `where`, or the annotator's next one."""
+def _show(gr: Any, answer_file: AnswerFile, who: str, where: int | None, message: str, size: int) -> list[Any]:
+    """New values of all the page's components, showing item `where` or else the annotator's next one."""
     if who and where is None:
-        where = desk.next(who)
+        where = answer_file.next(who)
     if not who or where is None:
-        done, total = desk.progress(who)
-        said = f"Done: all {total} prompts. Thank you." if who else "Enter your name to begin."
-        return [None, said, gr.update(visible=False), *[gr.update(visible=False)] * (2 * size)]
-    done, total = desk.progress(who)
-    item = desk.items[where]
-    completions = [item.texts[k] for k in desk.order(who, where)]
+        done, total = answer_file.progress(who)
+        status = f"Done: all {total} prompts. Thank you." if who else "Enter your name to begin."
+        return [None, status, gr.update(visible=False), *[gr.update(visible=False)] * (2 * size)]
+    done, total = answer_file.progress(who)
+    item = answer_file.items[where]
+    completions = [item.texts[k] for k in answer_file.order(who, where)]
     hidden = [gr.update(visible=False, value=None)] * (size - len(completions))
     return [
         (who, where),
@@ -132,7 +132,7 @@ footer {display: none !important}
 textarea:disabled {opacity: 1; -webkit-text-fill-color: var(--body-text-color)}
 """
 
-# The marked completion takes the next digit. Keys typed into a text field belong to it.
+# A digit answers the marked completion. Keys typed into a text field are left alone.
 SCRIPT = """
 let current = 0;
 const groups = () => [...document.querySelectorAll('.grade')].filter(group => group.offsetParent);

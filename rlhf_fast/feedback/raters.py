@@ -17,20 +17,19 @@ from rlhf_fast.errors import UserError
 
 
 class RaterError(UserError):
-    """A rater raised, or did not return one finite number a completion."""
+    """A rater raised, or did not return one finite number for each completion."""
 
 
 Rater = Callable[..., list[float]]  # (prompt, completions, **columns of the prompt's row)
 
 
 def load_rater(spec: str) -> Rater:
-    """The function that `module:function` or `file.py:function` names, its results checked at every call.
+    """The function that `module:function` or `file.py:function` names, with its results checked at every call.
 
-    A call raises RaterError naming the prompt if the function raises or does not return one finite number a
-    completion. Of the columns of the prompt's row it gets those that it names as parameters, or all if it takes **any.
+    A call raises RaterError naming the prompt if the function raises or does not return one finite number for each
+    completion. The function gets the columns of the prompt's row that it has parameters for, or all if it takes **any.
     """
     function = load_function(spec)
-
     accepts = _accepted(function)
 
     def rate(prompt: Prompt, completions: list[str], **columns: Any) -> list[float]:
@@ -50,7 +49,7 @@ def load_rater(spec: str) -> Rater:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """What `module:function` or `file.py:function` names, as it is; UserError if there is no such function."""
+    """The function that `module:function` or `file.py:function` names; UserError if there is none."""
     source, _, name = spec.rpartition(":")
     function = getattr(_load_module(source, spec), name, None)
     if not callable(function):
@@ -59,7 +58,7 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def _accepted(function: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What of some columns `function` can take as keyword arguments behind its first two parameters."""
+    """A filter: of a row's columns, those that `function` takes as keyword arguments after its first two."""
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # written in C
@@ -81,10 +80,10 @@ def _load_module(source: str, spec: str) -> ModuleType:
             return importlib.import_module(source)
         if not Path(source).is_file():
             raise UserError(f"rater {spec!r}: there is no file {source}")
-        found = importlib.util.spec_from_file_location(Path(source).stem, source)
-        assert found is not None and found.loader is not None  # a .py file always has a loader
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
+        module_spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+        assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
         return module
     except UserError:
         raise

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feedback in the formats of other tools, turned into rows of our schema (schema.py).
 
-    TRL           {"chosen", "rejected"}, text or messages, with a "prompt" or with it in front of both, or both ways;
-                  HH-RLHF is text with it in front
+    TRL           {"chosen", "rejected"}, text or messages; the prompt is in "prompt", or both begin with it, or both;
+                  HH-RLHF is text that begins with it
     NeMo          {"context" or "prompt", "completions": [{"rank": 0, "completion": text or messages}, ...]}
     Argilla       records with a ranking question over fields: version 1 rows and version 2 `to_json` records
     Label Studio  JSON exports of a Ranker over "items", or of a Pairwise
 
-A format is one entry of FORMATS: how its rows are told from others, and a function row -> rows of the schema. One row
-may hold the answers of several annotators, which become one row each.
+A format is one entry of FORMATS: a test whether a row is of this format, and a function row -> rows of the schema.
+One row may hold the answers of several annotators, which become one row each.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from rlhf_fast.errors import UserError
 
 Row = dict[str, Any]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-OF_TEMPLATE = ("tools", "chat_template_kwargs")  # columns that the chat template reads
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # read by the chat template
 PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "text")
 
 
 def to_schema(row: Row, where: str) -> list[Row]:
-    """The rows of the schema that `row` stands for; one that is of no other format is returned as it is."""
+    """`row` as rows of the schema; a row of no known other format is returned unchanged."""
     for name, (fits, convert) in FORMATS.items():
         if fits(row):
             try:
-                return [{**{key: row[key] for key in OF_TEMPLATE if key in row}, **found} for found in convert(row)]
+                common = {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
+                return [{**common, **converted} for converted in convert(row)]
             except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 raise UserError(f"{where}: looks like a row of {name}, but {reason}") from None
@@ -39,7 +40,7 @@ def to_schema(row: Row, where: str) -> list[Row]:
 
 
 def _trl(row: Row) -> list[Row]:
-    """Either a prompt and what follows it, or what both sides begin with is the prompt."""
+    """The prompt is in a column of its own, or it is what both sides begin with."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if is_messages(chosen) and is_messages(rejected):
         prompt, chosen, rejected = _split_turns(prompt, chosen, rejected)
@@ -60,7 +61,7 @@ def _trl(row: Row) -> list[Row]:
 
 
 def _split_turns(prompt: Any, chosen: list[Row], rejected: list[Row]) -> tuple[Any, list[Row], list[Row]]:
-    """The turns that both begin with, each side keeping an answer at least, and what each has behind them."""
+    """(prompt, rest of chosen, rest of rejected): the prompt is the turns both share, and each rest has an answer."""
     pairs = zip(chosen, rejected, strict=False)
     most = min(len(chosen), len(rejected)) - 1
     shared = min(most, next((i for i, (a, b) in enumerate(pairs) if a != b), most))
@@ -75,7 +76,7 @@ def _split_turns(prompt: Any, chosen: list[Row], rejected: list[Row]) -> tuple[A
 
 
 def _not_repeated(prompt: Any, chosen: list[Row]) -> list[Row]:
-    """The messages of a prompt that the sides do not begin with themselves."""
+    """The messages of the prompt column that the two sides do not repeat."""
     messages = as_chat(prompt) if isinstance(prompt, str) else prompt or []
     if chosen[0]["role"] == "assistant":  # answers alone
         return list(messages)
@@ -84,9 +85,9 @@ def _not_repeated(prompt: Any, chosen: list[Row]) -> list[Row]:
 
 
 def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """What both texts begin with, whole words of it, and what each has behind that: never nothing.
+    """(prompt, rest of chosen, rest of rejected): the prompt is the whole words both share, and no rest is empty.
 
-    In dialogues in the form of HH-RLHF that is everything up to the last "\\n\\nAssistant:" in common.
+    In HH-RLHF dialogues the prompt is everything up to the last "\\n\\nAssistant:" that both share.
     """
     most = min(len(chosen), len(rejected))
     shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
@@ -168,7 +169,7 @@ def _label_studio(row: Row) -> list[Row]:
 
 
 def _ranker(items: list[Row], ranked: Any) -> Row:
-    """`ranked`: ids in order, or one such list by tag name, or several by bucket: then the buckets are the ranks."""
+    """`ranked`: ids in order, or {tag: such a list}, or several buckets of ids, whose order gives the ranks."""
     buckets = list(ranked.values()) if isinstance(ranked, dict) else [ranked]
     groups: Iterable[list[Any]] = [[item] for item in buckets[0]] if len(buckets) == 1 else buckets
     rank_of = {str(item): rank for rank, group in enumerate(groups, start=1) for item in group}
@@ -179,7 +180,7 @@ def _ranker(items: list[Row], ranked: Any) -> Row:
 
 
 def _pairwise(data: Row, selected: str) -> Row:
-    """The two texts are the values of two keys that end in 1 and 2, such as answer1 and answer2."""
+    """The two texts are under keys that end in 1 and 2, such as answer1 and answer2."""
     first = next((key for key in data if key.endswith("1") and f"{key[:-1]}2" in data), None)
     if first is None:
         raise ValueError("its data has no two keys such as answer1 and answer2")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one schema of feedback: a prompt, its K completions, and what somebody thinks of them.
+"""The feedback schema: a prompt, its K completions, and their ratings or ranks.
 
     {"prompt": text or messages, "tools": [...], "completions": [text or messages, ...], "ended": [bool, ...],
      "ratings": [number, ...] and/or "ranks": [int, ...], "annotator": text, "sampling": {...}, "model": text,
      "completion_ids": [[int, ...], ...], "vocabulary": text}
 
 Higher ratings are better, rank 1 is best, equal numbers are ties; where a line has both, the ranks count.
-`ended` tells which completions ended by themselves (all, when it is missing). Only the prompt, the completions and one
-of ratings and ranks are needed, so a file written by hand is as good as a collected one. `completion_ids` are the
-tokens that a model sampled, the one that ended a completion included, and `vocabulary` says of which tokenizer: they
-are read in place of a completion's text as long as they spell it. A file only grows: of several lines of one annotator
-about the same prompt and completions the last counts. `readers.py` turns other tools' rows into this.
+`ended` says which completions ended by themselves (if it is missing, all did). Only the prompt, the completions and
+ratings or ranks are required, so a file may be written by hand. `completion_ids` are the tokens that a model sampled,
+including the token that ended the completion, and `vocabulary` identifies their tokenizer; they are used instead of a
+completion's text if they decode to it. A file only grows: if one annotator has several lines about the same prompt and
+completions, the last counts. `readers.py` converts other tools' rows to this schema.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .readers import FORMATS, to_schema
 
 @dataclass(frozen=True)
 class Ranking:
-    """One line of a feedback file, checked. `goodness` (K,): higher is better, equal is a tie, empty is not rated."""
+    """One line of a feedback file, checked. `goodness` (K,): higher is better, equal is a tie; empty if not rated."""
 
     prompt: Prompt
     completions: list[Completion]
@@ -43,8 +43,8 @@ class Ranking:
     ratings: list[float] | None = None
     annotator: str | None = None
     model: str | None = None
-    completion_ids: list[list[int]] | None = None  # as they were sampled
-    vocabulary: str | None = None  # of the tokenizer of completion_ids, as `encoding.vocabulary_id` gives it
+    completion_ids: list[list[int]] | None = None  # as sampled
+    vocabulary: str | None = None  # `encoding.vocabulary_id` of the tokenizer of completion_ids
 
     @property
     def texts(self) -> list[str]:
@@ -52,7 +52,7 @@ class Ranking:
         return [completion_text(completion) for completion in self.completions]
 
     def row(self) -> dict[str, Any]:
-        """What was asked, as a line of a file that nobody has rated."""
+        """The prompt and completions as an unrated line of a feedback file."""
         row: dict[str, Any] = {
             "prompt": self.prompt,
             "completions": self.completions,
@@ -86,15 +86,15 @@ def read_feedback(path: str | Path, strict: bool = False) -> list[Ranking]:
     """
     rankings: list[Ranking] = []
     dropped = Dropped(path, strict)
-    for found in each_ranking(path):
-        if isinstance(found, UserError):
-            dropped.add(found)
+    for ranking in each_ranking(path):
+        if isinstance(ranking, UserError):
+            dropped.add(ranking)
         else:
-            rankings.append(found)
+            rankings.append(ranking)
     dropped.report(len(rankings))
     if not rankings:
         raise UserError(f"{path} holds no data: wanted one JSON object on each line")
-    rated = [ranking for ranking in last_words(rankings) if ranking.goodness]
+    rated = [ranking for ranking in latest_lines(rankings) if ranking.goodness]
     if not rated:
         raise UserError(
             f'{path}: no line is rated yet; write "ratings" (higher is better) or "ranks" (1 is best) into it, '
@@ -104,13 +104,13 @@ def read_feedback(path: str | Path, strict: bool = False) -> list[Ranking]:
 
 
 def holds_feedback(path: str | Path) -> bool:
-    """True if the first good line of a data file has completions, in any format; False for a file of prompts."""
+    """True if the first valid line of a data file has completions, in any format; False for a file of prompts."""
     row = next((row for row, _ in read_rows(path) if isinstance(row, dict)), {})
     return "completions" in row or any(fits(row) for fits, _ in FORMATS.values())
 
 
 def each_ranking(path: str | Path) -> Iterator[Ranking | UserError]:
-    """Every line, rated or not; for a malformed one, the error in its place."""
+    """Every line, rated or not; a malformed one gives its error instead."""
     for row, where in read_rows(path):
         try:
             if isinstance(row, UserError):
@@ -121,8 +121,8 @@ def each_ranking(path: str | Path) -> Iterator[Ranking | UserError]:
             yield error
 
 
-def last_words(rankings: list[Ranking]) -> list[Ranking]:
-    """Without what an annotator has replaced by a later line about the same prompt and completions."""
+def latest_lines(rankings: list[Ranking]) -> list[Ranking]:
+    """The rankings without those that their annotator replaced by a later line about the same completions."""
     last: dict[tuple[str, str] | int, Ranking] = {}
     for place, ranking in enumerate(rankings):
         key = place if ranking.annotator is None else (ranking.annotator, ranking.key())
@@ -187,5 +187,5 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer too large for a float
         return False

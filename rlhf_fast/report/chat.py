@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rlhf-fast chat RUN_OR_MODEL`: type a prompt, read what the model makes of it."""
+"""`rlhf-fast chat RUN_OR_MODEL`: type a prompt, read the model's completion."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ def main(arguments: Sequence[str]) -> int:
     """Parse the options of the subcommand and talk until an empty line or the end of the input."""
     parser = argparse.ArgumentParser("rlhf-fast chat", description="Talk to a model, or to the result of a run folder.")
     parser.add_argument("model", help="run folder, model folder, or Hugging Face id")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling (default 0.8)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="sampling temperature (default 0.8)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="most tokens of an answer (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first answer (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first answer, 1 more for each next one (default 0)"
+    )
     options = parser.parse_args(list(arguments))
     if options.temperature <= 0 or options.max_new_tokens <= 0:
         raise UserError("--temperature and --max-new-tokens must be greater than 0")
     path = find_model(options.model)
     tokenizer, model = load_tokenizer(path), load_causal_lm(path, "auto")
-    print(f"{printable(path)}: an empty line ends it")
+    print(f"{printable(path)}: an empty line quits")
     for turn in range(1_000_000_000):
         try:
             prompt = input("> ")

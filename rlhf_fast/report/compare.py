@@ -31,8 +31,8 @@ RESAMPLES = 2000
 def win_rate(first: Sequence[float], second: Sequence[float], samples: int) -> dict[str, float]:
     """How often `second` beats `first`, a tie counting half, with a 95 % interval.
 
-    Both hold `samples` values a prompt. The interval is a bootstrap over prompts: samples of one prompt are no
-    independent evidence.
+    Both hold `samples` values per prompt. The interval is a bootstrap over prompts, because samples of one prompt are
+    not independent.
     """
     a, b = (torch.tensor(values, dtype=torch.float64).view(-1, samples) for values in (first, second))
     wins = ((b > a).double() + 0.5 * (b == a).double()).mean(1)  # (P,)
@@ -43,15 +43,13 @@ def win_rate(first: Sequence[float], second: Sequence[float], samples: int) -> d
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Figures of both models, and win rates of the second by every measure that judges a completion."""
+    """Figures of both models, and win rates of the second by reward and by gold, as far as they are measured."""
     names = {"a": find_model(options.a), "b": find_model(options.b)}
     lines = read_prompts(options.prompts)[: options.limit]
     rater = load_rater(options.rater) if options.rater else None
     tokenizer = load_tokenizer(names["a"])
     if load_tokenizer(names["b"]).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"{names['a']} and {names['b']} have different vocabularies, so no KL can be taken between them"
-        )
+        raise UserError(f"{names['a']} and {names['b']} have different vocabularies, so there is no KL between them")
     reference = load_causal_lm(find_model(options.reference or options.a), options.dtype)
     reward = reader = None
     if options.reward_model:
@@ -97,12 +95,12 @@ def find_reward(name: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Parse the options of the subcommand and print a table."""
     parser = argparse.ArgumentParser("rlhf-fast eval", description="Compare two models on prompts.")
-    parser.add_argument("a", help="run folder, model folder or Hugging Face id: what B is compared with")
-    parser.add_argument("b", help="the other one")
+    parser.add_argument("a", help="the model to compare with: run folder, model folder or Hugging Face id")
+    parser.add_argument("b", help="the model that is judged, likewise")
     parser.add_argument("--prompts", required=True, help='data file of {"prompt": ...}')
-    parser.add_argument("--reward-model", help="judge by this reward model")
-    parser.add_argument("--rater", help="judge by this function, module:function or file.py:function (gold)")
-    parser.add_argument("--reference", help="the KL is taken from this model (default A)")
+    parser.add_argument("--reward-model", help="report rewards of this reward model")
+    parser.add_argument("--rater", help="report ratings of this function (gold): module:function or file.py:function")
+    parser.add_argument("--reference", help="measure the KL from this model (default A)")
     parser.add_argument("--samples", type=int, default=4, help="completions of each prompt (default 4)")
     parser.add_argument("--limit", type=int, default=None, help="use the first prompts only")
     parser.add_argument("--max-new-tokens", type=int, default=64)

@@ -2,7 +2,7 @@
 """`rlhf-fast doctor RUN`: which phase of a run is bad, and why.
 
 Phases build on one another: a reward model cannot be right about samples of a broken SFT model, nor PPO against a
-broken reward model. So findings come in the order of the phases, and the first bad one is where to look. Everything is
+broken reward model. So findings are listed in the order of the phases; look at the first bad one first. Everything is
 read from the run folder; the limits are rules of thumb.
 """
 
@@ -23,7 +23,7 @@ Level = Literal["good", "look", "bad"]
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     phase: str
     level: Level
@@ -33,13 +33,13 @@ class Finding(NamedTuple):
 def diagnose(folder: str | Path) -> list[Finding]:
     """Findings on every phase in a pipeline's folder, or on the one phase whose folder it is."""
     folder = Path(folder)
-    found = [(name, folder / name) for name in PHASES if (folder / name).is_dir() and name in CHECKS]
-    if not found and (name := _kind(read_json(folder / "summary.json"))):
-        found = [(name, folder)]
-    if not found:
+    phases = [(name, folder / name) for name in PHASES if (folder / name).is_dir() and name in CHECKS]
+    if not phases and (name := _kind(read_json(folder / "summary.json"))):
+        phases = [(name, folder)]
+    if not phases:
         raise UserError(f"{folder} holds no run: wanted one of the folders {', '.join(CHECKS)}, or a phase's own")
     findings = []
-    for name, path in found:
+    for name, path in phases:
         phase = Phase(path)
         if phase.summary:
             findings += [Finding(name, *finding) for finding in CHECKS[name](phase)]
@@ -72,9 +72,9 @@ def _reward(phase: Phase) -> Iterator[tuple[Level, str]]:
         yield "look", "no held-out pairs (eval_fraction), so its accuracy is not known"
     else:
         text = f"held-out pair accuracy {accuracy:.2f} on {summary.get('heldout_pairs')} pairs"
-        yield _graded(accuracy >= 0.65, accuracy >= 0.55, text, "0.5 is a coin: more or cleaner feedback, or lr")
+        yield _graded(accuracy >= 0.65, accuracy >= 0.55, text, "0.5 is chance: more or cleaner feedback, or lr")
         if train is not None and train - accuracy > 0.2:
-            yield "look", f"training pairs {train:.2f} against held-out {accuracy:.2f}: it remembers; fewer epochs"
+            yield "look", f"training pairs {train:.2f} against held-out {accuracy:.2f}: it memorises; fewer epochs"
     spread = summary.get("score_std", 1.0)
     yield _graded(spread > 0.1, spread > 0.01, f"spread of raw scores {spread:.3g}", "nearly one score for all")
     gap = summary.get("read_position_gap", 0.0)
@@ -88,7 +88,7 @@ def _reward(phase: Phase) -> Iterator[tuple[Level, str]]:
     people = correlation(lengths, [row["goodness"] for row in rows])
     if score is not None and people is not None:
         text = f"score and length correlate {score:+.2f}, feedback and length {people:+.2f}"
-        yield _graded(abs(score) < 0.5 or abs(score - people) < 0.3, True, text, "it pays for length")
+        yield _graded(abs(score) < 0.5 or abs(score - people) < 0.3, True, text, "it rewards length")
 
 
 def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
@@ -102,7 +102,7 @@ def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
         text = f"KL {kl:.1f} nats per sequence from the reference"
         limit = (
             kl > -1,
-            "log-probs are not those of the distribution that was sampled"
+            "log-probs are not of the distribution that was sampled from"
             if kl < 0
             else "far from it: raise kl_coef, lower lr",
         )
@@ -122,12 +122,16 @@ def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
     clipped = phase.line("objective/scores_clipped").y
     if clipped:
         mean = sum(clipped) / len(clipped)
-        yield _graded(mean < 0.1, mean < 0.5, f"score_clip cuts {mean:.0%} of the scores", "raise it: they look alike")
+        yield _graded(
+            mean < 0.1, mean < 0.5, f"score_clip clips {mean:.0%} of the scores", "raise it: they become equal"
+        )
     yield from _before_and_after(summary)
     rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if row.get("when") == "after" and "reward" in row]
-    tie = correlation([float(len(row["completion"])) for row in rows], [row["reward"] for row in rows])
-    if tie is not None:
-        yield _graded(abs(tie) < 0.6, True, f"reward and length of samples correlate {tie:+.2f}", "it pays for length")
+    by_length = correlation([float(len(row["completion"])) for row in rows], [row["reward"] for row in rows])
+    if by_length is not None:
+        yield _graded(
+            abs(by_length) < 0.6, True, f"reward and length of samples correlate {by_length:+.2f}", "it rewards length"
+        )
 
 
 def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
@@ -137,7 +141,7 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
 
     reward, gold, entropy, ended = (both(name) for name in ("reward", "gold", "entropy", "ended"))
     if reward is None:
-        yield "look", "no held-out prompts (eval_prompts_file), so nothing is known but the reward it was trained on"
+        yield "look", "no held-out prompts (eval_prompts_file), so only the reward it was trained on is known"
         return
     rose = reward[1] > reward[0]
     yield _graded(rose, True, f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}", "did not rise: lr, steps, kl_coef")
@@ -146,9 +150,9 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
         hacked = rose and gold[1] < gold[0]
         yield _graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
     if entropy is not None:
-        kept = entropy[1] / max(entropy[0], 1e-9)
+        remaining = entropy[1] / max(entropy[0], 1e-9)
         text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"
-        yield _graded(kept > 0.4, kept > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+        yield _graded(remaining > 0.4, remaining > 0.1, text, "collapsing: raise kl_coef, fewer steps")
     if ended is not None:
         yield _graded(ended[1] > 0.7, ended[1] > 0.2, f"{ended[1]:.0%} end by themselves", "raise missing_eos_penalty")
 
@@ -156,14 +160,14 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
 CHECKS: dict[str, Callable[[Phase], Iterator[tuple[Level, str]]]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
 
 
-def _graded(good: bool, bearable: bool, text: str, advice: str) -> tuple[Level, str]:
+def _graded(good: bool, tolerable: bool, text: str, advice: str) -> tuple[Level, str]:
     if good:
         return "good", text
-    return ("look" if bearable else "bad"), f"{text}: {advice}"
+    return ("look" if tolerable else "bad"), f"{text}: {advice}"
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Pearson's; None with fewer than eight points or where one side is constant."""
+    """Pearson's r; None with fewer than eight points or where one side is constant."""
     import numpy
 
     if len(x) < 8 or numpy.std(x) == 0 or numpy.std(y) == 0:

@@ -2,8 +2,8 @@
 """report.html: a whole pipeline run on one self-contained page, readable on a phone, in light and dark.
 
 Everything is read back from the run folder (metrics.jsonl, samples.jsonl, summary.json of each phase), so
-that a report can be written again later, or for a run that stopped on the way: what is not there is left out.
-Whatever a model, a file or a person wrote is escaped.
+a report can be written again later, or for a run that stopped early; missing parts are left out.
+Text from models, files and people is escaped.
 """
 
 import html
@@ -25,7 +25,7 @@ SHOWN_SAMPLES = 12
 
 
 class Phase:
-    """What one phase left in its folder."""
+    """The files of one phase's folder."""
 
     def __init__(self, folder: Path) -> None:
         """Read it; missing files count as empty."""
@@ -35,12 +35,12 @@ class Phase:
         self.summary: dict[str, Any] = read_json(folder / "summary.json")
 
     def line(self, metric: str, label: str = "", color: str = BLUE, marks: bool = False) -> Line:
-        """The metric over the steps."""
+        """The curve of a metric over the steps."""
         rows = [row for row in self.metrics if row.get(metric) is not None]
         return Line(label or metric, [row["step"] for row in rows], [row[metric] for row in rows], color, marks)
 
     def chart(self, title: str, caption: str, *curves: Line, zero: bool = False) -> str:
-        """A card with the curves that have points; nothing if none has."""
+        """A card with the curves that have points; an empty string if none has."""
         drawn = [curve for curve in curves if curve.x]
         return _card(title, caption, plots.lines(drawn, zero=zero)) if drawn else ""
 
@@ -100,7 +100,7 @@ def _collect(phase: Phase) -> str:
         text += f" {sum(ended) / len(ended):.0%} ended by themselves."
     chart = _card(
         "Ratings",
-        "How the rater sees the fine-tuned model.",
+        "The rater's numbers for the fine-tuned model.",
         plots.histogram([("", ratings, BLUE)], "rating"),
     )
     return f"<p>{_text(text)}</p>" + _cards(chart if ratings else "")
@@ -109,7 +109,7 @@ def _collect(phase: Phase) -> str:
 def _reward(phase: Phase) -> str:
     rows = read_jsonl(phase.folder / "samples.jsonl")
     cards = [
-        phase.chart("Loss", "Logistic loss over the pairs of a ranking; 0.693 is a coin.", phase.line("loss")),
+        phase.chart("Loss", "Logistic loss over the pairs of a ranking; 0.693 is chance.", phase.line("loss")),
         phase.chart(
             "Pair accuracy",
             "How often the better completion scores higher.",
@@ -124,20 +124,20 @@ def _reward(phase: Phase) -> str:
         )
         margins = _margins(rows)
         if margins:
-            caption = "Score of the better less the worse one, held-out pairs; left of the line the model is wrong."
+            caption = "Score of the better minus the worse one, held-out pairs; left of the line the model is wrong."
             cards.append(_card("Margins", caption, plots.histogram([("", margins, GREEN)], "margin", split=0.0)))
         if bins := phase.summary.get("calibration"):
-            sure, right = ([entry[name] for entry in bins] for name in ("predicted", "observed"))
-            curves = [Line("held-out pairs", sure, right, marks=True), Line("perfect", [0.5, 1.0], [0.5, 1.0], GREY)]
-            caption = "How often the choice between two completions is right, against how sure the model is of it."
-            cards.append(_card("Calibration", caption, plots.lines(curves, "sureness")))
-        caption = "Each point is a held-out completion (ratings, or ranks turned upside down)."
+            x, y = ([entry[name] for entry in bins] for name in ("predicted", "observed"))
+            curves = [Line("held-out pairs", x, y, marks=True), Line("perfect", [0.5, 1.0], [0.5, 1.0], GREY)]
+            caption = "How often the model prefers the better completion, against the probability it gives its choice."
+            cards.append(_card("Calibration", caption, plots.lines(curves, "confidence")))
+        caption = "Each point is a held-out completion (ratings, or negated ranks)."
         cards.append(_card("Score against feedback", caption, plots.scatter(goodness, scores, "feedback", "score")))
     return _cards(*cards)
 
 
 def _margins(rows: list[dict[str, Any]]) -> list[float]:
-    """Score of the better less that of the worse completion for every pair of one prompt that is no tie."""
+    """Score of the better minus that of the worse completion, for every pair of one prompt that is not a tie."""
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_prompt.setdefault(json.dumps(row["prompt"]), []).append(row)
@@ -164,7 +164,7 @@ def _ppo(phase: Phase) -> str:
     cards = [
         chart(
             "Reward",
-            "Score of the samples of each step, and the reward with the KL that is charged in it.",
+            "Score of each step's samples, and the reward after the KL penalty.",
             line("objective/scores", "score"),
             line("objective/rlhf_reward", "reward with KL", GREY),
             held_out("reward", "held out", ORANGE),
@@ -197,7 +197,7 @@ def _ppo(phase: Phase) -> str:
         ),
     ]
     if reward.x and len(reward.x) == len(kl.x):
-        caption = "The path of training, dark to bright: what each nat of divergence bought."
+        caption = "The path of training, blue to orange: score gained for each nat of divergence."
         cards.append(
             _card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
         )
@@ -255,7 +255,7 @@ def _sample(row: dict[str, Any] | None) -> str:
 
 
 def _time(phases: dict[str, Phase]) -> str:
-    """One bar a phase, cut into its parts."""
+    """One bar for each phase, divided into its parts."""
     totals = {name: float(phase.summary.get("seconds", 0.0)) for name, phase in phases.items()}
     longest = max([*totals.values(), 1e-9])
     bars = []
@@ -311,7 +311,7 @@ def _card(title: str, caption: str, svg: str) -> str:
 
 
 def _tile(name: str, before: float | None, after: float | None, note: str, digits: int = 2) -> str:
-    """A headline figure, "before -> after" where there is a before; nothing if it was not measured."""
+    """A headline figure, as "before -> after" if there is a before; an empty string if it was not measured."""
     if after is None:
         return ""
     shown = f"{after:.{digits}f}" if before is None else f"<s>{before:.{digits}f}</s> {after:.{digits}f}"
@@ -331,7 +331,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none if it is missing, without a last line that a kill cut short."""
+    """The rows of a JSONL file; none if it is missing. A last line truncated by a kill is left out."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small SVG charts for the report, drawn by matplotlib to be put inline in a page.
+"""Small SVG charts for the report, drawn by matplotlib, for use inline in a page.
 
-Text and axes take the page's colour (`currentColor`) and the page's font, so one chart suits a light and a
-dark page.
+Text and axes take the page's colour (`currentColor`) and the page's font, so one chart suits light and
+dark pages.
 """
 
 import io
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#10b981", "#8b93a1"
-_INK, _GRID = "#010203", "#040506"  # stand-ins that the page's own colours replace
+_INK, _GRID = "#010203", "#040506"  # placeholders, replaced by the page's colours
 SIZE = (4.3, 2.55)  # inches
 
 
 class Line(NamedTuple):
-    """One curve; `marks` draws few points, joined by dots."""
+    """One curve; `marks` draws each point, with a dotted line between them."""
 
     label: str
     x: Sequence[float]
@@ -46,7 +46,7 @@ def lines(curves: Sequence[Line], xlabel: str = "step", zero: bool = False) -> s
 
 
 def histogram(groups: Sequence[tuple[str, Sequence[float], str]], xlabel: str, split: float | None = None) -> str:
-    """Overlaid histograms of (label, values, color) on common bins; `split` draws an upright line there."""
+    """Overlaid histograms of (label, values, color) on common bins; `split` draws a vertical line there."""
 
     def draw(axes: Any) -> None:
         values = [v for _, group, _ in groups for v in group]
@@ -67,7 +67,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float], str]], xlabel: str, s
 def scatter(
     x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, color_by: Sequence[float] | None = None
 ) -> str:
-    """Points; with `color_by` they are joined in order and go from blue to orange as it grows."""
+    """Points; with `color_by` a line connects them in order, and their colour goes from blue to orange as it grows."""
 
     def draw(axes: Any) -> None:
         if color_by is None:

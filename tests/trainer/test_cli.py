@@ -178,6 +178,6 @@ def test_chat_answers_with_the_result_of_a_run(
     monkeypatch.setattr("sys.stdin", io.StringIO("ann wants animals\nben likes colors\n\nnot read\n"))
     assert cli.main(["chat", str(tmp_path / "run"), "--max-new-tokens", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("an empty line ends it") and len(lines) == 4
+    assert lines[0].endswith("an empty line quits") and len(lines) == 4
     assert len(lines[1].removeprefix("> ").split()) <= 5
     assert cli.main(["chat", str(tmp_path / "run"), "--temperature", "0"]) == 2

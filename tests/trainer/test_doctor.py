@@ -75,19 +75,19 @@ def test_a_healthy_run_has_nothing_that_stands_out(tmp_path: Path, capsys: pytes
     [
         ({"sft": {"loss_after": 4.2}}, "sft", "bad", "it has learned nothing"),
         ({"sft": {"loss_after": None}}, "sft", "look", "no held-out demonstrations"),
-        ({"reward": {"heldout_pair_accuracy": 0.52, "train_pair_accuracy": 0.6}}, "reward", "bad", "0.5 is a coin"),
-        ({"reward": {"train_pair_accuracy": 1.0, "heldout_pair_accuracy": 0.7}}, "reward", "look", "it remembers"),
+        ({"reward": {"heldout_pair_accuracy": 0.52, "train_pair_accuracy": 0.6}}, "reward", "bad", "0.5 is chance"),
+        ({"reward": {"train_pair_accuracy": 1.0, "heldout_pair_accuracy": 0.7}}, "reward", "look", "it memorises"),
         ({"reward": {"score_std": 0.001}}, "reward", "bad", "nearly one score for all"),
         ({"reward": {"read_position_gap": 0.9}}, "reward", "bad", "read at a wrong token"),
         ({"metrics": {"policy/ratio": 1.8}}, "ppo", "bad", "mean ratio of the first step 1.800"),
         ({"ppo": {"kl_final": 90.0}}, "ppo", "look", "far from it: raise kl_coef"),
-        ({"ppo": {"kl_final": -3.0}}, "ppo", "bad", "log-probs are not those of the distribution"),
+        ({"ppo": {"kl_final": -3.0}}, "ppo", "bad", "log-probs are not of the distribution"),
         ({"ppo": {"gold_after": -0.2}}, "ppo", "bad", "it exploits the reward model"),
         ({"ppo": {"entropy_after": 0.05}}, "ppo", "bad", "collapsing"),
         ({"ppo": {"ended_after": 0.1}}, "ppo", "bad", "raise missing_eos_penalty"),
         ({"metrics": {"val/explained_variance": -1.0}}, "ppo", "look", "less than a constant would"),
         ({"metrics": {"objective/scores_std": 0.0}}, "ppo", "bad", "nothing to learn from"),
-        ({"metrics": {"objective/scores_clipped": 0.3}}, "ppo", "look", "score_clip cuts 30% of the scores"),
+        ({"metrics": {"objective/scores_clipped": 0.3}}, "ppo", "look", "score_clip clips 30% of the scores"),
         ({"metrics": {"objective/scores_clipped": 0.9}}, "ppo", "bad", "raise it"),
     ],
 )
@@ -101,7 +101,7 @@ def test_each_ill_is_found_in_its_phase(
 def test_a_reward_for_length_is_seen(tmp_path: Path) -> None:
     write_samples(run_with(tmp_path), [float(n) for n in range(10)])
     (finding,) = [finding for finding in diagnose(tmp_path) if finding.level != "good"]
-    assert "score and length correlate +1.00" in finding.text and "it pays for length" in finding.text
+    assert "score and length correlate +1.00" in finding.text and "it rewards length" in finding.text
 
 
 def test_the_first_bad_phase_is_named_and_unfinished_ones_are_said(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.answer_file import Desk
+from rlhf_fast.feedback.answer_file import AnswerFile
 from rlhf_fast.feedback.schema import read_feedback
 
 EVIL = "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title='pwned'\">"
@@ -33,56 +33,58 @@ def source(write_jsonl: Any) -> str:
     return write_jsonl("completions.jsonl", *rows)
 
 
-def numbers(desk: Desk, annotator: str, place: int, by_text: dict[str, int]) -> list[int]:
+def numbers(answer_file: AnswerFile, annotator: str, place: int, by_text: dict[str, int]) -> list[int]:
     """What to answer, in the order the page shows, for each completion to get its number."""
-    completions = desk.items[place].completions
-    return [by_text[completions[k][0]] for k in desk.order(annotator, place)]
+    completions = answer_file.items[place].completions
+    return [by_text[completions[k][0]] for k in answer_file.order(annotator, place)]
 
 
 def test_answers_skips_and_undo_survive_a_restart(source: str, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    desk = Desk(source, answers)
-    desk.answer("ann", 1, numbers(desk, "ann", 1, {"a": 3, "b": 1, "c": 3}))
-    desk.skip("ann", 0)
-    assert desk.next("ann") == 2 and desk.progress("ann") == (2, 3) and desk.progress("ben") == (0, 3)
-    desk = Desk(source, answers)  # as after a kill
-    assert desk.next("ann") == 2
-    assert desk.undo("ann") == 0 and desk.next("ann") == 0
-    assert desk.undo("ann") == 1 and desk.undo("ann") is None and desk.progress("ann") == (0, 3)
-    desk.answer("ann", 1, numbers(desk, "ann", 1, {"a": 2, "b": 1, "c": 3}))
-    desk.answer("ben", 1, numbers(desk, "ben", 1, {"a": 1, "b": 3, "c": 3}))
+    answer_file = AnswerFile(source, answers)
+    answer_file.answer("ann", 1, numbers(answer_file, "ann", 1, {"a": 3, "b": 1, "c": 3}))
+    answer_file.skip("ann", 0)
+    assert (
+        answer_file.next("ann") == 2 and answer_file.progress("ann") == (2, 3) and answer_file.progress("ben") == (0, 3)
+    )
+    answer_file = AnswerFile(source, answers)  # as after a kill
+    assert answer_file.next("ann") == 2
+    assert answer_file.undo("ann") == 0 and answer_file.next("ann") == 0
+    assert answer_file.undo("ann") == 1 and answer_file.undo("ann") is None and answer_file.progress("ann") == (0, 3)
+    answer_file.answer("ann", 1, numbers(answer_file, "ann", 1, {"a": 2, "b": 1, "c": 3}))
+    answer_file.answer("ben", 1, numbers(answer_file, "ben", 1, {"a": 1, "b": 3, "c": 3}))
     ann, ben = read_feedback(answers)
     assert (ann.annotator, ann.goodness, ann.model) == ("ann", [-2, -1, -3], "secret")
     assert (ben.annotator, ben.goodness) == ("ben", [-1, -2, -2])  # ranks without gaps
 
 
 def test_completions_are_shuffled_for_each_annotator_and_ratings_kept(source: str, tmp_path: Path) -> None:
-    desk = Desk(source, tmp_path / "answers.jsonl", rate=True)
-    orders = {tuple(desk.order(name, 0)) for name in "abcdefgh"}
-    assert len(orders) > 2 and desk.order("a", 0) == desk.order("a", 0)
-    desk.answer("ann", 2, numbers(desk, "ann", 2, {"a": 7, "b": 1, "c": 7}))
+    answer_file = AnswerFile(source, tmp_path / "answers.jsonl", rate=True)
+    orders = {tuple(answer_file.order(name, 0)) for name in "abcdefgh"}
+    assert len(orders) > 2 and answer_file.order("a", 0) == answer_file.order("a", 0)
+    answer_file.answer("ann", 2, numbers(answer_file, "ann", 2, {"a": 7, "b": 1, "c": 7}))
     assert read_feedback(tmp_path / "answers.jsonl")[0].ratings == [7, 1, 7]
     with pytest.raises(ValueError, match="between 1 and 7"):
-        desk.answer("ann", 2, [8, 1, 1])
+        answer_file.answer("ann", 2, [8, 1, 1])
 
 
 def test_a_line_cut_short_by_a_crash_is_taken_away_and_a_whole_one_is_kept(source: str, tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    desk = Desk(source, answers)
-    desk.skip("ann", 0)
+    answer_file = AnswerFile(source, answers)
+    answer_file.skip("ann", 0)
     whole = answers.read_text()
     answers.write_text(whole + '{"prompt": "prompt 1", "comp')
-    desk.skip("ann", 1)
+    answer_file.skip("ann", 1)
     answers.write_text(answers.read_text().rstrip("\n"))  # as some editors leave a file
-    desk.skip("ann", 2)
+    answer_file.skip("ann", 2)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [row["prompt"] for row in rows[1:]] == ["prompt 1", "prompt 2"] and desk.next("ann") is None
+    assert [row["prompt"] for row in rows[1:]] == ["prompt 1", "prompt 2"] and answer_file.next("ann") is None
 
 
 def _skip_often(source: str, answers: str, name: str) -> None:
-    desk = Desk(source, answers)
+    answer_file = AnswerFile(source, answers)
     for _ in range(50):
-        desk.skip(name, 0)
+        answer_file.skip(name, 0)
 
 
 def test_annotators_in_several_processes_do_not_overwrite_one_another(source: str, tmp_path: Path) -> None:
@@ -98,12 +100,12 @@ def test_annotators_in_several_processes_do_not_overwrite_one_another(source: st
 
 
 def test_wrong_files_are_refused(source: str, tmp_path: Path, write_jsonl: Any) -> None:
-    with pytest.raises(UserError, match="the answers need a file of their own"):
-        Desk(source, source)
+    with pytest.raises(UserError, match="answers cannot be written to"):
+        AnswerFile(source, source)
     with pytest.raises(UserError, match="cannot write the answers to .*: Is a directory"):
-        Desk(source, tmp_path)
+        AnswerFile(source, tmp_path)
     with pytest.raises(UserError, match=r'bad.jsonl:1: "completions" must be'):
-        Desk(write_jsonl("bad.jsonl", {"prompt": "p"}), tmp_path / "answers.jsonl")
+        AnswerFile(write_jsonl("bad.jsonl", {"prompt": "p"}), tmp_path / "answers.jsonl")
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def test_three_prompts_ranked_in_a_browser_with_a_kill_in_between(source: str) -
             page.keyboard.press("s")
             page.wait_for_selector("text=2 of 3 done")
             page.keyboard.press("u")
-            page.wait_for_selector("text=Taken back. 1 of 3 done")
+            page.wait_for_selector("text=Undone. 1 of 3 done")
             for key in ("3", "2", "1", "Enter"):
                 page.keyboard.press(key)
             wait_for(lambda: answers.read_text().count('"ranks"') == 2)

@@ -140,7 +140,7 @@ def pair_margins(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -
 
 
 def calibration(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor], bins: int = 5) -> list[dict[str, float]]:
-    """How sure the model is of its choice, sigmoid(|margin|), against how often it is right, in bins of sureness.
+    """Calibration: sigmoid(|margin|), the probability of the model's choice, against how often it is right, in bins.
 
     `scores` are raw ones: it is their difference that the losses take for log-odds.
     """
