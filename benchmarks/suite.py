@@ -59,7 +59,7 @@ def rows_of(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def speed(options: list[str]) -> list[dict[str, Any]]:
-    files = [path for path in sorted(HERE.glob("bench_*.py")) if path.stem != "bench_ppo_step"]
+    files = [path for path in sorted(HERE.glob("bench_*.py")) if path.stem not in ("bench_fallback", "bench_ppo_step")]
     return list(rows_of(pytest_benchmark(files, options)))
 
 

@@ -247,7 +247,7 @@ def _reference_inplace(
     logits: Tensor,
     *rest: Any,
 ) -> None:
-    logits.copy_(reference.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *rest))
+    reference.token_stats_backward_into(logits, grad_logprobs, grad_entropy, grad_logsumexp, logits, *rest)
 
 
 def not_differentiable(output: tuple[Tensor, ...], asked: int) -> list[Tensor]:

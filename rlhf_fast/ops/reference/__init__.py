@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The definition of correctness: every op in plain PyTorch, no tricks.
+"""Every op in plain PyTorch; work on logits goes a block of rows at a time, so that it needs little memory.
 
 Each function here is the kernel of the op of the same name in the torch backend, and the fallback of the
 native one. The arguments are those of the op's schema (see the family's file), so shapes and ranges were
@@ -12,7 +12,7 @@ not multiplied, so a NaN in a masked slot stays there.
 from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype
 from rlhf_fast.ops.reference.gae import gae, ppo_advantages, whiten, whiten_moments
 from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_and_grad, token_kl_backward
-from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward
+from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward, token_stats_backward_into
 
 __all__ = [
     "accumulate_dtype",
@@ -25,6 +25,7 @@ __all__ = [
     "token_kl_backward",
     "token_stats",
     "token_stats_backward",
+    "token_stats_backward_into",
     "whiten",
     "whiten_moments",
     "wide_dtype",
