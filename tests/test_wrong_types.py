@@ -44,6 +44,9 @@ WRONG = {
     "integer": 3, "negative": -1, "float": 1.5, "nan": float("nan"), "tuple": (1, 2, 3), "complex": 1j,
     "scalar": torch.tensor(1), "matrix": torch.ones(2, 2), "ints": torch.ones(2, 3, dtype=torch.int32),
     "bools": torch.ones(2, 3, dtype=torch.bool), "complexes": torch.ones(2, 3, dtype=torch.complex64),
+    "sparse": torch.ones(2, 3).to_sparse(), "sparse logits": torch.ones(2, 3, 7).to_sparse(),
+    "sparse mask": M.to_sparse(), "sparse targets": T.to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(2, 7), torch.ones(3, 7)], layout=torch.jagged),
     "deep": torch.ones(2, 3, 4, 5), "numpy": torch.ones(2, 3).numpy(), "meta": torch.ones(2, 3, device="meta"),
 }  # fmt: skip
 
@@ -75,6 +78,43 @@ def test_what_a_config_file_may_hold(op: str, options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises((TypeError, ValueError), match=rf"^rlhf_fast\.{op}: {name} must be .*got"):
         getattr(rf, op)(**{**CALLS[op], **options})
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan"), 1e-45, 1e39])
+@pytest.mark.parametrize("op", [op for op in CALLS if op.startswith(("token", "linear"))])
+def test_factors_that_make_nan_of_every_logit(op: str, value: float) -> None:
+    factors = ("temperature", "ref_temperature", "logit_scale", "ref_logit_scale", "softcap")
+    given: dict[str, Any]
+    for name in inspect.signature(getattr(rf, op)).parameters:
+        for given in ({name: value}, {name: torch.full((2, 3), value, dtype=torch.float64)}) if name in factors else ():
+            if isinstance(given[name], torch.Tensor) and not name.endswith("temperature"):
+                continue
+            with pytest.raises(ValueError, match=rf"^rlhf_fast\.{op}: {name} must be .*got"):
+                getattr(rf, op)(**{**CALLS[op], **given})
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("ppo_advantages", "kl_coef"), ("linear_policy_loss", "kl_coef"), ("linear_policy_loss", "entropy_coef")],
+)
+def test_coefficients_are_finite(op: str, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^rlhf_fast\.{op}: {name} must be finite, got"):
+        getattr(rf, op)(**{**CALLS[op], name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_normalizer_is_positive_at_real_tokens(value: float) -> None:
+    """A row without a real token may have 0 of them."""
+    mask, normalizer = torch.tensor([[True] * 3, [False] * 3]), torch.tensor([[3.0], [0.0]])
+    given = {**CALLS["linear_policy_loss"], "mask": mask}
+    assert rf.linear_policy_loss(**{**given, "normalizer": normalizer}).loss.isfinite()
+    by_rows = {**given, "mask": None, "rows": torch.tensor([0, 1, 2, -1])}
+    assert rf.linear_policy_loss(**{**by_rows, "normalizer": normalizer}).loss.isfinite()
+    normalizer[0] = value
+    for arguments in (given, by_rows):
+        with pytest.raises(ValueError, match=r"^rlhf_fast\.linear_policy_loss: normalizer must be .*got"):
+            rf.linear_policy_loss(**{**arguments, "normalizer": normalizer})
 
 
 def test_a_clip_range_may_be_a_list() -> None:

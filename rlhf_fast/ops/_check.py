@@ -12,12 +12,24 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# Such that float32 holds the number and its reciprocal.
+SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**126
+FACTOR_RANGE = "between 1.2e-38 and 8.5e37 in size"
+
 
 def is_float(op: str, name: str, x: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"rlhf_fast.{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"rlhf_fast.{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    is_dense(op, name, x)
+
+
+def is_dense(op: str, name: str, x: Tensor) -> None:
+    """Strides and a plain shape: kernels and reference alike fail on anything else, each with an error of its own."""
+    if x.is_nested or x.layout != torch.strided:
+        came = "a nested tensor" if x.is_nested else x.layout
+        raise TypeError(f"rlhf_fast.{op}: {name} must be a dense tensor, got {came}; convert it, with .to_dense() say")
 
 
 def same_dtype(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
@@ -35,6 +47,7 @@ def shape_is(op: str, name: str, x: Tensor, wanted: tuple[int, ...], of: str) ->
 
 
 def on_device(op: str, name: str, x: Tensor, first_name: str, first: Tensor) -> None:
+    is_dense(op, name, x)
     if x.device != first.device:
         raise ValueError(
             f"rlhf_fast.{op}: {name} must be on the device of {first_name}, {first.device}, got {x.device}"
@@ -48,6 +61,7 @@ def is_mask(op: str, name: str, mask: Tensor | None, wanted: tuple[int, ...], of
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         came = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"rlhf_fast.{op}: {name} must be a bool tensor (True = real token), got {came}")
+    is_dense(op, name, mask)
     shape_is(op, name, mask, wanted, of)
     on_device(op, name, mask, of, first)
 
@@ -89,6 +103,8 @@ def is_group(op: str, value: Any) -> None:
 
 
 def _named(value: Any) -> str:
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     return "None" if value is None else f"{str(value)[:60]} ({type(value).__name__})"
@@ -107,6 +123,25 @@ def positive(op: str, name: str, value: float) -> float:
     if not value > 0:
         raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0, got {value}")
     return value
+
+
+def finite(op: str, name: str, value: Any) -> float:
+    value = number(op, name, value)
+    if not -torch.inf < value < torch.inf:
+        raise ValueError(f"rlhf_fast.{op}: {name} must be finite, got {value}")
+    return value
+
+
+def factor(op: str, name: str, value: Any) -> float:
+    """What logits are multiplied or divided by: 0 and infinity, in float32 too, would make 0 x inf of every logit."""
+    value = number(op, name, value)
+    if not SMALLEST_FACTOR <= abs(value) <= LARGEST_FACTOR:
+        raise ValueError(f"rlhf_fast.{op}: {name} must be {FACTOR_RANGE}, got {value}")
+    return value
+
+
+def positive_factor(op: str, name: str, value: Any) -> float:
+    return factor(op, name, positive(op, name, value))
 
 
 def in_unit_interval(op: str, name: str, value: float) -> float:
@@ -131,9 +166,10 @@ def temperature(
     Masked rows may hold anything.
     """
     if not isinstance(value, Tensor):
-        return None, positive(op, name, value)
+        return None, positive_factor(op, name, value)
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"rlhf_fast.{op}: {name} must hold numbers, got {value.dtype}")
+    is_dense(op, name, value)
     if value.dim() != 0:
         shape_is(op, name, value, rows, "the rows")
     if value.device.type == "meta":
@@ -141,10 +177,11 @@ def temperature(
     if value.requires_grad and torch.is_grad_enabled():
         value = value.detach()  # by contract the temperature is a constant
     if can_look(value):
-        bad = ~(value > 0) if mask is None or value.dim() == 0 else mask & ~(value > 0)
+        bad = ~((value >= SMALLEST_FACTOR) & (value <= LARGEST_FACTOR))
+        bad = bad if mask is None or value.dim() == 0 else mask & bad
         if bool(bad.any()):
             came = value[bad][0].item() if value.dim() else value.item()
-            raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0 everywhere, got {came}")
+            raise ValueError(f"rlhf_fast.{op}: {name} must be greater than 0 and {FACTOR_RANGE} everywhere, got {came}")
     dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
     return value.to(device=first.device, dtype=dtype).expand(rows).contiguous(), 1.0
 

@@ -161,7 +161,7 @@ def ppo_advantages(
     ops = _dispatch.select(op, logprobs)
     kl, rewards, advantages, returns, moments = ops.ppo_advantages(
         scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask,
-        _check.number(op, "kl_coef", kl_coef), _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
+        _check.finite(op, "kl_coef", kl_coef), _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
         _check.in_unit_interval(op, "gamma", gamma),
         _check.in_unit_interval(op, "lam", lam), clip,
     )  # fmt: skip
@@ -215,6 +215,7 @@ def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) 
         return None, _check.in_unit_interval(op, name, lam)
     if lam.dtype == torch.bool or lam.is_complex():
         raise TypeError(f"rlhf_fast.{op}: {name} must hold numbers, got {lam.dtype}")
+    _check.is_dense(op, name, lam)
     if lam.device.type == "meta":
         _check.on_device(op, name, lam, "rewards", first)
     if lam.dim() != 0:
@@ -229,6 +230,7 @@ def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         came = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"rlhf_fast.{op}: cu_seqlens must be an int32 or int64 tensor, got {came}")
+    _check.is_dense(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"rlhf_fast.{op}: cu_seqlens must be (S + 1,), got shape {tuple(cu_seqlens.shape)}")
     _check.on_device(op, "cu_seqlens", cu_seqlens, "rewards", rewards)
@@ -257,6 +259,8 @@ def _token_flags(
     for name, x in given:
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"rlhf_fast.{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x is not None:
+            _check.is_dense(op, name, x)
     per_row = {
         name: x is not None and x.dim() == 1 and x.shape != rewards.shape and x.shape[0] == rows for name, x in given
     }

@@ -140,7 +140,7 @@ def _checked_pair(
     ref_row_temperature, ref_scalar = row_temperature, scalar
     if ref_temperature is not None:
         ref_row_temperature, ref_scalar = _check.temperature(op, "ref_temperature", ref_temperature, rows, logits, mask)
-    options = (scalar, ref_scalar, _check.number(op, "logit_scale", logit_scale), cap, columns, kind_code, float(beta))
+    options = (scalar, ref_scalar, _check.factor(op, "logit_scale", logit_scale), cap, columns, kind_code, float(beta))
     return (logits, ref_logits, mask, row_temperature, ref_row_temperature), options
 
 

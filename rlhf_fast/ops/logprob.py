@@ -151,7 +151,7 @@ def _token_stats(
         targets = None
     return _dispatch.call(
         _dispatch.select(op, logits).token_stats.default,
-        logits, targets, mask, row_temperature, temperature, _check.number(op, "logit_scale", logit_scale), cap,
+        logits, targets, mask, row_temperature, temperature, _check.factor(op, "logit_scale", logit_scale), cap,
         columns, asked, _check.flag(op, "inplace_backward", inplace_backward),
     )  # fmt: skip
 
@@ -163,6 +163,7 @@ def check_targets(
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"rlhf_fast.{op}: targets must be an int64 or int32 tensor, got {came}")
+    _check.is_dense(op, "targets", targets)
     k_per_row = targets.dim() == len(rows) + 1
     if targets.shape[: len(rows)] != rows or targets.dim() > len(rows) + 1:
         raise ValueError(
@@ -188,7 +189,7 @@ def check_row_options(
     if vocab_size is not None and not 0 < _check.whole_number(op, "vocab_size", vocab_size) <= width:
         raise ValueError(f"rlhf_fast.{op}: vocab_size must be between 1 and V = {width}, got {vocab_size}")
     row_temperature, scalar = _check.temperature(op, "temperature", temperature, rows, first, mask)
-    cap = 0.0 if softcap is None else _check.positive(op, "softcap", softcap)
+    cap = 0.0 if softcap is None else _check.positive_factor(op, "softcap", softcap)
     return row_temperature, scalar, cap, -1 if vocab_size is None else vocab_size
 
 

@@ -158,13 +158,13 @@ def linear_token_kl(
     ref_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
     ref_cap = cap if ref_softcap is None else _check.number(op, "ref_softcap", ref_softcap)
     if ref_cap != 0:  # 0: the reference has none, where the policy has one
-        _check.positive(op, "ref_softcap", ref_cap)
+        _check.positive_factor(op, "ref_softcap", ref_cap)
     needed = any(needs_of(head.tensors)) or any(needs_of(ref.tensors))
     loop_options = head.options._replace(
         vocab_size=columns, budget=head.options.budget if needed else 0, rows_padded=padded
     )
-    scale = _check.number(op, "logit_scale", logit_scale)
-    ref_scale = _check.number(op, "ref_logit_scale", ref_scale)
+    scale = _check.factor(op, "logit_scale", logit_scale)
+    ref_scale = _check.factor(op, "ref_logit_scale", ref_scale)
     outputs = _dispatch.select(op, head.tensors.hidden).linear_token_kl(*flatten(
         Inputs(head.tensors, ref_tensors(ref), row_inputs, row_temperature, ref_row_temperature),
         Options(

@@ -136,7 +136,7 @@ def _lora_tensors(op: str, lora: Lora | None, process_group: Any) -> tuple[Any, 
     if not isinstance(lora, tuple) or len(lora) != 3:
         raise TypeError(f"rlhf_fast.{op}: lora must be (A (r, H), B (V, r), scale), got {type(lora).__name__}")
     a, b = (shards.local_part(op, "lora", x, process_group) for x in lora[:2])
-    return a, b, _check.number(op, "lora", lora[2])
+    return a, b, _check.finite(op, "lora", lora[2])
 
 
 def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight: Tensor) -> None:

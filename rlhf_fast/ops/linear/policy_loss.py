@@ -136,13 +136,13 @@ def linear_policy_loss(
     ref_tokens, ref = _reference(op, estimator, ref_logprobs, ref_hidden, ref_weight, ref_bias, kl_coef, head)
     loss = LossOptions(
         _check.choice(op, "objective", objective, {name: i for i, name in enumerate(TOKEN_LOSSES)}),
-        _clip(op, clip, dual_clip), _check.number(op, "kl_coef", kl_coef), ESTIMATORS[estimator],
+        _clip(op, clip, dual_clip), _check.finite(op, "kl_coef", kl_coef), ESTIMATORS[estimator],
         _check.choice(op, "kl_gradient", kl_gradient, codes.GRADIENTS),
-        _check.flag(op, "kl_importance", kl_importance), _check.number(op, "entropy_coef", entropy_coef),
+        _check.flag(op, "kl_importance", kl_importance), _check.finite(op, "entropy_coef", entropy_coef),
     )  # fmt: skip
     share = _share(op, normalizer, mask, rows, head.shape, accumulate_dtype(first.dtype))
     inputs = Inputs(head.tensors, targets, old, gains, share, ratios, ref_tokens, ref, row_inputs, row_temperature)
-    scale = _check.number(op, "logit_scale", logit_scale)
+    scale = _check.factor(op, "logit_scale", logit_scale)
     loop_options = head.options._replace(vocab_size=columns, rows_padded=padded)
     options = Options(loop_options, LogitOptions(scalar, scale, cap), loss)
     results = _dispatch.select(op, first).linear_policy_loss(*flatten(inputs, options, needs_of(head.tensors)))
@@ -214,6 +214,12 @@ def _share(
         raise ValueError(
             f"rlhf_fast.{op}: normalizer must broadcast to the rows {tuple(shape)}, got {tuple(normalizer.shape)}"
         )
+    if _check.can_look(normalizer) and _check.can_look(real):
+        of_tokens = normalizer.expand(shape).reshape(-1)
+        of_tokens = of_tokens[real.reshape(-1) if rows is None else rows[real]]
+        if not bool((of_tokens > 0).all()):
+            came = of_tokens[~(of_tokens > 0)][0].item()
+            raise ValueError(f"rlhf_fast.{op}: normalizer must be greater than 0 at real tokens, got {came}")
     share = normalizer.detach().to(dtype).reciprocal()
     return share.expand(shape) if mask is None else torch.where(mask, share, 0.0)
 
@@ -245,6 +251,11 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[An
     if grad_loss is None:
         return gradients_of([], [], *ARGUMENTS)
     needed = unflatten(ctx.needs_input_grad, *ARGUMENTS)[0].head
+    if torch.is_grad_enabled() and type(grad_loss) is Tensor and not torch.compiler.is_compiling():
+        raise RuntimeError(  # the gradients are constants by now, and a graph through them would end here in silence
+            "rlhf_fast.linear_policy_loss: double backward is not supported; take the second derivative of a plain "
+            "PyTorch expression instead, or drop create_graph=True"
+        )
     gradients = ctx.gradients
     if gradients is None:
         raise RuntimeError(

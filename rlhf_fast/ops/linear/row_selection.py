@@ -53,6 +53,7 @@ def _check_rows(op: str, rows: Tensor, hidden: Tensor) -> None:
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32):
         came = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"rlhf_fast.{op}: rows must be an int64 or int32 tensor of indices, got {came}")
+    _check.is_dense(op, "rows", rows)
     if rows.dim() != 1:
         raise ValueError(f"rlhf_fast.{op}: rows must have one dimension, got {tuple(rows.shape)}")
     _check.on_device(op, "rows", rows, "hidden", hidden)

@@ -114,7 +114,7 @@ def linear_sampled_logprobs(
     )
     check_targets(op, targets, head.shape, head.vocabulary, checked, head.tensors.hidden)
     _check.shape_is(op, "targets", targets, head.shape, "the rows of hidden")
-    scale = _check.number(op, "logit_scale", logit_scale)
+    scale = _check.factor(op, "logit_scale", logit_scale)
     _check_support(op, support_ids, support_offsets, targets, checked, head.vocabulary)
     inputs = Inputs(head.tensors, targets, support_ids, support_offsets, row_inputs, row_temperature)
     options = Options(

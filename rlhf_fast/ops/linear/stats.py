@@ -198,7 +198,7 @@ def _linear_stats(
     else:
         targets = None
     budget = head.options.budget if any(needs_of(head.tensors)) else 0
-    scale = _check.number(op, "logit_scale", logit_scale)
+    scale = _check.factor(op, "logit_scale", logit_scale)
     options = Options(
         head.options._replace(vocab_size=columns, budget=budget, rows_padded=padded),
         LogitOptions(scalar, scale, cap), outputs,
