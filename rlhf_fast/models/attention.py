@@ -79,7 +79,7 @@ def plain_is_faster(model: Any, queries: Tensor, keys: Tensor) -> bool:
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or keys.shape[1] > LONGEST_PLAIN:
         return False
-    return queries.numel() * keys.shape[1] * model.config.num_attention_heads <= MOST_SCORES
+    return queries.numel() * keys.shape[1] * model.config.get_text_config().num_attention_heads <= MOST_SCORES
 
 
 def attend(

@@ -50,7 +50,7 @@ def pack(model: Any, input_ids: Tensor, mask: Tensor) -> PackedRow | None:
     Depends on the batch alone, so that all passes over it agree.
     """
     lengths = mask.sum(1).tolist()
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and max(lengths) > window:
         return None
     same = ((input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]).long().cumprod(1).sum(1).tolist()
@@ -141,7 +141,8 @@ def can_pack(model: Any) -> bool:
 
 def _agrees(model: Any) -> bool:
     """Half of the rows at least, for rounding alone may move the states of a few unusual tokens far."""
-    ids = (torch.arange(60, device=model.device) * 7919 + 1009).view(10, 6) % model.config.vocab_size
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(60, device=model.device) * 7919 + 1009).view(10, 6) % vocabulary
     ids[1::2, :3] = ids[0::2, :3]
     try:
         alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()

@@ -233,3 +233,30 @@ def test_a_plan_keeps_the_rows_of_a_prompt_together() -> None:
     asked = mask & (torch.arange(ids.shape[1]) >= torch.tensor([8, 8, 8, 7, 7, 6, 6, 6, 6])[:, None])
     plan = Batch(ids, mask, asked).plan(4)
     assert [part.tolist() for part in plan] == [[1, 0, 2, 4], [3, 5, 7, 6], [8]]
+
+
+def test_a_model_with_images_is_read_by_the_sizes_of_its_text_config() -> None:
+    """Its config has no vocab_size of its own; training on text alone failed with an AttributeError."""
+    text = transformers.Gemma3TextConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=32,
+    )  # fmt: skip
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4, image_token_index=52,
+        boi_token_index=3, eoi_token_index=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    ids = torch.randint(4, 50, (4, 12))
+    ids[1::2, :6] = ids[0::2, :6]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1::2, 9:] = False
+    wanted = mask.clone()
+    wanted[:, :6] = False
+    got = heads.token_logprobs(model, Batch(ids, mask, wanted))
+    plain = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].log_softmax(-1)
+    truth = plain.gather(-1, ids[:, 1:, None]).squeeze(-1) * wanted[:, 1:]
+    torch.testing.assert_close(got[:, 1:], truth, atol=1e-4, rtol=0)
