@@ -48,12 +48,12 @@ def load_rater(spec: str) -> Rater:
     return rate
 
 
-def load_function(spec: str) -> Callable[..., Any]:
-    """The function that `module:function` or `file.py:function` names; UserError if there is none."""
+def load_function(spec: str, noun: str = "rater") -> Callable[..., Any]:
+    """The function that `module:function` or `file.py:function` names; UserError, about a `noun`, if there is none."""
     source, _, name = spec.rpartition(":")
-    function = getattr(_load_module(source, spec), name, None)
+    function = getattr(_load_module(source, spec, noun), name, None)
     if not callable(function):
-        raise UserError(f"rater {spec!r}: {source} has no function {name!r}")
+        raise UserError(f"{noun} {spec!r}: {source} has no function {name!r}")
     return function
 
 
@@ -72,14 +72,14 @@ def _accepted(function: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[s
     return lambda columns: {name: value for name, value in columns.items() if name in names}
 
 
-def _load_module(source: str, spec: str) -> ModuleType:
+def _load_module(source: str, spec: str, noun: str) -> ModuleType:
     if not source:
-        raise UserError(f"rater must be module:function or file.py:function, got {spec!r}")
+        raise UserError(f"{noun} must be module:function or file.py:function, got {spec!r}")
     try:
         if not source.endswith(".py"):
             return importlib.import_module(source)
         if not Path(source).is_file():
-            raise UserError(f"rater {spec!r}: there is no file {source}")
+            raise UserError(f"{noun} {spec!r}: there is no file {source}")
         module_spec = importlib.util.spec_from_file_location(Path(source).stem, source)
         assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
         module = importlib.util.module_from_spec(module_spec)
@@ -88,4 +88,4 @@ def _load_module(source: str, spec: str) -> ModuleType:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"rater {spec!r}: importing {source} raised {type(error).__name__}: {error}") from error
+        raise UserError(f"{noun} {spec!r}: importing {source} raised {type(error).__name__}: {error}") from error

@@ -29,7 +29,7 @@ from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.agent import load_agent
 from rlhf_fast.trainer.rl.ppo import train_ppo
-from rlhf_fast.trainer.rl.reward_functions import load_functions
+from rlhf_fast.trainer.rl.reward_functions import check_columns, load_functions
 from rlhf_fast.trainer.rl.rewards import LengthRules, Rewards
 from rlhf_fast.trainer.rl.sample import sample
 
@@ -81,7 +81,7 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
 def test_wrong_functions_are_named(rules: str) -> None:
     with pytest.raises(UserError, match="'two' before the [*] in 'two[*].*' is no number"):
         load_functions((f"two*{rules}:cats",))
-    with pytest.raises(UserError, match="has no function 'dogs'"):
+    with pytest.raises(UserError, match="^reward function .*has no function 'dogs'"):
         load_functions((f"{rules}:dogs",))
 
 
@@ -147,6 +147,42 @@ def test_functions_get_the_other_columns_of_the_row(tmp_path: Path) -> None:
     assert of("trl") == [1, 0, 0, 0]  # None adds nothing
     (function,) = load_functions((f"{tmp_path}/f.py:chat",))
     assert function.of_prompts([PromptLine([{"role": "user", "content": "hi"}], "f:1")], ["yes"]) == [3]
+
+
+def test_signatures_of_trl_that_leave_the_prompts_out(tmp_path: Path) -> None:
+    """As in TRL's documentation and its own `trl.rewards`: everything goes in by keyword."""
+    (tmp_path / "f.py").write_text(
+        "def logs(completions, **kwargs): return [len(kwargs['answer'])] * len(completions)\n"
+        "def right(completions, answer, **kwargs): return [float(a in c) for a, c in zip(answer, completions)]\n"
+        "def behind(completions, prompts, answer): return [float(a in p) for a, p in zip(answer, prompts)]\n"
+        "def keywords(**kwargs): return [len(p) for p in kwargs['prompts']]\n"
+        "def optional(completions, answer, level=7): return [level] * len(completions)\n"
+    )
+    lines, texts = lines_of({"answer": "0"}, {"answer": "2"}), ["0", "1", "2", "3"]
+    wanted = {"logs": [4] * 4, "right": [1, 0, 1, 0], "behind": [1, 1, 0, 0], "keywords": [4] * 4, "optional": [7] * 4}
+    for name, numbers in wanted.items():
+        (function,) = load_functions((f"{tmp_path}/f.py:{name}",))
+        assert function.of_prompts(lines, texts) == numbers, name
+
+
+def test_a_column_that_a_function_must_have(tiny: Path, tmp_path: Path, rules: str) -> None:
+    """A row without it gives None; a file without it is refused before anything is sampled."""
+    path = tmp_path / "f.py"
+    path.write_text(
+        "def one(prompt, completions, gold): return [float(gold is not None)] * len(completions)\n"
+        "def all(prompts, completions, gold): return [float(g is not None) for g in gold]\n"
+    )
+    lines = lines_of({"gold": "0", "hint": 1}, {"hint": 2})
+    for name in ("one", "all"):
+        (function,) = load_functions((f"{path}:{name}",))
+        check_columns([function], lines)
+        assert function.of_prompts(lines, ["0", "1"]) == [1, 0]
+        assert function.of_prompts(lines[1:], ["0", "1"]) == [0, 0]  # where no row of a batch has it
+        with pytest.raises(UserError, match=f"{name}' takes gold, which no row of f has; its columns .*: hint"):
+            check_columns([function], lines[1:])
+    wrong = config(tiny, tmp_path / "run", objective="grpo", reward_functions=(f"{path}:one",))
+    with pytest.raises(UserError, match=r"takes gold, which no row of .*feedback_prompts.jsonl has"):
+        train_ppo(wrong, RunFolder.create(tmp_path / "run"))
 
 
 def test_each_function_is_shown_by_its_name(rules: str) -> None:

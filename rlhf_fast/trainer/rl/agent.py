@@ -38,7 +38,7 @@ from .kl_controller import KLController
 from .objectives import OBJECTIVES
 from .prompts import Prompts, encode_lines
 from .ptx import Demonstrations
-from .reward_functions import load_functions
+from .reward_functions import check_columns, load_functions
 from .reward_reader import reader_of
 from .rewards import Rewards
 from .settings import given
@@ -167,6 +167,7 @@ def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor)
 
 def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
     """Token ids of what `read_prompts_or_feedback` read; the options say what becomes of those that do not fit."""
+    check_columns(agent.rewards.functions, lines)
     limits = reading_limits(agent.policy, config)
     prompts = encode_lines(lines, agent.tokenizer, limits, config.max_new_tokens, config.dpo_pairs == "all")
     check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward functions of the user: `module:function`, `file.py:function` or a server's URL, weighted as `0.5*file.py:f`.
 
-Two signatures, told apart by the name of the first parameter:
+Two signatures, told apart by the names of the parameters:
 
     def right(prompt, completions, answer): ...          one prompt and its K completions; `answer` is its row's column
-    def right(prompts, completions, answer): ...         TRL's: lists over all completions, columns as well
+    def right(prompts, completions, answer): ...         TRL's: lists over all completions, columns as well, by keyword
+    def right(completions, answer, **columns): ...       TRL's too, which may leave `prompts` out
 
 Each returns one number a completion, or None where it has nothing to say about one, which then adds nothing. A function
 gets the columns of the data file that its parameters name, or all of them if it takes `**columns`.
@@ -47,7 +48,8 @@ class RewardFunction:
                 name: [line.columns.get(name) for line in lines] for name in self.columns_taken(lines)
             }
             shown = [as_messages(line, text) for line, text in zip(lines, texts, strict=True)]
-            lists |= {"prompts": [line.prompt for line in lines], "completions": shown}
+            samples_of = {"prompts": [line.prompt for line in lines], "completions": shown}
+            lists |= {name: value for name, value in samples_of.items() if name in self.parameters or self.takes_any}
             return self.checked(partial(self.function, **lists), prompts[0], texts)
         found: list[float] = []
         for place, line in enumerate(prompts):
@@ -58,8 +60,24 @@ class RewardFunction:
 
     @property
     def takes_all(self) -> bool:
-        """Whether it has TRL's signature."""
-        return next(iter(self.parameters), "") == "prompts"
+        """Whether it has TRL's signature: it names `prompts`, begins with `completions`, or takes keywords alone."""
+        first = next(iter(self.parameters.values()), None)
+        return "prompts" in self.parameters or (
+            first is not None and (first.name == "completions" or first.kind is first.VAR_KEYWORD)
+        )
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether it takes `**columns`."""
+        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+
+    @property
+    def named_columns(self) -> dict[str, bool]:
+        """Name of each column that its parameters name -> whether it must be given, having no default."""
+        parameters = list(self.parameters.values())
+        own = (*OURS, "prompts") if self.takes_all else [p.name for p in parameters[:2]]
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return {p.name: p.default is p.empty for p in parameters if p.kind not in variadic and p.name not in own}
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -70,12 +88,11 @@ class RewardFunction:
             return {}
 
     def columns_taken(self, lines: Sequence[PromptLine]) -> list[str]:
-        """The names of the columns that it takes, of those that the data has."""
+        """The names of the columns that it takes; one that it must have and no row of `lines` has is given as None."""
         known = dict.fromkeys(name for line in lines for name in line.columns)
-        parameters = self.parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return [name for name in known if name not in (*OURS, "prompts")]
-        return [name for name in list(parameters)[2:] if name in known]
+        named = self.named_columns
+        taken = [name for name in known if name in named or (self.takes_any and name not in (*OURS, "prompts"))]
+        return [*taken, *(name for name, needed in named.items() if needed and name not in known)]
 
     def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
         """The numbers that `call` gives, 0 for None; RaterError unless there is a finite one for each of `texts`."""
@@ -90,6 +107,20 @@ class RewardFunction:
             if not math.isfinite(number):
                 raise RaterError(f"{shown} returned {number} for {text[:80]!r}; rewards must be finite")
         return numbers
+
+
+def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:
+    """UserError naming a function that must have a column which no prompt of `lines` has."""
+    prompts = [line for line in lines if isinstance(line, PromptLine)]
+    known = dict.fromkeys(name for line in prompts for name in line.columns)
+    for function in functions:
+        missing = [name for name, needed in function.named_columns.items() if needed and name not in known]
+        if missing and prompts:
+            file, has = prompts[0].where.rpartition(":")[0], ", ".join(known) or "none"
+            raise UserError(
+                f"reward function {function.spec!r} takes {', '.join(missing)}, which no row of {file} has; its "
+                f"columns beside the prompt: {has}"
+            )
 
 
 def as_messages(line: PromptLine, text: str) -> str | list[dict[str, str]]:
@@ -111,6 +142,6 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
         remote = spec.startswith(("http://", "https://"))
         name = urlsplit(spec).netloc if remote else spec.rpartition(":")[2]
         count = sum(function.name.partition("#")[0] == name for function in functions)
-        function = RemoteReward(spec) if remote else load_function(spec)
+        function = RemoteReward(spec) if remote else load_function(spec, "reward function")
         functions.append(RewardFunction(f"{name}#{count + 1}" if count else name, spec, number, function))
     return functions
