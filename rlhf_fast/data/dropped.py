@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that teach nothing or cannot be used: left out, counted by reason, the first ten named; errors with `strict`."""
+"""Rows that are unusable or teach nothing: dropped, counted by reason, the first ten listed; `strict` raises."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ UNUSABLE = "they cannot be used (strict makes that an error)"
 
 
 class Dropped:
-    """Collects what is left out of one source; `report` says it."""
+    """Collects the rows dropped from one source; `report` prints them."""
 
     def __init__(self, source: str | Path, strict: bool = False) -> None:
-        """With `strict` a row that cannot be used is raised at once; what only teaches nothing is not."""
+        """With `strict` an unusable row raises its error at once; a row that merely teaches nothing does not."""
         self.source, self.strict = source, strict
         self.by_reason: dict[str, list[UserError]] = {}
 
     def add(self, error: UserError, reason: str = UNUSABLE) -> None:
-        """Leave a row out, or raise its error."""
+        """Drop a row, or raise its error."""
         if self.strict and reason == UNUSABLE:
             raise error
         self.by_reason.setdefault(reason, []).append(error)
 
     def count(self) -> int:
-        """How many rows have been left out."""
+        """Number of rows dropped."""
         return sum(map(len, self.by_reason.values()))
 
-    def report(self, kept: int) -> None:
-        """Say what was left out beside the `kept` rows; UserError if nothing is left."""
-        texts = [self._text(reason, errors, kept + self.count()) for reason, errors in self.by_reason.items()]
-        if texts and not kept:
-            only = [error for errors in self.by_reason.values() for error in errors]
-            raise UserError(str(only[0]) if len(only) == 1 else "\n".join([*texts, f"{self.source}: no row is left"]))
+    def report(self, usable: int) -> None:
+        """Print what was dropped beside the `usable` rows; UserError if no row is usable."""
+        texts = [self._text(reason, errors, usable + self.count()) for reason, errors in self.by_reason.items()]
+        if texts and not usable:
+            all_errors = [error for errors in self.by_reason.values() for error in errors]
+            raise UserError(
+                str(all_errors[0]) if len(all_errors) == 1 else "\n".join([*texts, f"{self.source}: no row is left"])
+            )
         for text in texts:
             notice(text)
 

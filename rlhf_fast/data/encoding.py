@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token ids of prompts and completions: the same for one example in every phase.
 
-The policy writes a completion behind the ids of its prompt and ends it with one token. What SFT teaches and what a
-reward model reads must be those very ids, so all phases encode here:
+The policy samples a completion after the ids of its prompt and ends it with one token. SFT and the reward model must
+see exactly the same ids, so all phases encode here:
 
-    prompt of text        what the tokenizer makes of it, without a closing end-of-sequence token
-    prompt of messages    what the chat template makes of them, with the generation prompt
-    completion            what stands behind the prompt in the whole, tokenized in place, up to the token that ends it
+    prompt of text        the tokenizer's ids, without a closing end-of-sequence token
+    prompt of messages    the ids of the rendered chat template, with the generation prompt
+    completion            what follows the prompt in the whole sequence, up to the token that ends the completion
 
-The token that ends a completion is the end-of-sequence token after text. After messages it is the token with which the
+For text, the token that ends a completion is the end-of-sequence token. For messages it is the token with which the
 template closes an answer (<|im_end|>, <|eot_id|>, </s>, ...), whether or not the tokenizer calls it end-of-sequence.
 """
 
@@ -24,8 +24,8 @@ from rlhf_fast.errors import UserError
 
 from .messages import Chat, Completion, Prompt, as_chat, completion_text
 
-PROBE = "zyxanswerxyz"  # an answer that no template writes by itself
-ANCHORS = ("\n", ".", "a")  # texts that may stand before a completion whose own prompt merges with it
+PROBE = "zyxanswerxyz"  # a string that no template contains
+ANCHORS = ("\n", ".", "a")  # context to tokenize a completion after, if its own prompt merges with it
 
 
 class Encoded(NamedTuple):
@@ -33,16 +33,16 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     prompt_length: int
-    follows: bool = True  # False: the template writes the conversation otherwise than behind its generation prompt
+    follows: bool = True  # False: the rendered conversation does not begin with the rendered generation prompt
 
     @property
     def completion(self) -> list[int]:
-        """The ids behind the prompt."""
+        """The ids after the prompt."""
         return self.ids[self.prompt_length :]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, *, where: str, max_length: int | None = None) -> list[int]:
-    """Token ids of a prompt, ready for a completion to follow; `where` ("file:line") is for messages.
+    """Token ids of a prompt that a completion can follow; `where` ("file:line") is for error messages.
 
     Raises UserError if there is no chat template or it refuses the messages, or if `max_length` is given and leaves no
     room for a single completion token.
@@ -51,7 +51,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, *, where: str, max_length: int
         ids = _opened(tokenizer, prompt)
     else:
         ids = tokens_of(tokenizer, render(tokenizer, prompt, where, generate=True))
-    if not ids:  # "text" demonstrations: the first token needs something to be predicted from
+    if not ids:  # "text" demonstrations: the first token must be predicted from something
         ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if max_length is not None and len(ids) >= max_length:
         raise OverlongError(where, len(ids), max_length)
@@ -62,7 +62,7 @@ class OverlongError(UserError):
     """A prompt that leaves no room for a completion."""
 
     def __init__(self, where: str, tokens: int, max_length: int) -> None:
-        """`tokens` of the prompt in a context of `max_length`."""
+        """The prompt has `tokens` tokens, the context `max_length`."""
         super().__init__(
             f"{where}: the prompt has {tokens} tokens and leaves no room for a completion in a context of "
             f"{max_length}; shorten it, raise max_length (the model sets the upper limit) or set overlong to "
@@ -73,10 +73,10 @@ class OverlongError(UserError):
 def encode_example(
     tokenizer: Any, prompt: Prompt, completion: Completion, *, ended: bool = True, where: str = "the example"
 ) -> Encoded:
-    """Token ids of a prompt with its completion, which closes with the token that ends it if it `ended` by itself.
+    """Token ids of a prompt and its completion, with the token that ends the completion if it `ended` by itself.
 
-    Where the template writes the conversation otherwise than behind its generation prompt (which may open a think
-    block that the answer lacks), the ids are the template's own and the prompt is what both have in common.
+    If the rendered conversation does not begin with the rendered generation prompt (which may open a think block that
+    the answer lacks), the ids are those of the conversation, and the prompt is what both begin with.
     """
     if isinstance(prompt, str) and isinstance(completion, str):
         ids = encode_prompt(tokenizer, prompt, where=where)
@@ -84,28 +84,29 @@ def encode_example(
     chat = as_chat(prompt)
     before = render(tokenizer, chat, where, generate=True)
     ids = tokens_of(tokenizer, before)
-    whole = render(tokenizer, chat.then(completion), where)
-    whole = whole.removesuffix(_ending(tokenizer, str(tokenizer.chat_template)).unclosed)
-    answer, follows = behind(tokenizer, ids, before, whole), True
+    conversation = render(tokenizer, chat.then(completion), where)
+    conversation = conversation.removesuffix(_ending(tokenizer, str(tokenizer.chat_template)).unclosed)
+    answer, follows = behind(tokenizer, ids, before, conversation), True
     if answer is None:
-        every = tokens_of(tokenizer, whole)
-        shared = common_length(ids, every)
-        ids, answer, follows = every[:shared], every[shared:], False
+        all_ids = tokens_of(tokenizer, conversation)
+        shared = common_length(ids, all_ids)
+        ids, answer, follows = all_ids[:shared], all_ids[shared:], False
     return Encoded(ids + close(answer, end_of_turn(tokenizer), tokenizer.eos_token_id, ended), len(ids), follows)
 
 
 def encode_completion(tokenizer: Any, completion: str, *, after: str = "", ended: bool = True) -> list[int]:
-    """Token ids of a completion of text behind the text `after`, and the end-of-sequence token if it `ended`."""
+    """Token ids of a text completion that follows the text `after`, and the end-of-sequence token if it `ended`."""
     ids = _in_place(tokenizer, completion, after)
-    if ended and ids[-1:] != [tokenizer.eos_token_id]:  # texts that a template has written end with it already
+    if ended and ids[-1:] != [tokenizer.eos_token_id]:  # text rendered by a template already ends with it
         ids.append(tokenizer.eos_token_id)
     return ids
 
 
 def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int], completion: Completion) -> list[int]:
-    """Token ids of a completion behind `prompt_ids`, the token that ends it included.
+    """Token ids of a completion after `prompt_ids`, including the token that ends it.
 
-    Where the template writes the conversation otherwise, they are the completion's text and that token.
+    If the rendered conversation does not begin with the prompt, they are the ids of the completion's text and that
+    token.
     """
     encoded = encode_example(tokenizer, prompt, completion)
     if encoded.follows or isinstance(prompt, str):
@@ -114,32 +115,32 @@ def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int], com
 
 
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of completion ids behind a prompt, without special tokens: the text of both less that of the prompt.
+    """The text of a completion's ids, without special tokens: prompt and completion decoded, minus the prompt's text.
 
-    By itself a completion of a sentencepiece tokenizer would lose its first space.
+    Decoded alone, a completion of a sentencepiece tokenizer would lose its first space.
     """
     before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
-    if before and whole.startswith(before):
-        return str(whole[len(before) :])
+    sequence = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
+    if before and sequence.startswith(before):
+        return str(sequence[len(before) :])
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 class Ending(NamedTuple):
-    """What a chat template writes behind an answer."""
+    """What a chat template writes after an answer."""
 
-    token: int  # closes the answer: the first added or end-of-sequence token, the latter if there is none
-    unclosed: str  # the text behind the content where no such token follows: not the answer's, so it is left out
+    token: int  # ends the answer: the first added or end-of-sequence token after it; EOS if there is none
+    unclosed: str  # the text after the content if no such token follows: not part of the answer
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """Id of the token with which the chat template closes an answer; the end-of-sequence token where there is none."""
+    """Id of the token with which the chat template ends an answer; the end-of-sequence token if it has none."""
     return _ending(tokenizer, str(getattr(tokenizer, "chat_template", None))).token
 
 
 @lru_cache(maxsize=8)
 def _ending(tokenizer: Any, template: str) -> Ending:
-    """`template` is only there to tell the cache that it has changed."""
+    """`template` is only a key of the cache, so that a changed template is noticed."""
     eos = int(tokenizer.eos_token_id)
     try:
         text = render(tokenizer, Chat([{"role": "user", "content": "Hi"}]).then(PROBE), "the chat template")
@@ -152,7 +153,7 @@ def _ending(tokenizer: Any, template: str) -> Ending:
 
 
 def close(answer: Sequence[int], end: int, eos: int, ended: bool) -> list[int]:
-    """What a template wrote behind the prompt, up to the last token that ends a turn; it is added if there is none."""
+    """A rendered answer's ids up to the last token that ends a turn; if there is none, `end` is appended."""
     stop = next((stop for stop in (end, eos) if stop in answer), None)
     if stop is None:
         return [*answer, end] if ended else list(answer)
@@ -160,26 +161,26 @@ def close(answer: Sequence[int], end: int, eos: int, ended: bool) -> list[int]:
     return list(answer[: last + ended])
 
 
-def behind(tokenizer: Any, before_ids: Sequence[int], before: str, whole: str) -> list[int] | None:
-    """Token ids of what `whole` has behind `before`, whose ids are `before_ids`; None if it does not begin so."""
-    if not whole.startswith(before):
+def behind(tokenizer: Any, before_ids: Sequence[int], before: str, text: str) -> list[int] | None:
+    """Token ids of what follows `before` (ids: `before_ids`) in `text`; None if `text` does not begin with it."""
+    if not text.startswith(before):
         return None
-    ids = tokens_of(tokenizer, whole)
+    ids = tokens_of(tokenizer, text)
     if ids[: len(before_ids)] == list(before_ids):
         return ids[len(before_ids) :]
-    return _in_place(tokenizer, whole[len(before) :], "")
+    return _in_place(tokenizer, text[len(before) :], "")
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids both begin with."""
+    """Length of the common prefix."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _opened(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text with the special tokens in front, and without those that some tokenizers close it with.
+    """Token ids of text with the tokenizer's leading special tokens, but without its trailing ones.
 
-    A text that a template has written begins with the first of them already: it is not doubled.
+    Text rendered by a template already begins with the BOS token, which is not doubled.
     """
     ids = list(tokenizer(text)["input_ids"])
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
@@ -190,30 +191,30 @@ def _opened(tokenizer: Any, text: str) -> list[int]:
 
 
 def _in_place(tokenizer: Any, text: str, after: str) -> list[int]:
-    """Token ids of `text` where it follows `after`, or something else if the two would merge into one token.
+    """Token ids of `text` following `after`, or following another anchor if the two would merge into one token.
 
-    By itself the tokenizer may put a space in front, as sentencepiece does at the beginning of a text.
+    Alone, the tokenizer may put a space in front, as sentencepiece does at the beginning of a text.
     """
     if not text:
         return []
     for anchor in ([after] if after else []) + list(ANCHORS):
-        head, whole = tokens_of(tokenizer, anchor), tokens_of(tokenizer, anchor + text)
-        if len(whole) > len(head) and whole[: len(head)] == head:
-            return whole[len(head) :]
+        head, ids = tokens_of(tokenizer, anchor), tokens_of(tokenizer, anchor + text)
+        if len(ids) > len(head) and ids[: len(head)] == head:
+            return ids[len(head) :]
     return tokens_of(tokenizer, text)
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of text as it stands, without special tokens around it."""
+    """Token ids of text alone, without added special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def render(tokenizer: Any, messages: Prompt, where: str, *, generate: bool = False) -> str:
-    """What the chat template makes of messages, as text; UserError where there is none, or where it refuses them."""
+    """Messages rendered by the chat template; UserError if there is no template or it refuses them."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{where}: the prompt is a list of messages, but the model's tokenizer has no chat template; "
-            "give the prompt as text, or take a model that was tuned for chat"
+            "give the prompt as text, or use a model that was tuned for chat"
         )
     from jinja2 import TemplateError
 
@@ -228,12 +229,12 @@ def render(tokenizer: Any, messages: Prompt, where: str, *, generate: bool = Fal
 
 
 def template_arguments(chat: Chat) -> dict[str, Any]:
-    """What `apply_chat_template` takes beside the messages."""
+    """Keyword arguments of `apply_chat_template` for this chat."""
     return {"tools": chat.tools, **chat.variables}
 
 
 def vocabulary_id(tokenizer: Any) -> str:
-    """Equal for tokenizers that mean the same token by each id: a digest of the vocabulary."""
+    """A digest of the vocabulary: equal for tokenizers whose ids mean the same tokens."""
     return _vocabulary_id(tokenizer, len(tokenizer))
 
 
@@ -244,7 +245,7 @@ def _vocabulary_id(tokenizer: Any, size: int) -> str:
 
 
 def reads_ids_of(reader: Any, writer: Any) -> bool:
-    """Whether every id that the tokenizer `writer` may write means the same token to `reader`; pads do not count."""
+    """Whether every id of the tokenizer `writer`, pads aside, means the same token to the tokenizer `reader`."""
     theirs = reader.get_vocab()
     return all(theirs.get(token) == i for token, i in writer.get_vocab().items() if token != writer.pad_token)
 
@@ -254,8 +255,8 @@ def encode_texts(
 ) -> list[list[int]]:
     """Token ids of whole conversations for a model with a tokenizer of its own, such as another family's reward model.
 
-    Messages are written by that tokenizer's template, in full where the completion `ended`. What is longer than
-    `max_length` loses its beginning, because the score is read at the end.
+    Messages are rendered by that tokenizer's template, with the ending if the completion `ended`. Sequences longer than
+    `max_length` are truncated at the left, because the score is read at the end.
     """
     rows = []
     for prompt, text, done in zip(prompts, texts, ended, strict=True):

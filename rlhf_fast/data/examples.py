@@ -8,9 +8,9 @@ Prompts are text or chat messages; demonstrations come in three forms:
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools": [...]}
     {"text": "Once upon a time."}
 
-Text is used as it stands: prompt and completion are simply joined, so a completion begins with its own space.
-Rows that cannot be used are left out, counted and named, or errors with `strict`: `dropped.py`. `files.py` has the
-kinds of file, `messages.py` what a message may hold, `encoding.py` their token ids.
+Text is used unchanged: prompt and completion are concatenated, so a completion begins with its own space.
+Unusable rows are dropped and listed, or raise with `strict` (`dropped.py`). See `files.py` for file formats,
+`messages.py` for messages, `encoding.py` for token ids.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt, where it was read ("file:line", for messages), and the other columns of its row."""
+    """A prompt, where it was read ("file:line", for error messages), and the other columns of its row."""
 
     prompt: Prompt
     where: str
@@ -81,7 +81,7 @@ class Demonstration:
 
 
 def read_prompts(path: str | Path, strict: bool = False) -> list[PromptLine]:
-    """The prompts of a data file: rows `{"prompt": text or messages}`; other keys are kept as `columns`."""
+    """The prompts of a data file: rows `{"prompt": text or messages}`; other keys become `columns`."""
     return read_lines(path, prompt_line, strict)
 
 
@@ -91,7 +91,7 @@ def read_sft(path: str | Path, strict: bool = False) -> list[Demonstration]:
 
 
 def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
-    """A row that holds a prompt, checked. Of a whole conversation it is what comes before the last answer."""
+    """Parse and check a row with a prompt. The prompt of a conversation is everything before its last answer."""
     if "prompt" not in row and "messages" in row:
         messages = as_chat(check_prompt(row["messages"], where, "messages", row))
         last = len(messages) - (messages[-1]["role"] == "assistant")
@@ -102,7 +102,7 @@ def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
 
 
 def demonstration(row: dict[str, Any], where: str) -> Demonstration:
-    """A row that holds a demonstration in any of the three forms, checked."""
+    """Parse and check a row with a demonstration in any of the three forms."""
     if "messages" in row:
         return _conversation(check_prompt(row["messages"], where, "messages", row), where)
     if "text" in row:
@@ -119,7 +119,7 @@ def demonstration(row: dict[str, Any], where: str) -> Demonstration:
 
 
 def _conversation(messages: Prompt, where: str) -> Demonstration:
-    """Everything before the last answer, and that answer; what the user says after it teaches nothing."""
+    """Everything before the last answer as the prompt, and that answer; later user messages are ignored."""
     chat = as_chat(messages) if not isinstance(messages, str) else Chat([])
     answers = [i for i, message in enumerate(chat) if message["role"] == "assistant" and says_something(message)]
     if not answers or answers[-1] == 0:

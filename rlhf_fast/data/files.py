@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a data file, each with the place it was read from, so that whatever is wrong with one can be found.
+"""Rows of a data file, each with the place it was read from, so that errors can name it.
 
     data.jsonl                 one JSON object a line, UTF-8        "data.jsonl:7"
     data.json                  one list of objects                  "data.json, item 7"
-    data.parquet, data.csv     one row an example                   "data.parquet, row 7", "data.csv:7"
-    datasets:NAME[:SPLIT]      whatever `datasets.load_dataset` finds under NAME, split train unless given
+    data.parquet, data.csv     one example a row                   "data.parquet, row 7", "data.csv:7"
+    datasets:NAME[:SPLIT]      the data set `datasets.load_dataset(NAME)`, split train by default
 
-JSON and CSV may be compressed (`.jsonl.gz`). Empty CSV cells are left out. A CSV cell is text, but for messages and for
-the columns that hold lists (`completions`, `ranks`, ...), which are JSON.
+JSON and CSV may be compressed (`.jsonl.gz`). Empty CSV cells are left out. A CSV cell is text, except that
+messages and the columns that hold lists (`completions`, `ranks`, ...) are JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .dropped import Dropped
 from .messages import is_messages
 
 Row = dict[str, Any]
-Found = tuple[Row | UserError, str]  # a row, or what is wrong with it, and where it stands
+RowAndPlace = tuple[Row | UserError, str]  # a row or its error, and where it was read
 T = TypeVar("T")
 HUB = "datasets:"
 LISTS = {"completions", "ranks", "ratings", "ended", "tools", "completion_ids"}  # columns that never hold text
@@ -35,9 +35,9 @@ MOST_CHARACTERS = 2**31 - 1  # in a CSV cell; the module's own limit is 131072
 
 
 def read_lines(source: str | Path, parse: Callable[[Row, str], T], strict: bool = False) -> list[T]:
-    """`parse(row, where)` of each row of `source`. Rows for which that is a UserError are left out and named.
+    """`parse(row, where)` of each row of `source`. Rows for which it raises a UserError are dropped and listed.
 
-    Raises UserError for the first such row with `strict`, and if no row is good or there is none.
+    Raises UserError for the first such row with `strict`, and if no row is usable.
     """
     parsed, dropped = [], Dropped(source, strict)
     for row, where in read_rows(source):
@@ -53,8 +53,8 @@ def read_lines(source: str | Path, parse: Callable[[Row, str], T], strict: bool 
     return parsed
 
 
-def read_rows(source: str | Path) -> Iterator[Found]:
-    """(row, where it stands) of each row; for one that cannot be read, the error stands in its place."""
+def read_rows(source: str | Path) -> Iterator[RowAndPlace]:
+    """(row, where) of each row; an unreadable row gives its error instead."""
     if str(source).startswith(HUB):
         return _hub(str(source))
     path = Path(source)
@@ -65,7 +65,7 @@ def read_rows(source: str | Path) -> Iterator[Found]:
     return {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(kind, _jsonl)(path)
 
 
-def _jsonl(path: Path) -> Iterator[Found]:
+def _jsonl(path: Path) -> Iterator[RowAndPlace]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
@@ -78,12 +78,12 @@ def _jsonl(path: Path) -> Iterator[Found]:
             yield row, where
 
 
-def _json(path: Path) -> Iterator[Found]:
+def _json(path: Path) -> Iterator[RowAndPlace]:
     text = _text(path)
     try:
         rows = _parsed(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line after all
+        if error.msg == "Extra data":  # it has one object a line
             yield from _jsonl(path)
             return
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})") from None
@@ -96,20 +96,20 @@ def _json(path: Path) -> Iterator[Found]:
 
 
 def _parsed(text: str) -> Any:
-    """JSON that can be used further; ValueError says what is wrong with it."""
+    """Parse JSON; ValueError if it is malformed or too deep."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("not valid JSON (nested too deeply)") from None
 
 
-def _csv(path: Path) -> Iterator[Found]:
+def _csv(path: Path) -> Iterator[RowAndPlace]:
     csv.field_size_limit(MOST_CHARACTERS)
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))  # rows end at CR and LF alone, not at U+2028
     before = 1
     try:
         for cells in reader:
-            before, number = reader.line_num, before + 1  # a quoted cell may hold line breaks: its first line counts
+            before, number = reader.line_num, before + 1  # the row's first line: a quoted cell may hold line breaks
             where = f"{path}:{number}"
             yield _csv_row(cells, len(reader.fieldnames or []), where), where
     except csv.Error as error:
@@ -126,7 +126,7 @@ def _csv_row(cells: Row, wanted: int, where: str) -> Row | UserError:
 
 
 def _cell(name: str, text: str) -> Any:
-    """Text, or the list that it spells: messages in any column, other lists in the columns `LISTS`."""
+    """A cell as text or as the JSON list it holds: messages in any column, other lists in the columns `LISTS`."""
     if not text.lstrip().startswith("["):
         return text
     try:
@@ -143,7 +143,7 @@ def _cell(name: str, text: str) -> Any:
     return text
 
 
-def _parquet(path: Path) -> Iterator[Found]:
+def _parquet(path: Path) -> Iterator[RowAndPlace]:
     import pyarrow
     import pyarrow.parquet
 
@@ -155,7 +155,7 @@ def _parquet(path: Path) -> Iterator[Found]:
         yield {name: value for name, value in row.items() if value is not None}, f"{path}, row {number}"
 
 
-def _hub(source: str) -> Iterator[Found]:
+def _hub(source: str) -> Iterator[RowAndPlace]:
     from datasets import load_dataset
 
     name, _, split = source.removeprefix(HUB).partition(":")
@@ -187,7 +187,7 @@ def _may_hold_surrogates(text: str) -> bool:
 
 
 def _object(row: Any, where: str, suspect: bool) -> Row | UserError:
-    """The row if it is an object and, where its JSON is `suspect`, holds no half of a surrogate pair."""
+    """The row, or its error if it is not an object or (checked if `suspect`) holds half of a surrogate pair."""
     if not isinstance(row, dict):
         return UserError(f'{where}: wanted a JSON object such as {{"prompt": "..."}}, got {json.dumps(row)[:60]}')
     try:

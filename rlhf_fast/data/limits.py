@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model can read, and what is done with examples that are longer or hold other tokens."""
+"""A model's limits on length and vocabulary, and what happens to examples beyond them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ TOO_LONG = "the prompt leaves no room for a completion (overlong: drop)"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one model can read, and the options `overlong` and `strict`."""
+    """Limits of one model, and the options `overlong` and `strict`."""
 
-    max_length: int  # most tokens of a prompt and its completion together
+    max_length: int  # most tokens in a prompt and its completion together
     overlong: Overlong = "drop"
     strict: bool = False
-    vocabulary: int | None = None  # ids from here on are not in the model's embeddings
+    vocabulary: int | None = None  # number of rows of the model's embeddings; greater ids are errors
 
     def fit_prompt(self, ids: list[int], longest: int, where: str, bos: int | None = None) -> list[int]:
-        """The prompt's ids, cut at the left to `longest` with `overlong` truncate-left; OverlongError otherwise.
+        """The prompt's ids, truncated at the left to `longest` if `overlong` is truncate-left; else OverlongError.
 
-        A first token that is `bos` stays.
+        A first token equal to `bos` is kept.
         """
         if len(ids) <= longest:
             return ids
         if self.overlong != "truncate-left" or longest < 1:
             raise OverlongError(where, len(ids), longest + 1)
-        kept = ids[len(ids) - longest :]
-        return [ids[0], *kept[1:]] if ids[0] == bos and longest > 1 else kept
+        tail = ids[len(ids) - longest :]
+        return [ids[0], *tail[1:]] if ids[0] == bos and longest > 1 else tail
 
     def check(self, ids: Sequence[int], tokenizer: Any, where: str) -> None:
         """UserError for a token that the model's embeddings do not have."""
@@ -45,11 +45,11 @@ class Limits:
             beyond = next(i for i in ids if i >= self.vocabulary)
             raise UserError(
                 f"{where}: the token {tokenizer.convert_ids_to_tokens(beyond)!r} has the id {beyond}, but the model's "
-                f"embeddings have {self.vocabulary} rows; resize them, or take the tokenizer that belongs to the model"
+                f"embeddings have {self.vocabulary} rows; resize them, or use the model's own tokenizer"
             )
 
     def leave_out(self, dropped: Dropped, error: UserError) -> None:
-        """Count a row that does not fit or cannot be encoded; raise where the options say so."""
+        """Drop a row that does not fit or cannot be encoded; raise if the options say so."""
         if not isinstance(error, OverlongError):
             dropped.add(error)
         elif self.overlong == "error":
@@ -61,8 +61,8 @@ class Limits:
 def encode_prompts(
     tokenizer: Any, lines: Sequence[PromptLine], limits: Limits, max_new_tokens: int, source: str | Path = "prompts"
 ) -> tuple[list[PromptLine], list[list[int]]]:
-    """The prompts that leave room for `max_new_tokens`, and their token ids; the others are left out and named."""
-    kept, encoded = [], []
+    """The prompts that leave room for `max_new_tokens`, and their token ids; the others are dropped and listed."""
+    fitting, encoded = [], []
     dropped = Dropped(source, limits.strict)
     for line in lines:
         try:
@@ -72,7 +72,7 @@ def encode_prompts(
         except UserError as error:
             limits.leave_out(dropped, error)
         else:
-            kept.append(line)
+            fitting.append(line)
             encoded.append(ids)
-    dropped.report(len(kept))
-    return kept, encoded
+    dropped.report(len(fitting))
+    return fitting, encoded

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts and completions as they stand in a data file: text, or chat messages in the form of transformers' templates.
+"""Prompts and completions in a data file: text, or chat messages in the form of transformers' templates.
 
-A message is kept whole, with whatever its template may read: `tool_calls`, `reasoning_content`, `name` and the rest.
-Keys that hold null are left out, because Parquet fills them in. Content in parts is joined if all parts are text.
+A message keeps all its keys, as the template may read them: `tool_calls`, `reasoning_content`, `name` and others.
+Null values are removed, because Parquet fills them in. Content parts are concatenated if all of them are text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Message = dict[str, Any]  # {"role": text, "content": text, ...}
 
 
 class Chat(list[Message]):
-    """Messages, with what else the chat template is told: the `tools`, and variables such as `enable_thinking`."""
+    """Messages, with the chat template's other inputs: `tools`, and variables such as `enable_thinking`."""
 
     def __init__(
         self,
@@ -27,27 +27,27 @@ class Chat(list[Message]):
         tools: list[Any] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """`tools` and `variables` of one row hold for all its messages."""
+        """`tools` and `variables` apply to all messages."""
         super().__init__(messages)
         self.tools = tools
         self.variables = dict(variables or {})
 
     def then(self, completion: Completion) -> Chat:
-        """The conversation with the completion behind it."""
+        """The conversation with the completion appended."""
         return Chat([*self, *completion_messages(completion)], self.tools, self.variables)
 
     def columns(self) -> dict[str, Any]:
-        """What a row of a data file holds beside the messages."""
+        """The other columns of a data file's row."""
         columns = {"tools": self.tools, "chat_template_kwargs": self.variables}
         return {name: value for name, value in columns.items() if value}
 
 
-Prompt = str | list[Message]  # a list is a Chat wherever a row had tools
-Completion = str | Message | list[Message]  # text, an answer that is more than text, or several turns
+Prompt = str | list[Message]  # the list is a Chat if the row had tools
+Completion = str | Message | list[Message]  # text, one message, or several turns
 
 
 def check_prompt(value: Any, where: str, name: str = "prompt", row: Mapping[str, Any] | None = None) -> Prompt:
-    """`value` as text that is not empty, or as messages with the tools of their `row`; else a UserError."""
+    """`value` as non-empty text, or as messages with the tools of their `row`; UserError otherwise."""
     if isinstance(value, str) and value:
         return value
     if is_messages(value):
@@ -60,7 +60,7 @@ def check_prompt(value: Any, where: str, name: str = "prompt", row: Mapping[str,
 
 
 def check_completion(value: Any, where: str, name: str = "completion") -> Completion:
-    """`value` as text that is not empty or as messages of which the last is the assistant's; else a UserError."""
+    """`value` as non-empty text, or as messages of which the last is the assistant's; UserError otherwise."""
     if isinstance(value, str) and value:
         return value
     if isinstance(value, dict) and is_messages([value]):
@@ -78,17 +78,17 @@ def check_completion(value: Any, where: str, name: str = "completion") -> Comple
 
 
 def plain(message: Message) -> str | Message:
-    """The text of an answer that is nothing but text, else the message."""
+    """The text of a message that has nothing but text, else the message."""
     return message["content"] if set(message) == {"role", "content"} else message
 
 
 def says_something(message: Message) -> bool:
-    """False of an answer without content, tool calls and reasoning."""
+    """True if a message has content, tool calls or reasoning."""
     return bool(message.get("content")) or any(message.get(key) for key in BESIDES_CONTENT)
 
 
 def is_messages(value: Any) -> bool:
-    """True of a list of objects with a role, and something said: content, tool calls or reasoning."""
+    """True for a list of objects with a role, and with content, tool calls or reasoning."""
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
@@ -111,7 +111,7 @@ def _messages(values: list[Any], where: str) -> list[Message]:
 
 
 def _parse_arguments(call: Any) -> None:
-    """Arguments that are JSON text, as OpenAI's API writes them, as the object that templates expect, in place."""
+    """Parse, in place, arguments that are JSON text (as OpenAI's API writes them); templates expect an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if isinstance(function, dict) and isinstance(arguments := function.get("arguments"), str):
         try:
@@ -123,7 +123,7 @@ def _parse_arguments(call: Any) -> None:
 
 
 def _content(content: Any, where: str) -> str:
-    """Text; parts are joined, and parts that are not text are refused."""
+    """Content as text: parts are concatenated, and UserError for a part that is not text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -131,13 +131,13 @@ def _content(content: Any, where: str) -> str:
     texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
     kinds = [part.get("type", "text") if isinstance(part, dict) else "text" for part in content]
     if any(kind != "text" for kind in kinds) or not all(isinstance(text, str) for text in texts):
-        found = ", ".join(sorted(set(map(str, kinds))))
-        raise UserError(f"{where}: a message has content of the kinds {found}; only text is read")
+        names = ", ".join(sorted(set(map(str, kinds))))
+        raise UserError(f"{where}: a message has content of the kinds {names}; only text is read")
     return "".join(texts)
 
 
 def without_nulls(value: Any) -> Any:
-    """A copy of JSON data without keys that hold null."""
+    """A copy of JSON data without keys whose value is null."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -146,7 +146,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _tools(value: Any, where: str) -> list[Any] | None:
-    if isinstance(value, str):  # Parquet cannot hold schemas that differ from row to row: data sets keep them as JSON
+    if isinstance(value, str):  # Parquet cannot hold rows of different schemas, so data sets store tools as JSON
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -166,21 +166,21 @@ def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def as_chat(prompt: Prompt) -> Chat:
-    """A prompt as a conversation; text is what the user says."""
+    """A prompt as a conversation; text becomes a user message."""
     if isinstance(prompt, str):
         return Chat([{"role": "user", "content": prompt}] if prompt else [])
     return prompt if isinstance(prompt, Chat) else Chat(prompt)
 
 
 def completion_messages(completion: Completion) -> list[Message]:
-    """A completion as messages; text is what the assistant says."""
+    """A completion as messages; text becomes an assistant message."""
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
     return [completion] if isinstance(completion, dict) else completion
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one string for raters and reports: text as it is, messages as "role: content" lines."""
+    """A prompt as one string for raters and reports: text unchanged, messages as "role: content" lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {_shown(message)}" for message in prompt)

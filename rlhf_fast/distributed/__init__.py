@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a run: who does what share, and tensors that are sharded over them."""
+"""The processes of a run, their shares of the work, and tensors sharded over them."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors sharded over the ranks along dim 0 (DTensors): to the local shard, to the full tensor, and back.
+"""Tensors sharded over the ranks along dim 0 (DTensors): conversion to the local shard, to the full tensor, and back.
 
 Every rank must call these in the same order, because they communicate. An ordinary tensor passes through unchanged.
 """
@@ -54,32 +54,37 @@ def shard(full: Tensor, mesh: Any) -> Tensor:
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Shard a tensor that every rank holds in full as `like`, of the same shape, is sharded."""
+    """Shard a tensor that every rank holds in full, in the way `like` (of the same shape) is sharded."""
     return shard(full, like.device_mesh) if is_dtensor(like) else full  # type: ignore[attr-defined]
 
 
 def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
-    """A DTensor of which `local` is this rank's shard, sharded as `like`; `local` itself if `like` is not sharded."""
+    """A DTensor sharded like `like`, with `local` as this rank's shard; `local` itself if `like` is not sharded."""
     if not is_dtensor(like):
         return local
     from torch.distributed.tensor import DTensor
 
-    other: Any = like
+    like_dtensor: Any = like
     return DTensor.from_local(
-        local.detach(), other.device_mesh, other.placements, run_check=False, shape=other.shape, stride=other.stride()
+        local.detach(),
+        like_dtensor.device_mesh,
+        like_dtensor.placements,
+        run_check=False,
+        shape=like_dtensor.shape,
+        stride=like_dtensor.stride(),
     )
 
 
 def full_state_dict(model: Any) -> dict[str, Tensor] | None:
     """The full state dict of a sharded model in the main process; None if no weight is sharded.
 
-    Tied weights stay one tensor, by which transformers recognises them.
+    Tied weights remain one tensor; transformers recognises them by that.
     """
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     if not any(map(is_dtensor, state.values())):
         return None
-    found: dict[int, Tensor] = {}
+    full_by_id: dict[int, Tensor] = {}
     for tensor in state.values():
-        if id(tensor) not in found:
-            found[id(tensor)] = full_on_main(tensor).detach()
-    return {name: found[id(tensor)] for name, tensor in state.items()}
+        if id(tensor) not in full_by_id:
+            full_by_id[id(tensor)] = full_on_main(tensor).detach()
+    return {name: full_by_id[id(tensor)] for name, tensor in state.items()}

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a distributed run, as accelerate sets them up from torchrun's or `accelerate launch`'s environment.
 
-Every rank holds the whole models (or its part of them, see `models/fsdp.py`) and works on its share of each batch.
-What is global stays global: token counts, whitening, the KL controller and the metrics are taken over all ranks, and
-gradients are summed in float32 before the optimizer steps. So the number of ranks changes speed, and results only by
-rounding.
+Every rank holds full models (or its shard of them, see `models/fsdp.py`) and works on its share of each batch. Token
+counts, whitening, the KL controller and metrics are computed over all ranks, and gradients are summed in float32 before
+the optimizer steps. So the number of ranks changes the speed, and the results only by rounding.
 """
 
 from __future__ import annotations
@@ -24,31 +23,31 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """This process among its peers; alone it is number 0 of 1, and nothing here communicates."""
+    """This process among the ranks; a single process is rank 0 of 1, and nothing communicates."""
 
     def __init__(self) -> None:
         """Join the process group that the launcher described, if any."""
         from accelerate import PartialState
 
-        # Without a GPU it must be told so, or it would start no group at all.
+        # Without a GPU, cpu=True is needed, or accelerate starts no process group.
         state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
         self._alone = self.count == 1
-        if self.count > 1:  # its threads may abort a process that ends with them
+        if self.count > 1:  # threads of a group that still exists may abort the process at exit
             atexit.register(torch.distributed.destroy_process_group)
 
     @property
     def main(self) -> bool:
-        """True in the one process that writes files and talks."""
+        """True in the one process that writes files and prints."""
         return self.index == 0
 
     @property
     def group(self) -> Any:
-        """The process group for ops that take one; None when alone."""
+        """The process group for ops that take one; None with a single process."""
         return torch.distributed.group.WORLD if self.count > 1 else None
 
     def share(self, count: int, what: str) -> slice:
-        """This rank's part of `count` things; UserError unless they divide evenly."""
+        """This rank's slice of `count` items; UserError unless they divide evenly."""
         if count % self.count:
             raise UserError(f"{what} must be a multiple of the {self.count} processes, got {count}")
         each = count // self.count
@@ -67,49 +66,49 @@ class Ranks:
         return sums.tolist()
 
     def any(self, flag: bool) -> bool:
-        """True if `flag` is true on some rank, so that all of them take the same way."""
+        """True if `flag` is true on some rank, so that all ranks take the same branch."""
         return bool(self.total([float(flag)])[0])
 
     def every(self, value: T) -> list[T]:
         """The value of every rank, in order of rank."""
         if self._alone:
             return [value]
-        found: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def cat(self, tensor: Tensor) -> Tensor:
-        """The tensors of all ranks, one behind the other, on the CPU; small ones, for metrics."""
+        """The tensors of all ranks, concatenated on the CPU; for small ones, such as metrics."""
         return torch.cat(self.every(tensor.detach().cpu()))
 
     def all_or_none(self, work: Callable[[], T]) -> T:
-        """What `work` gives here. A UserError of it on any rank is raised on all, so that they do the same about it."""
+        """Result of `work()`. If it raises a UserError on any rank, all ranks raise it, so that all react alike."""
         result, error = None, None
         try:
             result = work()
         except UserError as caught:
             error = caught
-        for found in self.every(error):
-            if found is not None:
-                found.on_every_rank = True
-                raise found
+        for rank_error in self.every(error):
+            if rank_error is not None:
+                rank_error.on_every_rank = True
+                raise rank_error
         return result  # type: ignore[return-value]
 
     def once(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the main process, which alone does it."""
+        """Run `work` in the main process only; every rank gets its result."""
         return self.every(self.all_or_none(lambda: work() if self.main else None))[0]  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Barrier: wait until all ranks have called this."""
         if not self._alone:
             torch.distributed.barrier()
 
     def all_raised(self, error: BaseException) -> bool:
-        """True if every rank has this error, so that they can still work together."""
+        """True if every rank raised this error, so that they can still communicate."""
         return self._alone or getattr(error, "on_every_rank", False)
 
     def leave(self) -> None:
-        """Exchange nothing from now on: a rank has failed, and the others would wait for it."""
+        """Stop communicating: a rank has failed, and the others would wait for it forever."""
         self._alone = True
 
 
@@ -120,14 +119,17 @@ def ranks() -> Ranks:
 
 
 def first_to_fail() -> bool:
-    """True in the first process that asks. Its error is the one to show: those of its peers are that one too, or come
-    of its having left. They notice at their next exchange, and launchers end who does not."""
+    """True in the first process that calls this: its error is the one to print.
+
+    Later errors of other ranks are the same error, or follow from this rank's exit: their next collective fails, or the
+    launcher kills them.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().count == 1:
         return True
-    atexit.unregister(torch.distributed.destroy_process_group)  # it could wait for peers that wait for this one
+    atexit.unregister(torch.distributed.destroy_process_group)  # it could wait for ranks that wait for this one
     from torch.distributed.distributed_c10d import _get_default_store
 
     try:
         return int(_get_default_store().add("rlhf_fast/failed", 1)) == 1
-    except RuntimeError:  # who kept the store has left, and said why
+    except RuntimeError:  # the rank that hosts the store has exited, and printed its error
         return False

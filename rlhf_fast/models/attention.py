@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over tokens without pads, whose sequences may share what they begin with.
+"""Attention over packed tokens: no pads, and sequences may share a prefix.
 
 Known to transformers as the attention implementation "rlhf_fast". With a `packed_row` (`prefix_sharing.py`) among the
-trunk's arguments there is one row of tokens, and its blocks say which queries see which keys; without, it is "sdpa".
+trunk's arguments there is one row of tokens, and its blocks say which queries see which keys; without one, it is the
+same as "sdpa".
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 NAME = "rlhf_fast"
-LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # keys, and scores of all heads (a layer keeps two bytes each); of packed rows
-LONGEST_EAGER = 192  # keys, without
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # of some models' attention, and not of ours
+LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # for packed rows: keys, and scores of all heads (2 bytes each)
+LONGEST_EAGER = 192  # keys, for padded rows
+UNKNOWN = ("softcap", "s_aux", "position_bias")  # arguments of some models' attention that ours does not support
 
 
 @cache
 def registered() -> str:
-    """The name, known to transformers from now on. Imported here: its models take two seconds, and a wrong file name
-    should be told at once."""
+    """Register the attention with transformers and return its name.
+
+    The import is here because it takes two seconds, and a wrong file name should be reported before.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -34,32 +37,32 @@ def registered() -> str:
 def choose_attention(model: Any, length: int | None = None) -> None:
     """Pick the attention kernel for the coming padded passes over rows of `length` tokens; None means generation.
 
-    In bfloat16 on a CPU, rows are read by matmuls and a softmax if they are short, since the fused kernel's backward is
-    slow. Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16,
-    25 against 49 at 128, equal at 512. Generation of 128 tokens takes 13 s by the fused kernel and 18 without.
-    Decided by the length alone, so that all passes over the same rows agree.
+    In bfloat16 on a CPU, short rows use matmuls and a softmax ("eager"), since the fused kernel's backward is slow.
+    Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16, 25
+    against 49 at 128, equal at 512. Generation of 128 tokens takes 13 s with the fused kernel and 18 without. The
+    choice depends on the length alone, so that all passes over the same rows use the same kernel.
     """
     current = model.config._attn_implementation
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or current not in ("sdpa", "eager", NAME):
         return
     wanted = "eager" if length is not None and length <= LONGEST_EAGER else "sdpa"
-    # "rlhf_fast" is "sdpa" here; some models have nothing but "eager"
+    # "rlhf_fast" is "sdpa" here; some models support only "eager"
     if wanted != current and (wanted == "eager" or (current == "eager" and getattr(model, "_supports_sdpa", False))):
         model.set_attn_implementation(wanted)
 
 
 class AttentionBlock(NamedTuple):
-    """R rows of Q queries and the K keys that each row sees; both are places in the packed row, 0 at pads."""
+    """R rows of Q queries and the K keys that each row sees, as indices into the packed row; 0 at pads."""
 
     queries: Tensor  # (R, Q)
     keys: Tensor  # (R, K)
     bias: Tensor | None  # (R or 1, Q, K), -inf where a query does not see a key; None: Q = K, causal, not plain
-    plain: bool  # by two matmuls and a softmax
-    real: Tensor  # flat places (n,) of the queries that are no pads, in the order of the tokens
+    plain: bool  # use two matmuls and a softmax, not the fused kernel
+    real: Tensor  # flat indices (n,) of the queries that are not pads, in token order
 
 
 def block_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tensor) -> AttentionBlock:
-    """The rows of queries (R, Q) that each see the keys (R, K) up to their `last` (R or 1, Q); `real` (R, Q) bool."""
+    """The block in which queries (R, Q) see the keys (R, K) up to index `last` (R or 1, Q); `real` (R, Q) bool."""
     plain = plain_is_faster(model, queries, keys)
     if not plain and queries is keys:
         bias = None
@@ -71,11 +74,11 @@ def block_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tens
 
 
 def plain_is_faster(model: Any, queries: Tensor, keys: Tensor) -> bool:
-    """Whether two matmuls and a softmax are ahead of the fused kernel, whose backward is slow in bfloat16 on a CPU.
+    """Whether two matmuls and a softmax are faster than the fused kernel, whose backward is slow in bfloat16 on a CPU.
 
     Measured on two Zen 4 cores, forward and backward of 9 heads of 64 (ms, plain and fused): 18 and 50 for 16 rows of
-    124 queries and 188 keys, 68 and 116 for 8 of 256 and 768. Longer ones are left to the fused kernel because the
-    plain one keeps its weights.
+    124 queries and 188 keys, 68 and 116 for 8 of 256 and 768. Longer rows use the fused kernel, because the plain one
+    saves its weights for the backward.
     """
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or keys.shape[1] > LONGEST_PLAIN:
         return False
@@ -101,10 +104,10 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     if dropout or any(options.get(name) is not None for name in UNKNOWN):
-        raise ValueError(f"attention over packed rows knows neither dropout nor {', '.join(UNKNOWN)}")
+        raise ValueError(f"attention over packed rows supports neither dropout nor {', '.join(UNKNOWN)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, D)
-    found = []
+    outputs = []
     for block in packed_row.blocks:
         queries, keys, values = (
             _Take.apply(x.flatten(1), places).unflatten(2, x.shape[1:])  # type: ignore[no-untyped-call]
@@ -119,12 +122,12 @@ def attend(
             out, _ = sdpa_attention_forward(
                 module, heads[0], heads[1], heads[2], mask, scaling=scaling, is_causal=mask is None
             )
-        found.append(out.flatten(0, 1).index_select(0, block.real))
-    return torch.cat(found).unsqueeze(0), None
+        outputs.append(out.flatten(0, 1).index_select(0, block.real))
+    return torch.cat(outputs).unsqueeze(0), None
 
 
 class _Take(torch.autograd.Function):
-    """tokens (N, W) at places (R, K); a token that stands in several rows gets the sum of its gradients in float32."""
+    """Gather tokens (N, W) at indices (R, K); gradients of a token in several rows are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, places: Tensor) -> Tensor:  # type: ignore[override]
@@ -148,15 +151,15 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: flo
     queries = query.view(rows, count, key_heads, shared, size).permute(0, 2, 3, 1, 4)
     queries = queries.reshape(rows * key_heads, shared * count, size)
     keys, values = (x.transpose(1, 2).reshape(rows * key_heads, x.shape[1], -1) for x in (key, value))
-    found = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, count, width)  # type: ignore[no-untyped-call]
-    return found.permute(0, 3, 1, 2, 4).reshape(rows, count, heads, width)
+    output = _Plain.apply(queries, keys, values, bias, rows, scaling).view(rows, key_heads, shared, count, width)  # type: ignore[no-untyped-call]
+    return output.permute(0, 3, 1, 2, 4).reshape(rows, count, heads, width)
 
 
 class _Plain(torch.autograd.Function):
-    """softmax(queries @ keys.T * scaling + bias) @ values, by batches (R * key heads) of heads that share their keys.
+    """softmax(queries @ keys.T * scaling + bias) @ values, in batches (R * key heads) of heads that share their keys.
 
-    Scores are float32: bfloat16 ones near 10 are 0.06 apart, which is what most of such attention's error comes from.
-    What is kept is the weights as the second matmul takes them, a third of what autograd would keep.
+    Scores are float32: bfloat16 values near 10 are 0.06 apart, which would cause most of the error. Only the weights
+    are saved for the backward, in the dtype of the second matmul: a third of what autograd would save.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting a batch of sequences into micro-batches whose rows are of like length, so that pads cost little.
+"""Splitting a batch of sequences into micro-batches of rows of similar length, so that few pads are computed.
 
-The cut changes speed and memory, never results: what is computed for a row depends on that row alone.
+The split changes speed and memory, never results: each row's result depends on that row alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NO_ROWS = torch.empty(0, dtype=torch.int64)  # a micro-batch of nothing
+NO_ROWS = torch.empty(0, dtype=torch.int64)  # an empty micro-batch
 
 
 class Support(NamedTuple):
@@ -23,17 +23,17 @@ class Support(NamedTuple):
 
     @classmethod
     def of_counts(cls, ids: Tensor, counts: Tensor) -> Support:
-        """From the ids of all tokens, one token's behind the other's, and how many each token kept (N,)."""
+        """From the ids of all tokens, concatenated, and the number of ids of each token (N,)."""
         return cls(ids=ids, offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
 
     @classmethod
     def concatenate(cls, supports: Sequence[Support]) -> Support:
-        """The tokens of all, in order."""
-        counts = torch.cat([one.offsets.diff() for one in supports])
-        return cls.of_counts(torch.cat([one.ids for one in supports]), counts)
+        """The tokens of all supports, in order."""
+        counts = torch.cat([support.offsets.diff() for support in supports])
+        return cls.of_counts(torch.cat([support.ids for support in supports]), counts)
 
     def take(self, tokens: Tensor) -> Support:
-        """That of the tokens numbered `tokens` (n,)."""
+        """The support of the tokens with the indices `tokens` (n,)."""
         begin, counts = self.offsets[tokens], self.offsets.diff()[tokens]
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         within = torch.arange(int(offsets[-1]), device=counts.device) - offsets[:-1].repeat_interleave(counts)
@@ -45,16 +45,16 @@ class Support(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Sequences padded on the right, and the tokens of them whose log-probabilities or values are wanted."""
+    """Sequences padded on the right, and a mask of the tokens whose log-probabilities or values are wanted."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) bool
     mask: Tensor  # (B, T) bool, True = wanted (a completion's tokens); False at the first token of a sequence
-    support: Support | None = None  # of the tokens of `mask`, where top-k or top-p left some ids out
-    positions: Tensor | None = None  # (B, T) where a row holds several sequences: each begins at 0
+    support: Support | None = None  # of the tokens of `mask`, if top-k or top-p removed some ids
+    positions: Tensor | None = None  # (B, T) if a row holds several sequences: each begins at 0
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows numbered `index` (n,), padded to the longest of them; one column if there are none."""
+        """The rows with the indices `index` (n,), padded to the longest of them; one column if there are none."""
         attention = self.attention_mask[index]
         width = int(attention.sum(1).max()) if len(index) else 1
         support = None
@@ -71,13 +71,13 @@ class Batch(NamedTuple):
         )
 
     def plan(self, size: int, index: Tensor | None = None, unit: int = 1, tokens: int = 0) -> list[Tensor]:
-        """Rows (all, or those of `index`) in micro-batches of at most `size`, prompts with the longest rows first.
+        """Row indices (all, or those of `index`) in micro-batches of at most `size` rows, longest prompts' rows first.
 
-        With `tokens` also of at most so many tokens, pads included, as long as more than one row (or unit) is left.
+        With `tokens`, a micro-batch of more than one row (or unit) also has at most so many tokens, pads included.
 
-        Longest first, so that too large a micro-batch runs out of memory at once and not after an hour. Rows of one
-        prompt stay next to each other, for the prompt to be read once. With `unit` that many rows in succession stay
-        together, even if they are more than `size`.
+        Longest first, so that a micro-batch that is too large runs out of memory at once and not after an hour. Rows of
+        one prompt stay next to each other, so that the prompt is read once. With `unit`, that many consecutive rows
+        stay together, even if they are more than `size`.
         """
         index = torch.arange(len(self.input_ids)) if index is None else index
         units = index.view(-1, unit)
@@ -100,13 +100,13 @@ class Batch(NamedTuple):
 
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:
-    """`function` of each micro-batch, without autograd, in the order of the batch: (B,), (B, T) or (B, T, n)."""
-    with torch.no_grad():  # inference mode leaves tensors behind that FSDP cannot use in a backward
+    """Outputs of `function` on each micro-batch, without autograd, in batch order: (B,), (B, T) or (B, T, n)."""
+    with torch.no_grad():  # not inference_mode: FSDP cannot use its tensors in a backward
         outputs = [function(batch.rows(index)) for index in plan]
-    whole = [len(batch.input_ids), *outputs[0].shape[1:]]
+    shape = [len(batch.input_ids), *outputs[0].shape[1:]]
     if outputs[0].dim() > 1:
-        whole[1] = batch.input_ids.shape[1]
-    result = torch.zeros(whole, dtype=outputs[0].dtype, device=outputs[0].device)
+        shape[1] = batch.input_ids.shape[1]
+    result = torch.zeros(shape, dtype=outputs[0].dtype, device=outputs[0].device)
     for index, output in zip(plan, outputs, strict=True):
         if output.dim() > 1:
             result[index, : output.shape[1]] = output

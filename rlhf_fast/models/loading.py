@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading Hugging Face models and tokenizers, and turning one kind of model into another."""
+"""Loading Hugging Face models and tokenizers, and converting a reward model to a critic."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .dropout import switch_off_dropout
 from .gguf import resolve_model
 from .qlora import four_bit, is_quantised, keep_gradients
 
-SCORE_HEADS = ("score.", "classifier.")  # first words of the weights that give scores, not tokens
+SCORE_HEADS = ("score.", "classifier.")  # prefixes of the names of a score head's weights
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype of the weights. "auto" is bfloat16 on CUDA and on CPUs with AVX512_BF16 or AMX, else float32.
 
-    Of "nf4" it is that of what is not quantised, and of all products.
+    With "nf4" it is the dtype of the weights that are not quantised, and of all matrix products.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -42,7 +42,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def device() -> torch.device:
-    """Where models go: this process' GPU if there is one."""
+    """The device of models: this process' GPU if there is one, else the CPU."""
     return ranks().device if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -70,20 +70,20 @@ def load_causal_lm(
     """An AutoModelForCausalLM in eval mode on `device()`; `dtype` as for `resolve_dtype`. Never unpickles.
 
     Raises:
-        UserError: it cannot be read, or its files lack a weight or have a head for scores in place of one for tokens.
+        UserError: it cannot be read, or its files lack a weight or have a score head.
     """
     from transformers import AutoModelForCausalLM
 
     source = Source(model, "language model", resolve_dtype(dtype), trust_remote_code, load_in_4bit)
-    loaded, found = _from_pretrained(AutoModelForCausalLM, source)
-    missing = sorted(found["missing_keys"])
-    other = sorted(key for key in found["unexpected_keys"] if key.startswith(SCORE_HEADS))
+    loaded, info = _from_pretrained(AutoModelForCausalLM, source)
+    missing = sorted(info["missing_keys"])
+    other = sorted(key for key in info["unexpected_keys"] if key.startswith(SCORE_HEADS))
     if missing or other:
         raise UserError(
             f"{model!r} is not a language model: its files {'lack' if missing else 'have'} "
             f"{', '.join((missing or other)[:3])}; is it the folder of a reward model?"
         )
-    return _in_place(loaded)
+    return _ready(loaded)
 
 
 def load_reward_model(
@@ -95,35 +95,35 @@ def load_reward_model(
     *,
     new_head: bool = True,
 ) -> Any:
-    """An AutoModelForSequenceClassification with one label; of a language model with a random head if it may be new.
+    """An AutoModelForSequenceClassification with one label; a language model gets a random head if `new_head`.
 
-    The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` the pad id is
-    written into the config, as users of the saved model need it for batches.
+    The head stays in float32, so that scores are not rounded to the 8 bits of bfloat16. With `tokenizer` its pad id is
+    written to the config, which users of the saved model need for batches.
 
     Raises:
         UserError: it cannot be read, its head is not one linear layer `score` with one output, or its files lack it
-            and it is not to be new.
+            and not `new_head`.
     """
     from transformers import AutoModelForSequenceClassification
 
     source = Source(model, "reward model", resolve_dtype(dtype), trust_remote_code, load_in_4bit)
-    loaded, found = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
+    loaded, info = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise UserError(
-            f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions here"
+            f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions"
         )
-    missing = sorted(key for key in found["missing_keys"] if not (new_head and key == "score.weight"))
-    other = sorted(key for key in found["unexpected_keys"] if key.startswith(SCORE_HEADS))
+    missing = sorted(key for key in info["missing_keys"] if not (new_head and key == "score.weight"))
+    other = sorted(key for key in info["unexpected_keys"] if key.startswith(SCORE_HEADS))
     if missing or other:
         raise UserError(
             f"{model!r} is not a reward model: its files {'lack' if missing else 'have'} "
-            f"{', '.join((missing or other)[:3])}; rlhf-fast reward makes one of a language model"
+            f"{', '.join((missing or other)[:3])}; rlhf-fast reward trains one from a language model"
         )
     loaded.score.float()
     _restore_head(loaded, Path(resolve_model(model)))
     if tokenizer is not None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
-    return _in_place(loaded)
+    return _ready(loaded)
 
 
 class Source(NamedTuple):
@@ -137,34 +137,34 @@ class Source(NamedTuple):
 
 
 def _from_pretrained(auto: Any, source: Source, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model and which of its weights were not found, not wanted, or of another shape; the last is refused."""
+    """The model, and which of its weights were missing or unexpected; UserError for one of a wrong shape."""
     from safetensors import SafetensorError
 
     quiet()
     try:
-        loaded, found = auto.from_pretrained(
+        loaded, info = auto.from_pretrained(
             resolve_model(source.model),
             dtype=source.dtype,
             use_safetensors=True,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # named below; transformers' own message says to look elsewhere
+            ignore_mismatched_sizes=True,  # reported below; transformers' own message does not name them
             **(four_bit(source.dtype, device()) if source.load_in_4bit else {}),
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"cannot load the {source.kind} {source.model!r}: {_first_line(error)}") from None
-    for name, shape, wanted in sorted(found["mismatched_keys"], key=str):
+    for name, shape, wanted in sorted(info["mismatched_keys"], key=str):
         heads = f": {shape[0]} outputs where one score is wanted" if name == "score.weight" else ""
         raise UserError(
             f"cannot load the {source.kind} {source.model!r}: its {name} has the shape {list(shape)} and not "
             f"{list(wanted)}{heads}"
         )
-    return loaded, found
+    return loaded, info
 
 
-def _in_place(model: Any) -> Any:
-    """In eval mode on `device()`, without dropout; a quantised model is there already, and must not be moved."""
+def _ready(model: Any) -> Any:
+    """Eval mode, no dropout, on `device()`; a quantised model is already there and must not be moved."""
     switch_off_dropout(model)
     if not is_quantised(model):
         return model.eval().to(device())
@@ -173,7 +173,7 @@ def _in_place(model: Any) -> Any:
 
 
 def _restore_head(model: Any, folder: Path) -> None:
-    """Read the head's float32 weights again: from_pretrained rounded them to the trunk's dtype."""
+    """Reload the head's float32 weights, which from_pretrained rounded to the trunk's dtype."""
     from safetensors import safe_open
 
     file = folder / "model.safetensors"
@@ -185,17 +185,17 @@ def _restore_head(model: Any, folder: Path) -> None:
 
 
 def set_score_normalizer(model: Any, mean: float, std: float) -> None:
-    """Keep in the reward model's config that a score is (raw - mean) / std from now on."""
+    """Store in the reward model's config that a score is (raw - mean) / std."""
     model.config.score_mean, model.config.score_std = float(mean), float(std)
 
 
 def score_normalizer(model: Any) -> tuple[float, float]:
-    """Mean and standard deviation that scores and values are normalised by; (0, 1) before they are known."""
+    """Mean and standard deviation for normalising scores and values; (0, 1) before they are known."""
     return getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", 1.0)
 
 
 def make_critic(model: Any) -> Any:
-    """Turn a reward model into a critic: its normaliser moves into its head, which gets a bias. Returns the model."""
+    """Turn a reward model into a critic in place: mean and std are folded into a head with a bias. Returns it."""
     mean, std = score_normalizer(model)
     score = model.score
     value = nn.Linear(score.in_features, 1, device=score.weight.device, dtype=torch.float32)
@@ -208,23 +208,23 @@ def make_critic(model: Any) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute activations again in the backward, while the model is in training mode."""
+    """Recompute activations in the backward, while the model is in training mode."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def context_length(model: Any) -> int:
-    """Most tokens the model can read, as its config says; of a model with images, the config of its text."""
+    """Most tokens the model can read, by its config; for a model with images, by its text config."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
 def reading_limits(model: Any, config: RunOptions) -> Limits:
-    """What `model` can read of the data, by itself and by the options."""
+    """Limits of length and vocabulary, from the model and the options."""
     room, rows = min(config.max_length, context_length(model)), model.get_input_embeddings().weight.shape[0]
     return Limits(room, config.overlong, config.strict, int(rows))
 
 
 def fit_padding(tokenizer: Any, model: Any) -> None:
-    """Pad with the EOS token if the pad token was added to the tokenizer but never to the model's embeddings."""
+    """Pad with the EOS token if the tokenizer's pad token is not in the model's embeddings."""
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id >= rows:
         notice(f"the pad token {tokenizer.pad_token!r} is not in the model's embeddings: padding with the EOS token")
@@ -232,8 +232,10 @@ def fit_padding(tokenizer: Any, model: Any) -> None:
 
 
 def parameter_count(model: Any) -> int:
-    """Weights of the model, shared ones once."""
-    shapes = [getattr(p, "quant_state", p).shape for p in model.parameters()]  # two weights of 4 bits are one entry
+    """Number of weights of the model; shared ones count once."""
+    shapes = [
+        getattr(p, "quant_state", p).shape for p in model.parameters()
+    ]  # one stored entry holds two 4-bit weights
     return sum(map(math.prod, shapes))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters by peft (Hu et al. 2021, arXiv 2106.09685): the trunk stays frozen, few weights learn."""
+"""Low-rank adapters by peft (Hu et al. 2021, arXiv 2106.09685): the trunk is frozen, the adapters are trained."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .qlora import is_quantised, unquantised
 
 
 def add_lora(model: Any, rank: int, head: Any = None) -> Any:
-    """Freeze `model`, add adapters to all linear layers of its trunk in place; returns peft's handle on them.
+    """Freeze `model` and add adapters to all linear layers of its trunk, in place. Returns the PeftModel around it.
 
-    `head` is a layer that learns whole, such as a scalar head. The model itself is used as before.
+    `head` is a layer to train in full, such as a scalar head. `model` itself is used as before.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -44,19 +44,19 @@ def _linear_layers(model: Any) -> list[str]:
 
 @contextmanager
 def adapters_off(handle: Any) -> Iterator[None]:
-    """The model as it was before it learned."""
+    """Within it the model is the one before training."""
     with handle.disable_adapter():
         yield
 
 
 def merged(handle: Any) -> Any:
-    """A plain model with what was learned added to its weights; the one that learned is used up."""
+    """A plain model with the adapters merged into its weights; `handle` cannot be used afterwards."""
     return unquantised(handle) if is_quantised(handle.get_base_model()) else handle.merge_and_unload()
 
 
 def merged_copy(handle: Any) -> Any:
-    """The same, but the one that learns stays as it is.
+    """The same, but `handle` is unchanged.
 
-    A copy, because taking the sum apart again would not give back the very weights in bfloat16.
+    A copy, because in bfloat16 subtracting the adapters again would not restore the exact weights.
     """
     return merged(handle if is_quantised(handle.get_base_model()) else copy.deepcopy(handle))

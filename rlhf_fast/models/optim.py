@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW whose arithmetic is float32 whatever the weights are.
+"""AdamW in float32 arithmetic, whatever the dtype of the weights.
 
-A bfloat16 weight near 1 cannot take a step below 2^-8, so a learning rate of 1e-5 would change nothing. The optimizer
-therefore keeps a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
-Gradients of micro-batches are added up in float32 too, as soon as a backward has made them, and so are those of ranks;
-one alone waits as it came, in half the memory, and is made float32 a few weights at a time as they are stepped. Of
-sharded weights each rank steps its own rows; the main process saves all of them.
+A bfloat16 weight near 1 cannot change by less than 2^-8, so a learning rate of 1e-5 would have no effect. The optimizer
+therefore has a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
+Gradients of micro-batches and of ranks are summed in float32 as well, after each backward. If there is only one
+backward, its gradient stays in low precision, in half the memory, and is converted a few weights at a time in `step`.
+Of sharded weights each rank steps its own rows; the main process saves all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from rlhf_fast.distributed.dtensors import as_dtensor, full_on_main, is_dtensor, local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
 
-PORTION = 16 * 2**20  # numbers of weights whose low-precision gradients are float32 at the same time
+PORTION = 16 * 2**20  # weights whose low-precision gradients are converted to float32 at the same time
 
 
 class AdamW:
@@ -41,13 +41,13 @@ class AdamW:
         """Copy low-precision weights; parameters that need no gradient are left out."""
         listed = list(groups)
         dicts = [dict(g) for g in listed if isinstance(g, dict)] or [{"params": listed}]
-        self.pairs: list[tuple[Parameter, Tensor]] = []  # (weight of the model, what the optimizer steps)
+        self.pairs: list[tuple[Parameter, Tensor]] = []  # (weight of the model, its master)
         for group in dicts:
             weights = [p for p in group["params"] if p.requires_grad]
             masters = [_master(p) for p in weights]
             self.pairs += zip(weights, masters, strict=True)
             group["params"] = masters
-        self.single: dict[Tensor, Tensor] = {}  # of a master, the gradient of the only backward so far
+        self.single: dict[Tensor, Tensor] = {}  # master -> low-precision gradient, if there was one backward so far
         for weight, master in self.pairs:
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(self._gradient_hook(master))
@@ -55,30 +55,30 @@ class AdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the torch optimizer, for learning-rate schedules."""
+        """The torch optimizer's groups, for learning-rate schedules."""
         return self.optimizer.param_groups
 
     @torch.no_grad()
     def step(self, max_norm: float | None = None) -> float:
         """Sum the gradients over the ranks, clip to `max_norm`, step, and clear; returns the norm before clipping.
 
-        A norm that is not finite is returned and nothing is stepped: the caller stops the run.
+        If the norm is not finite, nothing is stepped: the caller stops the run.
         """
         masters = [master for _, master in self.pairs]
         if ranks().count > 1:
             for master in masters:
                 self._to_float32(master)
-                if master.grad is None:  # this rank had no row in the minibatch
+                if master.grad is None:  # this rank had no rows in the minibatch
                     master.grad = torch.zeros_like(master)
-            # FSDP has summed those of sharded weights
+            # gradients of sharded weights were summed by FSDP
             ranks().sum_(
                 master.grad for weight, master in self.pairs if not is_dtensor(weight) and master.grad is not None
             )
         norm = self._norm()
-        most = float("inf") if max_norm is None else max_norm
+        limit = float("inf") if max_norm is None else max_norm
         if torch.isfinite(norm):
             for portion in self._portions():
-                torch.nn.utils.clip_grads_with_norm_([master for _, master in portion], most, norm)
+                torch.nn.utils.clip_grads_with_norm_([master for _, master in portion], limit, norm)
                 self.optimizer.step()
                 low = [(local_shard(weight), master) for weight, master in portion if master.dtype != weight.dtype]
                 if low:
@@ -89,9 +89,9 @@ class AdamW:
         return float(norm)
 
     def _portions(self) -> Iterator[list[tuple[Parameter, Tensor]]]:
-        """Weights whose gradients are float32 together: those that are so already, then the others, a few at a time.
+        """First the weights whose gradients are float32 already, then the others, converted a few at a time.
 
-        The optimizer passes over a master that has no gradient, so that each call steps one portion.
+        torch's optimizer skips a master without a gradient, so each call steps one portion.
         """
         portion = [(weight, master) for weight, master in self.pairs if master.grad is not None]
         if portion:
@@ -124,7 +124,7 @@ class AdamW:
         return take
 
     def _to_float32(self, master: Tensor) -> None:
-        """Turn the low-precision gradient of a single backward into a float32 one."""
+        """Convert the low-precision gradient of a single backward to float32."""
         if master in self.single:
             master.grad = self.single.pop(master).float()
 
@@ -148,7 +148,7 @@ class AdamW:
             master.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and float32 weights (masters, or the weights themselves), in a form that `save_state` can hold."""
+        """Moments and float32 weights (masters, or the weights themselves), in a form that `save_state` can write."""
         inner = self.optimizer.state_dict()
         return {
             "moments": {
@@ -164,13 +164,13 @@ class AdamW:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave, the model's weights included; learning rates stay those of the options."""
+        """Restore what `state_dict` returned, with the model's weights; learning rates stay those of the options."""
         groups = self.optimizer.state_dict()["param_groups"]
         moments = {
             int(i): {
-                name: local_shard(shard_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in kept.items()
+                name: local_shard(shard_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in saved.items()
             }
-            for i, kept in state["moments"].items()
+            for i, saved in state["moments"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for i, (weight, master) in enumerate(self.pairs):
@@ -180,14 +180,14 @@ class AdamW:
 
 
 def _master(weight: Parameter) -> Parameter:
-    """What the optimizer steps: a float32 weight itself (of a sharded one the local shard), else a float32 copy."""
+    """The master of a weight: a float32 weight itself (the local shard if it is sharded), else a float32 copy."""
     if weight.dtype == torch.float32 and not is_dtensor(weight):
         return weight
     return Parameter(local_shard(weight).detach().float())
 
 
 def _total_norm(gradients: list[Tensor]) -> Tensor:
-    """Summed in float32, which `torch.nn.utils.get_total_norm` does not do for bfloat16."""
+    """Total norm, summed in float32; `torch.nn.utils.get_total_norm` does not do that for bfloat16."""
     if not gradients:
         return torch.zeros(())
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows without waste: no pads, and a prompt is read once for all its completions.
+"""Prefix sharing: no pads, and a prompt is read once for all its completions.
 
-Samples of one prompt stand next to each other in a batch. All tokens are put into one row, each group's common prompt
-first, then what follows it in each sample:
+Samples of one prompt are next to each other in a batch. All tokens are packed into one row: first each group's common
+prompt, then the rest of each sample:
 
     prompt a a a
     prompt b b       ->   prompt question  a a a b b c c c d d d e
@@ -10,9 +10,9 @@ first, then what follows it in each sample:
     question d d d
     question e
 
-Positions begin at 0 with each prompt and go on from it in each of its completions. `attention.py` lets a completion see
-its prompt and itself only. So the states are those of separate rows, to rounding, and everything else in the trunk
-works on the tokens there are.
+Positions begin at 0 in each prompt and continue in each of its completions. `attention.py` lets a completion see only
+its prompt and itself. So the states equal those of separate rows, up to rounding, and the rest of the trunk computes
+real tokens only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from .attention import NAME, AttentionBlock, block_of, registered
 
-WORTH_IT = 0.93  # tokens over places of the padded batch, from which packing pays for what it moves
+WORTH_IT = 0.93  # pack if tokens / entries of the padded batch is below this; else copying takes longer than it saves
 
 
 class PrefixGroup(NamedTuple):
-    """Rows of the batch that begin alike, and the length of what they share: all of it, if it is one row."""
+    """Rows of the batch with a common prefix, and its length; of a single row, the prefix is all of it."""
 
     rows: list[int]
     prefix: int
@@ -41,13 +41,13 @@ class PackedRow(NamedTuple):
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N)
     blocks: tuple[AttentionBlock, ...]  # which queries see which keys
-    places: Tensor  # (B, T) where the state of each token of the batch is
+    places: Tensor  # (B, T) index into the packed row of each token of the batch
 
 
 def pack(model: Any, input_ids: Tensor, mask: Tensor) -> PackedRow | None:
-    """The tokens of rows padded on the right (B, T) in one row; None if that saves little, or the model cannot do it.
+    """Pack rows (B, T) padded on the right into one row; None if that saves little or the model does not support it.
 
-    Depends on the batch alone, so that all passes over it agree.
+    The choice depends on the batch alone, so that all passes over it agree.
     """
     lengths = mask.sum(1).tolist()
     window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -66,11 +66,12 @@ def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Prefix
     steps = torch.arange(input_ids.shape[1], device=device)
     first = torch.tensor([group.rows[0] for group in groups], device=device)
     prefix = torch.tensor([group.prefix for group in groups], device=device)
-    begin = prefix.cumsum(0) - prefix  # of each prefix, in the row of tokens
-    read = steps[: int(prefix.max())] < prefix[:, None]  # (G, P)
-    prompts = (begin[:, None] + steps[: read.shape[1]]) * read
-    blocks = [block_of(model, prompts, prompts, steps[None, : read.shape[1]], read)]
-    ids, positions = [input_ids[first, : read.shape[1]][read]], [steps[: read.shape[1]].expand_as(read)[read]]
+    begin = prefix.cumsum(0) - prefix  # index of each prefix in the packed row
+    is_prefix = steps[: int(prefix.max())] < prefix[:, None]  # (G, P)
+    prompts = (begin[:, None] + steps[: is_prefix.shape[1]]) * is_prefix
+    blocks = [block_of(model, prompts, prompts, steps[None, : is_prefix.shape[1]], is_prefix)]
+    ids = [input_ids[first, : is_prefix.shape[1]][is_prefix]]
+    positions = [steps[: is_prefix.shape[1]].expand_as(is_prefix)[is_prefix]]
 
     group_of = torch.tensor([g for g, group in enumerate(groups) for _ in group.rows], device=device)  # (B,)
     ends, shared = torch.tensor(lengths, device=device), prefix[group_of]  # rows of a group are next to each other
@@ -79,13 +80,13 @@ def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Prefix
     real = steps < ends[:, None]  # (B, T)
     in_prefix = steps < shared[:, None]
     places = torch.where(in_prefix, begin[group_of][:, None] + steps, start[:, None] + steps - shared[:, None]) * real
-    further = own.nonzero().squeeze(1)
-    if len(further):
+    longer = own.nonzero().squeeze(1)
+    if len(longer):
         longest = int(own.max())
-        real_queries = steps[:longest] < own[further][:, None]  # (R, C)
-        last = shared[further][:, None] + steps[:longest]  # of a completion's token: it sees all up to itself
-        queries = (start[further][:, None] + steps[:longest]) * real_queries
-        keys = places[further, : int(ends[further].max())]
+        real_queries = steps[:longest] < own[longer][:, None]  # (R, C)
+        last = shared[longer][:, None] + steps[:longest]  # last key that a completion's token sees: itself
+        queries = (start[longer][:, None] + steps[:longest]) * real_queries
+        keys = places[longer, : int(ends[longer].max())]
         blocks.append(block_of(model, queries, keys, last, real_queries))
         ids.append(input_ids[real & ~in_prefix])
         positions.append(last[real_queries])
@@ -93,13 +94,13 @@ def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Prefix
 
 
 def _groups(lengths: list[int], same: list[int]) -> list[PrefixGroup]:
-    """`same` is the length of the common prefix of each row and the next. Each keeps a token of its own."""
+    """Group rows by `same`, the length of each row's common prefix with the next; each keeps a token of its own."""
     groups: list[PrefixGroup] = []
     for i, length in enumerate(lengths):
         if groups and i:
             rows, prefix = groups[-1]
             common = min(prefix if len(rows) > 1 else lengths[rows[0]] - 1, same[i - 1], length - 1)
-            # A row that shares less would shorten what the others share: it must lose nothing to join.
+            # A row that shares less shortens the group's prefix: it joins only if that computes no more tokens.
             if common > 1 and common * len(rows) >= (prefix if len(rows) > 1 else 0) * (len(rows) - 1):
                 groups[-1] = PrefixGroup([*rows, i], common)
                 continue
@@ -108,11 +109,13 @@ def _groups(lengths: list[int], same: list[int]) -> list[PrefixGroup]:
 
 
 def packed_states(model: Any, packed: PackedRow) -> Tensor:
-    """(B, T, H) last hidden states, as separate rows would have them; those of pads mean nothing."""
-    # Left so afterwards: checkpointed layers run again in the backward, and without a packed row it is "sdpa".
+    """(B, T, H) last hidden states, as from separate rows; those of pads are meaningless."""
+    # Not reset afterwards: checkpointed layers run again in the backward. Without a packed row it is "sdpa".
     if model.config._attn_implementation != NAME:
         model.set_attn_implementation(registered())
-    unmasked = torch.zeros((1, 1, 1, 1), dtype=model.dtype, device=packed.input_ids.device)  # a mask is not made then
+    unmasked = torch.zeros(
+        (1, 1, 1, 1), dtype=model.dtype, device=packed.input_ids.device
+    )  # so that transformers builds no mask
     output = model.base_model(
         input_ids=packed.input_ids,
         attention_mask=unmasked,
@@ -128,9 +131,9 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 @torch.no_grad()
 def can_pack(model: Any) -> bool:
-    """Whether this model's attention is one that `attention.py` can stand in for; tried once, on a few tokens."""
+    """Whether `attention.py` can replace this model's attention; tested once, on a few tokens."""
     if getattr(model, "dropout_is_on", False):
-        return False  # `attention.py` has none
+        return False  # `attention.py` has no dropout
     if model not in _known:
         before = model.config._attn_implementation
         _known[model] = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False) and _agrees(model)
@@ -140,15 +143,15 @@ def can_pack(model: Any) -> bool:
 
 
 def _agrees(model: Any) -> bool:
-    """Half of the rows at least, for rounding alone may move the states of a few unusual tokens far."""
+    """Whether packed states are close on the median row: rounding alone may move the states of unusual tokens far."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(60, device=model.device) * 7919 + 1009).view(10, 6) % vocabulary
     ids[1::2, :3] = ids[0::2, :3]
     try:
-        alone = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        separate = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
         pairs = [PrefixGroup([i, i + 1], 3) for i in range(0, 6, 2)] + [PrefixGroup([i], 6) for i in range(6, 10)]
         packed = packed_states(model, _pack(model, ids, [6] * 10, pairs)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    error = (packed - alone).flatten(1).norm(dim=1) / alone.flatten(1).norm(dim=1)
+    error = (packed - separate).flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)
     return bool(error.median() < (1e-3 if model.dtype == torch.float32 else 0.08))

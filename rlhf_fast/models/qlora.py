@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): adapters learn on a trunk of 4-bit NF4 weights, by bitsandbytes.
+"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): adapters on a trunk of 4-bit NF4 weights, by bitsandbytes.
 
-A linear layer of the trunk keeps half a byte a weight, and is multiplied in the run's dtype. Embeddings, norms and the
-head stay as they are: the linear ops read the head's weight themselves.
+A linear layer of the trunk stores half a byte per weight and multiplies in the run's dtype. Embeddings, norms and the
+head are not quantised: the linear ops read the head's weight themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .dropout import keep_rates
 
 
 def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Keywords of `from_pretrained` for a model that is quantised as it is read, onto `device`."""
+    """Keyword arguments of `from_pretrained` that quantise the model while it is loaded onto `device`."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -32,16 +32,16 @@ def four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", "score"],  # despite its name of 4 bits as well
+        llm_int8_skip_modules=["lm_head", "score"],  # despite its name also for 4 bits
     )
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def keep_gradients(model: Any) -> None:
-    """Have every layer multiply by the kernels that have a gradient, in evaluation mode too.
+    """Make every layer use kernels that have a gradient, in evaluation mode too.
 
-    A model of PPO is never in training mode, in which alone bitsandbytes leaves its AVX512_BF16 kernel out: that gives
-    no gradient, and says nothing.
+    bitsandbytes avoids its AVX512_BF16 kernel, which silently gives no gradient, only in training mode; PPO's models
+    are never in training mode.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -55,7 +55,7 @@ def is_quantised(model: Any) -> bool:
 
 @contextmanager
 def as_adapted(model: Any) -> Iterator[None]:
-    """For the Trainer, which refuses a quantised model without peft's wrapper: our adapters are inside the model."""
+    """Make transformers' Trainer accept a quantised model without peft's wrapper: our adapters are inside the model."""
     before = getattr(model, "_hf_peft_config_loaded", False)
     model._hf_peft_config_loaded = before or is_quantised(model)
     yield
@@ -64,9 +64,9 @@ def as_adapted(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def unquantised(handle: Any) -> Any:
-    """A plain model on the CPU, in the run's dtype, of what learned: the NF4 weights as numbers, the adapters added.
+    """A plain model on the CPU in the run's dtype: the NF4 weights dequantised, with the adapters added.
 
-    Not the weights that were quantised, with the adapters added: these have learned to go with the NF4 ones.
+    Not the original weights with the adapters added: the adapters were trained with the NF4 weights.
     """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import LoraLayer
@@ -75,17 +75,17 @@ def unquantised(handle: Any) -> Any:
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = type(model)._from_config(config, dtype=model.dtype)
-    found = dict(model.state_dict())
+    weights = dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             layer: Any = module
             base = layer.get_base_layer()
             (adapter,) = layer.active_adapters
             weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-            found[f"{name}.weight"] = (weight + layer.get_delta_weight(adapter).float()).to(model.dtype)
+            weights[f"{name}.weight"] = (weight + layer.get_delta_weight(adapter).float()).to(model.dtype)
             if base.bias is not None:
-                found[f"{name}.bias"] = base.bias
-    plain.load_state_dict({name: found[name].cpu() for name in plain.state_dict()}, assign=True)
+                weights[f"{name}.bias"] = base.bias
+    plain.load_state_dict({name: weights[name].cpu() for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     keep_rates(model, plain)
     if getattr(model, "generation_config", None) is not None:
