@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run around its learning: options, folder, checkpoints, metrics, progress, signals, errors."""
+"""Infrastructure of a run: options, folder, checkpoints, metrics, progress, signals."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run saves: every so many steps or minutes, on Ctrl-C, at the end, and on any exception."""
+"""When a run saves: every N steps or minutes, on Ctrl-C, at the end, and on any exception."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from .progress import notice
 
 NOT_FINITE = "the weights are not finite and were not saved"
 BYTES_PER_WEIGHT = 12  # a float32 weight and two moments
-SAVING_SHARE = 20  # of the time between two saves by the clock, at most one part in so many is spent on saving
+SAVING_SHARE = 20  # saving by the clock takes at most 1 / SAVING_SHARE of the time between two saves
 
 
 class Autosave:
     """`with Autosave(...) as autosave:` around the loop of a phase, whose steps end with `autosave.after_step(step)`.
 
-    An exception in the block has the last good state saved, unless it is on disk already, and then goes on its way; a
-    UserError says in its message where `--resume` would begin. "Good" means that every weight is finite.
+    On an exception in the block, the current state is saved if all weights are finite and it is not on disk already,
+    and the exception is raised again. The message of a UserError then says where `--resume` would begin.
     """
 
     def __init__(
         self, run: RunFolder, config: RunOptions, models: Sequence[Any], step: int, save: Callable[[int], None]
     ) -> None:
-        """`models` (None among them is passed over) are what learns, `step` how many steps are done, `save(step)`
-        writes a checkpoint of them."""
+        """`models` (None is skipped) are trained, `step` steps are done, `save(step)` writes a checkpoint."""
         self.run, self.config, self.save, self.step = run, config, save, step
         self.weights = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
         self.room_is_short = False
-        self._seconds = 0.0  # that the last save took
+        self._seconds = 0.0  # duration of the last save
         self._saved_at = time.monotonic()  # not the wall clock, which may be set back
 
     def __enter__(self) -> Autosave:
         return self
 
     def after_step(self, step: int, stop_requested: bool = False) -> bool:
-        """Save if it is time to. Returns True on every rank if one of them was told to stop; it is saved then."""
+        """Save if it is due. Returns True on every rank if a rank was asked to stop; the run is saved then."""
         wanted, stopping = self.due(step, stop_requested)
         if wanted:
             self.save_now(step)
@@ -56,18 +55,18 @@ class Autosave:
     def due(self, step: int, stop_requested: bool = False) -> tuple[bool, bool]:
         """Whether to save after `step` steps, and whether to stop; the same on every rank."""
         self.step = step
-        every, minutes = self.config.save_steps, self.config.save_minutes
-        waited = time.monotonic() - self._saved_at
-        by_clock = ranks().main and 0 < minutes * 60 <= waited and waited > SAVING_SHARE * self._seconds
-        # one exchange: a signal between two of them would end the run unsaved
+        interval, minutes = self.config.save_steps, self.config.save_minutes
+        elapsed = time.monotonic() - self._saved_at
+        by_clock = ranks().main and 0 < minutes * 60 <= elapsed and elapsed > SAVING_SHARE * self._seconds
+        # one collective: a signal between two of them would end the run unsaved
         by_clock = by_clock and self._has_room()
         stopping, by_clock = (bool(count) for count in ranks().total([float(stop_requested), float(by_clock)]))
         if by_clock:
             self._saved_at = time.monotonic()
-        return stopping or by_clock or (every > 0 and step % every == 0), stopping
+        return stopping or by_clock or (interval > 0 and step % interval == 0), stopping
 
     def save_now(self, step: int) -> None:
-        """Write a checkpoint of `step`; UserError if a weight is not finite, which would push good ones out."""
+        """Write a checkpoint of `step`; UserError if a weight is not finite, to keep good checkpoints."""
         self.check_finite(step)
         start = time.monotonic()
         self.save(step)
@@ -79,7 +78,7 @@ class Autosave:
             raise UserError(f"a weight of the model is not finite after step {step}; lower the learning rate")
 
     def finish(self, step: int) -> None:
-        """The checkpoint at the end, from which a later `--resume` with more steps goes on."""
+        """Write the last checkpoint, from which `--resume` with more steps can continue."""
         self.step = step
         if not self._is_on_disk(step) and self.keeps_last():
             self.save_now(step)
@@ -102,7 +101,7 @@ class Autosave:
             notice(message)
 
     def _save_after(self, error: Exception) -> str:
-        """Save what can be saved after an exception; what to tell the user about it."""
+        """Save after an exception if possible; returns a message for the user."""
         reason = ""
         if not self._is_on_disk(self.step):
             if not ranks().all_raised(error):
@@ -114,7 +113,7 @@ class Autosave:
                     reason = NOT_FINITE
                 if not reason:
                     self.save(self.step)
-            except Exception as failure:  # the first error is what matters
+            except Exception as failure:  # report the first error, not this one
                 reason = f"saving failed as well ({failure})"
         if not reason:
             return f"saved after {self.step} steps, --resume goes on from there"
@@ -134,7 +133,7 @@ class Autosave:
         return self.run.path / "checkpoints" / f"step-{step}"
 
     def _has_room(self) -> bool:
-        """Whether the disk holds one more checkpoint beside the newest; older ones go if they are in the way."""
+        """Whether the disk has room for one more checkpoint; removes all but the newest if it has not."""
         newest = newest_checkpoint(self.run.path)
         size = folder_size(newest) if newest else BYTES_PER_WEIGHT * sum(weight.numel() for weight in self.weights)
         if free_space(self.run.path) <= size and newest and ranks().main:

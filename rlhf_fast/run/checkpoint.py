@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing that survives a kill: files and folders are made aside, synced, and renamed into place.
+"""Writing that survives a kill: files and folders are written under a temporary name, synced, and renamed.
 
 Training state is a nested dict of tensors and plain JSON values; tensors go to `state.safetensors`, the rest to
-`state.json`. Nothing is ever pickled.
+`state.json`. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from rlhf_fast.errors import UserError
 from .progress import notice
 
 _TENSOR = "__tensor__"
-SURROGATES = "backslashreplace"  # a lone surrogate is written as JSON's own escape of it
+SURROGATES = "backslashreplace"  # writes a lone surrogate as its JSON escape
 CHECKSUMS = "checksums.json"  # in every checkpoint
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
+    """Write a file atomically: a reader sees the old content or all of the new."""
     aside = path.with_name(path.name + ".tmp")
     with aside.open("w", encoding="utf-8", errors=SURROGATES) as file:
         file.write(text)
@@ -66,7 +66,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the disk hold a folder and every file in it: a rename must not survive a crash that its files do not."""
+    """fsync a folder and every file in it, so that after a crash a renamed folder has its files."""
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 
@@ -80,18 +80,18 @@ def _sync(path: Path) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that the disk of a folder can still take."""
+    """Free bytes on the disk of a folder."""
     return shutil.disk_usage(folder).free
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Total bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def require_space(folder: Path, parameters: int, save_steps: int) -> None:
     """Stop if the disk cannot hold the float32 model and its checkpoints (weights and two moments each)."""
-    checkpoints = 3 if save_steps else 1  # two are kept while a third is written; Ctrl-C writes one
+    checkpoints = 3 if save_steps else 1  # two old ones while a third is written; Ctrl-C writes one
     needed, free = parameters * (4 + 12 * checkpoints), free_space(folder)
     if free < needed:
         raise UserError(
@@ -101,13 +101,13 @@ def require_space(folder: Path, parameters: int, save_steps: int) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write CRC-32 of every file of a folder into it, for `damaged_file`."""
+    """Write the CRC-32 of every file of a folder into it, for `damaged_file`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     write_json(folder / CHECKSUMS, {str(path.relative_to(folder)): _checksum(path) for path in files})
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing or is not as it was written; None if all are whole."""
+    """The first file of a checkpoint that is missing or whose checksum is wrong; None if all are intact."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         for name, checksum in checksums.items():
@@ -142,7 +142,7 @@ def save_state(folder: str | Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
-    """What `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`."""
+    """Load what `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -164,7 +164,7 @@ def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
 
 
 def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with every tensor moved into `tensors` and its name left in its place."""
+    """`value` with every tensor moved into `tensors` and replaced by its name."""
     if isinstance(value, Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {_TENSOR: name}
@@ -202,7 +202,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     import numpy
 
     version, keys, gauss = state["python"]
@@ -224,7 +224,7 @@ def seed_everything(seed: int) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of `folder/checkpoints`, oldest first."""
+    """The checkpoints in `folder/checkpoints`, oldest first."""
     paths = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
     return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -234,10 +234,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
+def newest_intact_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint without a damaged file, or None if there is none at all.
 
-    Damaged ones are renamed, so that nothing takes them for good. UserError if all are damaged.
+    Damaged ones are renamed, so that they are not used later. UserError if all are damaged.
     """
     damaged = ""
     for path in reversed(checkpoints(folder)):
@@ -255,6 +255,6 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Leave the `keep` newest checkpoints of `folder/checkpoints`."""
+    """Remove all but the `keep` newest checkpoints of `folder/checkpoints`."""
     for path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: made safely, written in whole pieces, its metrics on disk and in TensorBoard."""
+"""The folder of a run: created safely, written atomically, with metrics on disk and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf_fast.errors import UserError
 from .checkpoint import (
     SURROGATES,
     folder_aside,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     remove_old_checkpoints,
     save_state,
     write_checksums,
@@ -30,28 +30,28 @@ from .lock import lock, unlock
 from .terminal import redacted
 from .trackers import Trackers
 
-MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite never empties any other; locked while a run is in it
+MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite empties no other; locked during a run
 
 
 class RunFolder:
-    """A folder of one phase or of a whole pipeline; made by `create` or `child`. Of several ranks the main one writes.
+    """The folder of one phase or of a pipeline, from `create` or `child`. Only the main rank writes.
 
     config.yaml metrics.jsonl tensorboard/ samples.jsonl checkpoints/step-N/ model/ summary.json
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
-        """Wrap a folder that exists; use `create`."""
+        """Wrap an existing folder; use `create` instead."""
         self.path = path
         self.resume = resume
         self.keep = 2  # checkpoints
-        self.changed: frozenset[str] = frozenset()  # options that differ from those the run began with
-        self._found: Path | None = None
+        self.changed: frozenset[str] = frozenset()  # options that differ from those the run started with
+        self._resume_from: Path | None = None
         self._board: Any = None
         self._trackers: Trackers | None = None
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False, resume: bool = False) -> RunFolder:
-        """Make the folder. One that holds files already is refused, emptied (`overwrite`) or used (`resume`)."""
+        """Create the folder. One that holds files is refused, emptied (`overwrite`) or continued (`resume`)."""
         path = Path(path)
         if ranks().main:
             cls._make(path, overwrite, resume)
@@ -71,7 +71,7 @@ class RunFolder:
                     )
                 if not (path / MARKER).exists():
                     raise UserError(
-                        f"{path} is not a run folder of ours (it holds no {MARKER}), so --overwrite does not empty it; "
+                        f"{path} is not a run folder (it holds no {MARKER}), so --overwrite does not empty it; "
                         "name another with --output-dir"
                     )
             path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class RunFolder:
         return RunFolder.create(self.path / name, resume=self.resume)
 
     def save_config(self, config: Any, tracked: bool = True) -> None:
-        """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open the trackers that it names."""
+        """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open its trackers."""
         import yaml
 
         self.keep = config.save_total_limit
@@ -116,19 +116,19 @@ class RunFolder:
         if keep_lines is None:
             with path.open("a", encoding="utf-8", errors=SURROGATES) as file:
                 file.write(text)
-        else:  # not splitlines, which also cuts at line separators inside of texts
-            kept = path.read_text(encoding="utf-8").split("\n")[:keep_lines] if keep_lines else []
-            write_text(path, "".join(line + "\n" for line in kept if line) + text)
+        else:  # not splitlines, which also splits at line separators inside of texts
+            old_lines = path.read_text(encoding="utf-8").split("\n")[:keep_lines] if keep_lines else []
+            write_text(path, "".join(line + "\n" for line in old_lines if line) + text)
 
     def truncate_metrics(self, step: int) -> None:
-        """Forget metrics after `step`, which a resumed run will log again."""
+        """Remove metrics after `step`, which a resumed run will log again."""
         path = self.path / "metrics.jsonl"
         if ranks().main and path.exists():
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in rows))
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file of the folder in one piece."""
+        """Write a JSON file of the folder atomically."""
         if ranks().main:
             write_json(self.path / name, value)
 
@@ -140,7 +140,7 @@ class RunFolder:
             raise UserError(f"cannot read {self.path / name}: {error}") from None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        """checkpoints/step-N, in one piece; older ones but `self.keep` go. All ranks wait until it is there."""
+        """Write checkpoints/step-N atomically and keep the newest `self.keep`. All ranks wait until it is written."""
         if ranks().main:
             with folder_aside(self.path / "checkpoints" / f"step-{step}") as folder:
                 save_state(folder, dict(state))
@@ -149,26 +149,26 @@ class RunFolder:
         ranks().wait()
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint if the run was told to resume and there is one, else None; the same at each call.
+        """The newest intact checkpoint if the run resumes and there is one, else None; the same at each call.
 
         UserError if there are checkpoints and all are damaged.
         """
-        if self.resume and self._found is None:
-            self._found = ranks().once(lambda: newest_whole_checkpoint(self.path))
-        return self._found
+        if self.resume and self._resume_from is None:
+            self._resume_from = ranks().once(lambda: newest_intact_checkpoint(self.path))
+        return self._resume_from
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
-        """model/, as transformers loads it, in one piece. All ranks wait until it is there."""
+        """Write model/, as transformers loads it, atomically. All ranks wait until it is written."""
         state = full_state_dict(model)
         if ranks().main:
-            own_config = getattr(model, "while_saving", nullcontext)  # of a model that was loaded by us
+            own_config = getattr(model, "while_saving", nullcontext)  # set by `switch_off_dropout`
             with own_config(), folder_aside(self.path / "model") as folder:
                 model.save_pretrained(folder, state_dict=state)
                 tokenizer.save_pretrained(folder)
         ranks().wait()
 
     def close(self) -> None:
-        """Flush TensorBoard and the trackers; others may use the folder."""
+        """Flush TensorBoard and the trackers, and unlock the folder."""
         unlock(self.path / MARKER)
         if self._trackers is not None:
             self._trackers.close()
@@ -189,10 +189,10 @@ class RunFolder:
 
 
 class _NoBoard:
-    """Stands in where tensorboard is not installed; metrics.jsonl has everything."""
+    """Replaces TensorBoard if that is not installed; metrics.jsonl has everything."""
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Drop it."""
+        """Do nothing."""
 
     def close(self) -> None:
         """Nothing to flush."""
@@ -209,7 +209,7 @@ def _empty(path: Path) -> None:
 
 
 def _plain(value: Any) -> float | None:
-    """A number that strict JSON can hold."""
+    """The number, or None if it is not finite: strict JSON has no NaN or infinity."""
     number = float(value)
     return number if math.isfinite(number) else None
 

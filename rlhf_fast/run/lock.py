@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run in a folder at a time: an advisory lock on a file, held by this process and gone with it."""
+"""One run in a folder at a time: an advisory lock on a file, released when this process ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _held: dict[Path, IO[bytes]] = {}
 
 
 def lock(file: Path) -> None:
-    """Lock a file that exists; UserError if another process has. A second lock of this process is its first one."""
+    """Lock an existing file; UserError if another process has locked it. Locking it again here does nothing."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -29,14 +29,13 @@ def lock(file: Path) -> None:
         handle.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise UserError(
-                f"another process is at work in the run folder {file.parent}; wait for it, or name another with "
-                "--output-dir"
+                f"another process uses the run folder {file.parent}; wait for it, or name another with --output-dir"
             ) from None
-        return  # a network disk without locks
+        return  # a network file system without locks
     _held[key] = handle
 
 
 def unlock(file: Path) -> None:
-    """Give it back, if this process has it."""
+    """Release the lock, if this process holds it."""
     with contextlib.suppress(KeyError):
         _held.pop(file.resolve()).close()

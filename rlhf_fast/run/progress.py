@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every phase shows and listens to: messages, progress bar, clock, stop signal."""
+"""Messages, progress bar, timer and stop signal, for every phase."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .terminal import printable
 
 
 def notice(message: str) -> None:
-    """Tell the user something in passing, on standard error."""
+    """Print a message on standard error, in the main process."""
     if ranks().main:
         print(f"rlhf-fast: {printable(message)}", file=sys.stderr, flush=True)
 
@@ -27,7 +27,7 @@ class StopFlag:
     """`with StopFlag() as stop:` the first SIGINT or SIGTERM sets `stop.requested`; a second one ends at once."""
 
     def __init__(self) -> None:
-        """Nothing is installed until the block is entered."""
+        """The signal handlers are installed when the block is entered."""
         self.requested = False
         self._before: dict[int, Any] = {}
 
@@ -78,19 +78,19 @@ class Timer:
         return {f"time/{part}": seconds for part, seconds in lap.items()}
 
     def elapsed(self) -> float:
-        """Seconds since the timer was made."""
+        """Seconds since the timer was created."""
         return time.perf_counter() - self._start
 
 
 class Progress:
-    """One progress bar; where the output is no terminal, a line every ten seconds instead.
+    """A progress bar; if the output is not a terminal, a line every ten seconds instead.
 
     with Progress("ppo", total=60) as bar:
         bar.update(step, reward=0.3, kl=1.2)
     """
 
     def __init__(self, description: str, total: int) -> None:
-        """`total` steps, of any kind."""
+        """`total` steps."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -120,7 +120,7 @@ class Progress:
         self._bar.stop()
 
     def update(self, done: int, **figures: float) -> None:
-        """Show that `done` of the steps are done, and the newest figures."""
+        """Show `done` steps and the latest figures."""
         text = " ".join(f"{name} {value:.3g}" for name, value in figures.items())
         self._bar.update(self._task, completed=done, figures=text)
         last = done >= self.total

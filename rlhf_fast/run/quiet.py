@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run prints what its user needs: what libraries say about themselves is left out."""
+"""Silencing libraries, so that a run prints only what its user needs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ LIBRARIES = "torch|transformers|peft|accelerate|huggingface_hub|bitsandbytes|tok
 
 
 def quiet() -> None:
-    """Silence warnings of libraries, unless the user wants them (`python -W`), and bars that would cross ours."""
-    # It looks for a kernel on the hub whenever it is imported, which peft and the Trainer do.
+    """Silence warnings of libraries, unless the user wants them (`python -W`), and their progress bars."""
+    # It logs a search for a kernel on the hub at import; peft and the Trainer import it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         for category in (FutureWarning, DeprecationWarning, UserWarning):

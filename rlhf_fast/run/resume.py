@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--resume` finds: a run that is finished, options that changed since it began, data that did."""
+"""Checks of `--resume`: whether the run is finished, and whether options or data have changed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .options import RunOptions, read_yaml
 from .progress import notice
 from .terminal import redacted
 
-INPUTS = "inputs.json"  # digests of the files and models that the run began with
-SAMPLE = 2**20  # bytes of a model's file that are read at three places; a whole one would take seconds
+INPUTS = "inputs.json"  # digests of the files and models that the run started with
+SAMPLE = 2**20  # bytes read at three places of a model's file; reading all would take seconds
 NEVER_COMPARED = {"output_dir", "overwrite", "resume"}
 
 
 def finished_summary(run: RunFolder, config: RunOptions, may_extend: bool = True) -> dict[str, Any] | None:
-    """The summary of a run that has nothing left to do; None if there is work. To be called before anything is loaded.
+    """The summary of a finished run; None if there is work left. Call it before loading anything.
 
-    Compares the options with those in config.yaml: a change that may be is named and written, one that may not be
-    raises UserError, as does data that is not what the run began with. More steps (`config.EXTENDS`) have a finished
-    run go on from its last checkpoint, if it `may_extend`.
+    Compares the options with those in config.yaml: allowed changes are printed and written, others raise UserError, as
+    does changed data. With more steps (`config.EXTENDS`) a finished run continues from its last checkpoint, if
+    `may_extend`.
     """
     summary, run.changed = ranks().once(lambda: _finished_summary(run, config, may_extend))
     return summary
@@ -37,7 +37,7 @@ def finished_summary(run: RunFolder, config: RunOptions, may_extend: bool = True
 def _finished_summary(
     run: RunFolder, config: RunOptions, may_extend: bool
 ) -> tuple[dict[str, Any] | None, frozenset[str]]:
-    """The same in one process, and the names of the options that changed."""
+    """The same for one process, and the names of the changed options."""
     if not run.resume or not (run.path / INPUTS).exists():
         write_json(run.path / INPUTS, _digests(config))
     if not run.resume:
@@ -64,7 +64,7 @@ def _finished_summary(
 
 
 def _changes(run: RunFolder, config: RunOptions) -> dict[str, tuple[Any, Any]]:
-    """Option -> (before, now), of those that differ from config.yaml; a file under another name is no change."""
+    """Option -> (before, now), for those that differ from config.yaml; a renamed file is not a change."""
     path = run.path / "config.yaml"
     before = read_yaml(path) if path.exists() else {}
     now = json.loads(json.dumps(redacted(dataclasses.asdict(config))))  # tuples are lists in YAML
@@ -77,11 +77,11 @@ def _changes(run: RunFolder, config: RunOptions) -> dict[str, tuple[Any, Any]]:
 
 
 def _refuse(run: RunFolder, config: RunOptions, changes: dict[str, tuple[Any, Any]]) -> None:
-    """UserError for a change that a run cannot take."""
+    """UserError for a change that is not allowed."""
     fixed = {
         name: change
         for name, change in changes.items()
-        if not config.may_change(name) or (name == "dtype" and "nf4" in change)  # quantised weights are other weights
+        if not config.may_change(name) or (name == "dtype" and "nf4" in change)  # quantised weights differ
     }
     if fixed:
         raise UserError(f"{run.path} cannot go on with {_listed(fixed)}: put that back, or begin anew with --overwrite")
@@ -105,7 +105,7 @@ def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _same_inputs(run: RunFolder, config: RunOptions) -> set[str]:
-    """Options that name the same file or model as when the run began, under whatever name; UserError if one changed."""
+    """Options whose file or model has the same content as at the start, under any name; UserError if one changed."""
     path = run.path / INPUTS
     before: dict[str, str] = run.read_json(INPUTS) if path.exists() else {}
     now = _digests(config)
@@ -120,21 +120,21 @@ def _same_inputs(run: RunFolder, config: RunOptions) -> set[str]:
 
 def _digests(config: RunOptions) -> dict[str, str]:
     """Option -> digest of the file or model folder that it names."""
-    found = {}
+    digests = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, str) and value and (field.name.endswith("_file") or field.name.endswith("model")):
             path = Path(value)
             if path.is_file() and not field.name.endswith("model"):
                 with path.open("rb") as file:
-                    found[field.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                    digests[field.name] = hashlib.file_digest(file, "sha256").hexdigest()
             elif path.is_dir():
-                found[field.name] = _model_digest(path)
-    return found
+                digests[field.name] = _model_digest(path)
+    return digests
 
 
 def _model_digest(folder: Path) -> str:
-    """Of names, sizes and samples of the files that are weights or configuration."""
+    """Digest of names, sizes and sampled bytes of the weight and configuration files."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*.gguf")]):
         size = path.stat().st_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of the process that make learning on a CPU faster; they change no result that matters."""
+"""Process settings that make training on a CPU faster; they change results only by rounding."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def tune_process() -> None:
-    """Fit the threads to the load, round denormals to 0, and keep freed memory instead of handing it back.
+    """Fit the threads to the load, flush denormals to 0, and keep freed memory instead of returning it to the system.
 
-    Adam's moments decay into denormals, which a CPU multiplies a hundred times slower. Activations are freed and asked
-    for again at every step: with glibc's defaults each time brings thousands of page faults, measured at 6 to 15 % of
+    Adam's moments decay into denormals, which a CPU multiplies a hundred times slower. Activations are freed and
+    allocated again at every step: with glibc's defaults that causes thousands of page faults, measured at 6 to 15 % of
     the time of a forward and backward pass of a 135M model.
     """
     torch.set_flush_denormal(True)

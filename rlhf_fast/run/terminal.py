@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for a terminal or a log: nothing in it can steer the terminal, and no secret of an address is shown."""
+"""Text for a terminal or a log, without control characters and without secrets."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# C0 and C1 controls (escape sequences begin with one) but tab and newline, DEL, and what reorders the text around it.
+# C0 and C1 controls (escape sequences begin with one) but tab and newline; DEL; surrogates; marks that reorder text.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 _SECRET = re.compile(r"(?i)\b((?:(?:access_|auth_|api_|hf_)?token|api_?key|password|secret)=)[^\s&]+")
@@ -15,11 +15,11 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
 def printable(text: Any) -> str:
     """`text` with each control character written as its escape, and secrets as `***`."""
-    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], redacted(str(text)))
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], redacted(str(text)))
 
 
 def redacted(value: Any) -> Any:
-    """`value`, and all texts in its lists and mappings, without the passwords and tokens of addresses."""
+    """`value`, and all texts in its lists and mappings, with passwords and tokens replaced by `***`."""
     if isinstance(value, str):
         return _HUB_TOKEN.sub("***", _SECRET.sub(r"\1***", _CREDENTIALS.sub("***", value)))
     if isinstance(value, dict):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As many threads as the CPUs have time for.
+"""As many threads as there are idle CPUs.
 
-Two OpenMP threads wait for each other at every operator. Beside other work one of them is often not scheduled, and a
-step was seen to take ten times as long as with one thread. How many there are changes results by rounding only; who
-wants them bit for bit sets OMP_NUM_THREADS, or calls torch.set_num_threads, and nothing here raises that.
+Two OpenMP threads wait for each other at every operator. If other processes run, one of them is often not scheduled,
+and a step was seen to take ten times as long as with one thread. The number changes results only by rounding; for
+bitwise equal results set OMP_NUM_THREADS or call torch.set_num_threads, and nothing here raises that number.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import torch
 
 from .progress import notice
 
-GLANCE = 0.2  # seconds of looking around before the first step
-SPARE = 0.3  # of a CPU that others may use before a thread is given up for them
+GLANCE = 0.2  # seconds of the first measurement
+SPARE = 0.3  # share of a CPU that others may use before we use one thread less
 WORKING = (0, 1, 2, 5, 6, 7)  # columns of /proc/stat: user, nice, system, irq, softirq, steal
 
 
 class Threads:
-    """The number of threads of this process, fitted to what other processes leave."""
+    """Fits the number of threads of this process to the load of other processes."""
 
     def __init__(self) -> None:
-        """The most is what the process has now, and what its CPUs and their quota allow."""
+        """At most the current number of threads and the cgroup's CPU quota are used."""
         self.most = min(torch.get_num_threads(), _quota())
         self.fixed = self.most == 1 or "OMP_NUM_THREADS" in os.environ or torch.cuda.is_available()
-        self._said = False
+        self._notified = False
         self._last: tuple[float, float, float] | None = None
 
     def fit(self) -> None:
-        """Set the number from what others did since the last call; the first one looks for a moment."""
+        """Set the number from the load of others since the last call; the first call measures for a moment."""
         if self.fixed:
             return
         if self._last is None:
@@ -41,7 +41,7 @@ class Threads:
             time.sleep(GLANCE)
         now = _sample()
         if now is None or self._last is None:
-            self.fixed = True  # no /proc: leave it as it is
+            self.fixed = True  # no /proc: leave the number unchanged
             return
         seconds = max(now[0] - self._last[0], 1e-3)
         others = max(0.0, (now[1] - self._last[1] - (now[2] - self._last[2])) / seconds)
@@ -50,8 +50,8 @@ class Threads:
         if wanted == torch.get_num_threads():
             return
         torch.set_num_threads(wanted)
-        if not self._said and wanted < self.most:
-            self._said = True
+        if not self._notified and wanted < self.most:
+            self._notified = True
             notice(f"other processes use {others:.1f} of the CPUs: working with {wanted} of {self.most} threads")
 
 
@@ -62,7 +62,7 @@ def threads() -> Threads:
 
 
 def _sample() -> tuple[float, float, float] | None:
-    """Seconds on the clock, seconds that this process' CPUs worked for anybody, and for this process."""
+    """Wall-clock seconds, busy seconds of this process' CPUs, and CPU seconds of this process."""
     try:
         lines = Path("/proc/stat").read_text().splitlines()
         names = {f"cpu{i}" for i in os.sched_getaffinity(0)}

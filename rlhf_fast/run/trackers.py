@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""accelerate's trackers (wandb, mlflow, ...), which get the metrics beside metrics.jsonl."""
+"""accelerate's trackers (wandb, mlflow, ...), which log the metrics in addition to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .terminal import redacted
 
 
 class Trackers:
-    """Those that `config.trackers` names, open; without names it does nothing.
+    """The open trackers of `config.trackers`; without any it does nothing.
 
-    Not through an `Accelerator`: the first of a process settles its precision, and the Trainer of SFT brings its own.
+    Not through an `Accelerator`: the first one fixes the precision of the process, and SFT's Trainer creates its own.
     """
 
     def __init__(self, folder: Path, config: Any) -> None:
-        """Start them for a run in `folder`, whose configuration they keep."""
+        """Start them for the run in `folder` and log its configuration."""
         self._open: list[Any] = []
         for name in dict.fromkeys(config.trackers):
             from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -34,7 +34,7 @@ class Trackers:
             self._open.append(tracker)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """A row of metrics."""
+        """Log the metrics of one step."""
         for tracker in self._open:
             tracker.log({name: float(value) for name, value in metrics.items()}, step=step)
 

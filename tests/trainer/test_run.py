@@ -44,7 +44,7 @@ def test_an_existing_folder_is_refused_emptied_or_used(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_folder_is_never_emptied(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="is not a run folder of ours"):
+    with pytest.raises(UserError, match="is not a run folder"):
         RunFolder.create(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

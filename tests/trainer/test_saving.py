@@ -17,7 +17,7 @@ from helpers import phases
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run import autosave
-from rlhf_fast.run.checkpoint import checkpoints, newest_whole_checkpoint
+from rlhf_fast.run.checkpoint import checkpoints, newest_intact_checkpoint
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.trainer.reward import train as reward_train
@@ -202,16 +202,16 @@ def test_a_damaged_byte_is_found_in_every_file_of_a_checkpoint(
         whole = (newest / file).read_bytes()
         middle = len(whole) // 2
         (newest / file).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-        assert newest_whole_checkpoint(tmp_path / "run") == older
+        assert newest_intact_checkpoint(tmp_path / "run") == older
         error = capsys.readouterr().err
         assert str(newest) in error and "is damaged" in error and (file.name in error or file.name == "checksums.json")
         newest.with_name(newest.name + ".damaged").rename(newest)
         (newest / file).write_bytes(whole)
-    assert newest_whole_checkpoint(tmp_path / "run") == newest
+    assert newest_intact_checkpoint(tmp_path / "run") == newest
     for path in (older, newest):
         (path / "checksums.json").unlink()
     with pytest.raises(UserError, match="is damaged: its file checksums.json .* there is no older one"):
-        newest_whole_checkpoint(tmp_path / "run")
+        newest_intact_checkpoint(tmp_path / "run")
 
 
 def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path) -> None:
     run.append_jsonl("metrics.jsonl", [{"step": 1}])
     for how in ("resume", "overwrite"):
         done = other(how)
-        assert "another process is at work in the run folder" in done.stderr and done.returncode != 0
+        assert "another process uses the run folder" in done.stderr and done.returncode != 0
     assert (run.path / "metrics.jsonl").exists()
     run.close()
     assert other("overwrite").returncode == 0 and not (run.path / "metrics.jsonl").exists()
