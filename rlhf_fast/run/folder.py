@@ -127,6 +127,12 @@ class RunFolder:
             rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in rows))
 
+    def last_metrics(self) -> dict[str, float]:
+        """Those of the last step that was logged; none if nothing was."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return dict(json.loads(lines[-1])) if lines else {}
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder atomically."""
         if ranks().main:

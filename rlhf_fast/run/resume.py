@@ -45,12 +45,12 @@ def _finished_summary(
     changes = _changes(run, config)
     finished = (run.path / "summary.json").exists()
     _refuse(run, config, changes)
-    extended = finished and not config.EXTENDS.isdisjoint(changes)
+    extended = finished and any(_more(*changes[name]) for name in config.EXTENDS & changes.keys())
     if extended:
         _check_extension(run, config, may_extend)
     elif finished:
-        if changes:
-            notice(f"{run.path} is finished, so {_listed(changes)} changes nothing")
+        effect = f"so {_listed(changes)} changes nothing" if changes else "nothing is left to do"
+        notice(f"{run.path} is finished, {effect}")
         summary: dict[str, Any] = run.read_json("summary.json")
         return summary, frozenset()
     if changes:
@@ -98,6 +98,11 @@ def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> No
             f"{run.path} is finished and has no checkpoint to go on from (it ran with save_last off, or its disk was "
             "full): begin anew with --overwrite"
         )
+
+
+def _more(before: float, now: float) -> bool:
+    """Whether an option of `EXTENDS` gives more to do; with 0 for "no limit", or for "another option decides"."""
+    return now > before or now == 0
 
 
 def _listed(changes: dict[str, tuple[Any, Any]]) -> str:

@@ -142,6 +142,29 @@ def test_a_finished_run_goes_on_with_more_steps(name: str, job_data: Path, tmp_p
         assert got == wanted
 
 
+@pytest.mark.parametrize("name", LEARN)
+def test_fewer_steps_leave_a_finished_run_alone(
+    name: str, job_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = job(job_data, name)
+    phases.run(config, tmp_path / "run")
+    files = {file: (tmp_path / "run" / file).read_bytes() for file in ("summary.json", "config.yaml")}
+    fewer = {"epochs": config.epochs / 2} if name == "reward" else {"max_steps": config.max_steps - 1}
+    phases.run(replace(config, **fewer), tmp_path / "run", resume=True)
+    assert f"is finished, so {next(iter(fewer))} " in capsys.readouterr().err
+    assert files == {file: (tmp_path / "run" / file).read_bytes() for file in files}
+
+
+def test_a_stopped_run_may_end_where_it_is(job_data: Path, tmp_path: Path) -> None:
+    """With max_steps no more than it has done: the model is saved, and the summary has the last step's figures."""
+    config = job(job_data, "grpo", eval_prompts_file=None)
+    phases.run(config, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been stopped behind its last checkpoint
+    phases.run(replace(config, max_steps=1), tmp_path / "run", resume=True)
+    last = phases.metrics(tmp_path / "run")[-1]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["kl_final"] == last["objective/kl"]
+
+
 def test_options_that_may_change_are_applied_and_named(
     job_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,7 +97,7 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None)
     with timer("evaluate"):
         before = evaluator.at("before")
 
-    metrics: dict[str, float] = {}
+    metrics = run.last_metrics()  # of the step that a resumed run begins behind, should none be left
     watch = Watch()
     autosave = Autosave(run, config, (agent.policy, agent.critic), step, partial(save, agent, run))
     pace = Pace(config, timer)
