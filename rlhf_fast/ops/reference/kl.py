@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""token_kl, approx_kl and their gradients: the definition. The mathematics is in `rlhf_fast/ops/kl.py`."""
+"""token_kl a block of rows at a time, approx_kl, and their gradients. The mathematics is in `rlhf_fast/ops/kl.py`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import codes
+from rlhf_fast.ops.reference.blocks import Buffers, row_blocks
 from rlhf_fast.ops.reference.common import accumulate_dtype, zero_where_masked
-from rlhf_fast.ops.reference.logprob import log_softmax, log_softmax_again, shape_logits, times
+from rlhf_fast.ops.reference.logprob import (
+    LOWEST,
+    ShapedLogits,
+    below_max,
+    flat_temperature,
+    shaped_block,
+    sum_and_log,
+    times,
+)
 
 # In the gradient of a KL that is +inf, a reference log-probability of -inf counts as this many nats:
 # just under log(smallest float32), so the gradient still pushes mass off the forbidden token, finitely.
@@ -31,19 +41,109 @@ def token_kl(
     kind: int,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
-    policy = shape_logits(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
-    ref = shape_logits(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
-    if policy.u.numel() == 0:
-        return policy.u.new_zeros(policy.u.shape[:-1]), policy.u.new_zeros((*policy.u.shape[:-1], 6))
-    row_max, log_sum, logp = log_softmax(policy)
-    ref_max, ref_log_sum, logq = log_softmax(ref)
-    p, q = logp.exp(), logq.exp()
-    kl = kl_terms(logp, logq, kind, beta).sum(-1)
-    slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
-    parts = torch.stack(
-        [row_max, log_sum, ref_max, ref_log_sum, times(p, slope_p).sum(-1), times(q, slope_q).sum(-1)], -1
-    )
+    t, ref_t = flat_temperature(row_temperature, temperature), flat_temperature(ref_row_temperature, ref_temperature)
+    pair = _Pair(logits, ref_logits, t, ref_t).columns(vocab_size)
+    rows, dtype = logits.shape[:-1], accumulate_dtype(logits.dtype)
+    kl = torch.zeros(rows, dtype=dtype, device=logits.device)
+    parts = torch.zeros((*rows, 6), dtype=dtype, device=logits.device)
+    if pair.logits.numel() == 0:
+        return kl, parts
+    buffers = Buffers()
+    for at, policy, ref in pair.blocks(logit_scale, softcap, buffers):
+        row_max, log_sum, logp, p = _normalised(policy, buffers, "p")
+        ref_max, ref_log_sum, logq, q = _normalised(ref, buffers, "q")
+        value, sum_p, sum_q = _divergence(_Both(p, q, logp, logq), kind, beta)
+        kl.view(-1)[at] = value
+        parts.view(-1, 6)[at] = torch.stack([row_max, log_sum, ref_max, ref_log_sum, sum_p, sum_q], -1)
     return zero_where_masked(kl, mask), zero_where_masked(parts, None if mask is None else mask.unsqueeze(-1))
+
+
+class _Pair(NamedTuple):
+    """Two logits tensors of one shape, and the temperatures of their rows."""
+
+    logits: Tensor  # (..., V)
+    ref_logits: Tensor  # (..., V)
+    temperature: float | Tensor  # (N,) where given per row
+    ref_temperature: float | Tensor
+
+    def columns(self, vocab_size: int) -> _Pair:
+        """The first vocab_size of them; all if that is negative."""
+        if vocab_size < 0:
+            return self
+        return self._replace(logits=self.logits[..., :vocab_size], ref_logits=self.ref_logits[..., :vocab_size])
+
+    def blocks(
+        self, logit_scale: float, softcap: float, buffers: Buffers
+    ) -> Iterator[tuple[slice, ShapedLogits, ShapedLogits]]:
+        def of(rows: slice, block: Tensor, temperature: float | Tensor, name: str) -> ShapedLogits:
+            t = temperature[rows] if isinstance(temperature, Tensor) else temperature
+            return shaped_block(block, t, logit_scale, softcap, buffers, name)
+
+        for (rows, block), (_, ref_block) in zip(row_blocks(self.logits), row_blocks(self.ref_logits), strict=True):
+            yield rows, of(rows, block, self.temperature, "x"), of(rows, ref_block, self.ref_temperature, "y")
+
+
+class _Both(NamedTuple):
+    """Probabilities and log-probabilities (n, V) of both distributions; scratch that the functions write over."""
+
+    p: Tensor
+    q: Tensor
+    logp: Tensor
+    logq: Tensor
+
+
+def _normalised(shaped: ShapedLogits, buffers: Buffers, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row max of u, log-sum, log-probabilities and probabilities of a block."""
+    row_max = shaped.u.amax(-1)
+    logp = below_max(shaped, row_max, buffers.like(shaped.u, f"log {name}"))
+    p = torch.exp(logp, out=buffers.like(logp, name))
+    total, log_sum = sum_and_log(p, row_max)
+    return row_max, log_sum, logp.sub_(log_sum.unsqueeze(-1)), p.div_(total.unsqueeze(-1))
+
+
+def _divergence(both: _Both, kind: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence (n,), and the sums of p s_p and q s_q with the slopes of `kl_slopes`."""
+    p, q, logp, logq = both
+    zero = torch.zeros_like(p[:, 0])
+    if kind == codes.REVERSE:
+        value, floored = _relative_entropy(p, logp, logq)
+        return value, floored, zero
+    if kind == codes.FORWARD:
+        value, floored = _relative_entropy(q, logq, logp)
+        return value, zero, floored
+    if kind == codes.JSD:
+        _log_mixture_subtracted(both, beta)
+        sum_p = (1 - beta) * logp.mul_(p).sum(-1)
+        sum_q = beta * logq.mul_(q).sum(-1)
+        return sum_p + sum_q, sum_p, sum_q
+    difference = torch.sub(p, q, out=logp)
+    value = 0.5 * torch.abs(difference, out=logq).sum(-1)
+    sign = difference.sign_()
+    spoilt = 0.0 * value  # sign(NaN) is 0; NaN must stay NaN
+    return value, 0.5 * p.mul_(sign).sum(-1) + spoilt, -0.5 * q.mul_(sign).sum(-1) + spoilt
+
+
+def _relative_entropy(a: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """sum a (log a - log b), +inf where b forbids what a allows; and the same with such a log b at LOG_FLOOR."""
+    infinite = _floor(log_b, a)
+    floored = log_a.clamp_(min=LOWEST).sub_(log_b).mul_(a).sum(-1)
+    return floored if infinite is None else torch.where(infinite, torch.inf, floored), floored
+
+
+def _floor(log_b: Tensor, a: Tensor | None = None) -> Tensor | None:
+    """log_b of -inf counts as LOG_FLOOR, in place. The rows where a > 0 meets one, or None where none can."""
+    if log_b.device.type == "cpu" and not bool((log_b.amin(-1) == -torch.inf).any()):
+        return None
+    forbidden = log_b == -torch.inf
+    log_b.masked_fill_(forbidden, LOG_FLOOR)
+    return None if a is None else (forbidden & (a > 0)).any(-1)
+
+
+def _log_mixture_subtracted(both: _Both, beta: float) -> None:
+    """Both log-probabilities less log m, m = (1 - beta) p + beta q, in place; finite where p, q or m are 0."""
+    logm = torch.lerp(both.p, both.q, beta).log_().clamp_(min=LOWEST)
+    both.logp.clamp_(min=LOWEST).sub_(logm)
+    both.logq.clamp_(min=LOWEST).sub_(logm)
 
 
 def kl_terms(logp: Tensor, logq: Tensor, kind: int, beta: float) -> Tensor:
@@ -101,29 +201,58 @@ def token_kl_backward(
     needs_grad: bool,
     needs_ref_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    policy = shape_logits(logits, row_temperature, temperature, logit_scale, softcap, vocab_size)
-    ref = shape_logits(ref_logits, ref_row_temperature, ref_temperature, logit_scale, softcap, vocab_size)
-    if policy.u.numel() == 0:
-        logp, logq = policy.u, ref.u
-    else:
-        logp = log_softmax_again(policy, parts[..., 0], parts[..., 1])
-        logq = log_softmax_again(ref, parts[..., 2], parts[..., 3])
-    p, q = logp.exp(), logq.exp()
-    slope_p, slope_q = kl_slopes(logp, logq, kind, beta)
-    wrt_z = p - q if kind == codes.FORWARD else p * (slope_p - parts[..., 4:5])
-    wrt_y = q - p if kind == codes.REVERSE else q * (slope_q - parts[..., 5:6])
+    results = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
+        for x, needed in ((logits, needs_grad), (ref_logits, needs_ref_grad))
+    ]
+    t, ref_t = flat_temperature(row_temperature, temperature), flat_temperature(ref_row_temperature, ref_temperature)
+    pair = _Pair(logits, ref_logits, t, ref_t).columns(vocab_size)
+    columns = pair.logits.shape[-1]
+    flat_parts, rows_grad = parts.reshape(-1, 6), grad_kl.to(parts.dtype).reshape(-1, 1)
+    outputs = [None if x is None else x.view(flat_parts.shape[0], x.shape[-1]) for x in results]
+    for output in outputs:
+        if output is not None:
+            output[:, columns:] = 0
+    buffers = Buffers()
+    if pair.logits.numel() > 0:
+        for at, policy, ref in pair.blocks(logit_scale, softcap, buffers):
+            saved, keep = flat_parts[at], None if mask is None else mask.reshape(-1, 1)[at]
+            p, logp = _normalised_again(policy, saved[:, :2], buffers, "p")
+            q, logq = _normalised_again(ref, saved[:, 2:4], buffers, "q")
+            gradients = _kl_gradients(_Both(p, q, logp, logq), saved[:, 4:], kind, beta)
+            for output, gradient, shaped, column in zip(outputs, gradients, (policy, ref), (0, 2), strict=True):
+                if output is None or gradient is None:
+                    continue
+                alive = saved[:, column : column + 1] != -torch.inf
+                gradient.mul_(rows_grad[at] * shaped.slope)
+                output[at, :columns] = gradient.masked_fill_(~(alive if keep is None else alive & keep), 0)
+    return tuple(logits.new_empty(0) if x is None else x for x in results)  # type: ignore[return-value]
 
-    def finish(grad: Tensor, slope: Tensor, row_max: Tensor, like: Tensor) -> Tensor:
-        keep = row_max != -torch.inf if mask is None else (row_max != -torch.inf) & mask
-        result = torch.zeros_like(like, memory_format=torch.contiguous_format)
-        scaled = zero_where_masked(grad_kl.unsqueeze(-1) * grad * slope, keep.unsqueeze(-1))
-        result[..., : grad.shape[-1]] = scaled.to(like.dtype)
-        return result
 
-    return (
-        finish(wrt_z, policy.slope, parts[..., 0], logits) if needs_grad else logits.new_empty(0),
-        finish(wrt_y, ref.slope, parts[..., 2], ref_logits) if needs_ref_grad else logits.new_empty(0),
-    )
+def _normalised_again(shaped: ShapedLogits, saved: Tensor, buffers: Buffers, name: str) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-probabilities of a block, from the row max and log-sum (n, 2) that the forward saved."""
+    logp = below_max(shaped, saved[:, 0], buffers.like(shaped.u, f"log {name}")).sub_(saved[:, 1:])
+    return torch.exp(logp, out=buffers.like(logp, name)), logp
+
+
+def _kl_gradients(both: _Both, sums: Tensor, kind: int, beta: float) -> tuple[Tensor, Tensor]:
+    """The gradients in z and y, with the sums (n, 2) of p s_p and q s_q that the forward saved."""
+    p, q, logp, logq = both
+    sum_p, sum_q = sums[:, :1], sums[:, 1:]
+    if kind == codes.REVERSE:
+        _floor(logq)
+        wrt_z = logp.clamp_(min=LOWEST).sub_(logq).sub_(sum_p).mul_(p)
+        return wrt_z, q.sub_(p)
+    if kind == codes.FORWARD:
+        _floor(logp)
+        wrt_y = logq.clamp_(min=LOWEST).sub_(logp).sub_(sum_q).mul_(q)
+        return p.sub_(q), wrt_y
+    if kind == codes.JSD:
+        _log_mixture_subtracted(both, beta)
+        return logp.mul_(1 - beta).sub_(sum_p).mul_(p), logq.mul_(beta).sub_(sum_q).mul_(q)
+    half_sign = torch.sub(p, q, out=logp).sign_().mul_(0.5)
+    wrt_y = torch.add(half_sign, sum_q, out=logq).mul_(q).neg_()
+    return half_sign.sub_(sum_p).mul_(p), wrt_y
 
 
 def token_kl_and_grad(

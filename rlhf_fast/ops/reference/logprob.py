@@ -67,6 +67,11 @@ def shaped_block(
     return shape_logits(x.reshape(-1, x.shape[-1]), per_row, scalar, logit_scale, softcap, -1)
 
 
+def flat_temperature(per_row: Tensor | None, scalar: float) -> float | Tensor:
+    """(N,) where given per row, else the scalar."""
+    return scalar if per_row is None else per_row.reshape(-1)
+
+
 def below_max(shaped: ShapedLogits, row_max: Tensor, out: Tensor) -> Tensor:
     """(u - max) * factor, in `out`; a row of all -inf stays so."""
     torch.sub(shaped.u, torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1), out=out)
@@ -77,18 +82,6 @@ def sum_and_log(exps: Tensor, row_max: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the rows of exp((u - max) * factor), and their logs: 1 and 0 for a row of all -inf."""
     total = torch.where(row_max == -torch.inf, 1.0, exps.sum(-1))
     return total, total.log()
-
-
-def log_softmax(shaped: ShapedLogits) -> tuple[Tensor, Tensor, Tensor]:
-    """Row max of u, log of the sum of exp((u - max) factor), and log-probabilities.
-
-    The first two are what a row's `parts` hold. A row of all -inf has max -inf, log-sum 0 and log-probabilities -inf.
-    """
-    row_max = shaped.u.amax(-1)
-    all_forbidden = row_max == -torch.inf
-    below = (shaped.u - torch.where(all_forbidden, 0.0, row_max).unsqueeze(-1)) * shaped.factor
-    log_sum = torch.where(all_forbidden, 0.0, below.exp().sum(-1).log())
-    return row_max, log_sum, below - log_sum.unsqueeze(-1)
 
 
 def log_softmax_again(shaped: ShapedLogits, row_max: Tensor, log_sum: Tensor) -> Tensor:
@@ -135,7 +128,7 @@ def token_stats(
     if outputs & codes.LOGPROBS:
         assert targets is not None
         index, valid = (_flat(y) for y in _valid_targets(_with_k(targets, x.shape[:-1]), x.shape[-1], mask))
-    temperatures = temperature if row_temperature is None else row_temperature.reshape(-1)
+    temperatures = flat_temperature(row_temperature, temperature)
     buffers, lead = Buffers(), x.shape[:-1].numel()
     for rows, block in row_blocks(x):
         t = temperatures[rows] if isinstance(temperatures, Tensor) else temperatures
@@ -143,7 +136,7 @@ def token_stats(
         stats = _stats_of_block(shaped, None if index is None else index[rows], outputs, buffers)
         for result, values in zip(results, stats, strict=True):
             if values is not None:
-                result.view(lead, -1)[rows] = values.view(values.shape[0], -1)
+                result.view(lead, *values.shape[1:])[rows] = values
     if valid is not None:
         results[0].masked_fill_(~valid.view(results[0].shape), torch.nan)
     if mask is not None:
@@ -178,7 +171,7 @@ def _stats_of_block(
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _with_k(targets: Tensor, rows: torch.Size) -> Tensor:
@@ -247,12 +240,12 @@ def _row_gradients(
     alive = (row_max != -torch.inf).reshape(-1, 1)
 
     def of_rows(x: Tensor) -> Tensor:
-        return torch.where(alive, x.to(parts.dtype).reshape(alive.shape[0], -1), 0.0)
+        return torch.where(alive, x, 0.0)
 
     slope_p = parts.new_zeros(alive.shape)
     picked = index = None
     if grad_logsumexp is not None:
-        slope_p += of_rows(grad_logsumexp)
+        slope_p += of_rows(grad_logsumexp.to(parts.dtype).reshape(-1, 1))
     if grad_logprobs is not None:
         assert targets is not None
         index, valid = (_flat(x) for x in _valid_targets(_with_k(targets, row_max.shape), columns, mask))
@@ -261,7 +254,9 @@ def _row_gradients(
     if grad_entropy is None:
         return _RowGradients(slope_p, None, None, picked, index)
     assert entropy is not None
-    return _RowGradients(slope_p, -of_rows(grad_entropy), entropy.reshape(-1, 1), picked, index)
+    return _RowGradients(
+        slope_p, -of_rows(grad_entropy.to(parts.dtype).reshape(-1, 1)), entropy.reshape(-1, 1), picked, index
+    )
 
 
 def token_stats_backward_into(
@@ -288,7 +283,7 @@ def token_stats_backward_into(
     given = _row_gradients(grad_logprobs, grad_entropy, grad_logsumexp, targets, mask, entropy, parts, x.shape[-1])
     flat_parts = parts.reshape(-1, 2)
     dropped = None if mask is None else ~mask.reshape(-1, 1)
-    temperatures = temperature if row_temperature is None else row_temperature.reshape(-1)
+    temperatures = flat_temperature(row_temperature, temperature)
     buffers = Buffers()
     for (rows, block), (_, target) in zip(row_blocks(x), row_blocks(out), strict=True):
         t = temperatures[rows] if isinstance(temperatures, Tensor) else temperatures
