@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gae, ppo_advantages and whitening: the definition. The mathematics is in `rlhf_fast/ops/gae.py`."""
+"""gae, ppo_advantages and whitening. The mathematics is in `rlhf_fast/ops/gae.py`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,29 +36,74 @@ def gae(
         )  # fmt: skip
     real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     r, v = (torch.where(real, x.to(dtype), 0.0) for x in (rewards, values))
+    ends, following = _following(v, real, dones, truncated, bootstrap_values, carry)
+    deltas = r.add_(following, alpha=gamma).sub_(v)
+    skipped = ~real if carry else None
+    advantages = _discounted(deltas, real, skipped, ends, gamma * (lam if row_lam is None else row_lam.to(dtype)))
+    if row_value_lam is row_lam and value_lam == lam:
+        return advantages, v.add_(advantages)
+    value_decay = gamma * (value_lam if row_value_lam is None else row_value_lam.to(dtype))
+    return advantages, v.add_(_discounted(deltas, real, skipped, ends, value_decay))
+
+
+def _following(
+    v: Tensor,  # (B, T), 0 at masked tokens
+    real: Tensor,
+    dones: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap_values: Tensor | None,
+    carry: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Where an episode ends (None: nowhere), and the value that follows each token."""
+    width = v.shape[1]
+    if carry:  # of the next real token: the values of the real ones side by side, then as many on as are real so far
+        so_far = real.cumsum(1)
+        side_by_side = v.new_zeros(v.shape[0], width + 1).scatter_(1, torch.where(real, so_far - 1, width), v)
+        following = side_by_side.gather(1, so_far)
+    else:
+        following = torch.zeros_like(v)
+        following[:, :-1] = v[:, 1:]
+    if dones is None and truncated is None:
+        return None, following
     done = torch.zeros_like(real) if dones is None else dones & real
     is_truncated = torch.zeros_like(real) if truncated is None else truncated & real & ~done
-    boot = r if bootstrap_values is None else torch.where(is_truncated, bootstrap_values.to(dtype), 0.0)
-    lam_rows = lam if row_lam is None else row_lam.to(dtype)
-    value_lam_rows = value_lam if row_value_lam is None else row_value_lam.to(dtype)
+    ends = done | is_truncated
+    following.masked_fill_(ends, 0)
+    if bootstrap_values is not None:
+        following = torch.where(is_truncated, bootstrap_values.to(v.dtype), following)
+    return ends, following
 
-    advantages, value_advantages = torch.zeros_like(r), torch.zeros_like(r)
-    next_value = running = value_running = r.new_zeros(r.shape[0])
-    for t in range(r.shape[1] - 1, -1, -1):
-        goes_on = ~(done[:, t] | is_truncated[:, t])
-        following = torch.where(goes_on, next_value, torch.where(is_truncated[:, t], boot[:, t], 0.0))
-        delta = r[:, t] + gamma * following - v[:, t]
-        a = delta + gamma * lam_rows * torch.where(goes_on, running, 0.0)
-        b = delta + gamma * value_lam_rows * torch.where(goes_on, value_running, 0.0)
-        advantages[:, t] = torch.where(real[:, t], a, 0.0)
-        value_advantages[:, t] = torch.where(real[:, t], b, 0.0)
-        if carry:
-            running = torch.where(real[:, t], a, running)
-            value_running = torch.where(real[:, t], b, value_running)
-            next_value = torch.where(real[:, t], v[:, t], next_value)
+
+def _discounted(
+    deltas: Tensor,  # (B, T)
+    real: Tensor,
+    skipped: Tensor | None,
+    ends: Tensor | None,
+    decay: float | Tensor,  # (B,) where given per row
+) -> Tensor:
+    """a_t = delta_t + decay a_(t + 1); skipped tokens hand a on, episodes that end start anew, masked tokens give 0.
+
+    One fused operator a token, on contiguous columns.
+    """
+    a = deltas.t().clone(memory_format=torch.contiguous_format)  # (T, B); written over, from the last token on
+    if skipped is None:
+        factors: Any = [decay] * a.shape[0]
+    else:
+        a.masked_fill_(skipped.t(), 0)
+        columns = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=a.dtype, device=a.device)
+        factors = torch.where(skipped.t(), 1.0, columns.expand(a.shape)).unbind(0)
+    over = None if ends is None else ends.t().contiguous().unbind(0)
+    running = a.new_zeros(a.shape[1])
+    for t in range(a.shape[0] - 1, -1, -1):
+        if over is not None:
+            running = running.masked_fill(over[t], 0)
+        now = a[t]
+        if isinstance(factors[t], Tensor):
+            now.addcmul_(factors[t], running)
         else:
-            running, value_running, next_value = a, b, v[:, t]
-    return advantages, value_advantages + v
+            now.add_(running, alpha=factors[t])
+        running = now
+    return a.t().masked_fill(~real, 0).contiguous()
 
 
 def _gae_packed(
@@ -67,32 +114,25 @@ def _gae_packed(
     truncated: Tensor | None,
     bootstrap_values: Tensor | None,
     cu_seqlens: Tensor,
-    row_lam: Tensor | None,
-    row_value_lam: Tensor | None,
-    gamma: float,
-    lam: float,
-    value_lam: float,
-    carry: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Every packed sequence is a batch of one row."""
-    dtype = accumulate_dtype(rewards.dtype)
-    advantages = torch.zeros(rewards.shape, dtype=dtype, device=rewards.device)
-    returns = torch.zeros_like(advantages)
-    bounds = cu_seqlens.tolist()
-    for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    """Every packed sequence is a row, and masked where it is shorter than the longest."""
+    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    longest = int(lengths.max()) if lengths.numel() > 0 else 0
+    if longest == 0:
+        empty = torch.zeros(rewards.shape, dtype=accumulate_dtype(rewards.dtype), device=rewards.device)
+        return empty, empty.clone()
+    steps = torch.arange(longest, device=rewards.device)
+    inside = steps < lengths.unsqueeze(-1)  # (S, longest)
+    index = torch.where(inside, starts.unsqueeze(-1) + steps, 0)
 
-        def of_row(x: Tensor | None, s: int = s) -> Tensor | None:
-            return None if x is None else x[s : s + 1]
+    def padded(x: Any) -> Any:
+        return None if x is None else x[index]
 
-        def of_tokens(x: Tensor | None, start: int = start, end: int = end) -> Tensor | None:
-            return None if x is None else x[start:end].unsqueeze(0)
-
-        flags = [of_tokens(x) for x in (mask, dones, truncated, bootstrap_values)]
-        a, ret = gae(
-            rewards[None, start:end], values[None, start:end], flags[0], flags[1], flags[2], flags[3], None,
-            of_row(row_lam), of_row(row_value_lam), gamma, lam, value_lam, carry,
-        )  # fmt: skip
-        advantages[start:end], returns[start:end] = a[0], ret[0]
+    flags = padded(dones), padded(truncated), padded(bootstrap_values)
+    real = inside if mask is None else inside & padded(mask)
+    of_rows = gae(padded(rewards), padded(values), real, *flags, None, *options)
+    advantages, returns = (x[inside] for x in of_rows)
     return advantages, returns
 
 
