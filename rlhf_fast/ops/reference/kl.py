@@ -269,15 +269,26 @@ def token_kl_and_grad(
     return kl, token_kl_backward(grad_kl, *pair, parts, *options, True, False)[0]  # type: ignore[call-arg]
 
 
-def _estimate(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
-    """Value and derivative of a KL estimator in d = logprobs - ref_logprobs."""
+def _estimate(d: Tensor, estimator: int) -> Tensor:
+    """A KL estimator in d = logprobs - ref_logprobs; may be d itself."""
     if estimator == codes.K1:
-        return d, torch.ones_like(d)
+        return d
     if estimator == codes.K2:
-        return 0.5 * d * d, d
+        return (0.5 * d).mul_(d)
     if estimator == codes.K3:
-        return torch.expm1(-d) + d, -torch.expm1(-d)
-    return d.abs(), torch.sign(d)
+        return d.neg().expm1_().add_(d)
+    return d.abs()
+
+
+def _estimate_slope(d: Tensor, estimator: int) -> Tensor | None:
+    """Its derivative in d; None for 1."""
+    if estimator == codes.K1:
+        return None
+    if estimator == codes.K2:
+        return d
+    if estimator == codes.K3:
+        return d.neg().expm1_().neg_()
+    return torch.sign(d)
 
 
 def approx_kl(
@@ -290,10 +301,11 @@ def approx_kl(
     clamp: float,
 ) -> Tensor:
     dtype = accumulate_dtype(logprobs.dtype)
-    value, _ = _estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator)
-    value = value.clamp(-clamp, clamp)
+    value = _estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator)
+    if clamp < torch.inf:
+        value = value.clamp_(-clamp, clamp)
     if importance_ratio is not None:
-        value = value * importance_ratio.to(dtype)
+        value = value.mul_(importance_ratio.to(dtype))
     return zero_where_masked(value, mask).contiguous()
 
 
@@ -310,11 +322,13 @@ def approx_kl_backward(
     """Gradients in logprobs (that in ref_logprobs is its negative) and in the importance ratio."""
     dtype = accumulate_dtype(logprobs.dtype)
     d = logprobs.to(dtype) - ref_logprobs.to(dtype)
-    value, slope = _estimate(d, estimator)
-    if gradient == codes.STRAIGHT_THROUGH:
-        slope = d
+    slope = d if gradient == codes.STRAIGHT_THROUGH else _estimate_slope(d, estimator)
     grad_ratio = logprobs.new_empty(0, dtype=dtype)
-    if importance_ratio is not None:
-        slope = slope * importance_ratio.to(dtype)
-        grad_ratio = zero_where_masked(grad_kl * value.clamp(-clamp, clamp), mask).contiguous()
-    return zero_where_masked(grad_kl * slope, mask).contiguous(), grad_ratio
+    if importance_ratio is None:
+        grad = grad_kl.clone() if slope is None else grad_kl * slope
+    else:
+        ratio = importance_ratio.to(dtype)
+        grad = grad_kl * (ratio if slope is None else ratio * slope)
+        value = _estimate(d, estimator).clamp(-clamp, clamp)
+        grad_ratio = zero_where_masked(grad_kl * value, mask).contiguous()
+    return zero_where_masked(grad, mask).contiguous(), grad_ratio
