@@ -221,6 +221,22 @@ def test_a_model_of_unknown_arithmetic_is_refused_by_name() -> None:
             call()
 
 
+def test_a_hook_hung_on_the_head_later_is_seen() -> None:
+    model = tiny("llama")
+    rf.hf.token_logprobs(model, *batch("left"))
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(ValueError, match=r"^rlhf_fast\.hf: LlamaForCausalLM makes its logits .* not known here"):
+        rf.hf.token_logprobs(model, *batch("left"))
+    handle.remove()
+    rf.hf.token_logprobs(model, *batch("left"))
+
+
+def test_what_is_no_causal_language_model_is_named() -> None:
+    for model in (None, torch.nn.Linear(2, 3)):
+        with pytest.raises(TypeError, match=rf"^rlhf_fast\.hf: {type(model).__name__} .* causal language model"):
+            rf.hf.token_logprobs(model, *batch("left"))
+
+
 def test_the_comparison_is_made_once_and_leaves_no_trace() -> None:
     model = tiny("llama").train()
     model.model.layers[0].eval()
@@ -248,6 +264,7 @@ def test_wrong_inputs_are_named() -> None:
     ids, attended = batch("left")
     for error, arguments in [
         (TypeError, (ids.tolist(),)), (TypeError, (ids.float(),)), (ValueError, (ids[0],)), (TypeError, (None,)),
+        (ValueError, (ids[:0],)), (ValueError, (ids[:, :0],)),
         (TypeError, (ids, attended.tolist())), (ValueError, (ids, attended[:, 1:])),
     ]:  # fmt: skip
         with pytest.raises(error, match=r"^rlhf_fast\.hf\.token_stats: (input_ids|attention_mask) must "):

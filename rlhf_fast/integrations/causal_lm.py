@@ -128,7 +128,10 @@ def check_model(model: Any) -> None:
             "before the text; use the model's own logits with rlhf_fast.token_logprobs"
         )
     head = language_model_head(inner)
-    kind = (type(_head_layer(inner)), head.lora is not None, head.logit_scale, head.softcap, head.weight.dtype)
+    kind = (
+        *_hooks(_head_layer(inner)), *_hooks(inner), head.lora is not None, head.logit_scale, head.softcap,
+        head.weight.dtype,
+    )  # fmt: skip
     if kind in _checked.get(inner, ()):
         return
     name = type(without_adapter_wrapper(inner)).__name__
@@ -147,6 +150,11 @@ def check_model(model: Any) -> None:
             "with rlhf_fast.token_logprobs"
         )
     _checked.setdefault(inner, set()).add(kind)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    """What may change a module's output beside its weights: its class and what was hung on it."""
+    return type(module), "forward" in vars(module), (*module._forward_pre_hooks,), (*module._forward_hooks,)
 
 
 def _logits_taken_apart(inner: Any, ids: Tensor) -> Tensor:
@@ -206,6 +214,8 @@ def _wanted(op: str, input_ids: Tensor, attention_mask: Tensor | None, mask: Ten
         raise TypeError(f"rlhf_fast.{op}: input_ids must be an int64 or int32 tensor, got {came}")
     if input_ids.dim() != 2:
         raise ValueError(f"rlhf_fast.{op}: input_ids must be (B, T), got {tuple(input_ids.shape)}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"rlhf_fast.{op}: input_ids must hold at least one token, got {tuple(input_ids.shape)}")
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor):
             raise TypeError(f"rlhf_fast.{op}: attention_mask must be a tensor, got {type(attention_mask).__name__}")

@@ -48,7 +48,8 @@ def language_model_head(model: Any) -> LanguageModelHead:
             is not a plain LoRA.
     """
     model = without_adapter_wrapper(model)
-    name, layer = type(model).__name__, model.get_output_embeddings()
+    name = type(model).__name__
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None:
         raise TypeError(f"rlhf_fast.hf: {name} has no output embeddings, so it is no causal language model")
     layer = _without_saved_copy(layer)
