@@ -68,7 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     quiet()
     try:
-        return _command(arguments[0], arguments[1:])
+        code = _command(arguments[0], arguments[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads the output has closed it, as `| head` does; Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except (UserError, Interrupted) as error:
         if first_to_fail():
             print(f"rlhf-fast {arguments[0]}: {printable(error)}", file=sys.stderr, flush=True)

@@ -181,3 +181,13 @@ def test_chat_answers_with_the_result_of_a_run(
     assert lines[0].endswith("an empty line quits") and len(lines) == 4
     assert len(lines[1].removeprefix("> ").split()) <= 5
     assert cli.main(["chat", str(tmp_path / "run"), "--temperature", "0"]) == 2
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As in `rlhf-fast ppo --help | head`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "rlhf_fast", "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 1
