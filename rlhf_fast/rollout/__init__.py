@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What samples completions from a model and measures them: the interface, the built-in sampler, evaluation."""
+"""Sampling completions from a model: the interface, the built-in sampler, engines, evaluation."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in sampler: completions from softmax(logits / temperature), whole or cut to the likeliest tokens.
+"""The built-in sampler: completions from softmax(logits / temperature), with top-k, top-p and min-p.
 
-A loop of our own around the model's forward and its KV cache, because what costs time is known here: each prompt is
-read once and its cache is shared out to its samples, the head runs at the last position only, rows that have ended
-leave the batch, the cache grows in place, and on a CPU the weights are put in oneDNN's order once.
+A loop of our own around the model's forward and its KV cache, because it saves time: each prompt is read once and its
+cache is copied to its samples, the head runs at the last position only, finished rows leave the batch, the cache grows
+in place, and on a CPU the weights are packed into oneDNN's layout once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .distribution import draw
 from .packed_weights import Linear, packed_weights
 from .rollout import Completions, Rollout, SamplingParams, assemble
 
-WORTH_PACKING = 8  # tokens a row: copying the weights costs as much as two or three steps
-STILL_GROWING = 0.75  # share of the rows below which those that have ended are taken out, which copies the cache
+WORTH_PACKING = 8  # tokens per row: packing the weights takes as long as two or three steps
+STILL_GROWING = 0.75  # remove finished rows when the others are at most this share; removing copies the cache
 
 
 def generate(
@@ -47,7 +47,7 @@ def generate(
     numbers to two models. Without a seed one is drawn from torch's global generator.
 
     Raises:
-        UserError: the model's cache does not do what its forward over whole rows does.
+        UserError: the model gives other hidden states with its cache than without.
     """
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     total = (total_prompts or first_prompt + len(prompts)) * samples_per_prompt
@@ -79,14 +79,14 @@ def generate(
 
 
 def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a completion: those of the model's generation config, the tokenizer's EOS, the template's."""
+    """Ids that end a completion: EOS of the model's generation config, of the tokenizer and of the chat template."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return sorted({int(i) for i in [*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)] if i is not None})
 
 
 def _waves(prompts: list[list[int]], size: int, padded: bool) -> list[list[int]]:
-    """Numbers of the prompts that are read together: at most `size`, and of one length unless they may be `padded`."""
+    """Indices of the prompts that are read together: at most `size`, and of one length unless they may be `padded`."""
     groups: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         groups.setdefault(0 if padded else len(prompt), []).append(number)
@@ -94,14 +94,14 @@ def _waves(prompts: list[list[int]], size: int, padded: bool) -> list[list[int]]
 
 
 class RandomNumbers(NamedTuple):
-    """One random number a row and step, the same for a row whichever rank and wave it is in."""
+    """One random number per row and step; a row's do not depend on its rank or wave."""
 
     generator: torch.Generator
     total: int  # rows of all ranks
-    own: Tensor  # (B,) the numbers of these rows among all
+    own: Tensor  # (B,) indices of these rows among all
 
     def next(self) -> Tensor:
-        """(B,) float64 in [0, 1) of these rows."""
+        """(B,) float64 in [0, 1), the next number of each row."""
         return torch.rand(self.total, generator=self.generator, dtype=torch.float64)[self.own]
 
 
@@ -109,7 +109,7 @@ class Ends:
     """Where a completion ends: at an id, or where its text holds a stop string; neither before `min_new_tokens`."""
 
     def __init__(self, ids: list[int], params: SamplingParams, tokenizer: Any) -> None:
-        """`ids` end a completion."""
+        """`ids` are the tokens that end a completion."""
         self.ids, self.stop, self.least, self.tokenizer = ids, params.stop, params.min_new_tokens, tokenizer
         self.tail = 16 + 4 * max(map(len, self.stop), default=0)  # tokens that may hold a stop string
 
@@ -118,26 +118,26 @@ class Ends:
         return self.ids if step < self.least else []
 
     def reached(self, sampled: Tensor) -> Tensor:
-        """(B,) bool of completions so far (B, n)."""
-        found = torch.isin(sampled[:, -1], torch.tensor(self.ids, device=sampled.device))
+        """(B,) bool: which of the completions so far (B, n) have ended."""
+        ended = torch.isin(sampled[:, -1], torch.tensor(self.ids, device=sampled.device))
         if self.stop and sampled.shape[1] >= self.least:
             tails = sampled[:, -self.tail :].tolist()
             texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
-            held = [any(stop in text for stop in self.stop) for text in texts]
-            found |= torch.tensor(held, device=sampled.device)
-        return found
+            stopped = [any(stop in text for stop in self.stop) for text in texts]
+            ended |= torch.tensor(stopped, device=sampled.device)
+        return ended
 
 
 def _sample(
     decoder: Decoder, logits: Callable[[Tensor], Tensor], params: SamplingParams, numbers: RandomNumbers, ends: Ends
 ) -> Completions:
-    """Sample a wave of rows whose prompts `decoder` has read."""
+    """Sample completions of the rows in `decoder`, which has read their prompts."""
     device, count = decoder.hidden.device, len(decoder.hidden)
     tokens = torch.full((count, params.max_new_tokens), -1, device=device)
     lengths = torch.full((count,), params.max_new_tokens, device=device)
     ended = torch.zeros(count, dtype=torch.bool, device=device)
-    rows = torch.arange(count, device=device)  # of those in the decoder, in order
-    places, supports = [], []  # flat places in `tokens`, and what was kept there
+    rows = torch.arange(count, device=device)  # rows in the decoder, in order
+    places, supports = [], []  # flat indices into `tokens`, and the supports there
     for step in range(params.max_new_tokens):
         uniform = numbers.next().to(device)[rows]
         drawn, support = draw(logits(decoder.hidden), uniform, params, ends.forbidden(step))
@@ -155,7 +155,7 @@ def _sample(
             decoder.keep(growing)
         decoder.step(drawn)
     support = None
-    if supports:  # from steps to rows, without what was drawn after a row's end
+    if supports:  # sort from step-major to row-major order, without tokens after a row's end
         place = torch.cat(places)
         order = place.argsort()
         within = place[order] % params.max_new_tokens < lengths[place[order] // params.max_new_tokens]
@@ -164,7 +164,7 @@ def _sample(
 
 
 def _logits(linear: Linear, head: LanguageModelHead, hidden: Tensor) -> Tensor:
-    """(N, V) float32, with the scale and cap of the model."""
+    """(N, V) float32 logits, with the model's scale and softcap."""
     logits = linear(hidden)
     if head.lora is not None:
         a, b, scale = head.lora

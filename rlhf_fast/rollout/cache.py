@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A key-value cache that grows in place: transformers' own is copied, whole, for every token."""
+"""A key-value cache that grows in place; transformers' own is copied in full for every token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep these rows, in this order; one may come several times."""
+        """Select these rows, in this order; a row may be repeated."""
         length = self.keys.shape[-2]
         self.buffers = [_with_room(x.index_select(0, beam_idx), 1) for x in (self.keys, self.values)]
         self._show(length)
@@ -56,7 +56,7 @@ def _with_room(states: Tensor, more: int) -> Tensor:
 def take_rows(cache: Any, index: Tensor) -> None:
     """Keep the rows `index` of transformers' cache, in that order; plain attention layers grow in place from now on.
 
-    Whatever else a layer keeps (sliding windows, states of convolutions and recurrences) is left to its own class.
+    Other layers (sliding windows, convolution and recurrence states) keep their own class.
     """
     for place, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.get_seq_length() > 0:

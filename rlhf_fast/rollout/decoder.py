@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model that reads prompts once and then a token a row and step; and whether a model can do so at all."""
+"""Decoding with a cache: read prompts once, then one token per row and step; and a test that a model supports it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.attention import choose_attention
 from rlhf_fast.models.heads import check_head, position_ids
 
-CACHES = ("past_key_values", "cache_params")  # what trunks of transformers call it
+CACHES = ("past_key_values", "cache_params")  # its names in transformers' trunks
 
 
 class Decoder:
@@ -52,7 +52,7 @@ class Decoder:
         return self.hidden
 
     def keep(self, index: Tensor) -> None:
-        """Keep the rows `index`, in that order; one may come several times."""
+        """Select the rows `index`, in that order; a row may be repeated."""
         self.take_rows(self.cache, index)
         self.hidden = self.hidden[index]
         self.mask = None if self.mask is None else self.mask[index]
@@ -62,23 +62,23 @@ class Decoder:
         return name in inspect.signature(self.trunk.forward).parameters
 
     def _columns(self, start: int, stop: int) -> dict[str, Tensor]:
-        """What the trunk must be told of the tokens of these columns: nothing, where no row has pads."""
-        told = {} if self.mask is None else {"attention_mask": self.mask[:, :stop]}
-        return told if self.positions is None else {**told, "position_ids": self.positions[:, start:stop]}
+        """The trunk's mask and position arguments for these columns; empty if no row has pads."""
+        arguments = {} if self.mask is None else {"attention_mask": self.mask[:, :stop]}
+        return arguments if self.positions is None else {**arguments, "position_ids": self.positions[:, start:stop]}
 
 
 _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def reads_padded_prompts(model: Any) -> bool:
-    """Whether prompts of different lengths may be read together, padded on the left; tried once, on a few tokens.
+    """Whether prompts of different lengths can be read together, padded on the left; tested once, on a few tokens.
 
     Raises:
-        UserError: the model cannot be sampled from: what it gives token by token, with its cache, is not what it gives
-            for the whole rows.
+        UserError: the model cannot be sampled from: its hidden states token by token, with its cache, differ from those
+            of one pass over the sequence.
     """
     if model not in _known:
-        _known[model] = _tried(model)
+        _known[model] = _test_cache(model)
     return _known[model]
 
 
@@ -90,47 +90,49 @@ def _tokens(model: Any, count: int, start: int = 1009) -> list[int]:
 
 
 @torch.no_grad()
-def _tried(model: Any) -> bool:
+def _test_cache(model: Any) -> bool:
     long, short = _tokens(model, 7), _tokens(model, 4, start=313)
     try:
         check_head(model, torch.tensor([long], device=model.device))
-        alone = max(_gap(model, [long]), _gap(model, [short]))
+        unpadded = max(_gap(model, [long]), _gap(model, [short]))
     except UserError:
         raise
-    except Exception as error:  # of any model there is
+    except Exception as error:  # any model's own error
         raise UserError(f"{type(model).__name__} cannot be sampled from: {type(error).__name__}: {error}") from error
-    # A cache that is wrong for a third of the tokens is off by more; bfloat16 sends a few tokens to other experts.
+    # A cache that is wrong for a third of the tokens exceeds this; bfloat16 alone moves a few tokens to other experts.
     bound = 3e-3 if model.dtype == torch.float32 else 0.15
-    if not alone < bound:
+    if not unpadded < bound:
         raise UserError(
-            f"{type(model).__name__} cannot be sampled from: hidden states by its cache are {alone:.1g} (relative) off "
-            "from those of whole rows. Use a model whose cache transformers supports"
+            f"{type(model).__name__} cannot be sampled from: hidden states with its cache are {unpadded:.1g} "
+            "(relative) off from those without it. Use a model whose cache transformers supports"
         )
     try:
         return _gap(model, [long, short]) < bound
-    except Exception:  # then one length at a time
+    except Exception:  # fall back to one length at a time
         return False
 
 
 def _gap(model: Any, prompts: list[list[int]]) -> float:
-    """How far hidden states by the cache are from those of whole rows: two samples a prompt, of which the first of all
-    leaves after a token. The larger of the means over each prompt's rows."""
+    """Relative error of hidden states with the cache against those without: the largest mean over a prompt's rows.
+
+    Two samples per prompt, of which the very first is removed after one token.
+    """
     choose_attention(model)
     rows = [list(p) for p in prompts for _ in range(2)]
     decoder = Decoder(model, prompts, pad_id=_tokens(model, 1, start=77)[0], samples=2, room=4)
     errors: list[list[Tensor]] = [[] for _ in prompts]
-    left = list(range(len(rows)))
+    remaining = list(range(len(rows)))
     for step in range(4):
-        for place, row in enumerate(left):
+        for place, row in enumerate(remaining):
             ids = torch.tensor([rows[row]], device=model.device)
-            whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
-            errors[row // 2].append((decoder.hidden[place].float() - whole).norm() / whole.norm())
+            uncached = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1].float()
+            errors[row // 2].append((decoder.hidden[place].float() - uncached).norm() / uncached.norm())
         if step == 1:
-            left = left[1:]
+            remaining = remaining[1:]
             decoder.keep(torch.arange(1, len(rows), device=model.device))
         if step < 3:
-            tokens = _tokens(model, len(left), start=2003 + 31 * step)
-            for row, token in zip(left, tokens, strict=True):
+            tokens = _tokens(model, len(remaining), start=2003 + 31 * step)
+            for row, token in zip(remaining, tokens, strict=True):
                 rows[row].append(token)
             decoder.step(torch.tensor(tokens, device=model.device))
     return max(float(torch.stack(each).mean()) for each in errors)

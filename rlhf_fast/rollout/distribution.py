@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawing tokens from softmax(logits / temperature), whole or over the ids that min-p, top-k and top-p keep."""
+"""Drawing tokens from softmax(logits / temperature), over all ids or those that min-p, top-k and top-p keep."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from rlhf_fast.models.batches import Support
 from .rollout import SamplingParams
 
 BLOCK = 256  # ids whose probabilities are summed first
-FIRST_LOOK = 1024  # sorting a whole vocabulary is slow, and top-p rarely keeps more than this
+FIRST_LOOK = 1024  # ids sorted first: sorting the vocabulary is slow, and top-p rarely keeps more
 
 
 def draw(
     logits: Tensor, uniform: Tensor, params: SamplingParams, forbidden: list[int] | None = None
 ) -> tuple[Tensor, Support | None]:
-    """(N,) ids drawn from logits (N, V), by inverting the distribution function at `uniform` (N,) in [0, 1); and the
-    ids that each row could draw, if some were left out. `forbidden` ids are left out before any others."""
+    """(N,) ids drawn from logits (N, V) by inverting the CDF at `uniform` (N,) in [0, 1), and their `Support`.
+
+    The support is None without top-k, top-p and min-p. `forbidden` ids are removed first.
+    """
     if forbidden:
         logits = logits.index_fill(1, torch.tensor(forbidden, device=logits.device), -torch.inf)
     probabilities = (logits / params.temperature).softmax(-1)
@@ -31,10 +33,10 @@ def draw(
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """(N,) the first column of weights (N, V) >= 0 up to which they sum to more than `uniform` of their total.
+    """(N,) the first column of weights (N, V) >= 0 at which the cumulative sum exceeds `uniform` of the total.
 
-    Sums are float64, since float32 sums of 50 000 terms would favour the ids at the end: of blocks first, then within
-    the one block that matters. A column of weight 0 is never found, whatever the rounding.
+    Sums are float64, since float32 sums of 50 000 terms would favour the last ids: first over blocks, then within the
+    selected block. A column of weight 0 is never returned, whatever the rounding.
     """
     blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, V / BLOCK)
@@ -46,8 +48,10 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _first_above(sums: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 1) the first column of ascending `sums` (N, K) above `point` (N, 1), which is moved below the last if need
-    be; and that point."""
+    """(N, 1) the first column of ascending `sums` (N, K) above `point` (N, 1), and the point.
+
+    A point at or above the last sum is moved just below it.
+    """
     point = torch.minimum(point, sums[:, -1:].nextafter(sums.new_zeros(())))
     return torch.searchsorted(sums, point.contiguous(), right=True).clamp_(max=sums.shape[1] - 1), point
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling by an inference engine: it gets the policy's weights, samples, and says what it sampled from."""
+"""Sampling by an inference engine: it loads the policy's weights, samples, and returns log-probs and supports."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from .rollout import Completions, Rollout, SamplingParams, assemble
 
 
 class EngineError(UserError):
-    """An engine that is gone, hangs or answers what it should not; the message names it and what to do."""
+    """An engine is gone, hangs or gives a wrong answer; the message names it and what to do."""
 
 
 class Completion(NamedTuple):
     """One sampled completion."""
 
-    tokens: list[int]  # the end included
+    tokens: list[int]  # including the token that ended it
     logprobs: list[float]  # of the tokens, under the distribution they were drawn from
     kept: list[list[int]] | None  # the ids that could be drawn for each token; None = all
-    ended: bool  # by an end, not by the limit
+    ended: bool  # by an end token or stop string, not by the limit
     weight_version: int  # the `load` whose weights it was sampled with
 
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is to sample: `samples` completions of each prompt, sample k with the random seed + k."""
+    """A request to an engine: `samples` completions of each prompt, sample k with seed + k."""
 
     prompts: Sequence[list[int]]
     seeds: Sequence[int]
@@ -46,28 +46,28 @@ class Request:
 
 
 class Engine(Protocol):
-    """An inference engine, in this process or a server. Every call raises EngineError where it cannot do its work."""
+    """An inference engine, in this process or a server. Every call raises EngineError if it fails."""
 
     def load(self, weights: dict[str, Tensor], version: int) -> None:
-        """Take these weights for all that is sampled from now on, and forget all that the old ones computed."""
+        """Sample with these weights from now on, and drop all caches of the old ones."""
 
     def complete(self, request: Request) -> list[list[Completion]]:
         """The completions of each prompt."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the engine."""
 
 
 class EngineSampler:
-    """A `Sampler` by an engine, which gets the policy's weights before it samples if they have changed since.
+    """A `Sampler` that uses an engine, and sends it the policy's weights before sampling if they have changed.
 
-    `Rollout.logprobs` are the engine's. They are its rounding away from the trainer's, which are the ones to learn by.
+    `Rollout.logprobs` are the engine's. They differ by rounding from the trainer's, which the losses use.
     """
 
-    needs_all_ranks = True  # at every call: the first rank sends the weights of all
+    needs_all_ranks = True  # at every call: the first rank sends the gathered weights
 
     def __init__(self, engine: Engine) -> None:
-        """Nothing is sent yet."""
+        """Wrap `engine`; weights are sent at the first call."""
         self.engine = engine
         self.version = 0
         self._sent: list[int] = []
@@ -87,14 +87,14 @@ class EngineSampler:
         """Sample; see `Sampler`. The same seed gives the same samples whatever the number of ranks and servers."""
         self.sync(model)
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        # An engine draws sample k of a prompt with the prompt's seed + k, so prompts need seeds that far apart.
+        # An engine draws sample k of a prompt with the prompt's seed + k, so seeds are samples_per_prompt apart.
         base = int(torch.randint(2**48, (), generator=generator))
         seeds = [base + (first_prompt + i) * samples_per_prompt for i in range(len(prompts))]
         ends = end_ids(model, tokenizer)
-        found = ranks().all_or_none(
+        groups = ranks().all_or_none(
             lambda: self.engine.complete(Request(prompts, seeds, samples_per_prompt, params, ends))
         )
-        completions = [one for group in found for one in group]
+        completions = [one for group in groups for one in group]
         stale = {one.weight_version for one in completions} - {self.version}
         if stale:
             raise EngineError(
@@ -104,9 +104,9 @@ class EngineSampler:
         return assemble(tokenizer, prompts, _as_tensors(completions), params.stop).to(model.device)
 
     def sync(self, model: Any) -> None:
-        """Send the weights if they are others than the engine has. All ranks take part, the first one sends."""
+        """Send the weights if they differ from the engine's. All ranks must call this; the first one sends."""
         now = _digest(model)
-        if not ranks().any(now != self._sent):  # a sharded weight may have changed in another rank's part
+        if not ranks().any(now != self._sent):  # a sharded weight may have changed on another rank only
             return
         self.version += 1
         with unsharded(model):
@@ -116,8 +116,7 @@ class EngineSampler:
 
 @torch.no_grad()
 def _digest(model: Any) -> list[int]:
-    """One number of all bits of each weight, of a sharded one of this rank's part. Torch's counters of writes do not
-    see those of fused optimizers."""
+    """A hash of each weight (of this rank's shard if it is sharded). Torch's version counters miss fused optimizers."""
     parts = [getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters()]
     return [int(torch.hash_tensor(part).item()) if part.numel() else 0 for part in parts]
 

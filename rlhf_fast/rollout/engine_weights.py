@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weights of a policy under the names that a checkpoint of transformers has, for an engine to load."""
+"""The weights of a policy under the names of a transformers checkpoint, for an engine to load."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def policy_weights(model: Any) -> dict[str, Tensor]:
-    """Name -> weight: adapters added to what they adapt, NF4 as numbers, the head always, tied or not.
+    """Name -> weight: adapters merged, NF4 dequantised, the head always included, tied or not.
 
     A tied head is sent because an engine may have its own copy of it, in its kernels' order: with new embeddings and
     the old head it would sample from another policy. Call it where all weights are (`models.fsdp.unsharded`).
@@ -24,7 +24,7 @@ def policy_weights(model: Any) -> dict[str, Tensor]:
     head = model.get_output_embeddings()
     (name,) = [name for name, module in model.named_modules() if module is head]
     if f"{name}.weight" not in weights:
-        weights[f"{name}.weight"] = head.weight.detach().clone()  # a file must not hold one tensor twice
+        weights[f"{name}.weight"] = head.weight.detach().clone()  # safetensors refuses a tensor twice
     return weights
 
 
@@ -45,7 +45,7 @@ def _merged(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain(weight: Tensor) -> Tensor:
-    """An NF4 weight as numbers; any other as it is."""
+    """An NF4 weight dequantised; any other unchanged."""
     if getattr(weight, "quant_state", None) is None:
         return weight.detach()
     from bitsandbytes.functional import dequantize_4bit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a policy is on held-out prompts: reward, simulated rater, distance from the reference, variety."""
+"""Evaluation of a policy on held-out prompts: reward, simulated rater, KL from the reference, variety."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .builtin import generate
 from .rollout import Rollout, Sampler, SamplingParams
 
 Rater = Callable[[Any, list[str]], list[float]]
-Reference = Callable[[], AbstractContextManager[Any]]  # gives the model that the KL is taken from
+Reference = Callable[[], AbstractContextManager[Any]]  # yields the model that the KL is measured from
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
 
 
@@ -49,14 +49,14 @@ def evaluate(
     size = max(1, SAMPLES_AT_ONCE // samples)
     starts = range(0, len(prompts), size)
     for place in range(ranks().index, -(-len(starts) // ranks().count) * ranks().count, ranks().count):
-        left = place < len(starts)
-        if not left and not is_sharded(policy) and not getattr(sampler, "needs_all_ranks", False):
+        has_work = place < len(starts)
+        if not has_work and not is_sharded(policy) and not getattr(sampler, "needs_all_ranks", False):
             break
-        start = starts[place] if left else 0  # in vain, but the others need this rank's part of the weights
+        start = starts[place] if has_work else 0  # sample anyway: the others need this rank's shards
         part = encoded[start : start + size]
         rollout = sampler(policy, tokenizer, part, params, seed=EVAL_SEED + start, samples_per_prompt=samples)
         measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch_size)
-        if left:
+        if has_work:
             own[start] = measured
     parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
     rows = [row for start in sorted(parts) for row in parts[start]]
@@ -72,7 +72,7 @@ def evaluate(
     return {**figures, **variety([row["completion"] for row in rows])}, rows
 
 
-SAMPLES_AT_ONCE = 128  # bounds the memory of the KV cache
+SAMPLES_AT_ONCE = 128  # limits the memory of the KV cache
 SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", "ended": "ended"}
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far an engine's log-probabilities are from the trainer's, and weights that correct for it.
 
-Both have the same weights, but other kernels and roundings, so samples come from a slightly different distribution than
-the one that learns. With r = p_trainer / p_engine of a token or a sequence:
+Both have the same weights but different kernels and rounding, so samples come from a slightly different distribution
+than the policy's. With r = p_trainer / p_engine of a token or a sequence:
 
     truncate        min(r, cap) of each token. Truncated importance sampling (Yao et al. 2025, "Your efficient RL
                     framework secretly brings you off-policy RL training"), cap 2
     mask            r of each token within [low, high], else 0. IcePop (Ling team 2025, Ring-1T report), [0.5, 5]
-    sequence-mask   r of the whole sequence where it is at most `cap`, else 0 for all its tokens. TRL's default, cap 3
+    sequence-mask   r of the sequence if it is at most `cap`, else 0 for all its tokens. TRL's default, cap 3
 
 The weights multiply the policy's advantages and have no gradient. Limits are applied to log r, before any exp.
 """
@@ -24,8 +24,8 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
 Kind = Literal["none", "truncate", "mask", "sequence-mask"]
-# Mean |difference| in nats above which an engine has other weights, not other roundings. Measured: 6e-6 in float32 and
-# 0.04 in bfloat16 with the same weights, 0.2 at least with the head of the step before.
+# Mean |difference| in nats above which an engine must have different weights: rounding gives less. Measured: 6e-6 in
+# float32 and 0.04 in bfloat16 with the same weights, at least 0.2 with the head of the step before.
 OTHER_WEIGHTS = {torch.float32: 1e-3}
 OTHER_WEIGHTS_16 = 0.15
 
@@ -40,27 +40,27 @@ class Correction(NamedTuple):
 
 
 def weights(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, correction: Correction) -> Tensor:
-    """(B, T) float32, 1 where `mask` is False: what multiplies each token's advantage.
+    """(B, T) float32 weight of each token's advantage; 1 where `mask` is False.
 
-    `logprobs` (B, T) are the trainer's of the policy that sampled, `engine_logprobs` (B, T) those of the engine.
+    `logprobs` (B, T) are the trainer's, under the policy that sampled; `engine_logprobs` (B, T) the engine's.
     """
     if correction.kind == "none":
         return torch.ones_like(logprobs)
-    gap = torch.where(mask, logprobs - engine_logprobs, 0.0).detach().float()  # log r; no NaN of what is not asked for
+    gap = torch.where(mask, logprobs - engine_logprobs, 0.0).detach().float()  # log r; no NaN outside the mask
     if correction.kind == "truncate":
         return gap.clamp(max=math.log(correction.cap)).exp()
     if correction.kind == "mask":
         inside = (gap >= math.log(correction.low)) & (gap <= math.log(correction.high))
         return torch.where(mask & ~inside, 0.0, torch.where(inside, gap, 0.0).exp())
     total = gap.sum(1, keepdim=True)
-    kept = total <= math.log(correction.cap)
-    return torch.where(mask, torch.where(kept, total, -torch.inf).exp(), 1.0)
+    below_cap = total <= math.log(correction.cap)
+    return torch.where(mask, torch.where(below_cap, total, -torch.inf).exp(), 1.0)
 
 
 def mismatch_metrics(
     logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, correction: Correction
 ) -> dict[str, float]:
-    """Of all ranks' tokens, with d = logprobs - engine_logprobs in nats and r = exp(d) (d is limited to 20 before exp):
+    """Statistics over all ranks, with d = logprobs - engine_logprobs in nats and r = exp(d) (d clamped to 20 before):
 
     mean, p99 and max of |d|; k3 = mean(r - 1 - d), an estimate of KL(engine || trainer); the share of tokens whose
     weight is not r; the effective sample size (sum w)^2 / (n sum w^2) as a share of the tokens.
@@ -79,10 +79,10 @@ def mismatch_metrics(
 
 
 def check_engine(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-    """Stop if the engine's log-probabilities are further from the trainer's than rounding in `dtype` can be.
+    """Stop if the engine's log-probabilities differ from the trainer's by more than rounding in `dtype`.
 
     Raises:
-        UserError: the engine samples from another model than the policy.
+        UserError: the engine samples from a different model than the policy.
     """
     total, count = ranks().total([float(((logprobs - engine_logprobs).abs() * mask).sum()), float(mask.sum())])
     mean, most = total / max(count, 1), OTHER_WEIGHTS.get(dtype, OTHER_WEIGHTS_16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in oneDNN's own order while a CPU samples: a matmul of few rows else puts its weight in order each time."""
+"""Weights in oneDNN's packed layout while sampling on a CPU; else a matmul of few rows packs its weight each time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Linear = Callable[[Tensor], Tensor]
 
 @contextmanager
 def packed_weights(model: Any, head: LanguageModelHead, rows: int) -> Iterator[Linear]:
-    """While it lasts the trunk's linear layers multiply by packed copies of their weights; gives the head's linear map.
+    """Within it the trunk's linear layers use packed copies of their weights; yields the head's linear map.
 
     For bfloat16 on a CPU; elsewhere nothing is packed. The products are the same to the bit. Takes the memory of the
     weights once more. `rows` is how many tokens a step reads, for which oneDNN picks the order.

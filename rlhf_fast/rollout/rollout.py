@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling takes and gives, and what anything that samples must be: `generate` of this package, or your own."""
+"""The sampling interface: parameters, result, and the protocol of samplers (`generate`, an engine, or your own)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from rlhf_fast.run.options import SamplingOptions
 class SamplingParams:
     """The distribution that completions are sampled from, softmax(logits / temperature), and where they end.
 
-    Tokens are kept that have at least `min_p` times the probability of the likeliest (0: all), of these the `top_k`
-    likeliest (0: all), of these the fewest that have `top_p` of their probability (1: all). Log-probabilities are taken
-    over what was kept.
+    Kept are the tokens with at least `min_p` times the probability of the likeliest (0: all), of these the `top_k`
+    likeliest (0: all), of these the fewest whose probabilities sum to `top_p` of theirs (1: all). Log-probabilities are
+    over the kept tokens.
     """
 
-    max_new_tokens: int = 64  # the end-of-sequence token included
+    max_new_tokens: int = 64  # including the end-of-sequence token
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    min_new_tokens: int = 0  # no end before
-    stop: tuple[str, ...] = ()  # texts that end a completion; they are left out of `Rollout.texts`, not of the tokens
-    batch_size: int = 0  # completions sampled at once, which bounds the memory of the KV cache; 0: all
+    min_new_tokens: int = 0  # a completion cannot end before
+    stop: tuple[str, ...] = ()  # texts that end a completion; removed from `Rollout.texts`, not from the tokens
+    batch_size: int = 0  # completions sampled at once, which limits the memory of the KV cache; 0: all
 
     def __post_init__(self) -> None:
-        """Raise UserError for what does not go together."""
+        """Raise UserError for values that conflict."""
         if self.min_new_tokens > self.max_new_tokens:
             raise UserError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
         if self.min_new_tokens and not self.truncated:
@@ -47,7 +47,7 @@ class SamplingParams:
 
     @classmethod
     def of(cls, options: SamplingOptions) -> SamplingParams:
-        """Those of a phase's options."""
+        """The parameters in a phase's options."""
         return cls(
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
@@ -71,21 +71,21 @@ class Rollout:
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) bool, True = prompt or completion
-    response_mask: Tensor  # (B, T) bool, True = token of the completion, the EOS that ended it included
+    response_mask: Tensor  # (B, T) bool, True = token of the completion, including the EOS that ended it
     texts: list[str]  # (B,) completions without special tokens
     ended: Tensor  # (B,) bool, True = ended by itself with EOS
     support: Support | None = None  # the ids that top-k and top-p kept for each sampled token; None = all
-    scores: Tensor | None = None  # (B,) of completions that came with a rating
-    logprobs: Tensor | None = None  # (B, T) of the completions' tokens by the engine that sampled them, else 0
-    score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,), of what the scores are made
+    scores: Tensor | None = None  # (B,) if the completions are scored or rated
+    logprobs: Tensor | None = None  # (B, T) the engine's, of the completions' tokens; else 0
+    score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,): the terms of the scores
 
     @property
     def batch(self) -> Batch:
-        """What the models read: `mask` is that of the completions."""
+        """The models' input; its `mask` is that of the completions."""
         return Batch(self.input_ids, self.attention_mask, self.response_mask, self.support)
 
     def rows(self, index: Tensor) -> Rollout:
-        """The rows numbered `index` (n,), padded to the longest of them."""
+        """The rows with the indices `index` (n,), padded to the longest of them."""
         batch = self.batch.rows(index)
         return Rollout(
             input_ids=batch.input_ids,
@@ -109,17 +109,17 @@ class Rollout:
 
     @staticmethod
     def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-        """The rows of all, in order, padded to one width. Either all have support, scores and logprobs or none."""
+        """The rows of all rollouts, in order, padded to one width. All or none must have support, scores, logprobs."""
         width = max(one.input_ids.shape[1] for one in rollouts)
 
         def columns(name: str) -> Tensor:
             return torch.cat([pad(getattr(one, name), (0, width - one.input_ids.shape[1])) for one in rollouts])
 
         def optional(name: str) -> list[Any]:
-            found = [value for one in rollouts if (value := getattr(one, name)) is not None]
-            if found and len(found) != len(rollouts):
-                raise ValueError(f"{len(found)} of {len(rollouts)} rollouts have {name}: they do not go together")
-            return found
+            values = [value for one in rollouts if (value := getattr(one, name)) is not None]
+            if values and len(values) != len(rollouts):
+                raise ValueError(f"{len(values)} of {len(rollouts)} rollouts have {name}: either all or none must")
+            return values
 
         supports, scores = optional("support"), optional("scores")
         return Rollout(
@@ -138,17 +138,17 @@ class Rollout:
 
 
 class Completions(NamedTuple):
-    """What a sampler made of some prompts, before it is put behind them."""
+    """Completions as sampled, not yet joined to their prompts."""
 
     tokens: Tensor  # (B, n) int64
-    lengths: Tensor  # (B,) int64, at least 1: the tokens that count
+    lengths: Tensor  # (B,) int64, at least 1: number of real tokens
     ended: Tensor  # (B,) bool
-    support: Support | None  # of the tokens that count, row by row
-    logprobs: Tensor | None = None  # (B, n) float32, of the tokens, by what sampled them
+    support: Support | None  # of the real tokens, row by row
+    logprobs: Tensor | None = None  # (B, n) float32, the engine's
 
 
 def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions, stop: Sequence[str] = ()) -> Rollout:
-    """Each prompt with its completions (as many for each) side by side, padded on the right; on the CPU."""
+    """A rollout on the CPU: prompt + completion in each row, padded on the right; equally many for each prompt."""
     samples = len(completions.tokens) // len(prompts)
     sampled, counts = completions.tokens.cpu(), completions.lengths.cpu().clone()
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(samples)
@@ -164,7 +164,7 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
         text = decode_completion(tokenizer, prompts[row // samples], sampled[row, :count].tolist())
         texts.append(text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))])
     support = completions.support
-    if support is not None:  # an ordinary tensor, whatever mode it was made in
+    if support is not None:  # a copy, as inference-mode tensors cannot be used in autograd
         support = support.take(torch.arange(int(counts.sum()), device=support.offsets.device)).to("cpu")
     columns = torch.arange(width)
     attention = columns < (lengths + counts)[:, None]
@@ -180,11 +180,11 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
 
 
 class Sampler(Protocol):
-    """Samples `samples_per_prompt` completions of each prompt (token ids, not empty) from the policy, as `params` say.
+    """Samples `samples_per_prompt` completions of each prompt (token ids, not empty) from the policy, with `params`.
 
-    `prompts` are those numbered `first_prompt` and on of `total_prompts`, one rank's share. The random numbers of a row
-    must depend on `seed` and the row's number among all ranks' rows, so that the number of processes changes no sample.
-    With fsdp the model is cut over the processes: `rlhf_fast.models.fsdp.unsharded(model)` has all weights on each.
+    `prompts` are one rank's share: numbers `first_prompt` and following of `total_prompts`. The random numbers of a row
+    must depend on `seed` and the row's index among all ranks' rows, so that the number of processes changes no sample.
+    With fsdp the model is sharded; within `rlhf_fast.models.fsdp.unsharded(model)` each rank has all weights.
     """
 
     def __call__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One or several vLLM servers as an `Engine`, over HTTP: nothing of vLLM is imported, weights go by safetensors files.
+"""One or several vLLM servers as an `Engine`, over HTTP: vLLM is not imported, weights are sent as safetensors files.
 
 A server must be started as docs/engine.md shows: with VLLM_SERVER_DEV_MODE=1, our worker extension and processed
 log-probabilities. Who reaches its port can run methods of its workers: keep it on loopback or a trusted network.
@@ -24,18 +24,18 @@ from rlhf_fast.distributed.ranks import ranks
 from .engine import Completion, EngineError, Request
 from .rollout import SamplingParams
 
-MODEL = "policy"  # the name that a server serves it by
+MODEL = "policy"  # the served model name
 START = "start it as docs/engine.md shows"
 MOST_REQUESTS = 64  # at once
-LARGEST_WHOLE = 4096  # ids of a vocabulary that top-p and min-p alone may be asked of: JSON of all for each token
-CUT = -9000.0  # JSON has no -inf: vLLM writes -9999
+LARGEST_FULL = 4096  # largest vocabulary for top-p or min-p without top-k: the JSON has all ids for each token
+CUT = -9000.0  # logprobs below are -inf: JSON has none, so vLLM writes -9999
 
 
 class VLLMServers:
-    """vLLM servers that all have the same weights: rank r asks server r modulo their number."""
+    """vLLM servers with the same weights: rank r uses server r modulo their number."""
 
     def __init__(self, urls: Sequence[str], timeout: float = 600.0, folder: str | None = None) -> None:
-        """Check what can be checked; `folder` is one that servers and this process share (None: /dev/shm).
+        """Check the servers; `folder` is one that they and this process share (None: /dev/shm).
 
         Raises:
             EngineError: a server does not answer, or was not started as is needed.
@@ -43,16 +43,16 @@ class VLLMServers:
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout = timeout
         self.folder = folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
-        found = [self._check(url) for url in self.urls]
-        self.longest, self.vocabulary, self.dtype = found[0]
-        for url, other in zip(self.urls, found, strict=True):
-            if other != found[0]:
+        settings = [self._check(url) for url in self.urls]
+        self.longest, self.vocabulary, self.dtype = settings[0]
+        for url, other in zip(self.urls, settings, strict=True):
+            if other != settings[0]:
                 raise EngineError(
-                    f"{url} differs from {self.urls[0]}: {other} and {found[0]} (max_model_len, ids, dtype)"
+                    f"{url} differs from {self.urls[0]}: {other} and {settings[0]} (max_model_len, ids, dtype)"
                 )
 
     def load(self, weights: dict[str, Tensor], version: int) -> None:
-        """Write the weights once and have every server read them, between requests; its prefix cache is emptied."""
+        """Write the weights once and make every server load them, between requests, and reset its prefix cache."""
         from safetensors.torch import save_file
 
         dtype = str(next(iter(weights.values())).dtype)
@@ -79,7 +79,7 @@ class VLLMServers:
             path.unlink(missing_ok=True)
 
     def complete(self, request: Request) -> list[list[Completion]]:
-        """One HTTP request a prompt; they may be sent again, since seeds repeat their samples."""
+        """One HTTP request per prompt; a retry gives the same samples, because of the seed."""
         url = self.urls[ranks().index % len(self.urls)]
         for prompt in request.prompts:
             if len(prompt) + request.params.max_new_tokens > self.longest:
@@ -91,7 +91,7 @@ class VLLMServers:
                 raise EngineError(f"{url}: token id {max(prompt)} is not in its vocabulary of {self.vocabulary}")
         version = self._version(url)
         with ThreadPoolExecutor(min(MOST_REQUESTS, len(request.prompts))) as pool:
-            found = list(
+            completions = list(
                 pool.map(
                     lambda prompt, seed: self._complete(url, prompt, seed, request, version),
                     request.prompts,
@@ -100,10 +100,10 @@ class VLLMServers:
             )
         if self._version(url) != version:
             raise EngineError(f"{url} got other weights while it sampled: give each run an engine of its own")
-        return found
+        return completions
 
     def close(self) -> None:
-        """Nothing is held: every call has a connection of its own."""
+        """Do nothing: every call has its own connection."""
 
     def _complete(self, url: str, prompt: list[int], seed: int, request: Request, version: int) -> list[Completion]:
         params = request.params
@@ -131,12 +131,12 @@ class VLLMServers:
         return [self._completion(url, choice, params, version) for choice in choices]
 
     def _logprobs_wanted(self, url: str, params: SamplingParams) -> int:
-        """How many log-probabilities a token: those that may be kept; 0 is that of the sampled token alone."""
+        """Log-probabilities to return per token: all ids that may be kept; 0 is the sampled token alone."""
         if not params.truncated:
             return 0
         if params.top_k:
             return min(params.top_k, self.vocabulary)
-        if self.vocabulary > LARGEST_WHOLE:
+        if self.vocabulary > LARGEST_FULL:
             raise EngineError(
                 f"{url} cannot say which of {self.vocabulary} ids top_p or min_p kept: set top_k too (1000 leaves out "
                 "next to nothing)"
@@ -144,25 +144,25 @@ class VLLMServers:
         return -1
 
     def _completion(self, url: str, choice: dict[str, Any], params: SamplingParams, version: int) -> Completion:
-        tokens, found = choice["token_ids"], choice["logprobs"]
-        logprobs = found["token_logprobs"]
+        tokens, returned = choice["token_ids"], choice["logprobs"]
+        logprobs = returned["token_logprobs"]
         if len(tokens) != len(logprobs) or not tokens:
             raise EngineError(f"{url} gave {len(tokens)} tokens and {len(logprobs)} log-probabilities; {START}")
         kept = None
         if params.truncated:
             kept = [
                 sorted(int(name.removeprefix("token_id:")) for name, value in each.items() if value > CUT)
-                for each in found["top_logprobs"]
+                for each in returned["top_logprobs"]
             ]
-            lost = [token for token, ids in zip(tokens, kept, strict=True) if token not in ids]
-            if lost:
-                raise EngineError(f"{url} sampled ids {lost[:3]} that it says could not be sampled; {START}")
+            missing = [token for token, ids in zip(tokens, kept, strict=True) if token not in ids]
+            if missing:
+                raise EngineError(f"{url} sampled ids {missing[:3]} that it says could not be sampled; {START}")
         return Completion(tokens, logprobs, kept, choice["finish_reason"] == "stop", version)
 
-    # ---------------------------------------------------------------------------------------------- what is asked of it
+    # --------------------------------------------------------------------------------------------------- requests
 
     def _check(self, url: str) -> tuple[int, int, str]:
-        """(max_model_len, ids of the vocabulary, dtype) of a server that is as it must be."""
+        """(max_model_len, ids of the vocabulary, dtype) of a server; EngineError if it is not set up as needed."""
         self._get(url, "/health")
         models = [model["id"] for model in self._get(url, "/v1/models")["data"]]
         if MODEL not in models:
@@ -177,18 +177,18 @@ class VLLMServers:
         return int(config["max_model_len"]), vocabulary, config["dtype"]
 
     def _state(self, url: str) -> dict[str, int]:
-        """What our extension tells, which must be the same on all workers of a server."""
+        """The state that our worker extension reports; it must be the same on all workers of a server."""
         states = self._rpc(url, "rlhf_fast_state", [])
         if any(state != states[0] for state in states):
             raise EngineError(f"{url}: its workers have different weights: {states}; restart it")
         return states[0]
 
     def _version(self, url: str) -> int:
-        """Of the weights that a server has."""
+        """Version of the weights that a server has loaded."""
         return self._state(url)["weight_version"]
 
     def _rpc(self, url: str, method: str, args: list[Any]) -> list[dict[str, int]]:
-        """What a method of our extension gives on each worker."""
+        """Results of a method of our worker extension, one per worker."""
         answer = self._post(url, "/collective_rpc", {"method": method, "args": args})
         results = answer.get("results") if isinstance(answer, dict) else None
         if not results or not all(isinstance(one, dict) and "weight_version" in one for one in results):
@@ -204,7 +204,7 @@ class VLLMServers:
         return self._call(url, urllib.request.Request(url + route, data, headers, method="POST"))
 
     def _call(self, url: str, request: urllib.request.Request) -> Any:
-        """The JSON of the answer, None where it is empty. Once more where a connection was reset."""
+        """The JSON of the response, None if it is empty. Retried once if the connection was reset."""
         route = request.full_url.removeprefix(url).partition("?")[0]
         for last in (False, True):
             try:

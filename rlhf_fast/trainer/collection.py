@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rlhf-fast collect`: several completions of each prompt into a feedback file, rated by a function or by nobody yet.
+"""`rlhf-fast collect`: sample several completions of each prompt into a feedback file, rated by a function or not yet.
 
-Lines are appended as they come: a run that stops loses nothing, and `--resume` goes on behind the last line.
+Lines are appended at once: a run that stops loses nothing, and `--resume` continues after the last line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class CollectOptions(SamplingOptions):
     prompts_file: Annotated[str, FILE] = ""
     """JSONL of prompts: {"prompt": text or messages} on each line."""
     rater: str | None = None
-    """`module:function` or `file.py:function`: f(prompt, completions) -> ratings. None: a person fills them in."""
+    """`module:function` or `file.py:function`: f(prompt, completions) -> ratings. None: a person rates them later."""
 
 
 @dataclass
@@ -96,21 +96,21 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
 
 
 def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:
-    """(prompt, place) of each line of `feedback.jsonl`; a last line cut short by a kill is taken away."""
+    """(prompt, place) of each line of `feedback.jsonl`; a last line truncated by a kill is removed."""
     path = run.path / FEEDBACK_FILE
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
+    complete_lines = text[: text.rfind("\n") + 1]
     ranks().wait()
-    if whole != text and ranks().main:
-        write_text(path, whole)
+    if complete_lines != text and ranks().main:
+        write_text(path, complete_lines)
     ranks().wait()
-    return read_lines(path, lambda row, where: (row["prompt"], where), strict=True) if whole else []
+    return read_lines(path, lambda row, where: (row["prompt"], where), strict=True) if complete_lines else []
 
 
 def _check_same(done: list[tuple[Prompt, str]], lines: list[PromptLine]) -> None:
-    """UserError unless the prompts that are `done` are the first of `lines`."""
+    """UserError unless the `done` prompts are the first of `lines`."""
     for (prompt, where), line in zip(done, lines, strict=False):
         if prompt != line.prompt:
             raise UserError(
@@ -127,7 +127,7 @@ def _sample(
     start: int,
     timer: Timer,
 ) -> list[dict[str, Any]]:
-    """One row a prompt. The seed depends on the position alone, for a resumed run to sample the same."""
+    """One row per prompt. The seed depends on the position alone, so that a resumed run samples the same."""
     from rlhf_fast.rollout.builtin import generate
     from rlhf_fast.rollout.rollout import SamplingParams
 

@@ -44,7 +44,7 @@ class PipelineConfig(RunOptions):
     ppo: PPOOptions = field(default_factory=PPOOptions)
 
     def validate(self) -> None:
-        """Raise UserError if an option is out of its range; what an earlier phase makes need not be named."""
+        """Raise UserError if an option is out of its range; the output of an earlier phase need not be named."""
         super().validate()
         self.sft.validate()
         self.reward.validate()
@@ -56,7 +56,7 @@ class PipelineConfig(RunOptions):
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     """Run what `config` describes and return the summary, also in summary.json of the run folder.
 
-    With `resume` finished phases are taken as they are and an unfinished one goes on. Raises UserError for wrong
+    With `resume` finished phases are skipped and an unfinished one continues. Raises UserError for wrong
     input, before anything is loaded where it can be known, and Interrupted after a Ctrl-C or SIGTERM.
     """
     from rlhf_fast.report.page import write_report
@@ -69,7 +69,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     config.validate()
     check_files(config)
     run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
-    run.save_config(config, tracked=False)  # each phase opens its own
+    run.save_config(config, tracked=False)  # each phase opens its own trackers
     timer = Timer()
     folder = run.path
     sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")
@@ -127,10 +127,10 @@ def check_files(config: PipelineConfig) -> None:
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:
-    """The configuration of one phase: what all share, the phase's section, and what earlier phases made."""
+    """The configuration of one phase: shared options, the phase's section, and the outputs of earlier phases."""
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunOptions)}
-    shared["overwrite"] = False  # the pipeline's folder was emptied as a whole
-    shared["save_last"] = config.save_last and cls is PPOConfig  # of what no later phase begins from
+    shared["overwrite"] = False  # the pipeline's folder has been emptied already
+    shared["save_last"] = config.save_last and cls is PPOConfig  # other phases' results are inputs of later ones
     return cls(**{**shared, **dataclasses.asdict(section), **values})
 
 
@@ -147,7 +147,7 @@ def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config:
         summary = phase(config, child)
     finally:
         child.close()
-        gc.collect()  # the models of a phase are gone before the next one loads its own
+        gc.collect()  # free a phase's models before the next one loads its own
     summary["seconds"] = timer.elapsed()
     child.write_json("summary.json", summary)
     return summary
@@ -166,5 +166,5 @@ def summarise(config: PipelineConfig, phases: dict[str, dict[str, Any]], seconds
 
 
 def _extra(ppo: dict[str, Any]) -> dict[str, Any]:
-    """Everything else that is measured before and after."""
+    """All other figures measured before and after."""
     return {key: value for key, value in ppo.items() if key.endswith(("_before", "_after")) and key not in PPO_KEYS}

@@ -79,7 +79,7 @@ def test_help_of_a_command_shows_what_each_option_does(capsys: pytest.CaptureFix
         cli.parse(PPOConfig, ["--help"], "rlhf-fast ppo")
     assert not stopped.value.code
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "--kl-coef {None}|FLOAT Weight of one nat of divergence from the reference model" in text
+    assert "--kl-coef {None}|FLOAT Coefficient of the KL from the reference model" in text
 
 
 def test_wrong_input_is_one_message_and_exit_code_2(

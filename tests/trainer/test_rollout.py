@@ -331,7 +331,7 @@ def test_a_model_whose_cache_is_wrong_is_refused_by_name(tiny: Path, tokenizer: 
         return output
 
     for forward, message in (
-        (forgets, "LlamaForCausalLM cannot be sampled from: hidden states by its cache are"),
+        (forgets, "LlamaForCausalLM cannot be sampled from: hidden states with its cache are"),
         (has_none, "LlamaForCausalLM cannot be sampled from: TypeError: its forward gives no cache"),
     ):
         with pytest.raises(UserError, match=message):

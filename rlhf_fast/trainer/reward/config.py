@@ -22,15 +22,15 @@ class RewardOptions(Options):
     feedback_file: str = ""
     """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
     loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"
-    """What is learned from a ranking: its pairs, pairs with margins, its order, its best, or the ratings themselves."""
+    """Loss on a ranking: of its pairs, pairs with margins, its order, its best, or of the ratings themselves."""
     centering: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of the squared sum of two scores, which keeps scores near 0; 0.01 is usual."""
+    """Weight of the squared sum of two scores, to keep scores near 0; 0.01 is usual."""
     eval_fraction: Annotated[float, PROPER_FRACTION] = 0.2
     """Share of the prompts held out to measure pair accuracy."""
     epochs: Annotated[float, POSITIVE] = 1.0
     """Passes over the training rankings; more overfit (Ouyang et al. 2022)."""
     dropout: bool = False
-    """Learn with the dropout that the model's configuration names; off, it has none."""
+    """Train with the dropout rates of the model's configuration; off: without dropout."""
     batch_size: Annotated[int, POSITIVE] = 8
     """Rankings per optimizer step."""
     lr: Annotated[float, POSITIVE] = 5e-5

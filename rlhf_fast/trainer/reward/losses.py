@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reward model learns from one ranking: K completions with scores s (K,) and somebody's order of them.
+"""Reward-model losses on one ranking: K completions with scores s (K,), and their order.
 
 Every loss weighs a ranking once, however many completions it has, and ties teach nothing about the order of what is
 tied. Another loss is one function here and its name in `LOSSES`.
@@ -33,10 +33,10 @@ def margin(scores: Tensor, ranking: EncodedRanking) -> Tensor:
 
 
 def plackett_luce(scores: Tensor, ranking: EncodedRanking) -> Tensor:
-    """Mean over completions of -log P(it is chosen among itself and all worse ones) (Luce 1959, Plackett 1975).
+    """Mean over completions of -log P(it is the best of itself and all worse ones) (Luce 1959, Plackett 1975).
 
-    That is over those that some other is worse than. Without ties it is -log P(order) / (K - 1); of tied completions
-    each is set against the worse ones alone.
+    The mean is over completions that are better than some other. Without ties it is -log P(order) / (K - 1); of tied
+    completions each is set against the worse ones alone.
     """
     goodness = torch.tensor(ranking.source.goodness, device=scores.device)
     rivals = goodness[:, None] > goodness  # (K, K): [i, j] = j is worse than i
@@ -93,12 +93,12 @@ def _pairwise(scores: Tensor, ranking: EncodedRanking, margins: bool) -> Tensor:
 
 
 def worth_of(ranking: EncodedRanking) -> list[float]:
-    """The ratings, or where there are none the ranks, best highest."""
+    """The ratings, or without ratings the negated ranks."""
     return ranking.source.ratings or ranking.source.goodness
 
 
 def scaled_margins(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
-    """With ratings in units of the largest difference in one ranking, so that margins are between 0 and 1.
+    """Rankings with ratings divided by the largest difference within one ranking, so that margins are between 0 and 1.
 
     Ratings and ranks are scaled apart: a file may hold rankings with either.
     """
@@ -113,7 +113,7 @@ def scaled_margins(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
 
 
 def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
-    """With ratings brought to mean 0 and standard deviation 1 over all of them, so that their unit does not matter."""
+    """Rankings with ratings standardised to mean 0 and deviation 1 over all of them, whatever their unit."""
     for ranking in rankings:
         if ranking.source.ratings is None:
             raise UserError(f"{ranking.source.where}: the loss regression needs ratings, and this line has ranks only")
@@ -123,7 +123,7 @@ def standardised(rankings: Sequence[EncodedRanking]) -> list[EncodedRanking]:
 
 
 def with_ratings(ranking: EncodedRanking, ratings: list[float]) -> EncodedRanking:
-    """The ranking with other ratings and the order that it has."""
+    """The ranking with other ratings and its own order."""
     return replace(ranking, source=replace(ranking.source, ratings=ratings))
 
 
@@ -134,22 +134,22 @@ def pair_accuracy(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) 
 
 
 def pair_margins(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> Tensor:
-    """(P,) score of the better less that of the worse completion, for every pair of every ranking."""
-    found = [s[b] - s[w] for ranking, s in zip(rankings, scores, strict=True) for b, w in ranking.pairs]
-    return torch.stack(found).detach() if found else torch.zeros(0)
+    """(P,) score of the better minus that of the worse completion, for every pair of every ranking."""
+    margins = [s[b] - s[w] for ranking, s in zip(rankings, scores, strict=True) for b, w in ranking.pairs]
+    return torch.stack(margins).detach() if margins else torch.zeros(0)
 
 
 def calibration(rankings: Sequence[EncodedRanking], scores: Sequence[Tensor], bins: int = 5) -> list[dict[str, float]]:
     """Calibration: sigmoid(|margin|), the probability of the model's choice, against how often it is right, in bins.
 
-    `scores` are raw ones: it is their difference that the losses take for log-odds.
+    `scores` are raw: the losses treat their differences as log-odds.
     """
     margins = pair_margins(rankings, scores)
-    sure, right = margins.abs().sigmoid(), (margins > 0).float()
-    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    probability, right = margins.abs().sigmoid(), (margins > 0).float()
+    place = ((probability - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     return [
         {
-            "predicted": float(sure[place == b].mean()),
+            "predicted": float(probability[place == b].mean()),
             "observed": float(right[place == b].mean()),
             "pairs": int((place == b).sum()),
         }
@@ -165,7 +165,7 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float | None:
     return gaps / total if total else None
 
 
-# What a loss needs done to all training rankings first; the others take them as they are.
+# Preparation of all training rankings that a loss needs; other losses need none.
 PREPARE: dict[str, Callable[[Sequence[EncodedRanking]], list[EncodedRanking]]] = {
     "margin": scaled_margins,
     "regression": standardised,

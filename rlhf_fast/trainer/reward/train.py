@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phase 2b: a reward model learned from rankings or ratings.
+"""Phase 2b: train a reward model on rankings or ratings.
 
-The language model with a scalar head scores each completion at its last real token, found by the mask; a completion is
+The language model with a scalar head scores each completion at its last real token (by the mask); a completion is
 read once, not once for each of its pairs. `reward_losses.py` has what is learned from the scores. Prompts are held out
 to measure how often the better one of a pair gets the higher score, and how sure the model is when it is right.
 
 At the end scores are normalised to mean 0 and standard deviation 1 on samples of the model that RL will start from,
-and both figures are kept in the model's config. The result is an ordinary AutoModelForSequenceClassification.
+and both figures are stored in the model's config. The result is an ordinary AutoModelForSequenceClassification.
 """
 
 import math
@@ -136,9 +136,9 @@ def split(
             f"{config.feedback_file}: {len(prompts)} different prompts are too few to hold out "
             f"{config.eval_fraction:.0%} of them; add prompts or set eval_fraction to 0"
         )
-    chosen = {prompts[i] for i in order[:count]}
-    train = [ranking for ranking in rankings if str(ranking.source.prompt) not in chosen]
-    return train, [ranking for ranking in rankings if str(ranking.source.prompt) in chosen]
+    held_out = {prompts[i] for i in order[:count]}
+    train = [ranking for ranking in rankings if str(ranking.source.prompt) not in held_out]
+    return train, [ranking for ranking in rankings if str(ranking.source.prompt) in held_out]
 
 
 def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) -> list[Tensor]:
@@ -150,7 +150,7 @@ def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) 
 
 
 def micro_batches(rankings: Sequence[EncodedRanking], size: int) -> list[list[EncodedRanking]]:
-    """Cut into runs of at most `size` sequences (one ranking at least)."""
+    """Split into groups of at most `size` sequences (at least one ranking)."""
     batches: list[list[EncodedRanking]] = [[]]
     count = 0
     for ranking in rankings:
@@ -164,15 +164,15 @@ def micro_batches(rankings: Sequence[EncodedRanking], size: int) -> list[list[En
 
 @torch.no_grad()
 def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, size: int) -> list[Tensor]:
-    """Scores (K,) of every ranking, on the CPU. Each rank reads its share, and all get all."""
+    """Scores (K,) of every ranking, on the CPU. Each rank computes its share and gets the scores of all."""
     model.eval()
     own: list[Tensor] = []
     for part in pad_to_ranks(micro_batches(rankings[ranks().index :: ranks().count], size), model, []):
-        shown = part or rankings[:1]  # with nothing to do for one rank others still need its part of the weights
+        shown = part or rankings[:1]  # a rank without rankings still runs: the others need its shards
         own += [score.cpu() for score in forward_scores(model, shown, pad_id)][: len(part)]
     scores: list[Tensor] = [torch.empty(0)] * len(rankings)
-    for rank, found in enumerate(ranks().every(own)):
-        scores[rank :: ranks().count] = found
+    for rank, rank_scores in enumerate(ranks().every(own)):
+        scores[rank :: ranks().count] = rank_scores
     return scores
 
 
@@ -224,7 +224,7 @@ def _step(
     """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
     for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size), model, []):
-        shown = part or batch[:1]  # with nothing to do for one rank others still need its part of the weights
+        shown = part or batch[:1]  # a rank without rankings still runs: the others need its shards
         scores = forward_scores(model, shown, pad_id)
         part_loss = ranking_loss(scores, shown, config.loss, config.centering) * bool(part) / len(batch)
         part_loss.backward()
@@ -244,7 +244,7 @@ def normalizer(
 ) -> tuple[float, float]:
     """Mean and standard deviation of raw scores on samples of `config.model`, where RL will start.
 
-    Those are the rated completions if most of them say that this model made them; else some are sampled.
+    These are the rated completions if most of them name this model; else new ones are sampled.
     """
     own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
     if 2 * len(own) < len(rankings):
@@ -268,7 +268,7 @@ def normalizer(
 
 @torch.no_grad()
 def read_position_gap(model: Any, ranking: EncodedRanking, pad_id: int) -> float:
-    """Largest difference of normalised scores read alone and in a padded batch: 0 if read at the last real token."""
+    """Largest difference between normalised scores alone and in a padded batch: 0 if read at the last real token."""
     together = forward_scores(model, [ranking], pad_id)[0]
     single = [replace(ranking, sequences=[ids]) for ids in ranking.sequences]
     alone = torch.cat([forward_scores(model, [one], pad_id)[0] for one in single])
@@ -276,7 +276,7 @@ def read_position_gap(model: Any, ranking: EncodedRanking, pad_id: int) -> float
 
 
 def _write_samples(run: RunFolder, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]) -> None:
-    """samples.jsonl: the held-out completions with how they were rated and the normalised score they got."""
+    """Write samples.jsonl: the held-out completions with their ratings and normalised scores."""
     rows = [
         {
             "prompt": ranking.source.prompt,

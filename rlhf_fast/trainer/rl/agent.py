@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of PPO, the optimizers of those that learn, and their checkpoints."""
+"""The models of PPO, the optimizers of the trained ones, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ from .settings import given
 
 @dataclass
 class Agent:
-    """The models of PPO and the optimizers of those that learn; no critic where the objective needs none."""
+    """The models of PPO and the optimizers of the trained ones; no critic if the objective needs none."""
 
     tokenizer: Any
     policy: Any
-    adapters: Any | None  # peft's handle on the policy's, where those alone learn
-    frozen: Any | None  # the reference; None where it is the policy with its adapters off
+    adapters: Any | None  # the PeftModel around the policy, with LoRA
+    frozen: Any | None  # the reference; None if it is the policy with its adapters off
     rewards: Rewards
     critic: Any | None
     policy_optimizer: AdamW
     critic_optimizer: AdamW | None
     kl_controller: KLController
-    demonstrations: Demonstrations | None = None  # that the policy also learns from
-    prompts_drawn: int = 0  # so far: where in their order the next step begins
-    largest_gap: float = 0.0  # of the last step, between old and new log-probabilities that should be equal
+    demonstrations: Demonstrations | None = None  # PPO-ptx: also trained on
+    prompts_drawn: int = 0  # so far: index of the next step's first prompt
+    largest_gap: float = 0.0  # of the last step, between old and new log-probabilities, which should be equal
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
-        """The policy as it was when RL began, whatever a resumed run has loaded since."""
+        """The policy as it was when RL began, also in a resumed run."""
         if self.adapters is None:
             yield self.frozen
         else:
@@ -71,27 +71,27 @@ class Agent:
                 yield self.policy
 
     def train(self, mode: bool) -> None:
-        """Put what learns into training mode, or out of it."""
+        """Switch the trained models' training mode on or off."""
         for model in (self.policy, self.critic):
             if model is not None:
                 model.train(mode)
 
     def set_learning_rates(self, policy: float, critic: float) -> None:
-        """Those of the next update."""
+        """Set the learning rates of the next update."""
         for optimizer, lr in ((self.policy_optimizer, policy), (self.critic_optimizer, critic)):
             for group in () if optimizer is None else optimizer.param_groups:
                 group["lr"] = lr
 
     def merged_policy(self) -> Any:
-        """The policy as a plain model."""
+        """The policy as a plain model, with adapters merged."""
         return self.policy if self.adapters is None else merged_copy(self.adapters)
 
 
 def load_agent(config: PPOConfig) -> Agent:
-    """Load all models. None is ever in training mode: dropout would make old and new log-probabilities differ."""
+    """Load all models. All are in eval mode: dropout would make old and new log-probabilities differ."""
     config = config.resolved()
     for name in filter(None, (config.model, config.reward_model)):
-        resolve_model(name)  # a wrong one is known before the other is loaded
+        resolve_model(name)  # report a wrong name before the other model is loaded
     dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
     functions = load_functions(config.reward_functions)
     tokenizer = load_tokenizer(config.model, trust)
@@ -110,11 +110,11 @@ def load_agent(config: PPOConfig) -> Agent:
     critic = critic_optimizer = None
     if OBJECTIVES[config.objective].critic:
         start = config.model if reader is not None else config.reward_model or config.model
-        new = start == config.model  # a language model's folder
+        new = start == config.model  # it is a language model
         critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit, new_head=new))
         critic = sharded(critic, config.fsdp)
         if new:
-            torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values that are 0 do less harm
+            torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values of 0 are better
         if config.lora_rank:
             add_lora(critic, config.lora_rank, head=critic.score)
         critic_optimizer = optimizer_of(critic, config.critic_lr, config)
@@ -138,7 +138,7 @@ def load_agent(config: PPOConfig) -> Agent:
 
 
 def optimizer_of(model: Any, lr: float, options: OptimizerOptions) -> AdamW:
-    """AdamW over what the model learns."""
+    """AdamW over the trained parameters of the model."""
     return AdamW(
         model.parameters(),
         lr=lr,
@@ -166,7 +166,7 @@ def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor)
 
 
 def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
-    """Token ids of what `read_prompts_or_feedback` read; the options say what becomes of those that do not fit."""
+    """Token ids of what `read_prompts_or_feedback` read; the options decide what happens to those that do not fit."""
     check_columns(agent.rewards.functions, lines)
     limits = reading_limits(agent.policy, config)
     prompts = encode_lines(lines, agent.tokenizer, limits, config.max_new_tokens, config.dpo_pairs == "all")
@@ -175,7 +175,7 @@ def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, age
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of what learns, the current kl_coef, the place among the prompts."""
+    """A checkpoint: float32 weights and moments of the trained models, kl_coef, the position among the prompts."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
@@ -197,7 +197,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])
-    if agent.kl_controller.target and "kl_coef" not in run.changed:  # a fixed one is that of the options
+    if agent.kl_controller.target and "kl_coef" not in run.changed:  # a fixed coefficient comes from the options
         agent.kl_controller.coef = float(state["kl_coef"])
     agent.prompts_drawn = int(state["prompts_drawn"])
     run.truncate_metrics(state["step"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that PPO makes at every step: each stops the run with what is wrong, where, and what to do about it."""
+"""Checks at every PPO step: each stops the run and says what is wrong, where, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 
 # Old and new log-probabilities come from the same function on the same rows, once without and once with autograd. In
-# float32 they differ by rounding only: (of one token, on average).
+# float32 they differ by rounding only. Limits: (of one token, on average).
 FLOAT32_TOLERANCE = (1e-3, 1e-4)
 # In 16 bits hidden states carry 8 or 11 bits, autograd may pick another attention kernel, a GPU other tiles, and a
 # mixture of experts then other experts for a token: single tokens move far, so that the mean alone is limited. Where
@@ -80,7 +80,7 @@ def check_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, model: nn.
 
 
 def _dropout(model: nn.Module) -> str:
-    """What is random in the model, for a message."""
+    """The random parts of the model, for a message."""
     on = [
         f"{name or type(module).__name__} ({attribute} {getattr(module, attribute)})"
         for name, module in model.named_modules()
@@ -94,7 +94,7 @@ def _dropout(model: nn.Module) -> str:
 
 
 def check_distribution(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> None:
-    """Stop if sampled tokens were plainly not drawn from the distribution that `logprobs` (B, T) are of.
+    """Stop if the sampled tokens were clearly not drawn from the distribution of `logprobs` (B, T).
 
     The expected -logprob of a token drawn from it is its entropy (B, T), whatever came before, so their difference has
     mean 0: a sampler at another temperature, of other weights or with a hidden top-k moves it.
@@ -114,7 +114,7 @@ def check_distribution(logprobs: Tensor, entropy: Tensor, mask: Tensor) -> None:
 
 
 def _at(values: Tensor, bad: Tensor) -> str:
-    """Value and place of the first bad entry."""
+    """Value and index of the first bad entry."""
     place = bad.nonzero()[0].tolist()
     names = " ".join(f"{axis} {i}" for axis, i in zip(("sample", "token"), place, strict=False))
     return f"{float(values[tuple(place)]):.4g} at {names}"

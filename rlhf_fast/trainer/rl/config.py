@@ -40,7 +40,7 @@ else:
 HALF = Range(lambda value: 0 <= value < 0.5, "at least 0 and below 0.5")
 BELOW_ONE = Range(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
-# Of options that the objective decides, what holds unless its file says otherwise.
+# Defaults of options that depend on the objective, unless its file sets them.
 COMMON_DEFAULTS: dict[str, Any] = {
     "kl_coef": 0.05,
     "kl_in": "reward",
@@ -52,7 +52,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "overlong_penalty": 0.0,
     "score_clip": 0.0,
 }
-# Unless the objective has its own: the estimator with the right gradient there.
+# Unless the objective sets one: the estimator with the correct gradient for `kl_in`.
 ESTIMATORS: dict[str, KLEstimator] = {
     "reward": "k1",
     "loss": "k3",
@@ -63,7 +63,7 @@ ESTIMATORS: dict[str, KLEstimator] = {
 
 @dataclass
 class ObjectiveOptions(Options):
-    """What is maximised."""
+    """Options of the objective."""
 
     CHANGEABLE = frozenset(
         {"kl_coef", "kl_target", "kl_estimator", "kl_in", "early_stop_kl", "importance_ratio", "cliprange"}
@@ -71,38 +71,38 @@ class ObjectiveOptions(Options):
     )
 
     objective: ObjectiveName = "ppo"
-    """What is maximised: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
+    """Objective: ppo has a critic and GAE, reinforce++ neither; the others compare samples of one prompt."""
     kl_coef: Annotated[float | None, NOT_NEGATIVE] = None
-    """Weight of one nat of divergence from the reference model; beta of dpo. None: the objective's."""
+    """Coefficient of the KL from the reference model; beta of dpo. None: the objective's."""
     kl_target: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Move kl_coef so that the divergence comes to this many nats per sequence; 0 keeps it fixed."""
+    """Adapt kl_coef so that the KL comes to this many nats per sequence; 0 keeps it fixed."""
     kl_estimator: KLEstimator | None = None
-    """From two log-probabilities of the sampled token, or exact: over the vocabulary. None: the objective's."""
+    """KL from two log-probabilities of the sampled token, or exact: over the vocabulary. None: the objective's."""
     kl_in: KLPlace | None = None
-    """Charge it in the reward, or in the loss: with its own gradient, with k2's, or weighted by the ratio."""
+    """KL in the reward, or in the loss: with its own gradient, with k2's, or weighted by the ratio."""
     early_stop_kl: Annotated[float, NOT_NEGATIVE] = 0.0
-    """End a step's update once the policy is this many nats a token from the one that sampled; 0: never."""
+    """End a step's update once the KL from the sampling policy exceeds this many nats per token; 0: never."""
     importance_ratio: RatioLevel | None = None
-    """Ratio of a token, of its whole sequence (rloo), or the geometric mean over the sequence (gspo)."""
+    """Ratio of a token, of its sequence (rloo), or the geometric mean over the sequence (gspo)."""
     cliprange: Annotated[float | None, PROBABILITY] = None
     """The probability ratio is clipped to [1 - c, 1 + c]. None: the objective's."""
     cliprange_high: Annotated[float | None, POSITIVE] = None
-    """Another upper limit, 1 + c ("clip higher" of DAPO). None: the objective's, else that of cliprange."""
+    """A separate upper limit, 1 + c ("clip higher" of DAPO). None: the objective's, else that of cliprange."""
     dual_clip: Annotated[float, NOT_NEGATIVE] = 0.0
-    """For negative advantages the loss is at most that at this ratio (Ye et al. 2020, who take 3); 0 sets no limit."""
+    """Dual clip: largest ratio for negative advantages (Ye et al. 2020 use 3); 0: no limit."""
     entropy_coef: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of the entropy of each token's distribution, added to what is maximised."""
+    """Coefficient of the entropy bonus of each token's distribution."""
     dpo_loss: PairLoss = "sigmoid"
-    """Loss of a pair under the objective dpo; ipo is that of Azar et al. 2023."""
+    """Loss of a pair with the objective dpo; ipo is that of Azar et al. 2023."""
     dpo_pairs: Literal["best-worst", "all"] = "best-worst"
-    """Under dpo, the best and the worst sample of a prompt, or every two that differ."""
+    """With dpo, the best and the worst sample of a prompt, or all pairs that differ."""
     label_smoothing: Annotated[float, HALF] = 0.0
-    """Under dpo with the sigmoid loss, the share of pairs taken to be labelled the wrong way round."""
+    """With dpo and the sigmoid loss, label smoothing: the assumed share of pairs with swapped labels."""
 
 
 @dataclass
 class RewardOptions(Options):
-    """What samples are worth."""
+    """Options of the rewards."""
 
     CHANGEABLE = frozenset(
         {"score_clip", "missing_eos_penalty", "missing_eos_score", "overlong_filter", "overlong_penalty"}
@@ -114,44 +114,44 @@ class RewardOptions(Options):
     reward_functions: tuple[str, ...] = ()
     """Added to the score: `module:function`, `0.5*file.py:function` weighted, or the URL of a server."""
     score_clip: Annotated[float | None, NOT_NEGATIVE] = None
-    """A reward model's normalised score is limited to plus or minus this; 0 sets no limit. None: the objective's."""
+    """A reward model's normalised score is clipped to plus or minus this; 0: no limit. None: the objective's."""
     missing_eos_penalty: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Taken off the score of a completion that did not end by itself."""
+    """Subtracted from the score of a completion that did not end by itself."""
     missing_eos_score: float | None = None
-    """Takes the place of the score of a completion that did not end by itself."""
+    """Replaces the score of a completion that did not end by itself."""
     overlong_filter: bool | None = None
     """Do not learn from completions that did not end by themselves. None: the objective's."""
     overlong_penalty: Annotated[float | None, NOT_NEGATIVE] = None
-    """Taken off at max_new_tokens, and less and less of it over overlong_buffer before. None: the objective's."""
+    """Penalty at max_new_tokens, growing linearly from 0 over overlong_buffer before it. None: the objective's."""
     overlong_buffer: Annotated[float, PROBABILITY] = 0.2
     """Share of max_new_tokens over which overlong_penalty grows from 0."""
 
 
 @dataclass
 class CriticOptions(Options):
-    """The critic of ppo, and the advantages it gives."""
+    """Options of the critic of ppo and its advantages."""
 
     CHANGEABLE = frozenset(
         {"critic_warmup", "gamma", "lam", "cliprange_value", "whiten_rewards", "bootstrap_truncated"}
     )
 
     critic_warmup: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps at the start in which the critic alone learns."""
+    """Steps at the start in which only the critic learns."""
     gamma: Annotated[float, FRACTION] = 1.0
     """Discount per token."""
     lam: Annotated[float, FRACTION] = 0.95
     """Decay of generalized advantage estimation."""
     cliprange_value: Annotated[float, NOT_NEGATIVE] = 0.2
-    """Values may move this far from the old ones in a step; 0 sets no limit."""
+    """Values are clipped to this distance from the old ones in a step; 0: no limit."""
     whiten_rewards: bool = False
     """Divide the rewards of a step's tokens by their standard deviation before advantages (TRL's option)."""
     bootstrap_truncated: bool = False
-    """A sample cut off at max_new_tokens would have gone on: count the critic's value of where it was cut off."""
+    """Bootstrap samples truncated at max_new_tokens with the critic's value of their last state."""
 
 
 @dataclass
 class OptimizerOptions(Options):
-    """AdamW, and the course of its learning rates."""
+    """Options of AdamW and the learning-rate schedule."""
 
     CHANGEABLE = frozenset(
         {"lr", "critic_lr", "lr_schedule", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps"}
@@ -159,33 +159,33 @@ class OptimizerOptions(Options):
     )
 
     lr: Annotated[float, POSITIVE] = 1e-5
-    """Learning rate of the policy; docs/objectives.md has a table by size of the model."""
+    """Learning rate of the policy; docs/objectives.md has a table by model size."""
     critic_lr: Annotated[float, POSITIVE] = 3e-5
     """Learning rate of the critic."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: stay, or fall to 0 at max_steps."""
+    """After the warm-up: constant, or falling to 0 at max_steps."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps over which learning rates rise from 0."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Of AdamW, decoupled."""
+    """Decoupled weight decay of AdamW."""
     adam_beta1: Annotated[float, BELOW_ONE] = 0.9
-    """Decay of AdamW's mean of gradients."""
+    """beta1 of AdamW: decay of the mean of gradients."""
     adam_beta2: Annotated[float, BELOW_ONE] = 0.95
-    """Decay of AdamW's mean of squared gradients."""
+    """beta2 of AdamW: decay of the mean of squared gradients."""
     adam_eps: Annotated[float, POSITIVE] = 1e-8
-    """Added to the root of that mean."""
+    """eps of AdamW: added to the root of that mean."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Gradients are scaled down to this norm; 0 sets no limit."""
+    """Largest gradient norm: larger gradients are scaled down; 0: no limit."""
 
 
 @dataclass
 class EngineOptions(Options):
-    """What samples."""
+    """Options of the sampler."""
 
     CHANGEABLE = frozenset({"sampler", "engine_url", "sampler_correction", "sampler_cap"})
 
     sampler: Literal["builtin", "vllm-server"] = "builtin"
-    """What samples: the built-in sampler, or vLLM servers at engine_url (docs/engine.md)."""
+    """The built-in sampler, or vLLM servers at engine_url (docs/engine.md)."""
     engine_url: tuple[str, ...] = ()
     """Servers of the sampler vllm-server: http://127.0.0.1:8000"""
     sampler_correction: CorrectionKind = "truncate"
@@ -205,42 +205,42 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     EXTENDS = frozenset({"max_steps", "prompt_epochs", "max_seconds"})
 
     prompts_file: Annotated[str, FILE] = ""
-    """JSONL of prompts to learn on. With the objective dpo also feedback: ranked completions are then not sampled."""
+    """JSONL of prompts. With the objective dpo also feedback: its ranked completions replace sampled ones."""
     eval_prompts_file: str | None = None
     """JSONL of held-out prompts, sampled before and after with one fixed seed."""
     eval_samples: Annotated[int, POSITIVE] = 2
     """Completions of each held-out prompt."""
     eval_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps between evaluations on the held-out prompts in the course of the run; 0: before and after alone."""
+    """Steps between evaluations on the held-out prompts; 0: only before and after."""
     keep_best: bool = False
-    """Save the model of the evaluation with the highest held-out reward, not the last one; needs eval_steps."""
+    """Save the model with the highest held-out reward, not the last one; needs eval_steps."""
     rater: str | None = None
-    """Simulated rater, shown beside the reward on held-out prompts; never trained on."""
+    """Simulated rater, reported beside the reward on held-out prompts; never trained on."""
     ptx_file: str | None = None
-    """Demonstrations that each update also learns from (PPO-ptx), so that what is not rewarded is not forgotten."""
+    """Demonstrations that each update also learns from (PPO-ptx), against forgetting."""
     ptx_coef: Annotated[float, POSITIVE] = 27.8
-    """Weight of their mean negative log-likelihood; the default is InstructGPT's."""
+    """Coefficient of their mean negative log-likelihood; the default is InstructGPT's."""
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
     dynamic_sampling: Annotated[int | None, NOT_NEGATIVE] = None
-    """Extra rounds of prompts, at most, in place of those whose samples all earn the same; 0 keeps them."""
+    """Most extra rounds of prompts to replace those with equal rewards for all samples; 0 keeps them."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 100
     """Steps of sampling and learning."""
     prompt_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Passes over the prompts (or pairs) of prompts_file in place of max_steps; 0: max_steps holds."""
+    """Passes over the prompts (or pairs) of prompts_file instead of max_steps; 0: max_steps decides."""
     min_steps: Annotated[int, NOT_NEGATIVE] = 10
-    """Steps that max_seconds does not take away: where time is short they get fewer prompts instead."""
+    """Steps to run in spite of max_seconds: if time is short they get fewer prompts instead."""
     max_seconds: Annotated[float, NOT_NEGATIVE] = 0.0
-    """End early, save and report once the phase has taken this long; 0 sets no limit."""
+    """End early, save and report once the phase has taken this long; 0: no limit."""
     epochs: Annotated[int, POSITIVE] = 1
     """Passes over the samples of a step."""
     num_minibatches: Annotated[int | None, POSITIVE] = None
-    """Optimizer steps in one such pass. None: the objective's."""
+    """Minibatches (optimizer steps) in one such pass. None: the objective's."""
     micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """Most tokens, pads included, in one forward pass, beside micro_batch_size; 0 sets no limit."""
+    """Most tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
 
     def resolved(self) -> Self:
-        """A copy in which every option left open has the objective's default."""
+        """A copy in which every option that is None has the objective's default."""
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective must be one of {', '.join(map(repr, OBJECTIVES))}, got {self.objective!r}")
         defaults = {**COMMON_DEFAULTS, **OBJECTIVES[self.objective].defaults}
@@ -255,15 +255,15 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     def validate(self) -> None:
-        """Raise UserError if an option is out of its range, or does not go with another."""
+        """Raise UserError if an option is out of its range or conflicts with another."""
         super().validate()
-        SamplingParams.of(self)  # refuses what does not go together
+        SamplingParams.of(self)  # refuses conflicting options
         for wrong, message in (*self.resolved()._contradictions(), *self._ignored()):
             if wrong:
                 raise UserError(message)
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
-        """(whether it holds, message) of what does not go together, once resolved."""
+        """(whether it holds, message) for conflicting options, once resolved."""
         objective, samples = OBJECTIVES[self.objective], self.prompts_per_step * self.samples_per_prompt
         yield (
             not self.reward_model and not self.reward_functions and not objective.pairs,
@@ -316,7 +316,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
         yield 0 < self.dual_clip <= 1, f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}"
 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
-        """(whether it is set, message) of options that the objective would not read."""
+        """(whether it is set, message) for options that the objective does not use."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
         yield (
             self.sampler == "vllm-server" and not self.engine_url,
@@ -353,7 +353,7 @@ class PPOConfig(PPOOptions, RunOptions):
     """Improve a language model against a reward model by PPO."""
 
     def validate(self) -> None:
-        """Raise UserError if an option is out of its range, or does not go with another."""
+        """Raise UserError if an option is out of its range or conflicts with another."""
         super().validate()
         if self.max_new_tokens >= self.max_length:
             raise UserError(

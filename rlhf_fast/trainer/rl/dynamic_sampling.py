@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, section 3.2): a batch of prompts that teach something.
 
-An objective that compares the samples of a prompt learns nothing where all of them earned the same: the prompt is too
-easy, or hopeless. Such prompts are dropped and others are sampled in their place, in whole rounds, until the batch is
-full. All ranks see all samples before they choose, so that they take as many rounds, and the batch is that of one rank.
+An objective that compares the samples of a prompt learns nothing if all their rewards are equal: the prompt is too easy
+or too hard. Such prompts are dropped and replaced by others, a full round at a time, until the batch is full. All ranks
+see all samples before they select, so that they take equally many rounds and get the batch that one rank would.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def refill(
     rounds: int,
     rounding: float = 0.0,
 ) -> tuple[Rollout, dict[str, float]]:
-    """This rank's share of the samples of `wanted` prompts, and what it took to find them.
+    """This rank's share of the samples of `wanted` prompts, and figures of the rounds.
 
-    `draw(n)` samples other prompts for every n, this rank's share of `wanted`. `rewards` (B,) are equal where they
-    differ by rounding only (`rounding` as in `AdvantageOptions`). After `rounds` beyond the first the batch is
-    filled up with prompts whose samples earned the same, oldest first.
+    `draw(n)` samples round n, this rank's share of `wanted` new prompts. `rewards` (B,) that differ by rounding only
+    (`rounding` as in `AdvantageOptions`) are equal. After `rounds` extra rounds the batch is filled up with prompts of
+    equal rewards, oldest first.
     """
     rollout = draw(0)
     if not rounds:
@@ -43,14 +43,14 @@ def refill(
             break
         extra += 1
         pool = Rollout.concatenate([pool, *ranks().every(draw(extra).to("cpu"))])
-    found, order = int(teaches.sum()), (~teaches).long().argsort(stable=True)
+    count, order = int(teaches.sum()), (~teaches).long().argsort(stable=True)
     mine = order[:wanted][ranks().share(wanted, "prompts_per_step")]
     rows = (mine[:, None] * samples + torch.arange(samples)).flatten()
     assert pool.scores is not None  # `draw` scores what it samples
     figures = {
         "sample/extra_rounds": float(extra),
-        "sample/dropped": float(len(teaches) - found - max(0, wanted - found)),
-        "sample/unfilled": float(max(0, wanted - found)),
+        "sample/dropped": float(len(teaches) - count - max(0, wanted - count)),
+        "sample/unfilled": float(max(0, wanted - count)),
         "sample/scores_drawn": float(pool.scores.mean()),
     }
     return pool.rows(rows).to(device), figures

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out prompts: before, after and every `eval_steps`; which evaluation was the best; the phase's summary."""
+"""Held-out prompts: evaluation before, after and every `eval_steps`, the best one, and the phase's summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 
 @dataclass
 class Evaluator:
-    """Measures the policy on held-out prompts, where there are any, with one seed throughout."""
+    """Evaluates the policy on held-out prompts, if there are any, always with the same seed."""
 
     agent: Agent
     held_out: Prompts | None
@@ -29,10 +29,10 @@ class Evaluator:
     run: RunFolder
     rater: Rater | None
     sampler: Sampler = generate
-    best: tuple[int, float] | None = None  # step and reward of the best evaluation in the course of the run
+    best: tuple[int, float] | None = None  # step and reward of the best evaluation during the run
 
     def at(self, when: str) -> Figures:
-        """Figures, kept in eval_<when>.json and samples.jsonl; a resumed run reads them back."""
+        """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads them back."""
         if self.held_out is None:
             return {}
         name, run, config = f"eval_{when}.json", self.run, self.config
@@ -60,7 +60,7 @@ class Evaluator:
         return figures
 
     def at_step(self, step: int) -> Figures:
-        """Figures of a step as metrics `eval/...`; with keep_best the best model so far is kept in model/."""
+        """Figures of a step as metrics `eval/...`; with keep_best the best model so far is saved in model/."""
         figures = self.at(f"step-{step}")
         if self.config.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
             self.best = step, figures["reward"]
@@ -69,7 +69,7 @@ class Evaluator:
         return {f"eval/{name}": value for name, value in figures.items()}
 
     def resume(self, step: int) -> None:
-        """Know what was best before the step that a run goes on from."""
+        """Restore the best evaluation before the step that a run resumes from."""
         path = self.run.path / "best.json"
         if self.config.keep_best and step and path.exists():
             best = self.run.read_json("best.json")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an update learns from: a step's samples with everything that was computed of them."""
+"""The input of an update: a step's samples with everything computed from them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Experience(NamedTuple):
     """B samples, those of one prompt next to each other; everything per token is aligned with `batch.input_ids`."""
 
     batch: Batch
-    learned: Tensor  # (B, T) bool, of `batch.mask` the tokens that the policy learns from
+    learned: Tensor  # (B, T) bool, the tokens of `batch.mask` that the policy learns from
     rewards: Tensor  # (B,) before the KL
-    old_logprobs: Tensor  # (B, T); where a step is learned from once the update writes its own here
+    old_logprobs: Tensor  # (B, T); with a single update per step, written by the update itself
     entropy: Tensor  # (B, T), as old_logprobs
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T)
@@ -24,7 +24,7 @@ class Experience(NamedTuple):
     returns: Tensor  # (B, T)
 
     def rows(self, index: Tensor) -> Experience:
-        """The rows numbered `index` (n,), as wide as the longest of them."""
+        """The rows with the indices `index` (n,), as wide as the longest of them."""
         batch = self.batch.rows(index)
         width = batch.mask.shape[1]
         per_token = (self.old_logprobs, self.entropy, self.ref_logprobs, self.values, self.advantages, self.returns)

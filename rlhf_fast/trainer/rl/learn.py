@@ -23,7 +23,7 @@ from .policy_update import policy_backward
 from .settings import UpdateOptions
 
 Figures = dict[str, float]
-Plans = list[list[Tensor]]  # of each minibatch, the rows of each micro-batch
+Plans = list[list[Tensor]]  # for each minibatch, the rows of each micro-batch
 
 
 def minibatches(count: int, unit: int, parts: int, generator: torch.Generator) -> list[Tensor]:
@@ -44,18 +44,18 @@ def update(
     *,
     critic_only: bool = False,
 ) -> Figures:
-    """Learn from a step's samples; returns the means of the losses and of what they tell, over optimizer steps."""
+    """Learn from a step's samples; returns losses and their figures, averaged over optimizer steps."""
     sums: Figures = {}
     done, agent.largest_gap = 0, 0.0
     before = step * options.epochs * len(plans)  # optimizer steps
     for epoch in range(options.epochs):
         for index in range(len(plans)) if epoch == 0 else torch.randperm(len(plans), generator=generator).tolist():
-            # Losses of the micro-batches are sums over tokens, over what the whole minibatch has on all ranks: how it
-            # is cut does not change the gradient.
+            # A micro-batch's loss is its sum over tokens divided by the minibatch's token count on all ranks, so the
+            # split into micro-batches does not change the gradient.
             rows = torch.cat([NO_ROWS, *plans[index]])
             counts = [float(x[rows].sum()) for x in (experience.learned, experience.batch.mask)]
             learned, tokens, sequences = ranks().total([*counts, len(rows)])
-            # One model after the other, so that memory never holds the gradients of both.
+            # One model after the other, so that only one model's gradients are in memory.
             figures: Figures = {}
             if not critic_only:
                 totals = Totals(learned, sequences, options.longest)
@@ -84,13 +84,13 @@ def learn(
     options: UpdateOptions,
     more: Callable[[], Figures] | None = None,
 ) -> Figures:
-    """One step of one model: add up the gradients of its micro-batches and what they tell, over all ranks.
+    """One optimizer step of one model: sums of gradients and figures over its micro-batches and all ranks.
 
-    `more` adds gradients that are not of the plan's rows.
+    `more` adds gradients of other data than the plan's rows.
     """
     sums: Figures = {}
-    for found in [*map(gradients, plan), *([more()] if more is not None else [])]:
-        for name, value in found.items():
+    for part in [*map(gradients, plan), *([more()] if more is not None else [])]:
+        for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + value
     names = sorted(set().union(*ranks().every(list(sums))))  # a rank without rows has none
     figures = dict(zip(names, ranks().total([sums.get(name, 0.0) for name in names]), strict=True))
@@ -100,28 +100,28 @@ def learn(
 def policy_gradients(
     agent: Agent, experience: Experience, totals: Totals, options: UpdateOptions, first: bool, rows: Tensor
 ) -> Figures:
-    """Add the policy's gradients of one micro-batch; what it adds to the means over the minibatch's tokens."""
+    """Add the policy's gradients of one micro-batch; returns its terms of the minibatch's means."""
     part = experience.rows(rows)
-    found = policy_backward(agent.policy, agent.reference, part, totals, options.loss)
+    result = policy_backward(agent.policy, agent.reference, part, totals, options.loss)
     width, tokens = part.batch.mask.shape[1], max(totals.tokens, 1.0)
     if options.loss.on_policy:  # the old log-probabilities are these
-        experience.old_logprobs[rows, :width] = found.logprobs
-        if found.entropy is not None:
-            experience.entropy[rows, :width] = found.entropy
+        experience.old_logprobs[rows, :width] = result.logprobs
+        if result.entropy is not None:
+            experience.entropy[rows, :width] = result.entropy
         part = experience.rows(rows)
     elif first:
-        gap = check_ratio(found.logprobs, part.old_logprobs, part.learned, agent.policy)
+        gap = check_ratio(result.logprobs, part.old_logprobs, part.learned, agent.policy)
         agent.largest_gap = max(agent.largest_gap, gap)
-    log_ratio = (found.logprobs - part.old_logprobs)[part.learned]
-    found.figures["policy/ratio"] = float(log_ratio.exp().sum()) / tokens
-    found.figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / tokens
-    return found.figures
+    log_ratio = (result.logprobs - part.old_logprobs)[part.learned]
+    result.figures["policy/ratio"] = float(log_ratio.exp().sum()) / tokens
+    result.figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / tokens
+    return result.figures
 
 
 def critic_gradients(
     agent: Agent, experience: Experience, tokens: float, options: UpdateOptions, rows: Tensor
 ) -> Figures:
-    """The same of the critic; `tokens` are those of the whole minibatch."""
+    """The same for the critic; `tokens` is the minibatch's token count."""
     part = experience.rows(rows)
     values = token_values(agent.critic, part.batch)
     loss = value_loss(values, part.values, part.returns, part.batch.mask, options.cliprange_value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the samples of a step say about the policy, with the names of TRL and cleanrl, over all ranks."""
+"""Metrics of a step's samples over all ranks, with the names of TRL and cleanrl."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MANY_CLIPPED = 0.1  # share of scores
 
 
 class Watch:
-    """Looks at each step's metrics for what goes wrong without an error; says each thing once."""
+    """Warns of problems that each step's metrics show and that raise no error; each warning once."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """No step seen yet."""
         self.first_entropy: float | None = None
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> list[str]:
-        """What is new and worth a line to the user."""
+        """New warnings for the user."""
         entropy = metrics["objective/entropy"]
         if self.first_entropy is None:
             self.first_entropy = entropy
-        found = {
+        warnings = {
             "entropy": entropy < 0.2 * self.first_entropy
             and f"the entropy has fallen from {self.first_entropy:.2f} to {entropy:.2f} nats a token: samples become "
             "alike; a larger kl_coef or a smaller lr keeps them apart",
@@ -52,16 +52,16 @@ class Watch:
             "scores": metrics["objective/scores_std"] < 1e-6
             and "all completions of this step got the same score: there is nothing to learn from them",
         }
-        new = {name: text for name, text in found.items() if isinstance(text, str) and name not in self.said}
-        self.said |= set(new)
+        new = {name: text for name, text in warnings.items() if isinstance(text, str) and name not in self.warned}
+        self.warned |= set(new)
         return list(new.values())
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions) -> dict[str, float]:
     """Means over all samples of the step, once the update is done.
 
-    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL that
-    is charged in it. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
+    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL
+    penalty. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
     """
     mask = experience.batch.mask
     nats = rf.approx_kl(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the phase will end, and how much of a step's work fits into `max_seconds`."""
+"""Estimating when the phase ends, and fitting the prompts per step into `max_seconds`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ WORTH_SAYING = 60.0  # seconds that a phase must take before its end is announce
 
 
 class Pace:
-    """Where time is short, steps get smaller before they get fewer: many small steps teach more than a few large ones.
+    """If time is short, steps get smaller before they get fewer: many small steps teach more than a few large ones.
 
     with timer("step"):
         train_step(..., pace.config, step, ...)
     """
 
     def __init__(self, config: PPOConfig, timer: Timer) -> None:
-        """Steps begin with the work that `config` says."""
+        """Steps begin with the prompts of `config`."""
         self.config = self.full = config
         self.timer = timer
         self._first: int | None = None
-        self._seconds = 0.0  # of all steps when the last one ended
-        self._said = False
+        self._seconds = 0.0  # total of all steps at the end of the last one
+        self._notified = False
 
     def ended(self, step: int) -> bool:
         """Whether no further step fits after `step` of them; the same on every rank. Sets `config` for the next one."""
@@ -39,16 +39,16 @@ class Pace:
             return False
         last = self.timer.totals["step"] - self._seconds
         self._seconds = self.timer.totals["step"]
-        # the main process decides for all: each has another clock
+        # the main process decides for all, as clocks differ
         prompts, stop = ranks().once(lambda: self._plan(step, last))
         if not stop:
             self.config = replace(self.full, prompts_per_step=prompts)
         return stop
 
     def _plan(self, step: int, last: float) -> tuple[int, bool]:
-        """Prompts of the next step, and whether there should be none; `last` is what the last step took."""
+        """(prompts of the next step, whether to stop instead); `last` is the duration of the last step."""
         full, left = self.full.prompts_per_step, self.full.max_steps - step
-        each = last / self.config.prompts_per_step  # seconds a prompt
+        each = last / self.config.prompts_per_step  # seconds per prompt
         after = self.timer.totals["evaluate"] + self.timer.totals["load"]  # evaluation and saving take about as long
         limit = self.full.max_seconds
         room = limit - self.timer.elapsed() - after if limit else float("inf")
@@ -57,8 +57,8 @@ class Pace:
         if done >= min(self.full.min_steps, self.full.max_steps) and left and room < MARGIN * each * prompts:
             notice(f"the time limit of {limit:.0f} s ends the phase after {step} steps")
             return prompts, True
-        if prompts < full and not self._said:
-            self._said = True
+        if prompts < full and not self._notified:
+            self._notified = True
             notice(
                 f"a step takes {each * full:.0f} s, too long for {left} more within max_seconds {limit:.0f}: "
                 f"{prompts} of {full} prompts a step from now on"

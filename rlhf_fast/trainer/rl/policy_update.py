@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy's loss on one micro-batch, by the fused op where it can, and its gradients."""
+"""The policy's loss and gradients on one micro-batch, by the fused op if that supports the options."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Reference = Callable[[], AbstractContextManager[Any]]
 
 
 class PolicyResult(NamedTuple):
-    """Of one micro-batch."""
+    """Log-probabilities, entropy and figures of one micro-batch."""
 
     logprobs: Tensor  # (B, T)
-    entropy: Tensor | None  # (B, T), None where it was not needed
-    figures: dict[str, float]  # what it adds to the means over the minibatch
+    entropy: Tensor | None  # (B, T), None if not needed
+    figures: dict[str, float]  # its terms of the minibatch's means
 
 
 class Tokens(NamedTuple):
-    """The micro-batch's sampled tokens (N,), flattened: what the loss of each is made of."""
+    """The micro-batch's sampled tokens (N,), flattened, with the inputs of their losses."""
 
     hidden: Tensor  # (N, H)
     targets: Tensor
@@ -44,19 +44,19 @@ class Tokens(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Of one micro-batch; per token (N,) as in `Tokens`."""
+    """The loss of one micro-batch; per token (N,) as in `Tokens`."""
 
-    loss: Tensor  # to differentiate
+    loss: Tensor  # differentiable
     shown: float  # its value
     logprobs: Tensor
     entropy: Tensor | None
-    clipped: float  # tokens whose loss the clip decided
+    clipped: float  # number of clipped tokens
 
 
 def policy_backward(
     policy: Any, reference: Reference, part: Experience, totals: Totals, options: PolicyLossOptions
 ) -> PolicyResult:
-    """Add the policy's gradients of a micro-batch; `totals` are of the whole minibatch."""
+    """Add the policy's gradients of a micro-batch; `totals` are of its minibatch."""
     if options.objective.pairs:
         return _pairs_backward(policy, part, totals, options)
     batch, mask = part.batch, part.batch.mask
@@ -71,19 +71,19 @@ def policy_backward(
         divisor=options.objective.divisor(part.learned, totals).expand_as(mask)[mask],
     )
     one_pass = batch.support is None and (options.on_policy or options.ratio == "token")
-    found = (_fused if one_pass else _two_passes)(policy, reference, batch, tokens, options)
-    found.loss.backward()
-    figures = {"loss/policy_avg": found.shown, "policy/clipfrac_avg": found.clipped / max(totals.tokens, 1.0)}
-    entropy = None if found.entropy is None else scatter(found.entropy, places, mask)
-    return PolicyResult(scatter(found.logprobs, places, mask), entropy, figures)
+    result = (_fused if one_pass else _two_passes)(policy, reference, batch, tokens, options)
+    result.loss.backward()
+    figures = {"loss/policy_avg": result.shown, "policy/clipfrac_avg": result.clipped / max(totals.tokens, 1.0)}
+    entropy = None if result.entropy is None else scatter(result.entropy, places, mask)
+    return PolicyResult(scatter(result.logprobs, places, mask), entropy, figures)
 
 
 def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
-    """One op, which has the gradients of a token while its logits are still in memory."""
+    """One fused op, which computes a token's gradients while its logits are in memory."""
     old, clip, name = tokens.old_logprobs, options.clip, options.token_loss
     if options.on_policy:
-        # Every ratio is 1, but the old log-probabilities are those that the op is about to compute. The loss with the
-        # same gradient that does not need them: REINFORCE, as CISPO with its weight clipped to 1.
+        # Every ratio is 1, but the op itself computes the old log-probabilities. REINFORCE has the same gradient and
+        # does not need them: CISPO with its weight clipped to 1.
         old, clip, name = torch.zeros_like(tokens.advantages), clip._replace(low=0.0, high=0.0), "cispo"
     weight, head = head_and_options(policy, options.temperature)
     result = rf.linear_policy_loss(
@@ -104,21 +104,21 @@ def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, opti
     loss, logprobs, entropy = float(result.loss.detach()), result.logprobs, result.entropy
     if not options.on_policy:
         return Loss(result.loss, loss, logprobs, entropy, float(result.clip_fraction) * float(tokens.learned.sum()))
-    # -A * ratio is shown in place of -A * logprobs
+    # report -A * ratio instead of -A * logprobs
     change = tokens.advantages * (logprobs - 1 / _lengths(batch.mask, options.ratio)) / tokens.divisor
     loss += float(torch.where(tokens.learned, change, 0.0).sum())
-    others = ~tokens.learned  # which the op has passed over
+    others = ~tokens.learned  # skipped by the op
     if bool(others.any()):
         with torch.no_grad():
             stats = rf.linear_token_stats(tokens.hidden[others], weight, tokens.targets[others], **head)
-        assert stats.logprobs is not None and stats.entropy is not None  # the op gives both by default
+        assert stats.logprobs is not None and stats.entropy is not None  # both are default outputs
         logprobs = logprobs.masked_scatter(others, stats.logprobs)
         entropy = entropy.masked_scatter(others, stats.entropy)
     return Loss(result.loss, loss, logprobs, entropy, 0.0)
 
 
 def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
-    """First all log-probabilities, then the losses: for a ratio of whole sequences, and for sampling that was cut."""
+    """First all log-probabilities, then the losses: for sequence ratios, and for top-k, top-p and min-p sampling."""
     mask = batch.mask
     entropy = None
     if batch.support is None:
@@ -144,7 +144,7 @@ def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens,
 
 
 def _lengths(mask: Tensor, level: str) -> Tensor:
-    """(N,) the tokens of each token's sequence where that is one action, whose loss they share; else 1."""
+    """(N,) the length of each token's sequence if a sequence is one action, whose loss its tokens share; else 1."""
     lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]
     return lengths if level == "sequence" else torch.ones_like(lengths)
 
@@ -152,15 +152,15 @@ def _lengths(mask: Tensor, level: str) -> Tensor:
 def _token_losses(
     logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: PolicyLossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Losses (N,), differentiable in logprobs by way of log_ratio, and which of them the clip decided."""
-    found = TOKEN_LOSSES[options.token_loss](logprobs.detach(), log_ratio.detach(), advantages, options.clip)
-    if options.token_loss == "cispo":  # its weight is a constant: the gradient is that of the token's log-probability
-        return found.loss + found.slope * (logprobs - logprobs.detach()), found.clipped
-    return found.loss + found.slope * (log_ratio - log_ratio.detach()), found.clipped
+    """Losses (N,), differentiable in logprobs through log_ratio, and which of them are clipped."""
+    result = TOKEN_LOSSES[options.token_loss](logprobs.detach(), log_ratio.detach(), advantages, options.clip)
+    if options.token_loss == "cispo":  # its weight is constant: only the token's log-probability has a gradient
+        return result.loss + result.slope * (logprobs - logprobs.detach()), result.clipped
+    return result.loss + result.slope * (log_ratio - log_ratio.detach()), result.clipped
 
 
 def _kl_arguments(reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> dict[str, Any]:
-    """What `rf.linear_policy_loss` needs for a KL in the loss."""
+    """Arguments of `rf.linear_policy_loss` for a KL in the loss."""
     kl = options.kl
     if not kl.loss_coef:
         return {}
@@ -188,8 +188,8 @@ def _kl_loss(
         return 0.0
     gradient = "straight_through" if kl.place == "loss-straight-through" else "value"
     ratio = importance_ratio(logprobs - old_logprobs) if kl.place == "loss-importance" else None
-    found = rf.approx_kl(logprobs, ref_logprobs, estimator=kl.estimator, gradient=gradient, importance_ratio=ratio)
-    return kl.loss_coef * found
+    token_kl = rf.approx_kl(logprobs, ref_logprobs, estimator=kl.estimator, gradient=gradient, importance_ratio=ratio)
+    return kl.loss_coef * token_kl
 
 
 def _pairs_backward(policy: Any, part: Experience, totals: Totals, options: PolicyLossOptions) -> PolicyResult:

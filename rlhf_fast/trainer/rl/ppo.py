@@ -117,7 +117,7 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None)
             if autosave.after_step(step, stop.requested):
                 raise Interrupted(f"stopped after {step} of {config.max_steps} steps; --resume goes on")
 
-        with timer("save"):  # still in reach of `stop`: a signal that comes now waits until all is written
+        with timer("save"):  # inside of `stop`: a signal now waits until all is written
             autosave.finish(step)
             if evaluator.last_is_best:
                 run.save_model(agent.merged_policy(), agent.tokenizer)
@@ -136,7 +136,7 @@ def train_step(
     config = config.resolved()
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000)
 
-    # 1. and 2. Sample completions and score them, each rank those of its share of the prompts.
+    # 1. and 2. Sample completions and score them, each rank for its share of the prompts.
     rollout, drawn = collect(agent, prompts, config, step, timer, sampler)
     samples, unit = pairs_of(rollout, config)
 
@@ -144,7 +144,7 @@ def train_step(
     plans = plan_minibatches(samples.batch, unit, config, agent.policy, generator)
     experience = score(agent, samples, plans, config, timer, calibrate=step == 0)
     options = update_options(config, agent.kl_controller.coef, agent.rewards.rounding, unit)
-    # Whether every sample is here, as it was drawn from the whole distribution, rather than chosen by its reward.
+    # Whether these are all samples, drawn from the full distribution, not selected by reward.
     plain = samples.support is None and prompts.pairs is None and unit == 1 and not drawn.get("sample/dropped")
     if plain and not options.loss.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
@@ -153,7 +153,7 @@ def train_step(
     scale = learning_rate_scale(step, config.warmup_steps, config.max_steps, config.lr_schedule)
     agent.set_learning_rates(config.lr * scale, config.critic_lr * scale)
     with timer("update"):
-        agent.train(config.gradient_checkpointing)  # in this mode only it works; dropout is off for good
+        agent.train(config.gradient_checkpointing)  # gradient checkpointing needs training mode; dropout is always off
         losses = update(agent, experience, plans, options, generator, step, critic_only=step < config.critic_warmup)
         agent.train(False)
 
@@ -167,11 +167,11 @@ def train_step(
         mask = experience.batch.mask
         metrics |= mismatch_metrics(experience.old_logprobs, samples.logprobs, mask, correction)
     metrics["policy/ratio_gap"] = agent.largest_gap
-    if step >= config.critic_warmup:  # while the critic alone learns, kl_coef moves nothing
+    if step >= config.critic_warmup:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics
 
 
 def make_sampler(config: PPOConfig) -> Sampler:
-    """What the options name; EngineError if a server is not as it must be, before any model is loaded."""
+    """The sampler of the options; EngineError for a server with wrong settings, before any model is loaded."""
     return EngineSampler(VLLMServers(config.engine_url)) if config.sampler == "vllm-server" else generate

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The prompts that RL samples from, in the order in which it takes them; of a feedback file also what people ranked.
+"""The prompts that RL samples from, in their order; from a feedback file, also its ranked completions.
 
 Reading comes first and needs no model, so that a wrong path or line is known before one is loaded.
 """
@@ -31,7 +31,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class Prompts:
-    """Prompts of one file and their token ids; of a feedback file one for each pair of its completions."""
+    """Prompts of one file and their token ids; from a feedback file, one for each pair of completions."""
 
     lines: list[PromptLine]
     ids: list[list[int]]
@@ -43,7 +43,7 @@ class Prompts:
         return draw(place, count, len(self.ids), seed)
 
     def ranked(self, indices: list[int]) -> Rollout | None:
-        """The two completions of each of these pairs, in place of sampled ones; None if there are no pairs."""
+        """The two completions of each of these pairs, instead of sampled ones; None if there are no pairs."""
         if self.pairs is None:
             return None
         sides = [(pair.ranking, k) for pair in map(self.pairs.__getitem__, indices) for k in (pair.better, pair.worse)]
@@ -63,7 +63,7 @@ class Prompts:
 
 
 def draw(place: int, count: int, size: int, seed: int) -> list[int]:
-    """The next `count` indices of an endlessly reshuffled pass over `size` things, starting at `place`."""
+    """The next `count` indices of an endlessly reshuffled pass over `size` items, starting at `place`."""
     orders = {
         round_: torch.randperm(size, generator=torch.Generator().manual_seed(seed * 7919 + round_)).tolist()
         for round_ in range(place // size, (place + count - 1) // size + 1)
@@ -72,7 +72,7 @@ def draw(place: int, count: int, size: int, seed: int) -> list[int]:
 
 
 def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
-    """The best with the worst completion of a ranking, or `every` two of which one is better."""
+    """The best and worst completion of a ranking or, with `every`, all pairs that are not ties."""
     goodness = ranking.source.goodness
     pairs = [Pair(ranking, better, worse) for better, worse in ranking.pairs]
     if every or not pairs:

@@ -37,7 +37,7 @@ class Demonstrations:
     seed: int
 
     def backward(self, policy: Any, number: int) -> dict[str, float]:
-        """Add the gradients of the demonstrations of optimizer step `number`; this rank's part of their mean loss."""
+        """Add the gradients of optimizer step `number`'s demonstrations; returns this rank's part of the mean loss."""
         order = draw(number * self.count, self.count, len(self.batch.input_ids), self.seed + 1)
         rows = torch.tensor(order)[ranks().index :: ranks().count]
         tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
@@ -52,7 +52,7 @@ class Demonstrations:
 def encode_demonstrations(
     lines: Sequence[Demonstration], tokenizer: Any, device: torch.device, options: PPOConfig
 ) -> Demonstrations:
-    """Those that fit; at an optimizer step as many as samples."""
+    """The demonstrations that fit; an optimizer step uses as many as samples."""
     max_length = options.max_length
     encoded = [encode_example(tokenizer, line.prompt, line.completion, where=line.where) for line in lines]
     fitting = [one for one in encoded if len(one.ids) <= max_length and one.completion]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards over HTTP: a server that takes prompts and completions and gives numbers, in OpenRLHF's request form.
+"""Rewards over HTTP: a server gets prompts and completions and returns numbers, in OpenRLHF's request format.
 
     POST URL  {"query": [...], "prompts": [...], "completions": [...], "labels": [...], "columns": {name: [...]}}
     answer    {"rewards": [...]}, one number a completion
@@ -24,7 +24,7 @@ WAITS = (1.0, 4.0, 16.0)  # seconds before each new try
 
 
 class RemoteReward:
-    """A reward function with TRL's signature that asks a server.
+    """A reward function with TRL's signature that calls a server.
 
     A server that cannot be reached, takes too long, or answers 429 or 5xx is tried again after a while; then, and for
     any other answer that is not a list of numbers, it raises: a failure stops the run and never becomes a reward.

@@ -7,8 +7,8 @@ Two signatures, told apart by the names of the parameters:
     def right(prompts, completions, answer): ...         TRL's: lists over all completions, columns as well, by keyword
     def right(completions, answer, **columns): ...       TRL's too, which may leave `prompts` out
 
-Each returns one number a completion, or None where it has nothing to say about one, which then adds nothing. A function
-gets the columns of the data file that its parameters name, or all of them if it takes `**columns`.
+Each returns one number per completion, or None for a completion it does not score, which adds 0. A function gets the
+columns of the data file that its parameters name, or all of them if it takes `**columns`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RewardFunction:
     function: Callable[..., Any]
 
     def of_prompts(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> list[float]:
-        """(B,) of the completions `texts`, those of each of the `prompts` next to each other and equally many."""
+        """(B,) rewards of `texts`: equally many completions per prompt, those of one prompt next to each other."""
         samples = len(texts) // len(prompts)
         if self.takes_all:
             lines = [line for line in prompts for _ in range(samples)]
@@ -51,12 +51,12 @@ class RewardFunction:
             samples_of = {"prompts": [line.prompt for line in lines], "completions": shown}
             lists |= {name: value for name, value in samples_of.items() if name in self.parameters or self.takes_any}
             return self.checked(partial(self.function, **lists), prompts[0], texts)
-        found: list[float] = []
+        numbers: list[float] = []
         for place, line in enumerate(prompts):
             part = list(texts[place * samples : (place + 1) * samples])
             columns = {name: line.columns.get(name) for name in self.columns_taken([line])}
-            found += self.checked(partial(self.function, line.prompt, part, **columns), line, part)
-        return found
+            numbers += self.checked(partial(self.function, line.prompt, part, **columns), line, part)
+        return numbers
 
     @property
     def takes_all(self) -> bool:
@@ -81,7 +81,7 @@ class RewardFunction:
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """By name; of a built-in without a signature those of ours."""
+        """Its parameters by name; of a built-in without a signature, `OURS`."""
         try:
             return dict(inspect.signature(self.function).parameters)
         except ValueError:
@@ -95,7 +95,7 @@ class RewardFunction:
         return [*taken, *(name for name, needed in named.items() if needed and name not in known)]
 
     def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
-        """The numbers that `call` gives, 0 for None; RaterError unless there is a finite one for each of `texts`."""
+        """The numbers that `call()` returns, 0 for None; RaterError unless there is one finite number per text."""
         shown = f"reward function {self.spec!r} on the prompt {prompt_text(line.prompt)[:80]!r} ({line.where})"
         try:
             numbers = [0.0 if number is None else float(number) for number in call()]
@@ -124,7 +124,7 @@ def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) 
 
 
 def as_messages(line: PromptLine, text: str) -> str | list[dict[str, str]]:
-    """A completion as TRL gives it: text, or the assistant's message where the prompt is messages."""
+    """A completion as TRL gives it: text, or the assistant's message if the prompt is messages."""
     return text if isinstance(line.prompt, str) else [{"role": "assistant", "content": text}]
 
 

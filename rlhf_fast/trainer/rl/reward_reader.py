@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward model of another vocabulary than the policy's: it reads text, by its own tokenizer and template."""
+"""A reward model with another vocabulary than the policy: it reads text, with its own tokenizer and template."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlhf_fast.run.progress import notice
 
 @dataclass(frozen=True)
 class Reader:
-    """How such a model reads completions."""
+    """Scores texts with such a model."""
 
     tokenizer: Any
     max_length: int
     micro_batch_size: int
 
     def scores(self, model: Any, prompts: Sequence[PromptLine], texts: Sequence[str], ended: Sequence[bool]) -> Tensor:
-        """(B,) scores of the completions `texts`, those of each of the `prompts` next to each other."""
+        """(B,) scores of the completions `texts`; completions of one prompt are next to each other."""
         samples = len(texts) // len(prompts)
         every = [line.prompt for line in prompts for _ in range(samples)]
         rows = encode_texts(self.tokenizer, every, texts, ended, self.max_length)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a completion is worth: a reward model's normalised score, Python functions, or a weighted sum of both."""
+"""Rewards of completions: a reward model's normalised score, Python functions, or a weighted sum of both."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from .config import PPOOptions
 from .reward_functions import RewardFunction
 from .reward_reader import Reader
 
-# A score in bfloat16 or float16 is off by about this, relative to its size or to 1: eight or eleven bits of the hidden
-# state it is read from. Which rows are read together decides how, so equal completions can differ by it.
+# Rounding error of a score in bfloat16 or float16, relative to max(|score|, 1): the hidden state has 8 or 11 bits. It
+# depends on which rows are in a batch, so scores of equal completions can differ by it.
 SCORE_ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """reward = score of the model (where there is one) + sum of weight x function; one number a completion."""
+    """reward = score of the model (if any) + sum of weight x function; one number per completion."""
 
     model: Any | None
     functions: Sequence[RewardFunction]
-    score_clip: float = 0.0  # of the model's score if that is normalised; 0: none
-    reader: Reader | None = None  # of a model that reads other token ids than the policy's
+    score_clip: float = 0.0  # limit of the model's score if that is normalised; 0: none
+    reader: Reader | None = None  # for a model with another vocabulary than the policy's
 
     @property
     def rounding(self) -> float:
-        """How far equal rewards may be apart, see `AdvantageOptions`."""
+        """Largest difference of equal rewards, see `AdvantageOptions`."""
         return 0.0 if self.model is None else SCORE_ROUNDING.get(self.model.dtype, 0.0)
 
     @property
     def clips(self) -> bool:
-        """Whether scores are clipped: those that a normaliser has given mean 0 and deviation 1, no others."""
+        """Whether scores are clipped: only if the model normalises them to mean 0 and deviation 1."""
         return self.score_clip > 0 and self.model is not None and score_normalizer(self.model) != (0.0, 1.0)
 
     def __call__(self, rollout: Rollout, plan: list[Tensor], prompts: Sequence[PromptLine]) -> Scores:
-        """Of completions, those of one prompt next to each other; `plan` are the micro-batches of the model's pass.
+        """Rewards of completions, those of one prompt next to each other; `plan` has the micro-batches for the model.
 
-        Raises RaterError naming the sample if a function raises or returns what is no finite number.
+        Raises RaterError naming the sample if a function raises or returns a number that is not finite.
         """
         device, texts = rollout.input_ids.device, rollout.texts
         total, parts = torch.zeros(len(texts), device=device), {}
@@ -67,22 +67,22 @@ class Rewards:
                 parts["objective/scores_clipped"] = (total != scores).float()
         of_functions = self.of_functions(prompts, texts).to(device)
         if self.clips:
-            parts["objective/scores"] = scores + of_functions.total  # shown as they were
+            parts["objective/scores"] = scores + of_functions.total  # before clipping
         return Scores(total + of_functions.total, {**parts, **of_functions.parts})
 
     def of_functions(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
-        """The weighted sum of the functions alone, and of each its own numbers."""
+        """The weighted sum of the functions alone, and each function's own numbers."""
         total, parts = torch.zeros(len(texts)), {}
         for function in self.functions:
-            found = torch.tensor(function.of_prompts(prompts, texts))
-            total = total + function.weight * found
-            parts[f"rewards/{function.name}"] = found
+            values = torch.tensor(function.of_prompts(prompts, texts))
+            total = total + function.weight * values
+            parts[f"rewards/{function.name}"] = values
         return Scores(total, parts)
 
     def add_to(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> float:
-        """Make the whole reward of what each row of an evaluation has as its "reward"; returns the mean.
+        """Add the functions' rewards to each evaluation row's "reward" (the model's score); returns the mean.
 
-        That is the model's score, unless the model reads other token ids: then it is missing and is taken here.
+        With a `reader` the model's score is missing in the rows and is computed here.
         `prompts` (P,) are in the order of `rows`, each with equally many.
         """
         texts = [row["completion"] for row in rows]
@@ -90,14 +90,14 @@ class Rewards:
             scores = self.reader.scores(self.model, prompts, texts, [row["ended"] for row in rows])
             for row, score in zip(rows, scores.tolist(), strict=True):
                 row["reward"] = score
-        found = ranks().once(lambda: self.of_functions(prompts, texts)).total.tolist()
-        for row, number in zip(rows, found, strict=True):
+        numbers = ranks().once(lambda: self.of_functions(prompts, texts)).total.tolist()
+        for row, number in zip(rows, numbers, strict=True):
             row["reward"] = row.get("reward", 0.0) + number
         return sum(row["reward"] for row in rows) / len(rows)
 
 
 class Scores(NamedTuple):
-    """Rewards of completions, and the figures of each that metrics show the means of."""
+    """Rewards of completions, and their terms, whose means become metrics."""
 
     total: Tensor  # (B,)
     parts: dict[str, Tensor]  # metric -> (B,)
@@ -108,7 +108,7 @@ class Scores(NamedTuple):
 
 
 class LengthRules(NamedTuple):
-    """What becomes of the score of a completion that did not end by itself, or nearly ran to the limit."""
+    """Penalties for a completion that did not end by itself, or came close to the length limit."""
 
     missing_eos_penalty: float = 0.0
     missing_eos_score: float | None = None
@@ -118,7 +118,7 @@ class LengthRules(NamedTuple):
 
     @classmethod
     def of(cls, options: PPOOptions) -> LengthRules:
-        """Those of a run's resolved options."""
+        """The rules in a run's resolved options."""
         return cls(
             options.missing_eos_penalty,
             options.missing_eos_score,
@@ -128,12 +128,12 @@ class LengthRules(NamedTuple):
         )
 
     def soft_punishment(self, lengths: Tensor) -> Tensor:
-        """(B,) what comes off: 0 up to the buffer, from there on linearly more (Yu et al. 2025, eq. 13)."""
+        """(B,) penalty on length: 0 before the buffer, growing linearly within it (Yu et al. 2025, eq. 13)."""
         buffer = self.overlong_buffer * self.max_new_tokens
         return self.overlong_penalty * ((lengths - (self.max_new_tokens - buffer)) / buffer).clamp(0, 1)
 
     def apply(self, rollout: Rollout, *, punish: bool = True) -> Tensor:
-        """(B,) the rewards that advantages see; without `punish` those before the soft punishment of length."""
+        """(B,) the rewards for advantages; without `punish`, before the soft penalty on length."""
         assert rollout.scores is not None
         rewards = rollout.scores
         if self.missing_eos_score is not None:

@@ -21,7 +21,7 @@ from .settings import given
 def collect(
     agent: Agent, prompts: Prompts, options: PPOConfig, step: int, timer: Timer, sampler: Sampler
 ) -> tuple[Rollout, dict[str, float]]:
-    """This rank's samples of a step and their scores; with dynamic sampling in rounds, until enough prompts teach.
+    """This rank's samples of a step and their scores; with dynamic sampling, in rounds until enough prompts teach.
 
     Samples of one prompt are next to each other. The figures are those of dynamic sampling.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rates in the course of a run: a linear warm-up, then constant, linear or cosine decay."""
+"""Learning rates during a run: a linear warm-up, then constant, linear or cosine decay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 
 def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
-    """What the learning rate of step `step` (from 0) is multiplied by; depends on the step alone, so resuming is exact.
+    """Factor of the learning rate at `step` (from 0); it depends on the step alone, so resuming is exact.
 
     It rises to 1 over the warm-up and falls from 1 towards 0, which it would reach at `max_steps`.
     """

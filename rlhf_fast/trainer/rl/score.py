@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps 3 to 6: what the models say of a step's samples, and the advantages."""
+"""Steps 3 to 6: log-probabilities, values and advantages of a step's samples."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from .settings import advantage_options, given, kl_options, learned_from_once
 
 
 def pairs_of(rollout: Rollout, options: PPOConfig) -> tuple[Rollout, int]:
-    """The samples to learn from, and how many in succession belong together: those that pairs are made of, else 1."""
+    """The samples to learn from, and the unit of consecutive samples that form pairs (1 without pairs)."""
     if not OBJECTIVES[options.objective].pairs:
         return rollout, 1
-    samples = len(rollout.texts) * ranks().count // options.prompts_per_step  # feedback brings two a prompt
+    samples = len(rollout.texts) * ranks().count // options.prompts_per_step  # two per prompt with feedback
     if options.dpo_pairs == "all":
         return rollout, samples
     return rollout.rows(best_and_worst(LengthRules.of(options).apply(rollout), samples).cpu()), 2
 
 
 def plan_minibatches(batch: Batch, unit: int, options: PPOConfig, model: Any, generator: torch.Generator) -> Plans:
-    """Which rows go through the models together; `unit` rows in succession stay together.
+    """The micro-batches of each minibatch; `unit` consecutive rows stay together.
 
-    All passes of the step use the same micro-batches, so that the update's first minibatch runs the very matmuls of the
-    old log-probabilities, and its ratio is 1 to the last bits.
+    All passes of the step use the same micro-batches, so that the update's first minibatch runs the same matmuls as the
+    old log-probabilities, and its ratio is 1 up to the last bits.
     """
     parts = minibatches(len(batch.input_ids), unit, given(options.num_minibatches), generator)
     size, tokens = options.micro_batch_size, options.micro_batch_tokens
@@ -52,7 +52,7 @@ def plan_minibatches(batch: Batch, unit: int, options: PPOConfig, model: Any, ge
 def score(
     agent: Agent, rollout: Rollout, plans: Plans, options: PPOConfig, timer: Timer, *, calibrate: bool
 ) -> Experience:
-    """What is computed of the samples before the update; `calibrate` fits the critic's head to them first."""
+    """Everything computed from the samples before the update; `calibrate` fits the critic's head to them first."""
     batch, plan = rollout.batch, [rows for part in plans for rows in part]
     rewards = LengthRules.of(options).apply(rollout)
     kl = kl_options(options, agent.kl_controller.coef)
@@ -80,7 +80,7 @@ def score(
                 )
             check_logprobs("ref_logprobs", ref_logprobs, batch.mask)
 
-    # 5. Values of the states before each token, and of those that samples were cut off in.
+    # 5. Values of the states before each token, and of the last states of truncated samples.
     with timer("critic"):
         values, final_values = torch.zeros_like(old_logprobs), None
         if agent.critic is not None:
@@ -91,16 +91,16 @@ def score(
             if options.bootstrap_truncated:
                 final_values = in_micro_batches(lambda part: sequence_scores(agent.critic, part), batch, plan)
 
-    # 6. Rewards (the score at the last token, the KL where it is in the reward), advantages and returns.
+    # 6. Rewards (the score at the last token, the KL if it is in the reward), advantages and returns.
     with timer("advantages"):
         truncated = None if final_values is None else ~rollout.ended
         stats = RolloutStats(rewards, old_logprobs, ref_logprobs, values, batch.mask, truncated, final_values)
-        found = OBJECTIVES[options.objective].advantages(
+        result = OBJECTIVES[options.objective].advantages(
             stats, advantage_options(options, kl.coef, agent.rewards.rounding)
         )
-        check_finite("advantages", found.advantages, batch.mask)
-        advantages = found.advantages
-        if rollout.logprobs is not None:  # losses are homogeneous in the advantage, so this weights the policy's alone
+        check_finite("advantages", result.advantages, batch.mask)
+        advantages = result.advantages
+        if rollout.logprobs is not None:  # losses scale with the advantage, so this weights the policy's loss alone
             correction = Correction(options.sampler_correction, options.sampler_cap)
             advantages = advantages * weights(old_logprobs, rollout.logprobs, batch.mask, correction)
     learned = batch.mask & rollout.ended[:, None] if options.overlong_filter else batch.mask
@@ -113,7 +113,7 @@ def score(
         ref_logprobs=ref_logprobs,
         values=values,
         advantages=advantages,
-        returns=found.returns,
+        returns=result.returns,
     )
 
 

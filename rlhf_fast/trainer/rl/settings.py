@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a step in bundles, so that each part gets what it reads and no more. Options are resolved here."""
+"""The options of a step in bundles, so that each part gets only what it reads. Options are resolved here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyLossOptions:
-    """How a token, or a pair of samples, becomes the policy's loss."""
+    """Options of the policy's loss on tokens or pairs of samples."""
 
     objective: Objective
     clip: Clip
@@ -40,7 +40,7 @@ class PolicyLossOptions:
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """How a step's samples are learned from."""
+    """Options of an update on a step's samples."""
 
     loss: PolicyLossOptions
     epochs: int
@@ -57,7 +57,7 @@ def given(value: T | None) -> T:
 
 
 def kl_options(options: PPOOptions, coef: float) -> KLOptions:
-    """With the `coef` that holds in this step."""
+    """The KL options with this step's `coef`."""
     return KLOptions(coef, given(options.kl_estimator), given(options.kl_in))
 
 
@@ -100,7 +100,7 @@ def update_options(options: PPOOptions, coef: float, rounding: float, samples_of
 def learned_from_once(options: PPOOptions, kl: KLOptions) -> bool:
     """True if a step is one update and nothing before it reads the policy's log-probabilities.
 
-    The update's own are then the old ones, and every ratio is 1: the pass that takes them first is left out.
+    The update's own are then the old ones, and every ratio is 1, so the pass for the old ones is skipped.
     """
     objective = OBJECTIVES[options.objective]
     return (

@@ -21,29 +21,29 @@ class SFTOptions(Options):
     eval_file: str | None = None
     """Held-out demonstrations of the same form; their loss is reported before and after."""
     turns: Literal["last", "all"] = "last"
-    """Answers of a chat that are learned: the last one, or every one of the assistant's. The rest is context."""
+    """Answers of a chat to learn: the last one, or all of the assistant's. The rest is context."""
     epochs: Annotated[float, POSITIVE] = 2.0
     """Passes over the training file."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 0
     """End after this many optimizer steps; 0 lets `epochs` decide."""
     dropout: bool = False
-    """Learn with the dropout that the model's configuration names; off, it has none."""
+    """Train with the dropout rates of the model's configuration; off: without dropout."""
     batch_size: Annotated[int, POSITIVE] = 16
     """Demonstrations per optimizer step."""
     lr: Annotated[float, POSITIVE] = 1e-4
     """Peak learning rate of AdamW. 1e-4 suits 135M weights, 2e-5 7B; with lora_rank ten times as much."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """After the warm-up: stay, or fall to 0 at the last step."""
+    """After the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps in which the learning rate rises from 0."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Of AdamW, on all weights but biases and norms."""
+    """Weight decay of AdamW, on all weights except biases and norms."""
     max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Largest gradient norm: larger gradients are scaled down; 0: no limit."""
     eval_steps: Annotated[int, NOT_NEGATIVE] = 0
-    """Steps between losses on the eval_file, which is read before and after training in any case; 0: only then."""
+    """Steps between evaluations on eval_file; 0: only before and after training."""
     packing: bool = False
-    """Put the demonstrations of a micro-batch end to end instead of padding them; the result is the same."""
+    """Pack the demonstrations of a micro-batch end to end instead of padding them; the result is the same."""
 
 
 @dataclass

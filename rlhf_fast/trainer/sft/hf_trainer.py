@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`transformers.Trainer` in a run folder of ours: a loss over tokens, our metrics, checkpoints without pickles."""
+"""`transformers.Trainer` in a run folder: a loss over tokens, our metrics, checkpoints without pickles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rlhf_fast.run.threads import threads
 
 
 class SumTrainer(Trainer):
-    """Takes models whose forward gives the loss summed over tokens. What it would pickle goes through `save_state`."""
+    """A Trainer for models whose forward returns the loss summed over tokens; saves by `save_state`, not pickle."""
 
     fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
 
@@ -43,23 +43,23 @@ class SumTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean over the tokens of the whole optimizer step."""
-        # Labels of the whole optimizer step on all ranks, counted by the Trainer. Engines average over ranks.
+        """The mean loss over all tokens of the optimizer step."""
+        # The Trainer counts the labels of the optimizer step on all ranks. Engines average over ranks.
         assert num_items_in_batch is not None
         count = self.accelerator.num_processes
         with self.accelerator.autocast():
             loss = model(**inputs)["loss"] / num_items_in_batch
-        # Ours adds up gradients, while the Trainer shows the average of what the ranks return here.
+        # We sum gradients over ranks; the Trainer logs the average of what the ranks return here.
         return loss + (count - 1) * loss.detach() if is_sharded(model) else loss * count
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Shards the model first if that is wanted; accelerate takes it as it is."""
+        """Shard the model first if `fsdp`; accelerate then leaves it unchanged."""
         if self.fsdp and not is_sharded(self.model):
             sharded(self.model, True)._is_accelerate_prepared = True
         return super().create_optimizer()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """In one piece, whatever the ranks hold."""
+        """Save atomically, gathering shards from the ranks."""
         state = full_state_dict(self.model)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
@@ -81,7 +81,7 @@ class SumTrainer(Trainer):
                 int(i): {k: shard_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
                 for i, values in state["moments"].items()
             }
-            lrs = self.lr_scheduler.base_lrs  # of the options, which may have changed
+            lrs = self.lr_scheduler.base_lrs  # from the options, which may have changed
             self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
             self.lr_scheduler.load_state_dict({**state["scheduler"], "base_lrs": lrs})
             schedule: Any = self.lr_scheduler
@@ -97,20 +97,20 @@ class SumTrainer(Trainer):
 
 
 class Bridge(TrainerCallback):
-    """What joins the Trainer to our run folder: metrics, progress bar, stop signal, checkpoints' names."""
+    """Connects the Trainer to the run folder: metrics, progress bar, stop signal, names of checkpoints."""
 
     def __init__(self, run: RunFolder, stop: StopFlag, autosave: Autosave) -> None:
-        """The bar comes when training begins."""
+        """The bar is created when training begins."""
         self.run, self.stop, self.autosave = run, stop, autosave
         self.bar: Progress | None = None
 
     def close(self) -> None:
-        """Give the terminal back, whatever ended the training."""
+        """Close the progress bar, whatever ended the training."""
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget metrics that will come again, and what a kill left of a checkpoint half written."""
+        """Remove metrics that will be logged again, and checkpoints that a kill left incomplete."""
         self.autosave.step = state.global_step
         self.run.truncate_metrics(state.global_step)
         for unfinished in (self.run.path / "checkpoints").glob("checkpoint-*") if ranks().main else ():
@@ -119,7 +119,7 @@ class Bridge(TrainerCallback):
         self.bar = Progress("sft", state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """A row of metrics."""
+        """Log a row of metrics."""
         if not logs or "loss" not in logs:
             return  # the Trainer's own closing summary
         if not math.isfinite(logs["loss"]):
@@ -130,7 +130,7 @@ class Bridge(TrainerCallback):
             self.bar.update(state.global_step, loss=logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say whether to save, and stop all ranks where one was told to."""
+        """Decide whether to save, and stop all ranks if one was asked to."""
         threads().fit()
         save, stop = self.autosave.due(state.global_step, self.stop.requested)
         control.should_save |= save or (state.global_step >= state.max_steps and self.autosave.keeps_last())
@@ -139,14 +139,14 @@ class Bridge(TrainerCallback):
             self.autosave.check_finite(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Until it has this name, no resume looks at it: a kill while it is written costs nothing."""
-        made = self.run.path / "checkpoints" / f"checkpoint-{state.global_step}"
+        """Rename the finished checkpoint to step-N; resume ignores it before, so a kill while writing is harmless."""
+        written = self.run.path / "checkpoints" / f"checkpoint-{state.global_step}"
         ranks().wait()
         if ranks().main:
-            (made / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
-            write_checksums(made)
-            sync_folder(made)
-            made.rename(made.with_name(f"step-{state.global_step}"))
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
+            write_checksums(written)
+            sync_folder(written)
+            written.rename(written.with_name(f"step-{state.global_step}"))
             remove_old_checkpoints(self.run.path, self.run.keep)
         ranks().wait()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Demonstrations as token ids and labels: which tokens are learned.
+"""Demonstrations as token ids and labels, which mark the tokens to learn.
 
-Of a chat that is the last answer, or every answer of the assistant (`turns` "all"). Answers are found by the
+In a chat they are the last answer, or every answer of the assistant (`turns` "all"). Answers are found by the
 template's own marks ({% generation %}) where it has them, else by what the template writes before and after each.
 """
 
@@ -40,12 +40,12 @@ OTHERWISE = (
 def encode(
     tokenizer: Any, demonstrations: Sequence[Demonstration], limits: Limits, turns: Turns = "last", source: str = ""
 ) -> list[Example]:
-    """Token ids and labels of each demonstration; a completion that does not fit is cut and has no end.
+    """Token ids and labels of each demonstration; a completion that is too long is truncated, without its end.
 
-    What is left out or cut is said. Raises UserError if nothing is left of some demonstrations.
+    Reports what is dropped or truncated. Raises UserError if no demonstration is usable.
     """
     examples: list[Example] = []
-    dropped, cut, otherwise = Dropped(Path(source or "the demonstrations"), limits.strict), 0, 0
+    dropped, truncated, not_following = Dropped(Path(source or "the demonstrations"), limits.strict), 0, 0
     for demonstration in demonstrations:
         where = demonstration.where
         try:
@@ -65,13 +65,17 @@ def encode(
         for begin, end in spans:
             labels[begin:end] = ids[begin:end]
         ids, labels = prompt + ids[start:], [IGNORED] * len(prompt) + labels[start:]
-        cut, otherwise = cut + (len(ids) > limits.max_length), otherwise + (not follows)
+        truncated += len(ids) > limits.max_length
+        not_following += not follows
         examples.append({"input_ids": ids[: limits.max_length], "labels": labels[: limits.max_length]})
     dropped.report(len(examples))
-    if cut:
-        notice(f"{cut} of {len(examples)} demonstrations were longer than max_length {limits.max_length} and were cut")
-    if otherwise:
-        notice(f"{otherwise} of {len(examples)} {OTHERWISE}")
+    if truncated:
+        notice(
+            f"{truncated} of {len(examples)} demonstrations were longer than max_length {limits.max_length} "
+            "and were cut"
+        )
+    if not_following:
+        notice(f"{not_following} of {len(examples)} {OTHERWISE}")
     return examples
 
 
@@ -89,7 +93,7 @@ def _spans(tokenizer: Any, demonstration: Demonstration, turns: Turns) -> tuple[
 
 
 def _answer(tokenizer: Any, chat: Chat, place: int, ids: list[int], where: str) -> tuple[int, int] | None:
-    """Where in `ids` the message at `place` stands, if it is an answer: from what the template writes before it."""
+    """(begin, end) in `ids` of the message at `place`, if it is an answer, from rendering the messages before it."""
     if chat[place]["role"] != "assistant":
         return None
     until = Chat(chat[:place], chat.tools, chat.variables)
@@ -97,16 +101,16 @@ def _answer(tokenizer: Any, chat: Chat, place: int, ids: list[int], where: str) 
     end = end_of_turn(tokenizer)
     if end in ids[begin:]:
         return begin, ids.index(end, begin) + 1
-    whole = render(tokenizer, Chat(chat[: place + 1], chat.tools, chat.variables), where)
-    return begin, max(begin, common_length(tokens_of(tokenizer, whole), ids))
+    rendered = render(tokenizer, Chat(chat[: place + 1], chat.tools, chat.variables), where)
+    return begin, max(begin, common_length(tokens_of(tokenizer, rendered), ids))
 
 
 def _marked(tokenizer: Any, chat: Chat, where: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and the spans that the template itself marks as the assistant's, each with the token that ends it."""
-    found = tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         list(chat), return_dict=True, return_assistant_tokens_mask=True, **template_arguments(chat)
     )
-    ids, mask = list(found["input_ids"]), [*found["assistant_masks"], 0]
+    ids, mask = list(encoded["input_ids"]), [*encoded["assistant_masks"], 0]
     end = end_of_turn(tokenizer)
     begins = [i for i, marked in enumerate(mask) if marked and (i == 0 or not mask[i - 1])]
     spans = [(begin, mask.index(0, begin)) for begin in begins]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of demonstrations: padded, or packed end to end in rows, which costs no pads and changes no result."""
+"""Batches of demonstrations: padded, or packed end to end in rows, which avoids pads and changes no result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 def pack(examples: Sequence[Example], pad_id: int, width: float) -> dict[str, Tensor]:
     """The same and `position_ids`, which begin at 0 for each example: rows of at most `width`, by first fit.
 
-    An example's first token has no label, so nothing is predicted across a seam. Pads count as one more example.
+    An example's first token has no label, so nothing is predicted from another example. Pads count as one more example.
     """
     rows: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
@@ -39,8 +39,8 @@ def pack(examples: Sequence[Example], pad_id: int, width: float) -> dict[str, Te
             rows.append([example])
         else:
             row.append(example)
-    joined = [{name: [i for e in row for i in e[name]] for name in ("input_ids", "labels")} for row in rows]
-    batch = collate(joined, pad_id)
+    packed_rows = [{name: [i for e in row for i in e[name]] for name in ("input_ids", "labels")} for row in rows]
+    batch = collate(packed_rows, pad_id)
     columns = batch["input_ids"].shape[1]
     lengths = [[len(e["input_ids"]) for e in row] for row in rows]
     batch["position_ids"] = torch.stack(
@@ -50,8 +50,7 @@ def pack(examples: Sequence[Example], pad_id: int, width: float) -> dict[str, Te
 
 
 def packed_width(model: Any, room: int) -> float:
-    """Flash attention finds the sequences of one row only, and its cost does not grow with the row; others do best
-    with rows as long as the longest sequence may be."""
+    """Width of packed rows: unlimited for flash attention, which handles one row only; else the longest sequence."""
     return float("inf") if "flash" in str(model.config._attn_implementation) else room
 
 
@@ -64,22 +63,22 @@ def completion_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_packing(model: Any, examples: Sequence[Example], pad_id: int) -> None:
-    """Stop if sequences packed into one row see one another in this model: their loss must be that of each alone."""
-    chosen = list(examples[:3])
+    """UserError if sequences packed into one row attend to each other in this model, so that their loss differs."""
+    samples = list(examples[:3])
     try:
-        packed = completion_logprobs(model, to_device(pack(chosen, pad_id, 2**31))).sum()
+        packed = completion_logprobs(model, to_device(pack(samples, pad_id, 2**31))).sum()
     except TypeError as error:
         raise UserError(
             f"{type(model).__name__} cannot learn from packed rows ({error}); set packing to false"
         ) from None
-    alone = sum(completion_logprobs(model, to_device(collate([example], pad_id))).sum() for example in chosen)
-    if not abs(float(packed - alone)) < 1e-3 * abs(float(alone)) + 1e-3:
+    separate = sum(completion_logprobs(model, to_device(collate([example], pad_id))).sum() for example in samples)
+    if not abs(float(packed - separate)) < 1e-3 * abs(float(separate)) + 1e-3:
         raise UserError(
             f"{type(model).__name__} lets packed demonstrations see one another: their log-probability is "
-            f"{float(packed):.4f} packed and {float(alone):.4f} alone; set packing to false"
+            f"{float(packed):.4f} packed and {float(separate):.4f} alone; set packing to false"
         )
 
 
 def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The batch where the models are."""
+    """The batch on the models' device."""
     return {name: tensor.to(device()) for name, tensor in batch.items()}

@@ -2,9 +2,9 @@
 """Phase 1: supervised fine-tuning on demonstrations, on `transformers.Trainer`.
 
 The loss is the mean negative log-likelihood of a completion's tokens, the end-of-sequence token included,
-which is how the model learns to stop; prompt tokens are context only. Full logits are never made: the trunk's
+which is how the model learns to stop; prompt tokens are context only. Full logits are never computed: the trunk's
 hidden states at the predicting positions go to `rf.linear_token_logprobs`. The mean is over the real tokens
-of the whole optimizer step, so the result depends neither on how the step is cut into micro-batches nor on packing.
+of the whole optimizer step, so the result depends neither on how the step is split into micro-batches nor on packing.
 
 Weights and optimizer stay in float32 while learning; with dtype bfloat16 the matmuls run in it (autocast),
 and the model is written in it at the end.
@@ -74,8 +74,8 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("load"):
         tokenizer = load_tokenizer(config.model, config.trust_remote_code)
         frozen = config.load_in_4bit or config.lora_rank > 0
-        kept = dtype if frozen else torch.float32  # what is frozen needs no more
-        model = load_causal_lm(config.model, kept, config.trust_remote_code, config.load_in_4bit)
+        weight_dtype = dtype if frozen else torch.float32  # frozen weights need no float32
+        model = load_causal_lm(config.model, weight_dtype, config.trust_remote_code, config.load_in_4bit)
         adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
     fit_padding(tokenizer, model)
@@ -114,7 +114,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
 
 
 def _end_with(model: Any, *ends: int) -> None:
-    """Have whatever generates with the saved model stop at the tokens that end what it has learned to write."""
+    """Set the saved model's generation config to stop at the tokens that end the learned answers."""
     if (generation := getattr(model, "generation_config", None)) is not None:
         listed = generation.eos_token_id
         before = listed if isinstance(listed, list) else [listed] * (listed is not None)
@@ -128,7 +128,7 @@ def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: i
     total, tokens = 0.0, 0.0
     batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
     for part in pad_to_ranks(batches[ranks().index :: ranks().count], model, []):
-        batch = to_device(collate(part or examples[:1], pad_id))  # others may need this rank's part of the weights
+        batch = to_device(collate(part or examples[:1], pad_id))  # other ranks may need this rank's shards
         with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
             logprobs = completion_logprobs(model, batch)
         if part:
@@ -139,7 +139,7 @@ def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: i
 
 
 class Data(NamedTuple):
-    """What is learned, and what is held out."""
+    """Training and held-out examples."""
 
     train: list[Example]
     held_out: list[Example]
@@ -200,12 +200,12 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
 
 
 def negative_log_likelihood(model: Any, **inputs: Tensor) -> dict[str, Tensor]:
-    """Stands in for the model's forward while it learns: the sum over the labelled tokens, no logits."""
+    """Replaces the model's forward in training: the loss summed over the labelled tokens, without logits."""
     return {"loss": -completion_logprobs(model, inputs).sum()}
 
 
 def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
-    """Our options in the Trainer's words; whatever it would print, draw or upload by itself is off."""
+    """Our options as TrainingArguments; the Trainer's own printing, progress bar and uploads are off."""
     from transformers import TrainingArguments
 
     share = ranks().share(config.batch_size, "batch_size")
@@ -226,7 +226,7 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         max_grad_norm=config.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         seed=config.seed,
-        save_strategy="no",  # Autosave says when
+        save_strategy="no",  # Autosave decides when
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

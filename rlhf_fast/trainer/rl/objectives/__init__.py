@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What RL maximises: a file an objective, and a line here that imports it; docs/objectives.md says where each is from.
+"""The objectives of RL: one file each, and a line here that imports it; docs/objectives.md has their sources.
 
 A new one is a file with an `Objective` in it and its line below. Nothing else names them: the option `objective`, its
 help and its checks read this table.
 """
 
-# ruff: noqa: F401 - the table below reads what is imported here
+# ruff: noqa: F401 - the table below uses the imports
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ from .ppo import PPO
 from .reinforce import REINFORCE, REINFORCE_BASELINE
 from .rloo import RLOO
 
-OBJECTIVES = {found.name: found for found in list(vars().values()) if isinstance(found, Objective)}
+OBJECTIVES = {value.name: value for value in list(vars().values()) if isinstance(value, Objective)}

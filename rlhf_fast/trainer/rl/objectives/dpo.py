@@ -17,7 +17,7 @@ PairLoss = Literal["sigmoid", "ipo"]
 
 
 class PairOptions(NamedTuple):
-    """How a pair becomes a loss."""
+    """Options of the loss on pairs."""
 
     beta: float = 0.1
     loss: PairLoss = "sigmoid"
@@ -34,7 +34,7 @@ def best_and_worst(rewards: Tensor, samples: int) -> Tensor:
 
 
 def preferred(rewards: Tensor, rounding: float = 0.0) -> Tensor:
-    """(P, K, K) bool: [p, i, j] is True where sample i of prompt p earned more than j, by more than rounding."""
+    """(P, K, K) bool: [p, i, j] is True if sample i of prompt p has a higher reward than j, by more than rounding."""
     gaps = rewards[:, :, None] - rewards[:, None, :]
     return gaps > score_tolerance(rewards, rounding)[:, None, None]
 
@@ -43,7 +43,7 @@ def pair_loss(log_ratios: Tensor, rewards: Tensor, options: PairOptions) -> tupl
     """The loss summed over prompts, and the sum over prompts of the share of pairs that are in the right order.
 
     Args:
-        log_ratios: (P, K) log p / p_ref of whole completions.
+        log_ratios: (P, K) log p / p_ref of completions.
         rewards: (P, K). Every two samples of a prompt are a pair unless their rewards are equal; the pairs of a prompt
             weigh 1 together (Ouyang et al. 2022, eq. 1), a prompt without any weighs 0.
 
@@ -66,7 +66,7 @@ def pair_loss(log_ratios: Tensor, rewards: Tensor, options: PairOptions) -> tupl
 
 
 def for_metrics(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
-    """The KL is shown; pairs need no advantages."""
+    """No advantages, which pairs do not need; the KL is computed for the metrics."""
     return token_advantages(stats.rewards, stats, options, 0.0)
 
 

@@ -7,13 +7,13 @@ import rlhf_fast as rf
 
 from .objective import AdvantageOptions, Objective, RolloutStats, by_sequence, centred, token_advantages
 
-EPS = 1e-4  # TRL's and verl's: a spread far below it is no longer stretched to 1
+EPS = 1e-4  # TRL's and verl's: a deviation far below it is not scaled up to 1
 
 
 def group_normalised(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
     """A = (r - mean(r)) / std(r) over the prompt's samples, for each of a sample's tokens (section 4.1.2).
 
-    r is the reward alone. A KL in the reward, which the paper does not have, is charged token by token behind the
+    r is the reward alone. A KL in the reward, which the paper does not have, is subtracted token by token after the
     normalisation, as OpenRLHF does: a prompt whose samples earn the same would else learn from the KL's noise.
     """
     groups = centred(stats, options)

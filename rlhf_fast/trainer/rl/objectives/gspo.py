@@ -10,7 +10,7 @@ GSPO = Objective(
     "gspo",
     group_normalised,
     by_sequence,
-    # Section 5.1: the ranges are so narrow because the ratio is a mean; its batches are cut into four minibatches.
+    # Section 5.1: the ranges are so narrow because the ratio is a mean; its batches have four minibatches.
     defaults={
         "kl_coef": 0.0,
         "kl_in": "loss",

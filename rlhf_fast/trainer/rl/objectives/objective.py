@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an objective is made of, and the pieces that several of them use.
+"""The parts of an objective, and functions that several of them share.
 
 1. Advantages: a function of a step's `RolloutStats`, (B, T). Samples of one prompt are next to each other.
-2. The policy's loss of a token given its advantage: a name in `rlhf_fast.ops.token_losses`, for the fused op to find.
-   Or pairs of samples, for `dpo`.
-3. The divisor of the sum over tokens, from totals over all ranks and micro-batches of a minibatch, so that neither how
-   it is cut nor how many processes share it changes the gradient.
-4. The defaults that its paper has for options; docs/objectives.md lists them with their sources.
+2. The policy's loss of a token given its advantage: a name in `rlhf_fast.ops.token_losses`, for the fused op.
+   For `dpo`, of pairs of samples.
+3. The divisor of the sum over tokens, from totals over all ranks and micro-batches of a minibatch, so that neither
+   the split into micro-batches nor the number of processes changes the gradient.
+4. The defaults of options in its paper; docs/objectives.md lists them with their sources.
 """
 
 from __future__ import annotations
@@ -33,25 +33,27 @@ class KLOptions(NamedTuple):
 
     @property
     def reward_coef(self) -> float:
-        """What a nat costs in the reward."""
+        """Coefficient of the KL in the reward."""
         return self.coef if self.place == "reward" else 0.0
 
     @property
     def loss_coef(self) -> float:
-        """What a nat costs in the policy's loss."""
+        """Coefficient of the KL in the policy's loss."""
         return 0.0 if self.place == "reward" else self.coef
 
 
 class RolloutStats(NamedTuple):
-    """What advantages are computed from; samples of one prompt are next to each other."""
+    """Inputs of advantages; samples of one prompt are next to each other."""
 
-    rewards: Tensor  # (B,) of whole completions, before the KL
+    rewards: Tensor  # (B,) of completions, before the KL
     logprobs: Tensor  # (B, T) under the policy that sampled
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T), 0 without a critic
     mask: Tensor  # (B, T), True = sampled token
-    truncated: Tensor | None = None  # (B,) bool: cut off at the length limit, to be continued by `final_values`
-    final_values: Tensor | None = None  # (B,) value of the state behind the last token
+    truncated: Tensor | None = (
+        None  # (B,) bool: ended by the length limit; `final_values` are then the bootstrap values
+    )
+    final_values: Tensor | None = None  # (B,) value of the state after the last token
 
 
 class AdvantageOptions(NamedTuple):
@@ -67,7 +69,7 @@ class AdvantageOptions(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Of a minibatch, over ranks and micro-batches."""
+    """Totals of a minibatch over ranks and micro-batches."""
 
     tokens: float
     sequences: float
@@ -75,16 +77,16 @@ class Totals(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """How a name of the option `objective` learns."""
+    """A choice of the option `objective`."""
 
     name: str
     advantages: Callable[[RolloutStats, AdvantageOptions], rf.Advantages]
     divisor: Callable[[Tensor, Totals], Tensor]
     token_loss: str = "ppo"
     critic: bool = False
-    compares: bool = True  # samples of one prompt with each other, of which there must be two
-    pairs: bool = False  # learns from a better and a worse sample of a prompt, by `dpo.pair_loss`
-    defaults: Mapping[str, Any] = {}  # of options that the user leaves open
+    compares: bool = True  # compares samples of one prompt, so there must be two
+    pairs: bool = False  # learns from pairs of samples of a prompt, by `dpo.pair_loss`
+    defaults: Mapping[str, Any] = {}  # of options that the user did not set
 
 
 # ------------------------------------------------------------------------------------------------ advantages
@@ -93,9 +95,9 @@ class Objective(NamedTuple):
 def token_advantages(
     sequence_advantages: Tensor, stats: RolloutStats, options: AdvantageOptions, kl_coef: float, whiten: bool = False
 ) -> rf.Advantages:
-    """Each token has its sequence's advantage (B,), less `kl_coef` times the KL of this token and those that follow.
+    """Each token's advantage is its sequence's (B,) minus `kl_coef` times the KL of this token and those that follow.
 
-    A token is charged for the divergence that it can still change, undivided by any spread of rewards.
+    So a token is penalised only for divergence that it can still change. The penalty is not divided by a deviation.
     """
     return rf.ppo_advantages(
         sequence_advantages.to(stats.logprobs.dtype),
@@ -113,16 +115,16 @@ def token_advantages(
 
 
 def sampled_estimator(kl: KLOptions) -> str:
-    """The estimator that reads the KL from two log-probabilities; for exact see `exact_reference`."""
+    """The estimator of the KL from two log-probabilities; for exact see `exact_reference`."""
     return "k1" if kl.estimator == "exact" else kl.estimator
 
 
 def exact_reference(logprobs: Tensor, kl: Tensor) -> Tensor:
-    """Stands for ref_logprobs where the KL is exact: k1 = logprobs - ref_logprobs is then this KL."""
+    """Used as ref_logprobs if the KL is exact: k1 = logprobs - ref_logprobs then equals `kl`."""
     return logprobs - kl
 
 
-# Sums of float32 rewards that would be equal in exact arithmetic differ by a few of its last bits.
+# Sums of float32 rewards that are equal in exact arithmetic differ in their last few bits.
 FLOAT32_ROUNDING = 1e-6
 
 
@@ -137,13 +139,13 @@ def equal_up_to_rounding(groups: Tensor, rounding: float = 0.0) -> Tensor:
 
 
 def score_tolerance(groups: Tensor, rounding: float = 0.0) -> Tensor:
-    """(P,) how far apart rewards (P, K) may be and still be equal."""
+    """(P,) largest difference of equal rewards (P, K)."""
     size = groups.abs().amax(1)
     return torch.maximum(FLOAT32_ROUNDING * size, rounding * size.clamp(min=1))
 
 
 def centred(stats: RolloutStats, options: AdvantageOptions) -> Tensor:
-    """(P, K) float64 rewards minus their prompt's mean; exactly 0 where they are equal up to rounding."""
+    """(P, K) float64 rewards minus their prompt's mean; exactly 0 if they are equal up to rounding."""
     groups = by_prompt(stats.rewards, options)
     alike = equal_up_to_rounding(groups, options.rounding)
     return torch.where(alike[:, None], 0.0, groups - groups.mean(1, keepdim=True))
@@ -163,12 +165,12 @@ def by_token(mask: Tensor, totals: Totals) -> Tensor:
 
 
 def by_sequence(mask: Tensor, totals: Totals) -> Tensor:
-    """A mean over a sequence's tokens, then over sequences: long ones count no more than short ones."""
+    """A mean over a sequence's tokens, then over sequences: long sequences count as much as short ones."""
     return mask.sum(1, keepdim=True).clamp(min=1) * totals.sequences
 
 
 def by_constant(mask: Tensor, totals: Totals) -> Tensor:
-    """The most tokens there could be: a sequence's length does not change what its tokens count."""
+    """The largest possible number of tokens: a sequence's length does not change the weight of its tokens."""
     return torch.tensor(totals.sequences * totals.longest, device=mask.device)
 
 

@@ -30,7 +30,7 @@ def generalized(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages
 
 
 def _by_parts(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
-    """The same with rewards of whitened spread, or with what a truncated sample would still have earned."""
+    """The same with rewards divided by their deviation, or with bootstrap values of truncated samples."""
     mask, group = stats.mask, options.process_group
     kl = rf.approx_kl(stats.logprobs, stats.ref_logprobs, estimator=sampled_estimator(options.kl), mask=mask)
     last = mask & (mask.long().cumsum(1) == mask.sum(1, keepdim=True))

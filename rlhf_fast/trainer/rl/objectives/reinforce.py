@@ -9,12 +9,12 @@ from .objective import AdvantageOptions, Objective, RolloutStats, by_token, cent
 
 
 def rewards_to_go(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
-    """The reward less the KL still to come, whitened over the batch."""
+    """The reward minus the KL of this and later tokens, whitened over the batch."""
     return token_advantages(stats.rewards, stats, options, options.kl.reward_coef, whiten=True)
 
 
 def centred_rewards_to_go(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
-    """REINFORCE++-baseline: the prompt's mean taken off first, then whitened over the batch, not over the prompt."""
+    """REINFORCE++-baseline: minus the prompt's mean, then whitened over the batch, not over the prompt."""
     return token_advantages(centred(stats, options).flatten(), stats, options, options.kl.reward_coef, whiten=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RLOO: REINFORCE on whole sequences with the other samples as baseline (Ahmadian et al. 2024, arXiv 2402.14740)."""
+"""RLOO: REINFORCE on sequences with the other samples' mean as baseline (Ahmadian et al. 2024, arXiv 2402.14740)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .objective import (
 def leave_one_out(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:
     """A = R - mean of R over the prompt's other samples (section 2.2), R = reward - kl_coef * sum of the KL (eq. 3).
 
-    One number a sequence: the whole completion is one action. r - (sum - r) / (K - 1) = (r - mean) * K / (K - 1).
+    One number per sequence: the completion is one action. r - (sum - r) / (K - 1) = (r - mean) * K / (K - 1).
     """
     estimator = sampled_estimator(options.kl)
     kl = rf.approx_kl(stats.logprobs, stats.ref_logprobs, estimator=estimator, mask=stats.mask)
