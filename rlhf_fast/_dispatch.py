@@ -151,8 +151,8 @@ def backends() -> BackendTable:
 def _served(op: str, device: str) -> Served:
     if _requested != "auto":
         reason = why_not(_requested, op, device)
-        asked = "asked for by use_backend or RLHF_FAST_BACKEND"
-        return Served(op, device, "none" if reason else _requested, f"{asked}, but {reason}" if reason else asked)
+        origin = "requested by use_backend or RLHF_FAST_BACKEND"
+        return Served(op, device, "none" if reason else _requested, f"{origin}, but {reason}" if reason else origin)
     reasons = {}
     for backend in BY_SPEED:
         if not (reason := why_not(backend, op, device)):

@@ -71,11 +71,11 @@ def targets_of(
         (gae, MAKER, returns, _cumulative_returns),
     ]
     targets = []
-    for asked, module, name, maker in wanted:
+    for enabled, module, name, maker in wanted:
         makers = {SIGNATURES[name]: maker}
         if name == "compute_approx_kl":
             makers[SIGNATURES["compute_approx_kl, 0.11.0"]] = _compute_approx_kl_of_three
-        if asked:
+        if enabled:
             targets.append(Target(module, name, makers))
     return targets
 

@@ -51,7 +51,7 @@ def apply_rlhf_fast_to_trl(
         (entropy, "entropy_from_logits", _entropy_from_logits),
         (logprob and entropy, "selective_log_softmax_and_entropy", _selective_log_softmax_and_entropy),
     ]
-    targets = [Target(UTILS, name, {SIGNATURES[name]: maker}) for asked, name, maker in wanted if asked]
+    targets = [Target(UTILS, name, {SIGNATURES[name]: maker}) for enabled, name, maker in wanted if enabled]
     if fused_lm_head:
         heads: dict[str, Maker] = {
             SIGNATURES["_ChunkedLogProbFunction"]: _Head,

@@ -83,8 +83,8 @@ def targets_of(
     ]  # fmt: skip
     return [
         Target(module, name, {SIGNATURES[name]: maker}, **options)  # type: ignore[arg-type]
-        for asked, module, name, maker, options in wanted
-        if asked
+        for enabled, module, name, maker, options in wanted
+        if enabled
     ]
 
 

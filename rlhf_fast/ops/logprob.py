@@ -28,7 +28,7 @@ from rlhf_fast.ops._register import any_batched, define, define_backward, save, 
 
 
 class TokenStats(NamedTuple):
-    """What `token_stats` returns; outputs that were not asked for are None. All float32 but argmax (int64)."""
+    """What `token_stats` returns; outputs that were not requested are None. All float32 but argmax (int64)."""
 
     logprobs: Tensor | None = None  # as targets
     entropy: Tensor | None = None  # (...), nats
@@ -93,7 +93,7 @@ def token_stats(
     Args:
         outputs: any of "logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax"; the first three are
             differentiable. The others are None in the result.
-        targets: may be None when "logprobs" is not asked for.
+        targets: may be None when "logprobs" is not in `outputs`.
         Others as for `token_logprobs`.
 
     Returns:
@@ -103,27 +103,27 @@ def token_stats(
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
-    asked = output_bits("token_stats", outputs, targets)
+    requested = output_bits("token_stats", outputs, targets)
     results = _token_stats(
-        "token_stats", logits, targets, temperature, logit_scale, softcap, mask, vocab_size, inplace_backward, asked
+        "token_stats", logits, targets, temperature, logit_scale, softcap, mask, vocab_size, inplace_backward, requested
     )
-    return as_token_stats(results, asked)
+    return as_token_stats(results, requested)
 
 
 def output_bits(op: str, outputs: tuple[str, ...], targets: Tensor | None) -> int:
-    """The asked outputs as one integer."""
+    """The requested outputs as one integer, a bit each."""
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"rlhf_fast.{op}: outputs must be a tuple of names, got {outputs!r}")
-    asked = 0
+    requested = 0
     for name in outputs:
-        asked |= _check.choice(op, "outputs", name, codes.OUTPUTS)
-    if asked & codes.LOGPROBS and targets is None:
+        requested |= _check.choice(op, "outputs", name, codes.OUTPUTS)
+    if requested & codes.LOGPROBS and targets is None:
         raise ValueError(f"rlhf_fast.{op}: targets must be given when outputs holds 'logprobs', got None")
-    return asked
+    return requested
 
 
-def as_token_stats(results: tuple[Tensor, ...], asked: int) -> TokenStats:
-    return TokenStats(*(x if asked & (1 << bit) else None for bit, x in enumerate(results[:5])))
+def as_token_stats(results: tuple[Tensor, ...], requested: int) -> TokenStats:
+    return TokenStats(*(x if requested & (1 << bit) else None for bit, x in enumerate(results[:5])))
 
 
 def _token_stats(
@@ -136,7 +136,7 @@ def _token_stats(
     mask: Tensor | None,
     vocab_size: int | None,
     inplace_backward: bool,
-    asked: int,
+    requested: int,
 ) -> tuple[Tensor, ...]:
     _check.is_float(op, "logits", logits)
     if logits.dim() == 0:
@@ -145,14 +145,14 @@ def _token_stats(
     row_temperature, temperature, cap, columns = check_row_options(
         op, rows, logits.shape[-1], temperature, softcap, mask, vocab_size, logits
     )
-    if asked & codes.LOGPROBS:
+    if requested & codes.LOGPROBS:
         check_targets(op, targets, rows, logits.shape[-1] if columns < 0 else columns, mask, logits)
     else:
         targets = None
     return _dispatch.call(
         _dispatch.select(op, logits).token_stats.default,
         logits, targets, mask, row_temperature, temperature, _check.factor(op, "logit_scale", logit_scale), cap,
-        columns, asked, _check.flag(op, "inplace_backward", inplace_backward),
+        columns, requested, _check.flag(op, "inplace_backward", inplace_backward),
     )  # fmt: skip
 
 
@@ -251,9 +251,9 @@ def _reference_inplace(
     reference.token_stats_backward_into(logits, grad_logprobs, grad_entropy, grad_logsumexp, logits, *rest)
 
 
-def not_differentiable(output: tuple[Tensor, ...], asked: int) -> list[Tensor]:
-    """All but the asked ones among logprobs, entropy and logsumexp."""
-    return [x for bit, x in enumerate(output) if bit > 2 or not asked & (1 << bit)]
+def not_differentiable(output: tuple[Tensor, ...], requested: int) -> list[Tensor]:
+    """All outputs but the requested ones among logprobs, entropy and logsumexp."""
+    return [x for bit, x in enumerate(output) if bit > 2 or not requested & (1 << bit)]
 
 
 def rows_share_memory(x: Tensor) -> bool:
@@ -268,11 +268,11 @@ def rows_share_memory(x: Tensor) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, mask, row_temperature, *options, asked, inplace = inputs
+    logits, targets, mask, row_temperature, *options, requested, inplace = inputs
     entropy, parts = output[1], output[-1]
-    ctx.mark_non_differentiable(*not_differentiable(output, asked))
+    ctx.mark_non_differentiable(*not_differentiable(output, requested))
     ctx.set_materialize_grads(False)
-    save(ctx, logits, targets, mask, row_temperature, entropy if asked & codes.ENTROPY else None, parts)
+    save(ctx, logits, targets, mask, row_temperature, entropy if requested & codes.ENTROPY else None, parts)
     ctx.options, ctx.inplace, ctx.overwritten = options, inplace, False
 
 

@@ -28,11 +28,11 @@ def _fields(bundle: type) -> tuple[tuple[str, Any], ...]:
 @cache
 def arguments(*bundles: type) -> tuple[tuple[str, Any], ...]:
     """Names and types of all fields in order; a field that is a bundle stands for its own fields."""
-    found: list[tuple[str, Any]] = []
+    fields: list[tuple[str, Any]] = []
     for bundle in bundles:
         for name, kind in _fields(bundle):
-            found += arguments(kind) if hasattr(kind, "_fields") else [(name, kind)]
-    return tuple(found)
+            fields += arguments(kind) if hasattr(kind, "_fields") else [(name, kind)]
+    return tuple(fields)
 
 
 def schema(*bundles: type, prefix: str = "", mutated: str = "") -> str:

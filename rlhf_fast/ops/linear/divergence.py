@@ -267,12 +267,12 @@ def _backward_loop(
                 sums.add(grad, tile.rows, loop.everything)
             if any(ref_needs):
                 ref_sums.add(ref_grad, tile.rows, loop.everything)
-        found = sums.finish(policy.vocabulary, policy.shard.sum)
-        ref_found = ref_sums.finish(ref.vocabulary, ref.shard.sum)
-    grad_hidden = policy.put_hidden(found.grad_hidden) if needs.hidden else found.grad_hidden
-    ref_hidden = ref.put_hidden(ref_found.grad_hidden) if ref_needs.ref_hidden else ref_found.grad_hidden
-    return (*found._replace(grad_hidden=grad_hidden),
-            *RefGradientTensors(ref_hidden, ref_found.grad_weight, ref_found.grad_bias))  # fmt: skip
+        gradients = sums.finish(policy.vocabulary, policy.shard.sum)
+        ref_gradients = ref_sums.finish(ref.vocabulary, ref.shard.sum)
+    grad_hidden = policy.put_hidden(gradients.grad_hidden) if needs.hidden else gradients.grad_hidden
+    ref_hidden = ref.put_hidden(ref_gradients.grad_hidden) if ref_needs.ref_hidden else ref_gradients.grad_hidden
+    return (*gradients._replace(grad_hidden=grad_hidden),
+            *RefGradientTensors(ref_hidden, ref_gradients.grad_weight, ref_gradients.grad_bias))  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- registration

@@ -109,8 +109,8 @@ class HeadGradients:
         return scale
 
     def _sums(self) -> list[Tensor]:
-        found = [self.hidden, self.low_grad, self.bias, self.lora_b, self.weight]
-        return [x for x in found if x is not None and x.numel()]
+        tensors = [self.hidden, self.low_grad, self.bias, self.lora_b, self.weight]
+        return [x for x in tensors if x is not None and x.numel()]
 
     def add(self, dlogits: Tensor, rows: slice, columns: slice) -> None:
         """Takes in the gradient of one tile."""
@@ -172,11 +172,11 @@ class HeadGradients:
         bias = _padded(self.bias, vocabulary) if self.needs.bias else self.bias
         lora_b = _padded(self.lora_b, vocabulary) if self.needs.lora_b else self.lora_b.new_empty(0)
         hidden = over_ranks(self.hidden) if self.needs.hidden else self.hidden.new_empty(0)
-        found = HeadGradientTensors(hidden, weight, bias, lora_a, lora_b)
+        gradients = HeadGradientTensors(hidden, weight, bias, lora_a, lora_b)
         if self.scale is not None:
-            for x in found:
+            for x in gradients:
                 x.div_(self.scale)
-        return HeadGradientTensors(*(x.to(dtype) for x, dtype in zip(found, dtypes, strict=True)))
+        return HeadGradientTensors(*(x.to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)))
 
 
 class GradientDtypes(NamedTuple):

@@ -154,9 +154,9 @@ class _Loop(HeadRows):
             self.fill(tile.logits, rows, tile.columns)
             fold(ops, slices, at, tile.rows, tile.logits, *self.own_targets(rows, tile), shaping, outputs, 0)
         merged = self.shard.merge(slices, shaping.factor)
-        found = merged.row_statistics(shaping.factor, self.sum_dtype, outputs)
-        assert found.logprobs is not None and found.entropy is not None
-        return found.logprobs.squeeze(-1), found.entropy, found.parts
+        stats = merged.row_statistics(shaping.factor, self.sum_dtype, outputs)
+        assert stats.logprobs is not None and stats.entropy is not None
+        return stats.logprobs.squeeze(-1), stats.entropy, stats.parts
 
     def pair(self, rows: slice, memory: Tensor) -> Pair:
         """The filled tile of the policy's logits, and that of the reference's."""
@@ -199,8 +199,8 @@ def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradien
     tiles = loop.block(rows, memory[0])
     logprobs, entropy, parts = loop.statistics(ops, rows, tiles)
     tokens, options = loop.tokens.at(rows), loop.loss
-    found = BY_CODE[options.objective](logprobs, tokens.log_ratio_of(logprobs), tokens.advantages, options.clip)
-    slope, share = found.slope, tokens.share
+    token_losses = BY_CODE[options.objective](logprobs, tokens.log_ratio_of(logprobs), tokens.advantages, options.clip)
+    slope, share = token_losses.slope, tokens.share
     kl, kl_gradient = torch.zeros_like(logprobs), None
     if loop.ref is None and tokens.ref_logprobs is not None:
         kl, kl_slope = _estimated_kl(logprobs, tokens, options)
@@ -210,7 +210,7 @@ def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradien
     if loop.ref is not None:
         grad_kl = options.kl_coef * share if sums is not None and options.kl_coef != 0 else None
         kl, kl_gradient = _exact_kl(ops, loop.pair(rows, memory), loop, grad_kl)
-    loss = found.loss - options.entropy_coef * entropy
+    loss = token_losses.loss - options.entropy_coef * entropy
     if options.kl_coef != 0:  # a KL that is only watched may be infinite
         loss = loss + options.kl_coef * kl
     if sums is not None:
@@ -220,7 +220,7 @@ def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradien
             None if grad_entropy is None else entropy, parts,
         )  # fmt: skip
         _add_gradients(ops, loop, rows, tiles, gradients, kl_gradient, sums)
-    return TokenResults(logprobs, entropy, kl, loss, found.clipped)
+    return TokenResults(logprobs, entropy, kl, loss, token_losses.clipped)
 
 
 def _add_gradients(

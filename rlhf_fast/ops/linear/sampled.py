@@ -149,10 +149,10 @@ def _check_support(
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"rlhf_fast.{op}: support_ids must be between 0 and {vocabulary - 1}, got {bad}")
     row = torch.repeat_interleave(torch.arange(targets.numel()), counts.long())
-    found = torch.zeros(targets.numel(), dtype=torch.bool) if mask is None else ~mask.reshape(-1)
-    found[row[ids == targets.reshape(-1)[row]]] = True
-    if not bool(found.all()):
-        lacking = int((~found).nonzero()[0])
+    has_target = torch.zeros(targets.numel(), dtype=torch.bool) if mask is None else ~mask.reshape(-1)
+    has_target[row[ids == targets.reshape(-1)[row]]] = True
+    if not bool(has_target.all()):
+        lacking = int((~has_target).nonzero()[0])
         raise ValueError(
             f"rlhf_fast.{op}: support_ids must hold each row's target, got a row {lacking} without its target "
             f"{int(targets.reshape(-1)[lacking])}"
@@ -259,10 +259,10 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
             everything = slice(0, z.shape[0])
             fold(ops, slices, 0, everything, z, block.target, block.target_here, shaping, codes.LOGPROBS, 0)
             merged = loop.shard.merge(slices, shaping.factor)
-            found = merged.row_statistics(shaping.factor, loop.sum_dtype, codes.LOGPROBS)
-            assert found.logprobs is not None
-            logprobs[block.rows] = torch.where(block.found, found.logprobs.squeeze(-1), -torch.inf)
-            parts[block.rows] = found.parts
+            stats = merged.row_statistics(shaping.factor, loop.sum_dtype, codes.LOGPROBS)
+            assert stats.logprobs is not None
+            logprobs[block.rows] = torch.where(block.found, stats.logprobs.squeeze(-1), -torch.inf)
+            parts[block.rows] = stats.parts
         everywhere = loop.selection.put(parts, (2,)).view(loop.selection.count, 2)
     return Outputs(loop.selection.put(logprobs), everywhere)
 

@@ -53,10 +53,10 @@ class Shard:
         gathered = packed.new_empty((self.ranks, *packed.shape))
         dist.all_gather(list(gathered.unbind()), packed.contiguous(), group=self.group)
         columns = iter(gathered.unbind(1))  # (ranks, n) each; ids are exact in float64 too
-        whole = [None if x is None else next(columns).to(x.dtype) for x in fields]
+        all_ranks = [None if x is None else next(columns).to(x.dtype) for x in fields]
         if target is not None:
-            whole[Slices._fields.index("target")] = torch.stack(list(columns), -1)
-        return Slices(*whole).merge(factor)  # type: ignore[arg-type]
+            all_ranks[Slices._fields.index("target")] = torch.stack(list(columns), -1)
+        return Slices(*all_ranks).merge(factor)  # type: ignore[arg-type]
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over ranks, in place."""

@@ -90,8 +90,8 @@ class Slices(NamedTuple):
         if target is not None:
             moved = target + shift.unsqueeze(-1)
             elsewhere = target.isnan()
-            found = torch.where(elsewhere, 0.0, moved).sum(0, keepdim=True)
-            target = torch.where(elsewhere.all(0, keepdim=True), torch.nan, found)
+            logit = torch.where(elsewhere, 0.0, moved).sum(0, keepdim=True)
+            target = torch.where(elsewhere.all(0, keepdim=True), torch.nan, logit)
         if entropy is not None:
             entropy = (share * entropy - times(share, log_share)).sum(0, keepdim=True).to(entropy.dtype)
         if squares is not None:

@@ -260,20 +260,20 @@ def _forward(ops: Any, inputs: Inputs, options: Options) -> Outputs:
             )  # fmt: skip
         factor = loop.row_shaping.factor
         merged = loop.shard.merge(slices, factor)
-        found = merged.row_statistics(factor, loop.sum_dtype, options.outputs)
-    return _outputs(loop, found, buffer)
+        stats = merged.row_statistics(factor, loop.sum_dtype, options.outputs)
+    return _outputs(loop, stats, buffer)
 
 
-def _outputs(loop: _Loop, found: RowStatistics, buffer: Tensor) -> Outputs:
-    """In the caller's shape; (0,) for outputs that nobody wants."""
-    logprobs = found.logprobs if found.logprobs is None or loop.k else found.logprobs.squeeze(-1)
+def _outputs(loop: _Loop, stats: RowStatistics, buffer: Tensor) -> Outputs:
+    """In the caller's shape; (0,) for outputs that were not requested."""
+    logprobs = stats.logprobs if stats.logprobs is None or loop.k else stats.logprobs.squeeze(-1)
 
     def put(x: Tensor | None, width: tuple[int, ...] = (), dtype: torch.dtype = loop.sum_dtype) -> Tensor:
         return loop.hidden.new_empty(0, dtype=dtype) if x is None else loop.selection.put(x, width).clone()
 
     return Outputs(
-        put(logprobs, loop.k), put(found.entropy), put(found.logsumexp), put(found.sum_sq_probs),
-        put(found.argmax, (), torch.int64), put(found.parts, (2,)), buffer,
+        put(logprobs, loop.k), put(stats.entropy), put(stats.logsumexp), put(stats.sum_sq_probs),
+        put(stats.argmax, (), torch.int64), put(stats.parts, (2,)), buffer,
     )  # fmt: skip
 
 
