@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,18 +34,23 @@ def load_rater(spec: str) -> Rater:
 
     def rate(prompt: Prompt, completions: list[str], **columns: Any) -> list[float]:
         shown = f"rater {spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
-        try:
-            ratings = [float(rating) for rating in function(prompt, completions, **accepts(columns))]
-        except Exception as error:
-            raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
-        if len(ratings) != len(completions):
-            raise RaterError(f"{shown} returned {len(ratings)} ratings for {len(completions)} completions")
-        for rating, completion in zip(ratings, completions, strict=True):
-            if not math.isfinite(rating):
-                raise RaterError(f"{shown} returned {rating} for {completion[:80]!r}; ratings must be finite")
-        return ratings
+        return finite_numbers(lambda: function(prompt, completions, **accepts(columns)), completions, shown, "ratings")
 
     return rate
+
+
+def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, noun: str) -> list[float]:
+    """What `call()` returns; RaterError about `shown` and `noun` unless that is one finite number for each text."""
+    try:
+        numbers = [float(number) for number in call()]
+    except Exception as error:
+        raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
+    if len(numbers) != len(texts):
+        raise RaterError(f"{shown} returned {len(numbers)} {noun} for {len(texts)} completions")
+    for number, text in zip(numbers, texts, strict=True):
+        if not math.isfinite(number):
+            raise RaterError(f"{shown} returned {number} for {text[:80]!r}; {noun} must be finite")
+    return numbers
 
 
 def load_function(spec: str, noun: str = "rater") -> Callable[..., Any]:

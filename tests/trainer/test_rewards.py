@@ -235,7 +235,7 @@ def test_rewards_come_over_http(server: Any, monkeypatch: pytest.MonkeyPatch) ->
         (500, {}, "answered 500"),
         (404, {}, "answered 404"),
         (200, {"scores": [1]}, "wanted"),
-        (200, {"rewards": [1]}, "returned 1 numbers for 4 completions"),
+        (200, {"rewards": [1]}, "returned 1 rewards for 4 completions"),
         (200, {"rewards": [1, 2, float("nan"), 4]}, "must be finite"),
     ):
         answers[:] = [(code, answer)]

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from rlhf_fast.data.examples import PromptLine, prompt_text
 from rlhf_fast.errors import UserError
-from rlhf_fast.feedback.raters import RaterError, load_function
+from rlhf_fast.feedback.raters import finite_numbers, load_function
 
 from .remote_reward import RemoteReward
 
@@ -97,16 +97,7 @@ class RewardFunction:
     def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
         """The numbers that `call()` returns, 0 for None; RaterError unless there is one finite number per text."""
         shown = f"reward function {self.spec!r} on the prompt {prompt_text(line.prompt)[:80]!r} ({line.where})"
-        try:
-            numbers = [0.0 if number is None else float(number) for number in call()]
-        except Exception as error:
-            raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
-        if len(numbers) != len(texts):
-            raise RaterError(f"{shown} returned {len(numbers)} numbers for {len(texts)} completions")
-        for number, text in zip(numbers, texts, strict=True):
-            if not math.isfinite(number):
-                raise RaterError(f"{shown} returned {number} for {text[:80]!r}; rewards must be finite")
-        return numbers
+        return finite_numbers(lambda: [0.0 if number is None else number for number in call()], texts, shown, "rewards")
 
 
 def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:
