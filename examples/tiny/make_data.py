@@ -54,6 +54,7 @@ def _write_model(folder: Path, seed: int) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
     words = SPECIAL + NAMES + VERBS + list(TOPICS) + [word for topic in TOPICS.values() for word in topic]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -79,6 +80,7 @@ def _write_model(folder: Path, seed: int) -> None:
         eos_token_id=fast.eos_token_id,
         bos_token_id=None,
     )
+    logging.disable_progress_bar()
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
