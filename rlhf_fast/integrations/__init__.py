@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line makes an existing trainer use our ops, and one line undoes it; docs/integrations.md.
+"""Patch an existing trainer to use our ops, with one line each to apply and to undo it; see docs/integrations.md.
 
-Importing this imports no trainer. `RLHF_FAST_DISABLE=1` turns everything here off.
+Importing this imports no trainer. `RLHF_FAST_DISABLE=1` turns all patches off.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "patch_loss",
 ]
 
-# Looked up when asked for: `python -m rlhf_fast.integrations.openrlhf` must not find itself imported already.
+# Imported on first use: `python -m rlhf_fast.integrations.openrlhf` must not find itself imported already.
 _HOME = {
     "Patch": "_patch",
     "apply_rlhf_fast_to_openrlhf": "openrlhf",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the three integrations share on the side of the ops."""
+"""Calls of the ops that the three integrations share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import rlhf_fast as rf
 
 
 def served(*tensors: Tensor) -> bool:
-    """Dense tensors of a CPU or a CUDA device: what the ops take. Others (DTensor, nested, NPU) go to the original."""
+    """Whether the ops take these tensors: dense, on CPU or CUDA. Others (DTensor, nested, NPU) go to the original."""
     return all(
         type(x) in (Tensor, nn.Parameter) and x.device.type in ("cpu", "cuda") and not x.is_nested for x in tensors
     )
@@ -29,7 +29,7 @@ def logprobs_and_entropy(stats: rf.TokenStats) -> tuple[Tensor, Tensor]:
 
 
 def as_one_dtype(*tensors: Tensor) -> list[Tensor]:
-    """In the widest dtype among them."""
+    """The tensors, converted to the widest dtype among them."""
     dtype = tensors[0].dtype
     for x in tensors[1:]:
         dtype = torch.promote_types(dtype, x.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replacing functions of an installed package by ours, saying so, and putting them back.
+"""Replace functions of an installed package by ours, report what was replaced, and undo it.
 
-A trainer's function is found in its module, but also in every module that did `from ... import function`: all of them
-get ours, and all get the original back. A function is replaced only if its signature is one that was tested.
+A trainer's function is replaced in its module and in every module that did `from ... import function`; `undo` restores
+all of them. A function is replaced only if its signature is one that was tested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 logger = logging.getLogger("rlhf_fast.integrations")
 
-Maker = Callable[[Any], Any]  # original -> what takes its place
+Maker = Callable[[Any], Any]  # original -> its replacement
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Target:
     module: str
     name: str  # "function", or "Class.method"
     makers: Mapping[str, Maker]  # by `plain_signature` of the original
-    only_here: bool = False  # leave the modules alone that imported it by name
-    registry: str | None = None  # a dict of the module that holds it as well
-    added_as: str | None = None  # not a replacement: one more entry of the registry, under this key
+    only_here: bool = False  # do not replace it in modules that imported it by name
+    registry: str | None = None  # name of a dict in the module that also holds it
+    added_as: str | None = None  # replaces nothing: a new entry of the registry, under this key
 
     @property
     def path(self) -> str:
@@ -45,16 +45,16 @@ class Target:
 
 
 class Patch:
-    """What was replaced in one package. `report()` tells, `undo()` or leaving a `with` block puts it all back."""
+    """What was replaced in one package. `report()` lists it; `undo()` or the end of a `with` block restores it."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self.rows: dict[str, str] = {}  # target -> what became of it
+        self.rows: dict[str, str] = {}  # target -> what was done with it
         self._undoing = ExitStack()
 
     @property
     def replaced(self) -> list[str]:
-        """The targets that are ours because of this patch."""
+        """The targets that this patch replaced or added."""
         return [path for path, outcome in self.rows.items() if outcome.startswith(("replaced", "added"))]
 
     def report(self) -> str:
@@ -65,7 +65,7 @@ class Patch:
         self._undoing.callback(action, *args)
 
     def undo(self) -> None:
-        """Put the originals back; a second call does nothing."""
+        """Restore the originals; a second call does nothing."""
         self._undoing.close()
         for path in self.replaced:
             self.rows[path] = "original again: undone"
@@ -87,9 +87,9 @@ def patch_package(
     """Replace the targets of an installed package.
 
     Args:
-        minors: the versions that were tested, as "1.16".
-        force: try other versions too; a target with an unknown signature is left alone all the same.
-        wait: import nothing; modules that are not loaded yet are patched once somebody imports them.
+        minors: the tested versions, such as "1.16".
+        force: also patch other versions; targets with an unknown signature are still left alone.
+        wait: import nothing; modules that are not loaded yet are patched when they are imported.
     """
     try:
         version = importlib.metadata.version(package)
@@ -177,7 +177,7 @@ def _patch_loaded(patch: Patch, module_name: str, targets: Sequence[Target]) -> 
 
 
 def _find(module: ModuleType, name: str) -> tuple[Any, Any]:
-    """The module or class that holds the name, and what it holds; None where there is nothing."""
+    """The module or class that holds the name, and its value; None where there is none."""
     owner: Any = module
     *classes, attribute = name.split(".")
     for part in classes:
@@ -188,7 +188,7 @@ def _find(module: ModuleType, name: str) -> tuple[Any, Any]:
 
 
 def plain_signature(thing: Any) -> str:
-    """Parameters with their defaults, without annotations; of the `forward` for an autograd function or its apply."""
+    """Parameters with their defaults, without annotations; of an autograd function or its apply: of `forward`."""
     owner = thing if isinstance(thing, type) else getattr(thing, "__self__", None)
     if isinstance(owner, type):
         thing = owner.forward  # type: ignore[attr-defined]
@@ -197,7 +197,7 @@ def plain_signature(thing: Any) -> str:
 
 
 def _dressed(ours: Any, original: Any) -> Any:
-    """Named and documented as the original; its attributes (of torch.compile, say) are not taken over."""
+    """`ours` with the name and docstring of the original, but not its attributes (such as those of torch.compile)."""
     if inspect.isfunction(original):
         functools.update_wrapper(ours, original, updated=())
     ours.rlhf_fast_replaces = original
@@ -205,7 +205,7 @@ def _dressed(ours: Any, original: Any) -> Any:
 
 
 def _swap_everywhere(pairs: Sequence[tuple[Any, Any]]) -> list[int]:
-    """Rebind every name of every loaded module that stands for the first of a pair to the second; how many names."""
+    """In all loaded modules, rebind names of the first of each pair to the second; returns how many for each."""
     place = {id(old): i for i, (old, _) in enumerate(pairs)}
     counts = [0] * len(pairs)
     for module in list(sys.modules.values()) if pairs else []:
@@ -228,7 +228,7 @@ def _set_back(owner: Any, name: str, ours: Any, original: Any) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls back when one of the modules has just run, before those who import from it bind its names."""
+    """Calls back right after one of the modules was executed, before its importers bind its names."""
 
     def __init__(self, waiting: dict[str, Callable[[], None]]) -> None:
         self.waiting = waiting
@@ -237,7 +237,7 @@ class _AfterImport(MetaPathFinder):
         callback = self.waiting.pop(name, None)
         if callback is None:
             return None
-        spec = importlib.util.find_spec(name)  # by the other finders: this one no longer waits for it
+        spec = importlib.util.find_spec(name)  # found by the other finders: this one has popped the name
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of a Hugging Face causal LM without its logits: trunk, wanted positions, the model's own head.
+"""Log-probabilities of a Hugging Face causal LM without its full logits, from its trunk and head.
 
     import rlhf_fast as rf
     logprobs = rf.hf.token_logprobs(model, input_ids, attention_mask, mask=response_mask, temperature=0.8)
 
-Nothing of transformers is imported: a model is whatever has `base_model`, `config` and `get_output_embeddings()`, as
-it is, in a peft model, under DDP, or cut over ranks by FSDP2 (`fully_shard`).
+This imports nothing from transformers: a model is anything with `base_model`, `config` and `get_output_embeddings()`,
+also wrapped by peft or DDP or sharded by FSDP2 (`fully_shard`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf_fast.ops.logprob import TokenStats
 from .lm_head import language_model_head, without_adapter_wrapper
 from .wrappers import as_forward_of, unwrapped
 
-# What `check_model` found to be right: by model, the kinds of its head.
+# The kinds of head of each model that passed `check_model`.
 _checked: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -43,23 +43,23 @@ def token_logprobs(
 ) -> Tensor:
     """log p(input_ids[b, t] | what precedes it), (B, T) float32 aligned with the tokens; differentiable.
 
-    The first call for a model compares its own logits for eight tokens with those of its trunk and head taken apart.
+    The first call for a model compares its own logits of eight tokens with those computed from its trunk and head.
 
     Args:
-        model: a causal LM of transformers, or one that peft, DDP or FSDP2 wraps; LoRA on the head is applied without
-            merging it. Under DDP and FSDP2 every rank calls, and gradients are averaged as for the model's own forward.
+        model: a causal LM of transformers, also wrapped by peft, DDP or FSDP2; LoRA on the head is applied without
+            merging it. Under DDP and FSDP2 every rank must call this; gradients are averaged as in the model's forward.
         input_ids: `(B, T)` int64.
         attention_mask: `(B, T)`, 1 or True = real token, padding on either side; None = all are real. Positions count
             real tokens.
-        mask: `(B, T)` bool, the tokens that are wanted; None = every real token with a real one before it. Only their
-            positions reach the head; the others give 0. Never the first column: nothing precedes it.
-        temperature: float, or `(B, T)` for each token its own.
+        mask: `(B, T)` bool, the tokens to score; None = every real token with a real one before it. Only their
+            positions reach the head; the others give 0. The first column must be False: nothing precedes it.
+        temperature: float, or `(B, T)` with one for each token.
         logits_dtype, memory_budget: as for `linear_token_logprobs`.
         trunk_inputs: more keywords for the trunk, such as position_ids.
 
     Raises:
-        ValueError, TypeError: on wrong shapes, and if the model's logits are not what its trunk, its linear head and
-            its configuration say (docs/integrations.md lists the models), or it is under prompt or prefix tuning.
+        ValueError, TypeError: on wrong shapes, with prompt or prefix tuning, and if the model's logits differ from
+            those of its trunk, linear head and configuration (docs/integrations.md lists the models).
     """
     stats = token_stats(
         model, input_ids, attention_mask, outputs=("logprobs",), mask=mask, temperature=temperature,
@@ -81,7 +81,7 @@ def token_stats(
     memory_budget: int | None = None,
     **trunk_inputs: Any,
 ) -> TokenStats:
-    """`rf.linear_token_stats` of the distributions that predict the tokens, (B, T) each.
+    """`rf.linear_token_stats` of the distribution that predicts each token, (B, T) each.
 
     Args:
         outputs: as for `rf.token_stats`.
@@ -114,7 +114,7 @@ def token_stats(
 
 @torch.no_grad()
 def check_model(model: Any) -> None:
-    """Raise unless trunk and head, taken apart, give the model's own logits; a short forward, once for each head.
+    """Raise unless trunk and head give the model's own logits; runs a short forward, once for each head.
 
     Raises:
         ValueError, TypeError: naming the model.
@@ -145,29 +145,28 @@ def check_model(model: Any) -> None:
     gap = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not gap <= (1e-3 if exact else 2e-2) * max(largest, 1e-6):
         raise ValueError(
-            f"rlhf_fast.hf: {name} makes its logits from its trunk's hidden states in a way that is not known here: "
-            f"they differ by up to {gap:.3g} from its head's, the largest being {largest:.3g}; use its own logits "
-            "with rlhf_fast.token_logprobs"
+            f"rlhf_fast.hf: {name} is not supported: its logits differ by up to {gap:.3g} from its linear head on its "
+            f"trunk's hidden states (largest logit {largest:.3g}); use its own logits with rlhf_fast.token_logprobs"
         )
     _checked.setdefault(inner, set()).add(kind)
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    """What may change a module's output beside its weights: its class and what was hung on it."""
+    """What besides weights may change a module's output: its class, a replaced forward, and its hooks."""
     return type(module), "forward" in vars(module), (*module._forward_pre_hooks,), (*module._forward_hooks,)
 
 
 def _logits_taken_apart(inner: Any, ids: Tensor) -> Tensor:
     hidden = _hidden_states(inner, ids, None, {})
     width = language_model_head(inner).weight.shape[1]
-    if hidden.shape[-1] != width:  # something between them changes it
+    if hidden.shape[-1] != width:  # a layer between trunk and head changes it
         return hidden
     return as_forward_of(_head_layer(inner), lambda hidden: language_model_head(inner).logits(hidden), hidden)
 
 
 @contextmanager
 def _in_eval_mode(model: Any) -> Iterator[None]:
-    """Without dropout; each module's own mode comes back."""
+    """Without dropout; afterwards each module has its previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -182,7 +181,7 @@ def _head_layer(model: Any) -> Any:
 
 
 def _trunk(model: Any) -> Any:
-    """What makes the hidden states. Models whose `base_model` is themselves (Llama 4) keep it as `model`."""
+    """The module that computes hidden states: `base_model`, or `model` where that is the model itself (Llama 4)."""
     model = without_adapter_wrapper(model)
     trunk = model.base_model
     return getattr(model, "model", trunk) if trunk is model else trunk
@@ -191,7 +190,7 @@ def _trunk(model: Any) -> Any:
 def _hidden_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, trunk_inputs: dict[str, Any]
 ) -> Tensor:  # (B, T, H)
-    """What the head reads. Positions count real tokens, so left padding does not shift them."""
+    """The head's input. Positions count real tokens, so left padding does not shift them."""
     trunk = _trunk(model)
     given: dict[str, Any] = {"use_cache": False}
     if attention_mask is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head of a Hugging Face causal LM: weight, bias, adapter, and what its configuration does to the logits.
+"""The head of a Hugging Face causal LM: weight, bias, adapter, logit scale and softcap.
 
-Nothing of transformers or peft is imported: a model is whatever has `config` and `get_output_embeddings()`.
+This imports nothing from transformers or peft: a model is anything with `config` and `get_output_embeddings()`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf_fast.ops.linear.inputs import Lora
 
 
 class LanguageModelHead(NamedTuple):
-    """What turns a model's last hidden states into its logits; the names are those of `linear_token_logprobs`."""
+    """How a model's last hidden states become its logits; field names are arguments of `linear_token_logprobs`."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -39,13 +39,13 @@ class LanguageModelHead(NamedTuple):
 
 
 def language_model_head(model: Any) -> LanguageModelHead:
-    """The head of a causal LM, tied or not, with its bias, scale, softcap and the adapter that is active on it.
+    """The head of a causal LM, tied or not, with its bias, scale, softcap and active adapter.
 
-    Within the forward of an FSDP2 model the weight is whole; outside it is this rank's part, a DTensor.
+    Within the forward of an FSDP2 model the weight is the full tensor; outside it is this rank's shard, a DTensor.
 
     Raises:
-        TypeError, ValueError: if the model has no head, or one that is not linear, quantised, or under an adapter that
-            is not a plain LoRA.
+        TypeError, ValueError: if the model has no head, or the head is not linear, is quantised, or has an adapter
+            other than a plain LoRA.
     """
     model = without_adapter_wrapper(model)
     name = type(model).__name__
@@ -69,8 +69,8 @@ def without_adapter_wrapper(model: Any) -> Any:
 
 
 def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
-    """By what the logits are multiplied, and then capped. Families that name it in their own way come first."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model with images, too
+    """The factor of the logits and their softcap. Families with other names for them, or other meanings, come first."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a vision-language model too
 
     def number(name: str) -> float | None:
         value = getattr(config, name, None)
@@ -92,7 +92,7 @@ def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
 
 
 def _without_saved_copy(layer: Any) -> Any:
-    """What peft's `modules_to_save` puts in the layer's place, or the layer."""
+    """The copy that peft's `modules_to_save` uses instead of the layer, or the layer itself."""
     copies = getattr(layer, "modules_to_save", None)
     if copies is None:
         return layer

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenRLHF: log-probs, entropy, KL, the shaped reward, GAE and cumulative returns.
 
-Its trainer and its workers are processes of Ray, and each must be patched. Start it with
+Its trainer and its workers are Ray processes, and each must be patched. Start it with
 
     python -m rlhf_fast.integrations.openrlhf -- --actor.model_name_or_path ...
 
@@ -47,13 +47,13 @@ def apply_rlhf_fast_to_openrlhf(
     gae: bool = True,
     force: bool = False,
 ) -> Patch:
-    """Make OpenRLHF use our ops in this process; imports the modules concerned.
+    """Make OpenRLHF use our ops in this process; imports the modules that it patches.
 
     Args:
         logprob, entropy: `log_probs_from_logits`, `compute_entropy`.
         kl, reward: `compute_approx_kl`, `compute_reward`.
         gae: advantages and returns, and the cumulative returns of the estimators without a critic.
-        force: also in versions that were not tested.
+        force: also patch versions that were not tested.
     """
     return patch_package("openrlhf", MINORS, targets_of(logprob, entropy, kl, reward, gae), force=force)
 
@@ -111,7 +111,7 @@ def _compute_approx_kl(original: Any) -> Any:
         kl_estimator: str = "k1",
         unbiased_gradient: bool = False,
     ) -> Tensor:
-        """At most 10 nats whatever the estimator; unbiased_gradient: k2's gradient times the importance ratio."""
+        """At most 10 nats with every estimator; unbiased_gradient: k2's gradient times the importance ratio."""
         if not served(log_probs, log_probs_base) or kl_estimator not in ("k1", "k2", "k3"):
             return original(log_probs, log_probs_base, log_probs_old, kl_estimator, unbiased_gradient)
         logprobs, base = log_probs.float(), log_probs_base.float()
@@ -137,7 +137,7 @@ def _compute_approx_kl_of_three(original: Any) -> Any:
 
 
 def _limited_kl(logprobs: Tensor, base: Tensor, estimator: str) -> Tensor:
-    """The clamp stops the gradient too, as OpenRLHF's; the inner one keeps exp from overflowing into 0 * inf."""
+    """Like OpenRLHF's, the outer clamp stops the gradient; the inner one keeps exp from overflowing into 0 * inf."""
     if estimator == "k3":
         logprobs, base = (logprobs - base).clamp(min=-10.0), torch.zeros_like(base)
     return rf.approx_kl(logprobs, base, estimator=estimator).clamp(-10.0, 10.0)
@@ -176,7 +176,7 @@ def _advantages_and_returns(original: Any) -> Any:
         gamma: float,
         lambd: float,
     ) -> tuple[Tensor, Tensor]:
-        """Masked tokens count with value and reward 0, and advantages decay across them, into them too."""
+        """Masked tokens have value and reward 0; advantages decay across them, and they get advantages too."""
         if not served(values, rewards):
             return original(self, values, rewards, action_mask, gamma, lambd)
         values, rewards = as_one_dtype(_real(values, action_mask), _real(rewards, action_mask))
@@ -192,7 +192,7 @@ def _cumulative_returns(original: Any) -> Any:
         action_mask: Tensor | None,  # (B, A)
         gamma: float,
     ) -> Tensor:
-        """GAE without values and with lam = 1 is the discounted sum of what is still to come."""
+        """GAE without values and with lam = 1 is the discounted sum of future rewards."""
         if not served(rewards):
             return original(self, rewards, action_mask, gamma)
         real = _real(rewards, action_mask)
@@ -205,15 +205,15 @@ def _cumulative_returns(original: Any) -> Any:
 
 
 def patch_this_worker() -> None:
-    """What Ray calls in each new worker. Nothing is imported here: a vLLM worker must not load DeepSpeed."""
+    """Ray calls this in each new worker. It imports no module of OpenRLHF: a vLLM worker must not load DeepSpeed."""
     try:
         patch_package("openrlhf", MINORS, targets_of(), wait=True)
     except Exception:  # a worker whose set-up hook raises does not start
-        logger.exception("OpenRLHF stays as it is in this worker")
+        logger.exception("OpenRLHF is not patched in this worker")
 
 
 def hook_ray(ray: Any) -> None:
-    """Let `ray.init` tell every worker to patch itself."""
+    """Make `ray.init` run `patch_this_worker` in every worker."""
     init = ray.init
 
     def init_with_hook(*args: Any, runtime_env: dict[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -223,7 +223,7 @@ def hook_ray(ray: Any) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run OpenRLHF's PPO command, patched in this process and in all workers of Ray."""
+    """Run OpenRLHF's PPO command, patched in this process and in all Ray workers."""
     import ray
 
     if not disabled():

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers: the loss of a causal LM without its logits, for SFT in any Hugging Face code.
 
-patch = rf.hf.patch_loss(model)     # then Trainer, accelerate or a loop of one's own, as before
+    patch = rf.hf.patch_loss(model)  # then Trainer, accelerate or your own loop, as before
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ._patch import Patch, disabled
 from .causal_lm import check_model
 from .lm_head import language_model_head
 
-IGNORE = -100  # transformers' label of positions that do not count
+IGNORE = -100  # transformers' label of positions without a loss
 
 
 def patch_loss(model: Any, *, memory_budget: int | None = None) -> Patch:
     """Make `model(..., labels=...)` in training mode compute its loss straight from hidden states.
 
-    Positions without a label never reach the head, and the output has `logits=None`. Everything else takes the
-    model's own forward: evaluation, generation, calls without labels, with router logits or as a tuple. The loss is
-    transformers' own (mean over labels, or sum over `num_items_in_batch`) to rounding.
+    Positions without a label never reach the head, and the output has `logits=None`. All other calls use the model's
+    own forward: evaluation, generation, calls without labels, with router logits, or with a tuple as output. The loss
+    equals that of transformers (mean over labels, or sum / `num_items_in_batch`) up to rounding.
 
     Args:
-        model: a causal LM of transformers, or a PEFT model around one, before FSDP or DeepSpeed wrap it.
+        model: a causal LM of transformers, also wrapped by peft, before FSDP or DeepSpeed wrap it.
         memory_budget: bytes that the logits may take, as for `linear_token_logprobs`.
 
     Raises:
-        ValueError: if the model's head or loss is of a kind that this does not know; a short forward finds out.
+        ValueError: if the model's head or loss is not supported, which a short forward checks.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(inner).__name__
@@ -100,7 +100,7 @@ def _fused_forward(model: Any, original: Any, memory_budget: int | None) -> Any:
 
 
 def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Everything by name, without the Nones."""
+    """All arguments by name, without those that are None."""
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -124,7 +124,7 @@ def _output(trunk: Any, loss: Tensor) -> Any:
 
 
 def _check_model(model: Any) -> None:
-    """Raise unless logits are the configured function of a linear head, and the loss the usual one."""
+    """Raise unless the loss is the usual one and `check_model` passes."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if model.loss_function is not ForCausalLMLoss:

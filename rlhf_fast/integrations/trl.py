@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """TRL: the fused LM head under SFT, DPO, KTO, GRPO and RLOO, and the functions that take logits.
 
-    from . import apply_rlhf_fast_to_trl
+    from rlhf_fast.integrations import apply_rlhf_fast_to_trl
     patch = apply_rlhf_fast_to_trl()
     print(patch.report())
 
-TRL makes an LM head's tile in the autocast dtype and so do we. On CPU, TRL 1.16 sends every position through the head,
-prompts and padding too; patched, it sends the labelled ones, as it does on a GPU.
+Like TRL, we compute tiles of logits in the autocast dtype. On CPU, TRL 1.16 sends every position through the head, also
+prompts and padding; patched, it sends only the labelled ones, as it does on a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def apply_rlhf_fast_to_trl(
     Args:
         fused_lm_head: log-probs, entropy and the rest straight from hidden states, in all trainers.
         logprob, entropy: `selective_log_softmax`, `entropy_from_logits`; with both, `..._and_entropy` too.
-        force: also in versions that were not tested.
+        force: also patch versions that were not tested.
     """
     wanted: list[tuple[bool, str, Maker]] = [
         (logprob, "selective_log_softmax", _selective_log_softmax),
@@ -108,14 +108,14 @@ def _selective_log_softmax_and_entropy(original: Any) -> Any:
 
 def _use_triton(original: Any) -> Any:
     def use_triton(device: torch.device) -> bool:
-        """On CPU too: TRL takes it as "drop the positions without a label before the head"."""
+        """True on CPU too: TRL then drops the positions without a label before the head."""
         return device.type == "cpu" or original(device)
 
     return use_triton
 
 
 class _Head:
-    """In the place of the autograd function; only its `apply` is called."""
+    """Replaces the autograd function, of which TRL only calls `apply`."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -133,8 +133,8 @@ class _Head:
         outputs: tuple[str, ...] = ALL_OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
         """(logprobs, entropy, log_sum_sq_probs, mean_logits, is_top1), each `(N,)`, None where not in outputs."""
-        # DeepSpeed ZeRO-3 gathers the head around each use, which its own backward knows. A softcap is not linear, so
-        # the mean of the capped logits needs them all.
+        # With DeepSpeed ZeRO-3 only TRL's backward gathers the head around each use. A softcap is not linear, so the
+        # mean of the capped logits needs all logits.
         capped_mean = "mean_logits" in outputs and final_logit_softcapping is not None
         if not served(hidden, weight, targets) or hasattr(weight, "ds_id") or capped_mean:
             rest = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)

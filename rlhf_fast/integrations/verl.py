@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl: log-probs, entropy, the fused head, GAE and the KL penalty.
 
-    from . import apply_rlhf_fast_to_verl
+    from rlhf_fast.integrations import apply_rlhf_fast_to_verl
     patch = apply_rlhf_fast_to_verl()
 
-verl's workers are processes of Ray. `RLHF_FAST_VERL=1` in their environment does the same there, through verl's plugin
+verl's workers are Ray processes. `RLHF_FAST_VERL=1` in their environment does the same there, through verl's plugin
 entry point (`verl_plugin.py`).
 """
 
@@ -47,15 +47,15 @@ def apply_rlhf_fast_to_verl(
     policy_loss: bool = False,
     force: bool = False,
 ) -> Patch:
-    """Make verl use our ops in this process; imports the modules concerned.
+    """Make verl use our ops in this process; imports the modules that it patches.
 
     Args:
         logprob, entropy: from logits.
-        fused_linear: both straight from hidden states, where `use_fused_kernels` asks for that.
+        fused_linear: both straight from hidden states, used if verl's `use_fused_kernels` is set.
         gae: `compute_gae_advantage_return`, also in the table of advantage estimators.
         kl: `kl_penalty`, in the reward and in the loss.
         policy_loss: registers the loss mode "rlhf_fast": "vanilla" with one device synchronisation, not three.
-        force: also in versions that were not tested.
+        force: also patch versions that were not tested.
     """
     targets = targets_of(logprob, entropy, fused_linear, gae, kl, policy_loss)
     return patch_package("verl", MINORS, targets, force=force)
@@ -147,7 +147,7 @@ def _linear_cross_entropy(original: Any) -> Any:
         reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """(tokens,) each. With the vocabulary split over ranks, or reduced, the original."""
+        """(tokens,) each. A vocabulary split over ranks, or a reduction, goes to the original."""
         if reduction.lower() != "none" or dist_process_group is not None or not served(hidden, weight, labels):
             return original(hidden, weight, labels, temperature, reduction, dist_process_group)
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -160,13 +160,13 @@ def _gae(original: Any) -> Any:
     def compute_gae_advantage_return(
         token_level_rewards: Tensor,  # (B, T)
         values: Tensor,  # (B, T)
-        response_mask: Tensor,  # (B, T), 1 = token of the policy; holes are stepped over
+        response_mask: Tensor,  # (B, T), 1 = token of the policy; masked tokens are skipped
         gamma: float,
         lam: float,
     ) -> tuple[Tensor, Tensor]:
-        """Whitened advantages and returns; 0 at masked tokens, where verl leaves what the next token had."""
+        """Whitened advantages and returns; 0 at masked tokens, where verl leaves the next token's value."""
         if not served(token_level_rewards, values, response_mask) or int((response_mask != 0).sum()) < 2:
-            return original(token_level_rewards, values, response_mask, gamma, lam)  # refuses to whiten one token
+            return original(token_level_rewards, values, response_mask, gamma, lam)  # raises an error for one token
         mask = response_mask != 0
         rewards, values = as_one_dtype(token_level_rewards, values)
         advantages, returns = rf.gae(rewards, values, mask=mask, gamma=float(gamma), lam=float(lam))
@@ -188,7 +188,7 @@ def _kl_penalty(original: Any) -> Any:
             return rf.approx_kl(logprob, ref_logprob, estimator=estimator, gradient="straight_through", clamp=limit)
         if estimator != "k3":
             return rf.approx_kl(logprob, ref_logprob, estimator=estimator)
-        # verl's clamp stops the gradient too; the inner one keeps exp from overflowing into 0 * inf.
+        # Like verl's, the clamp stops the gradient; log_ratio_limit keeps exp from overflowing into 0 * inf.
         return rf.approx_kl(logprob, ref_logprob, estimator="k3", log_ratio_limit=20.0).clamp(max=10.0)
 
     return kl_penalty

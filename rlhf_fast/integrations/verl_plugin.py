@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl loads at `import verl`, through the entry-point group `verl.plugins`; `RLHF_FAST_VERL=1` switches it on.
+"""verl loads this at `import verl`, through the entry-point group `verl.plugins`; `RLHF_FAST_VERL=1` switches it on.
 
-verl is only half imported then, so its modules are patched as they come. `RLHF_FAST_VERL=policy_loss` registers the
-loss mode "rlhf_fast" as well.
+verl is only half imported then, so its modules are patched as they are imported. `RLHF_FAST_VERL=policy_loss` also
+registers the loss mode "rlhf_fast".
 """
 
 import os

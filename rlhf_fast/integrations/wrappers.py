@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling our own code as the forward of a model that DDP or FSDP2 wraps.
+"""Run our own code as the forward of a model wrapped by DDP or FSDP2.
 
-DDP prepares the averaging of gradients, and FSDP2 gathers parameters, in code around the forward of what they wrap.
-Calling the model's parts from outside passes that by: gradients are never averaged, and parameters are this rank's
-part alone. So the wrapped module's forward is replaced for one call (as Lightning and TRL do it).
+DDP prepares gradient averaging, and FSDP2 gathers parameters, in code around the forward of the wrapped module. Calling
+the model's parts directly would skip that: gradients would not be averaged, and parameters would be this rank's shard
+only. So the wrapped module's forward is replaced for one call, as Lightning and TRL do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside DDP and its like, which keep it as `module`."""
+    """The model inside DDP and similar wrappers, which keep it as `module`."""
     inner = getattr(model, "module", None)
     return inner if isinstance(inner, nn.Module) and not hasattr(model, "get_output_embeddings") else model
 
@@ -33,7 +33,7 @@ def is_fsdp2(module: Any) -> bool:
 
 
 def as_forward_of(model: Any, function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`; if `model` is wrapped by DDP or FSDP2, in place of its forward, with all that they do."""
+    """`function(*args)`; if DDP or FSDP2 wraps `model`, called as its forward, so that they do their work around it."""
     inner = unwrapped(model)
     if inner is model and not is_fsdp2(model):
         return function(*args)
