@@ -5,8 +5,8 @@
              minus 0.1 for each word of the completion short of seven
 
 VADER (Hutto & Gilbert 2014) adds up the sentiment of the words in a lexicon and knows negation and emphasis.
-The second term is there because without it the policy soon answers everything with " is amazing!". Nobody's
-taste is claimed: the rule is simple enough to see what a policy that pleases it must do, and where it cheats.
+Without the second term the policy soon answers everything with " is amazing!". The rule does not claim to be good
+taste: it is simple enough to see what a policy must do to score high, and where it cheats.
 """
 
 import functools

@@ -4,8 +4,8 @@
     python examples/recipes/grpo_nanochat.py
 
 As there: on-policy, so no ratio and no clipping; advantage = reward - mean of the prompt's samples; the loss is
-normalised over tokens. nanochat has no KL; here a small one holds the policy to its start. The task is a toy:
-say even tokens.
+normalised over tokens. nanochat has no KL; here a small one keeps the policy close to its start. The task is a toy:
+produce even tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SAMPLES, PROMPTS, KL_COEF = 8, 8, 0.02
 
 
 class GPT(nn.Module):
-    """Stands for any language model: `trunk` gives hidden states (B, T, H), `lm_head` the logits."""
+    """Any language model: `trunk` returns hidden states (B, T, H), `lm_head` the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class GPT(nn.Module):
 
 
 def logprobs_of(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """nanochat: `-model(inputs, targets, loss_reduction="none")`, which makes (B, T, V) logits. (B, T), 0 at -1."""
+    """In nanochat `-model(inputs, targets, loss_reduction="none")`, with (B, T, V) logits. (B, T), 0 at target -1."""
     return rf.linear_token_logprobs(model.trunk(inputs), model.lm_head.weight, targets, mask=targets >= 0)
 
 
@@ -68,7 +68,7 @@ def main(steps: int = 60) -> list[float]:
         logp = logprobs_of(model, inputs, targets)
         with torch.no_grad():
             ref_logp = logprobs_of(reference, inputs, targets)
-        # The value of k3, the gradient of the reverse KL (k2's): what GRPO's penalty is meant to have.
+        # The value of k3 with the gradient of the reverse KL (k2's), as GRPO's penalty intends.
         kl = rf.approx_kl(logp, ref_logp, estimator="k3", gradient="straight_through", mask=targets >= 0)
         num_valid = (targets >= 0).sum()
         loss = -((logp * advantages[:, None]).sum() - KL_COEF * kl.sum()) / num_valid

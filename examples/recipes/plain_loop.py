@@ -3,8 +3,8 @@
 
     python examples/recipes/plain_loop.py
 
-The language model is a stand-in (its trunk gives hidden states, its head is a matrix), the reward model too: it likes
-tokens of the upper half of the vocabulary. Responses end at token 0, so rows have different lengths.
+Language model (a trunk that computes hidden states, and a matrix as head) and reward model (it prefers tokens of the
+upper half of the vocabulary) are stand-ins. Responses end at token 0, so rows have different lengths.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Policy(nn.Module):
 
 
 def response_logprobs(policy: Policy, hidden: Tensor, response: Tensor, mask: Tensor) -> Tensor:
-    """(B, NEW); the head sees the real tokens only, and no logits outlive a tile."""
+    """(B, NEW); only real tokens reach the head, and only a tile of logits exists at a time."""
     return rf.linear_token_logprobs(hidden, policy.head.weight, response, mask=mask, temperature=TEMPERATURE)
 
 
@@ -45,7 +45,7 @@ def sample(policy: Policy) -> tuple[Tensor, Tensor]:
 
 
 def score(ids: Tensor, mask: Tensor) -> Tensor:
-    """(B,), the reward model's."""
+    """(B,) scores of the reward model."""
     return ((ids[:, PROMPT:] >= VOCAB // 2) & mask).sum(1) / mask.sum(1)
 
 

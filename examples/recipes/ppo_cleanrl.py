@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO as cleanrl's ppo.py writes it, with rlhf_fast in three places. Names are cleanrl's: tensors are (steps, envs).
+"""PPO as in cleanrl's ppo.py, with rlhf_fast in three places. Names are cleanrl's: tensors are (steps, envs).
 
     python examples/recipes/ppo_cleanrl.py
 
@@ -43,7 +43,7 @@ class Agent(nn.Module):
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, dones: Tensor, next_done: Tensor, next_value: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """cleanrl's reversed loop over steps. `dones[t]` says that step t starts an episode, so step t - 1 ended one."""
+    """cleanrl's reversed loop over steps. `dones[t]` means that step t starts an episode, so step t - 1 ended one."""
     ended = torch.cat([dones[1:], next_done[None]]).T
     cut = torch.ones(rewards.shape[1], dtype=torch.bool)  # the rollout stops, the episode does not
     advantages, returns = rf.gae(

@@ -3,10 +3,10 @@
 
     python examples/tiny/make_data.py runs/tiny-data
 
-makes `model/`, `sft.jsonl`, `feedback_prompts.jsonl` and `heldout.jsonl` there, in a second, without a
+writes `model/`, `sft.jsonl`, `feedback_prompts.jsonl` and `heldout.jsonl` there, in a second, without a
 network. A prompt such as "ann wants animals" names a topic; a demonstration is eight words, each drawn from
-the topic with probability 1/4 and else from all 32 words, so that the fine-tuned model knows the topics and
-has room to improve.
+the topic with probability 1/4 and otherwise from all 32 words, so that the fine-tuned model knows the topics
+and can still improve.
 """
 
 import json
@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # raters.py lies beside this file, which need not be a package
+sys.path.insert(0, str(Path(__file__).parent))  # raters.py is next to this file, and there is no package
 from raters import ANSWER_WORDS, TOPICS
 
 NAMES = ["ann", "ben", "cleo", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo"]
 VERBS = ["wants", "likes", "needs"]
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
-ON_TOPIC = 0.25  # and a quarter of the rest by chance: 0.44 of a demonstration's words are on the topic
+ON_TOPIC = 0.25  # plus a quarter of the rest by chance: 0.44 of a demonstration's words are on the topic
 
 
 def make_tiny(

@@ -70,7 +70,7 @@ def without_adapter_wrapper(model: Any) -> Any:
 
 def _scale_and_softcap(config: Any) -> tuple[float, float | None]:
     """The factor of the logits and their softcap. Families with other names for them, or other meanings, come first."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a vision-language model too
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config  # of multimodal models too
 
     def number(name: str) -> float | None:
         value = getattr(config, name, None)
