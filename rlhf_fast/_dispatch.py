@@ -3,8 +3,8 @@
 
 A backend is an operator namespace with the same schemas (see `ops/_register.py`), so choosing one is choosing
 `torch.ops.rlhf_fast` (native: C++ and CUDA), `torch.ops.rlhf_fast_triton`, or `torch.ops.rlhf_fast_torch` (the
-reference in PyTorch). `auto` takes the fastest that serves the op, device and dtype, in this order; a backend asked
-for by name serves or raises.
+reference in PyTorch). `auto` takes the first of them, in this order, that serves the op, device and dtype; a backend
+chosen by name serves the call or raises.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "r
 BY_SPEED = tuple(NAMESPACES)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Public op -> the operator whose kernels decide who serves it; the files of the ops fill it.
+# Public op -> the operator whose kernels decide which backend serves it, "" if it has none. The ops' files fill it.
 KERNEL_OF: dict[str, str] = {}
 
 
 def served_by(kernel: str, *ops: str) -> None:
-    """The public functions `ops` run where the operator `kernel` has kernels. linear_* multiply with BLAS and use the
-    row operators."""
+    """The public functions `ops` run on backends with kernels for the operator `kernel`, which for linear_* ops is the row
+    operator that they use."""
     KERNEL_OF.update(dict.fromkeys(ops, kernel))
 
 
 def served_by_reference(*ops: str) -> None:
-    """No backend but torch has kernels for the public functions `ops` yet."""
+    """Only the torch backend serves the public functions `ops`: they have no kernels yet."""
     KERNEL_OF.update(dict.fromkeys(ops, ""))
 
 
@@ -42,7 +42,7 @@ _native: frozenset[tuple[str, str]] = frozenset()
 
 
 def find_native_kernels() -> None:
-    """Asks the dispatcher once, so that `select` is plain Python that torch.compile can trace."""
+    """Queries the dispatcher once, so that `select` is plain Python that torch.compile can trace."""
     global _native
     devices = ("cpu", "cuda") if torch.version.hip is None else ("cpu",)  # ROCm's tensors call themselves cuda
     pairs = {(kernel, device) for kernel in KERNEL_OF.values() if kernel for device in devices}
@@ -60,7 +60,7 @@ _requested = _checked(os.environ.get("RLHF_FAST_BACKEND") or "auto", "RLHF_FAST_
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op uses this backend, or raises if it cannot serve the call.
+    """Within the block every op uses this backend, or raises if the backend cannot serve the call.
 
     name: "auto" (the default outside), "native" (compiled C++/CUDA), "triton" or "torch" (the reference).
     Applies to the whole process, not to one thread. A backward runs on the backend of its forward.
@@ -79,11 +79,11 @@ def use_backend(name: str) -> Iterator[None]:
 def why_not(
     backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32, index: int | None = None
 ) -> str:
-    """Empty when the backend serves this on the device (of that index; None: the current one), else the reason."""
+    """Empty if the backend serves the op on this device (index None: the current one), else the reason why not."""
     if backend == "torch":
         return ""
     if not KERNEL_OF[op]:
-        return "the op has no kernels, PyTorch alone"
+        return "the op has no kernels, only the reference in PyTorch"
     if backend == "native":
         if _ext.why_not:
             return _ext.why_not
@@ -94,7 +94,7 @@ def why_not(
             return reason
     if backend == "triton" and (reason := _triton.why_not(KERNEL_OF[op], device_type, index)):
         return reason
-    return "" if dtype in KERNEL_DTYPES else f"{dtype} is served by PyTorch alone"
+    return "" if dtype in KERNEL_DTYPES else f"only the torch backend serves {dtype}"
 
 
 def select(op: str, tensor: torch.Tensor) -> Any:
@@ -103,14 +103,14 @@ def select(op: str, tensor: torch.Tensor) -> Any:
         reason = why_not(backend, op, tensor.device.type, tensor.dtype, tensor.device.index)
         if not reason:
             return getattr(torch.ops, NAMESPACES[backend])
-    raise RuntimeError(f"rlhf_fast.{op}: the {_requested} backend was asked for, but {reason}; use 'auto' or 'torch'")
+    raise RuntimeError(f"rlhf_fast.{op}: the {_requested} backend was requested, but {reason}; use 'auto' or 'torch'")
 
 
 def call(operator: Any, *args: Any) -> Any:
-    """Calls an operator; where no gradient can be wanted, without autograd's layer.
+    """Calls an operator, without autograd's layer if no gradient can be needed.
 
-    That layer is a Python function which costs as much as a small kernel (some 10 us). Tracing needs it; so do
-    torch.func's transforms and forward mode, for it refuses what is not supported there (`ops/_register.py`).
+    That layer is a Python function which takes as long as a small kernel (about 10 us). Tracing needs it, and so do
+    torch.func's transforms and forward mode, because it raises the errors for them (`ops/_register.py`).
     """
     if (
         torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled modules: loaded once, here, and if they cannot be, the reason is kept for `rf.backends()`.
+"""Loads the compiled modules, once; if one cannot be loaded, keeps the reason for `rf.backends()`.
 
-`_C` holds the operators (stable ABI; loading it registers the kernels), `_host` tells about the host and the build.
+`_C` holds the operators (stable ABI; loading it registers the kernels), `_host` describes the host's CPU and the build.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 NAMESPACE = "rlhf_fast"
-OLDEST_GPU = (8, 0)  # compute capability: bfloat16 came with it
+OLDEST_GPU = (8, 0)  # compute capability; the first with bfloat16
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 
 if os.environ.get("RLHF_FAST_CPU", "default") not in CPU_CAPABILITIES:
@@ -39,7 +39,7 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError:
         reason = LEFT_OUT.get("extension", "no compiler at install time, or RLHF_FAST_EXT=0")
         return None, f"the extension is not built ({reason})"
-    except ImportError as error:  # built for another platform or an older torch: worth its own words
+    except ImportError as error:  # built for another platform or an older torch
         return None, f"the extension does not load: {error}"
 
 
@@ -55,20 +55,20 @@ def has_kernel(op: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-# GPU's index -> why it is refused, or ''. Asked once, and never while torch.compile traces, which cannot follow that.
+# GPU's index -> why it is refused, or ''. Never filled while torch.compile traces, which cannot trace the query.
 _gpu_refused: dict[int, str] = {}
 _native_refused: dict[int, str] = {}
 
 
 def why_not_gpu(device_type: str, index: int | None = None) -> str:
-    """Empty when this GPU (the current one: None) can run the kernels, native and Triton alike, else the reason."""
+    """Empty if this GPU (None: the current one) can run native and Triton kernels, else the reason why not."""
     if device_type != "cuda" or torch.version.hip is not None:
         return ""
     return _remembered(_gpu_refused, index, _why_not_capability)
 
 
 def why_not_native_gpu(device_type: str, index: int | None = None) -> str:
-    """Empty when the extension's kernels run on this GPU, else the reason: the driver's age, a missing architecture."""
+    """Empty if the extension's kernels run on this GPU, else why not: an old driver, a missing architecture."""
     if device_type != "cuda" or torch.version.hip is not None:
         return ""
     return why_not_gpu(device_type, index) or _remembered(_native_refused, index, _why_not_native)
@@ -77,7 +77,7 @@ def why_not_native_gpu(device_type: str, index: int | None = None) -> str:
 def _remembered(known: dict[int, str], index: int | None, ask: Callable[[int], str]) -> str:
     if torch.compiler.is_compiling():
         return known.get(index or 0, "")
-    if not torch.cuda.is_available():  # what claims to be there is a fake tensor
+    if not torch.cuda.is_available():  # the tensor is a fake one
         return ""
     index = torch.cuda.current_device() if index is None else index
     if index not in known:
@@ -93,19 +93,19 @@ def _why_not_capability(index: int) -> str:
 
 
 def _why_not_native(index: int) -> str:
-    """Launches a tiny kernel: the extension brings its own CUDA runtime, which may be newer than the driver."""
+    """Launches a tiny kernel: the extension has its own CUDA runtime, which may be newer than the driver."""
     ask: Callable[[int], str] = getattr(_C, "why_not_cuda", lambda index: "this build holds no CUDA kernels")
     return ask(index)
 
 
 def cpu_capability() -> str | None:
-    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None where `_host` is missing.
+    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None without `_host`.
 
-    Wheels from the index hold no `_host`: pybind11 would tie them to one Python.
+    Wheels from the index have no `_host`, since pybind11 would restrict them to one Python version.
     """
     return None if _host is None else _host.cpu_capability()
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, instruction sets and CUDA architectures of the build; empty where `_host` is missing."""
+    """Compiler, instruction sets and CUDA architectures of the build; empty without `_host`."""
     return {} if _host is None else dict(_host.build_info())

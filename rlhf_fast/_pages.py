@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large buffers, returned to Linux piece by piece.
+"""Returns parts of large buffers to Linux.
 
-Not asked for in large pages: of 2 MiB each costs up to 3 ms in a virtual machine whose host has to find the memory, a
-third of the time of a forward and backward of a head on 1024 rows; where they come free they gain 5 % (measured).
+The buffers do not use large pages: a page of 2 MiB takes up to 3 ms in a virtual machine whose host has to find the
+memory, in total a third of the time of forward and backward of a head on 1024 rows; at best they gain 5 % (measured).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-# From here on glibc maps every allocation afresh, so that memory given back early is what the next one is made of.
+# Size from which glibc maps every allocation separately, so that memory returned early can be used for the next one.
 LEAST = 32 * 2**20
 PAGE = mmap.PAGESIZE
 
@@ -22,10 +22,10 @@ _kept = False
 
 
 def keep_freed_memory() -> None:
-    """For a process told to keep what it frees: nothing is given back from now on.
+    """Makes `give_back` do nothing from now on, for a process whose allocator keeps freed memory.
 
-    There a buffer is made of memory that is at hand, and what is given back must be asked for again page by page: a
-    tenth of the time of a policy loss on 400 rows of a 135M model.
+    There a new buffer reuses memory that is already mapped, while returned memory has to be mapped again page by page:
+    a tenth of the time of a policy loss on 400 rows of a 135M model.
     """
     global _kept
     _kept = True
@@ -41,9 +41,9 @@ def _madvise() -> Any:
 
 
 def give_back(done: Tensor) -> None:
-    """Returns the memory of a dense piece of a buffer larger than LEAST, whose values nobody will read again.
+    """Returns the memory of a dense part of a buffer larger than LEAST, whose values will not be read again.
 
-    Tiles thus make room for the weight gradient that they turn into. The piece may be written again later.
+    Used tiles thereby make room for the weight gradient. The part may be written again later.
     """
     if (
         _kept

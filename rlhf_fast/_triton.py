@@ -21,7 +21,7 @@ NAMESPACE = "rlhf_fast_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")  # ROCm's tensors call themselves cuda
 
-# File of kernels/ -> the operators that it launches, by functions with their names and arguments. The ops fill it.
+# File of kernels/ -> operators for which it has launch functions of the same name and arguments. The ops' files fill it.
 FAMILIES: dict[str, tuple[str, ...]] = {}
 
 
@@ -30,7 +30,7 @@ def launched_from(family: str, *operators: str) -> None:
     FAMILIES[family] = operators
 
 
-# Those that sum for whitening in float64.
+# Operators that sum in float64, for whitening.
 FLOAT64_KERNELS = ("ppo_advantages", "whiten_moments", "whiten")
 _float64: dict[int | None, bool] = {}
 
@@ -39,7 +39,7 @@ installed = importlib.util.find_spec("triton") is not None and not left_out
 
 
 def register() -> None:
-    """Registers every launch function; without Triton the namespace keeps the reference."""
+    """Registers every launch function; without Triton the namespace uses the reference."""
     if not installed:
         return
     for family, names in FAMILIES.items():
@@ -56,7 +56,7 @@ def _launcher(family: str, name: str) -> Callable[..., Any]:
 
 
 def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
-    """Empty when the Triton kernel of this name serves the device, else the reason that it does not."""
+    """Empty if the Triton kernel of this name serves the device, else the reason why not."""
     if left_out:
         return f"this installation holds no Triton kernels ({left_out})"
     if not installed:
@@ -69,7 +69,7 @@ def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
 
 
 def _has_float64(index: int | None) -> bool:
-    """Asked once of each Intel GPU, and never while torch.compile traces, which cannot follow that."""
+    """Queried once for each Intel GPU, and never while torch.compile traces, which cannot trace the query."""
     if not torch.compiler.is_compiling() and index not in _float64:
         _float64[index] = bool(torch.xpu.get_device_capability(index).get("has_fp64", True))
     return _float64.get(index, True)

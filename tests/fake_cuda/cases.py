@@ -294,7 +294,7 @@ def test_an_old_driver_hands_over_to_triton(two_gpus: Machine) -> None:
     assert _dispatch.select("gae", logits(2, 8)).name == "rlhf_fast_triton"
     with (
         rf.use_backend("native"),
-        pytest.raises(RuntimeError, match="native backend was asked for, but the NVIDIA"),
+        pytest.raises(RuntimeError, match="native backend was requested, but the NVIDIA"),
     ):
         rf.token_stats(logits(2, 8), None, outputs=("entropy",))
     assert launches(two_gpus.lines()) == []
