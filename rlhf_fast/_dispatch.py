@@ -22,7 +22,7 @@ NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "r
 BY_SPEED = tuple(NAMESPACES)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Public op -> the operator whose kernels decide which backend serves it, "" if it has none. The ops' files fill it.
+# Public op -> the operator whose kernels decide which backend serves it, or "". The ops' files fill it.
 KERNEL_OF: dict[str, str] = {}
 
 

@@ -21,7 +21,7 @@ NAMESPACE = "rlhf_fast_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "xpu", "cpu") if INTERPRETED else ("cuda", "xpu")  # ROCm's tensors call themselves cuda
 
-# File of kernels/ -> operators for which it has launch functions of the same name and arguments. The ops' files fill it.
+# File of kernels/ -> operators for which it has launch functions of the same name and arguments. Filled by the ops.
 FAMILIES: dict[str, tuple[str, ...]] = {}
 
 
