@@ -22,12 +22,12 @@ NAMESPACES = {"native": _ext.NAMESPACE, "triton": _triton.NAMESPACE, "torch": "r
 BY_SPEED = tuple(NAMESPACES)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Public op -> the operator whose kernels decide which backend serves it, or "". The ops' files fill it.
+# Public op -> the operator whose kernels decide which backend serves it, or "". Filled by the ops.
 KERNEL_OF: dict[str, str] = {}
 
 
 def served_by(kernel: str, *ops: str) -> None:
-    """The public functions `ops` run on backends with kernels for the operator `kernel`, which for linear_* ops is the row
+    """The public functions `ops` run on backends with kernels for the operator `kernel`. For linear_* that is the row
     operator that they use."""
     KERNEL_OF.update(dict.fromkeys(ops, kernel))
 

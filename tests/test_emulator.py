@@ -8,6 +8,7 @@ GPU's approximate instructions, or speed: `make gpu-check` is for those.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 from emulator import build, mutants, proof, sanitized
+
+from rlhf_fast import _dispatch
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +29,17 @@ WATCHED = {
     "gae": ("tests/test_gae.py", "mask or flags or packed or layouts or row"),
     "ppo_advantages": ("tests/test_ppo_advantages.py", ""),
 }
+
+
+def test_no_kernel_is_left_out() -> None:
+    """Every family is watched, every launcher is in driver.cpp, and compute-sanitizer sees every op with kernels."""
+    kernels, calls = ROOT / "csrc" / "cuda", re.compile(r"\b(?:cuda::|rf\.)(\w+)\(")
+    assert {path.stem for path in kernels.glob("*.cu")} - {"probe"} <= set(WATCHED)
+    launcher = re.compile(r"^inline cudaError_t (\w+)\(Dtype ", re.MULTILINE)
+    launchers = {name for path in kernels.glob("*.cuh") for name in launcher.findall(path.read_text())}
+    assert launchers and launchers <= set(calls.findall((ROOT / "tests/emulator/driver.cpp").read_text()))
+    ops = {op for op, kernel in _dispatch.KERNEL_OF.items() if kernel and not op.startswith("linear_")}
+    assert ops <= set(calls.findall((ROOT / "benchmarks/gpu/driver.py").read_text()))
 
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are looked for beside g++")

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.options import Overlong
 
 from .dropped import Dropped
 from .encoding import OverlongError, encode_prompt
 from .examples import PromptLine
 
-Overlong = Literal["drop", "truncate-left", "error"]
 TOO_LONG = "the prompt leaves no room for a completion (overlong: drop)"
 
 

@@ -21,6 +21,9 @@ from rlhf_fast.errors import UserError
 
 from .trackers import check_trackers
 
+Overlong = Literal["drop", "truncate-left", "error"]
+Schedule = Literal["constant", "linear", "cosine"]
+
 C = TypeVar("C")
 
 
@@ -84,7 +87,7 @@ class RunOptions(Options):
     """Dtype of the weights; auto: bfloat16 where it is fast; nf4 (QLoRA): the same, with a 4-bit trunk under LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
     """Most tokens in a sequence, prompt and completion together."""
-    overlong: Literal["drop", "truncate-left", "error"] = "drop"
+    overlong: Overlong = "drop"
     """A prompt that leaves no room for a completion is dropped, truncated at the left, or ends the run."""
     strict: bool = False
     """End the run at the first unusable row of a data file. Off: such rows are dropped and listed."""

@@ -25,6 +25,7 @@ from rlhf_fast.run.options import (
     Range,
     RunOptions,
     SamplingOptions,
+    Schedule,
 )
 
 from .objectives import OBJECTIVES
@@ -162,7 +163,7 @@ class OptimizerOptions(Options):
     """Learning rate of the policy; docs/objectives.md has a table by model size."""
     critic_lr: Annotated[float, POSITIVE] = 3e-5
     """Learning rate of the critic."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_schedule: Schedule = "constant"
     """After the warm-up: constant, or falling to 0 at max_steps."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps over which learning rates rise from 0."""

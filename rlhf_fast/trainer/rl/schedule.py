@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 
+from rlhf_fast.run.options import Schedule
 
-def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: str) -> float:
+
+def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: Schedule) -> float:
     """Factor of the learning rate at `step` (from 0); it depends on the step alone, so resuming is exact.
 
     It rises to 1 over the warm-up and falls from 1 towards 0, which it would reach at `max_steps`.

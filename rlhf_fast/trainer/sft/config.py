@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from rlhf_fast.run.options import FILE, NOT_NEGATIVE, POSITIVE, Options, RunOptions
+from rlhf_fast.run.options import FILE, NOT_NEGATIVE, POSITIVE, Options, RunOptions, Schedule
+
+Turns = Literal["last", "all"]
 
 
 @dataclass
@@ -20,7 +22,7 @@ class SFTOptions(Options):
     """{"prompt", "completion"}, {"messages"} or {"text"} on each line; JSONL, Parquet, CSV or datasets:NAME[:SPLIT]."""
     eval_file: str | None = None
     """Held-out demonstrations of the same form; their loss is reported before and after."""
-    turns: Literal["last", "all"] = "last"
+    turns: Turns = "last"
     """Answers of a chat to learn: the last one, or all of the assistant's. The rest is context."""
     epochs: Annotated[float, POSITIVE] = 2.0
     """Passes over the training file."""
@@ -32,7 +34,7 @@ class SFTOptions(Options):
     """Demonstrations per optimizer step."""
     lr: Annotated[float, POSITIVE] = 1e-4
     """Peak learning rate of AdamW. 1e-4 suits 135M weights, 2e-5 7B; with lora_rank ten times as much."""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    lr_schedule: Schedule = "linear"
     """After the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps in which the learning rate rises from 0."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_fast.data.dropped import Dropped
 from rlhf_fast.data.encoding import (
@@ -28,9 +28,9 @@ from rlhf_fast.data.messages import Chat, as_chat
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
 
+from .config import Turns
 from .packing import IGNORED, Example
 
-Turns = Literal["last", "all"]
 OTHERWISE = (
     "answers are written by the chat template otherwise than behind its generation prompt (which may open a think "
     "block that the answer lacks): they are learned as the template writes a conversation"
