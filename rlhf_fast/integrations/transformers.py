@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers: the loss of a causal LM without its logits, for SFT in any Hugging Face code.
 
-    patch = rf.hf.patch_loss(model)  # then Trainer, accelerate or your own loop, as before
+patch = rf.hf.patch_loss(model)  # then Trainer, accelerate or your own loop, as before
 """
 
 from __future__ import annotations
