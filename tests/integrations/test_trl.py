@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import pages
 from helpers.checks import assert_as_original, assert_replaces_and_restores, assert_signature, look_up
 from torch import Tensor
 
@@ -221,3 +222,14 @@ def test_rows_without_a_label_never_reach_the_head_on_a_cpu(patch: Patch) -> Non
     assert look_up(f"{UTILS}._use_triton")(torch.device("cpu"))
     patch.undo()
     assert not look_up(f"{UTILS}._use_triton")(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/integrations.md"])
+def test_the_block_that_the_pages_show(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [block for block in pages.blocks(pages.ROOT / page) if "apply_rlhf_fast_to_trl()" in block.text]
+    variables: dict[str, Any] = {}
+    try:
+        exec(block.text, variables)
+        assert "replaced" in str(variables["patch"].report())
+    finally:
+        variables["patch"].undo()
