@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 from rlhf_fast.run.options import Schedule
 
@@ -18,4 +19,8 @@ def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: 
     if schedule == "constant":
         return 1.0
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return 1.0 - done if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule == "linear":
+        return 1.0 - done
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    assert_never(schedule)
