@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda.machine import Launch, Machine, launches, on_device
-from helpers.samples import SAMPLES, build
+from helpers.samples import build, with_kernels
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -23,7 +23,7 @@ DEVICE = 1
 PROCESSORS = 132
 # Samples whose Python computes with the tensors first, which PyTorch cannot without CUDA; others use the same kernels.
 COMPUTES = ("linear_", "gae_row_flags", "gae_packed", "token_logprobs_inplace")
-DIRECT = sorted(name for name in SAMPLES if not name.startswith(COMPUTES))
+DIRECT = sorted(name for name in with_kernels() if not name.startswith(COMPUTES))
 
 
 @pytest.fixture(scope="session")

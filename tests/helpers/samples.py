@@ -15,6 +15,7 @@ from torch import Tensor
 
 import rlhf_fast as rf
 from helpers.tools import randint, randn, random_mask
+from rlhf_fast import _dispatch
 
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 
@@ -239,3 +240,8 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "linear_policy_loss": _policy_loss,
     "linear_sampled_logprobs": _sampled,
 }
+
+
+def with_kernels() -> list[str]:
+    """The samples whose op has kernels, and not a reference alone."""
+    return [name for name in SAMPLES if _dispatch.KERNEL_OF[build(name, torch.float32).op]]
