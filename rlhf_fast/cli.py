@@ -33,6 +33,7 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   doctor   say which phase of a run is bad, and why
   eval     compare two models on prompts: reward, gold, win rate, KL
   chat     talk to a model, or to the result of a run folder
+  engine   start a vLLM server that the other commands can sample by
   info     versions, what serves each op, and why not something faster
 
 `rlhf-fast COMMAND --help` lists the options of a command.
@@ -52,6 +53,7 @@ TOOLS = {  # modules with a function main(arguments) -> exit code
     "doctor": "rlhf_fast.report.doctor",
     "eval": "rlhf_fast.report.compare",
     "chat": "rlhf_fast.report.chat",
+    "engine": "rlhf_fast.rollout.vllm_process",
 }
 LIBRARIES = dict.fromkeys(
     ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml"), "trainer"

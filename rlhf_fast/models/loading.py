@@ -46,6 +46,14 @@ def device() -> torch.device:
     return ranks().device if torch.cuda.is_available() else torch.device("cpu")
 
 
+def find_model(name: str) -> str:
+    """The newest model of a run folder (ppo/model, sft/model or model), or `name` itself."""
+    for inside in ("ppo/model", "sft/model", "model"):
+        if (Path(name) / inside / "config.json").exists():
+            return str(Path(name) / inside)
+    return name
+
+
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer, padding on the left. A missing pad token is the EOS token: pads are found by mask, never by id."""
     from transformers import AutoTokenizer

@@ -15,15 +15,14 @@ import torch
 from rlhf_fast.data.examples import encode_prompt, read_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import load_rater
-from rlhf_fast.models.loading import context_length, load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_fast.models.loading import context_length, find_model, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_fast.rollout.evaluate import evaluate
-from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.rollout import Sampler, SamplingParams
+from rlhf_fast.rollout.sampler import Served, add_arguments, open_sampler, options_of, server_log
 from rlhf_fast.run.checkpoint import write_json
 from rlhf_fast.run.terminal import printable
 from rlhf_fast.trainer.rl.reward_reader import reader_of
 from rlhf_fast.trainer.rl.rewards import Rewards
-
-from .chat import find_model
 
 RESAMPLES = 2000
 
@@ -42,7 +41,7 @@ def win_rate(first: Sequence[float], second: Sequence[float], samples: int) -> d
     return {"rate": float(wins.mean()), "low": low, "high": high, "prompts": len(wins)}
 
 
-def compare(options: argparse.Namespace) -> dict[str, Any]:
+def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
     """Figures of both models, and win rates of the second by reward and by gold, as far as they are measured."""
     names = {"a": find_model(options.a), "b": find_model(options.b)}
     lines = read_prompts(options.prompts)[: options.limit]
@@ -73,6 +72,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             samples=options.samples,
             micro_batch_size=options.micro_batch_size,
             rater=rater,
+            sampler=sampler,
         )
         if reader is not None:
             figures[key]["reward"] = Rewards(reward, [], reader=reader).add_to(rows[key], lines)
@@ -108,12 +108,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--micro-batch-size", type=int, default=32)
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--output", help="also write everything, samples included, to this JSON file")
+    add_arguments(parser)
     options = parser.parse_args(list(arguments))
     if min(options.samples, options.max_new_tokens, options.temperature, options.micro_batch_size) <= 0:
         raise UserError("--samples, --max-new-tokens, --temperature and --micro-batch-size must be greater than 0")
     if options.output and Path(options.output).exists():
         raise UserError(f"{options.output} exists already; name another with --output")
-    result = compare(options)
+    with open_sampler(options_of(options), Served(find_model(options.a), options.dtype), server_log()) as sampler:
+        result = compare(options, sampler)
     if options.output:
         write_json(Path(options.output), result)
     print(printable(shown(result)))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -48,6 +49,9 @@ class Request:
 class Engine(Protocol):
     """An inference engine, in this process or a server. Every call raises EngineError if it fails."""
 
+    def check(self, config: Any) -> None:
+        """Refuse a policy of this transformers config if the engine has another architecture."""
+
     def load(self, weights: dict[str, Tensor], version: int) -> None:
         """Sample with these weights from now on, and drop all caches of the old ones."""
 
@@ -69,7 +73,7 @@ class EngineSampler:
     def __init__(self, engine: Engine) -> None:
         """Wrap `engine`; weights are sent at the first call."""
         self.engine = engine
-        self.version = 0
+        self.version = 0  # of the weights that the engine has; 0: none of ours
         self._sent: list[int] = []
 
     def __call__(
@@ -108,10 +112,16 @@ class EngineSampler:
         now = _digest(model)
         if not ranks().any(now != self._sent):  # a sharded weight may have changed on another rank only
             return
+        if not self.version:  # begins at random: a server may have had weights of another run, or of this one before
+            self.version = ranks().every(secrets.randbits(48))[0]
         self.version += 1
         with unsharded(model):
-            ranks().once(lambda: self.engine.load(policy_weights(model), self.version))
+            ranks().once(lambda: self._load(model))
         self._sent = now
+
+    def _load(self, model: Any) -> None:
+        self.engine.check(model.config)
+        self.engine.load(policy_weights(model), self.version)
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import is_sharded, pad_to_ranks
+from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 
 from .builtin import generate
-from .rollout import Rollout, Sampler, SamplingParams
+from .rollout import Rollout, Sampler, SamplingParams, needs_all_ranks
 
 Rater = Callable[[Any, list[str]], list[float]]
 Reference = Callable[[], AbstractContextManager[Any]]  # yields the model that the KL is measured from
@@ -50,9 +50,9 @@ def evaluate(
     starts = range(0, len(prompts), size)
     for place in range(ranks().index, -(-len(starts) // ranks().count) * ranks().count, ranks().count):
         has_work = place < len(starts)
-        if not has_work and not is_sharded(policy) and not getattr(sampler, "needs_all_ranks", False):
+        if not has_work and not needs_all_ranks(sampler, policy):
             break
-        start = starts[place] if has_work else 0  # sample anyway: the others need this rank's shards
+        start = starts[place] if has_work else 0
         part = encoded[start : start + size]
         rollout = sampler(policy, tokenizer, part, params, seed=EVAL_SEED + start, samples_per_prompt=samples)
         measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch_size)

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from rlhf_fast.data.encoding import decode_completion
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Batch, Support
+from rlhf_fast.models.fsdp import is_sharded
 from rlhf_fast.run.options import SamplingOptions
 
 
@@ -199,3 +200,8 @@ class Sampler(Protocol):
         first_prompt: int = 0,
         total_prompts: int | None = None,
     ) -> Rollout: ...
+
+
+def needs_all_ranks(sampler: Sampler, model: Any) -> bool:
+    """Whether every rank must call the sampler, even one that has no prompts left: it then samples others in vain."""
+    return is_sharded(model) or getattr(sampler, "needs_all_ranks", False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One or several vLLM servers as an `Engine`, over HTTP: vLLM is not imported, weights are sent as safetensors files.
 
-A server must be started as docs/engine.md shows: with VLLM_SERVER_DEV_MODE=1, our worker extension and processed
+A server must be started as `rlhf-fast engine` does it: with VLLM_SERVER_DEV_MODE=1, our worker extension and processed
 log-probabilities. Who reaches its port can run methods of its workers: keep it on loopback or a trusted network.
 """
 
@@ -25,7 +25,8 @@ from .engine import Completion, EngineError, Request
 from .rollout import SamplingParams
 
 MODEL = "policy"  # the served model name
-START = "start it as docs/engine.md shows"
+START = "start it by `rlhf-fast engine MODEL`, which sets all that is needed"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment is for the internet
 MOST_REQUESTS = 64  # at once
 LARGEST_FULL = 4096  # largest vocabulary for top-p or min-p without top-k: the JSON has all ids for each token
 CUT = -9000.0  # logprobs below are -inf: JSON has none, so vLLM writes -9999
@@ -50,6 +51,11 @@ class VLLMServers:
                 raise EngineError(
                     f"{url} differs from {self.urls[0]}: {other} and {settings[0]} (max_model_len, ids, dtype)"
                 )
+
+    def check(self, config: Any) -> None:
+        """Refuse a policy of another architecture than the servers' model."""
+        for url in self.urls:
+            check_sizes(url, self._state(url), config)
 
     def load(self, weights: dict[str, Tensor], version: int) -> None:
         """Write the weights once and make every server load them, between requests, and reset its prefix cache."""
@@ -81,14 +87,7 @@ class VLLMServers:
     def complete(self, request: Request) -> list[list[Completion]]:
         """One HTTP request per prompt; a retry gives the same samples, because of the seed."""
         url = self.urls[ranks().index % len(self.urls)]
-        for prompt in request.prompts:
-            if len(prompt) + request.params.max_new_tokens > self.longest:
-                raise EngineError(
-                    f"{url}: a prompt of {len(prompt)} tokens and max_new_tokens {request.params.max_new_tokens} are "
-                    f"more than its max_model_len {self.longest}; start it with a larger --max-model-len"
-                )
-            if max(prompt) >= self.vocabulary:
-                raise EngineError(f"{url}: token id {max(prompt)} is not in its vocabulary of {self.vocabulary}")
+        check_request(url, request, self.longest, self.vocabulary)
         version = self._version(url)
         with ThreadPoolExecutor(min(MOST_REQUESTS, len(request.prompts))) as pool:
             completions = list(
@@ -121,7 +120,7 @@ class VLLMServers:
             "stop": list(params.stop) or None,
             "stop_token_ids": list(request.end_ids),
             "ignore_eos": False,
-            "logprobs": self._logprobs_wanted(url, params),
+            "logprobs": logprobs_wanted(url, params, self.vocabulary),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
@@ -129,19 +128,6 @@ class VLLMServers:
         if len(choices) != request.samples:
             raise EngineError(f"{url} gave {len(choices)} completions, wanted {request.samples}")
         return [self._completion(url, choice, params, version) for choice in choices]
-
-    def _logprobs_wanted(self, url: str, params: SamplingParams) -> int:
-        """Log-probabilities to return per token: all ids that may be kept; 0 is the sampled token alone."""
-        if not params.truncated:
-            return 0
-        if params.top_k:
-            return min(params.top_k, self.vocabulary)
-        if self.vocabulary > LARGEST_FULL:
-            raise EngineError(
-                f"{url} cannot say which of {self.vocabulary} ids top_p or min_p kept: set top_k too (1000 leaves out "
-                "next to nothing)"
-            )
-        return -1
 
     def _completion(self, url: str, choice: dict[str, Any], params: SamplingParams, version: int) -> Completion:
         tokens, returned = choice["token_ids"], choice["logprobs"]
@@ -167,7 +153,7 @@ class VLLMServers:
         models = [model["id"] for model in self._get(url, "/v1/models")["data"]]
         if MODEL not in models:
             raise EngineError(f"{url} serves {', '.join(models)}, wanted --served-model-name {MODEL}; {START}")
-        vocabulary = self._state(url)["vocabulary"]
+        vocabulary = self._state(url)["vocab_size"]
         config = self._get(url, "/server_info?config_format=json")["vllm_config"]["model_config"]
         if config["logprobs_mode"] != "processed_logprobs":
             raise EngineError(
@@ -208,7 +194,7 @@ class VLLMServers:
         route = request.full_url.removeprefix(url).partition("?")[0]
         for last in (False, True):
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
+                with DIRECT.open(request, timeout=self.timeout) as answer:
                     text = answer.read()
                 return json.loads(text) if text.strip() else None
             except urllib.error.HTTPError as error:
@@ -232,9 +218,48 @@ class VLLMServers:
         detail = error.read().decode(errors="replace")[:300]
         if "has no attribute 'rlhf_fast" in detail:
             return f"{url} lacks our worker extension: {START} (--worker-extension-cls rlhf_fast_vllm_worker.Sync)"
+        if route in ("/health", "/v1/models") and error.code < 500:
+            return f"{url} does not answer as vLLM does ({error.code} at {route}): is something else on that port?"
+        if route == "/collective_rpc" and error.code >= 500:
+            return f"{url} could not run a method of our worker extension: is it the policy's model? It said: {detail}"
         if error.code == 404:
             return f"{url} has no {route}: {START} (VLLM_SERVER_DEV_MODE=1, --served-model-name {MODEL})"
         if error.code >= 500:
             how = "the engine died or is out of memory; restart it, then --resume"
             return f"{url}{route} failed ({error.code}): {how}. It said: {detail}"
         return f"{url}{route} refused the request ({error.code}): {detail}"
+
+
+def check_sizes(name: str, state: dict[str, int], config: Any) -> None:
+    """Refuse an engine whose worker extension reports another model than one of this transformers config."""
+    own = config.get_text_config()
+    differing = [size for size in state if getattr(own, size, state[size]) != state[size]]
+    if differing:
+        sizes = ", ".join(f"{size} {state[size]} (the policy: {getattr(own, size)})" for size in differing)
+        raise EngineError(f"{name} serves another model than the policy: {sizes}; start it with the policy's")
+
+
+def check_request(name: str, request: Request, longest: int, vocabulary: int) -> None:
+    """Refuse prompts that the engine would cut or does not know."""
+    for prompt in request.prompts:
+        if len(prompt) + request.params.max_new_tokens > longest:
+            raise EngineError(
+                f"{name}: a prompt of {len(prompt)} tokens and max_new_tokens {request.params.max_new_tokens} are "
+                f"more than its max_model_len {longest}; start it with a larger --max-model-len"
+            )
+        if max(prompt) >= vocabulary:
+            raise EngineError(f"{name}: token id {max(prompt)} is not in its vocabulary of {vocabulary}")
+
+
+def logprobs_wanted(name: str, params: SamplingParams, vocabulary: int) -> int:
+    """Log-probabilities to return per token: all ids that may be kept; 0 is the sampled token alone."""
+    if not params.truncated:
+        return 0
+    if params.top_k:
+        return min(params.top_k, vocabulary)
+    if vocabulary > LARGEST_FULL:
+        raise EngineError(
+            f"{name} cannot say which of {vocabulary} ids top_p or min_p kept: set top_k too (1000 leaves out next to "
+            "nothing)"
+        )
+    return -1

@@ -169,6 +169,24 @@ class SamplingOptions(Options):
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+@dataclass
+class SamplerOptions(Options):
+    """What samples completions."""
+
+    CHANGEABLE = frozenset({"sampler", "engine_url"})
+
+    sampler: Literal["builtin", "vllm-server"] = "builtin"
+    """The built-in sampler, or vLLM servers (docs/engine.md)."""
+    engine_url: tuple[str, ...] = ()
+    """Servers of the sampler vllm-server, such as http://127.0.0.1:8000; none: one is started for the phase."""
+
+    def validate(self) -> None:
+        """Raise UserError if the options do not go together."""
+        super().validate()
+        if self.sampler != "vllm-server" and self.engine_url:
+            raise UserError("engine_url is for sampler vllm-server: set that too")
+
+
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
     """An instance of `cls` from a YAML file (or its defaults); `overrides` win, with keys like "ppo.lr" for sections.
 

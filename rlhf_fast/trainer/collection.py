@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from rlhf_fast.data.encoding import vocabulary_id
 from rlhf_fast.data.examples import PromptLine, read_prompts
@@ -20,7 +20,7 @@ from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.raters import Rater, load_rater
 from rlhf_fast.run.checkpoint import write_text
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.options import FILE, RunOptions, SamplingOptions
+from rlhf_fast.run.options import FILE, RunOptions, SamplerOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.threads import threads
@@ -29,7 +29,7 @@ FEEDBACK_FILE = "feedback.jsonl"
 
 
 @dataclass
-class CollectOptions(SamplingOptions):
+class CollectOptions(SamplerOptions, SamplingOptions):
     """Several completions of each prompt, rated by a function or left for a person to rate."""
 
     CHANGEABLE = frozenset({"rater"})
@@ -52,7 +52,6 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
 
     Returns the summary: file, prompts, completions, share that ended by themselves, mean rating, seconds.
     """
-    from rlhf_fast.models.loading import fit_padding, load_causal_lm, load_tokenizer, reading_limits
     from rlhf_fast.rollout.rollout import SamplingParams
 
     config.validate()
@@ -66,10 +65,40 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     if len(sampled_before) >= len(lines):
         _check_same(sampled_before, lines)
     else:
+        _collect(config, run, lines, sampled_before, rater, timer)
+    ranks().wait()
+    summary = _summary(run, timer)
+    run.write_json("summary.json", summary)
+    return summary
+
+
+class Policy(NamedTuple):
+    """What is sampled from, and by what."""
+
+    model: Any
+    tokenizer: Any
+    sampler: Any
+
+
+def _collect(
+    config: CollectConfig,
+    run: RunFolder,
+    lines: list[PromptLine],
+    sampled_before: list[tuple[Prompt, str]],
+    rater: Rater | None,
+    timer: Timer,
+) -> None:
+    """Sample and rate the prompts that are left."""
+    from rlhf_fast.models.loading import fit_padding, load_causal_lm, load_tokenizer, reading_limits
+    from rlhf_fast.rollout.sampler import SERVER_LOG, Served, open_sampler
+
+    served = Served(config.model, config.dtype, config.max_length)
+    with open_sampler(config, served, run.path / SERVER_LOG) as sampler:
         with timer("load"):
             tokenizer = load_tokenizer(config.model, config.trust_remote_code)
             model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
             fit_padding(tokenizer, model)
+        policy = Policy(model, tokenizer, sampler)
         limits, longest = reading_limits(model, config), config.max_new_tokens
         lines, encoded = encode_prompts(tokenizer, lines, limits, longest, config.prompts_file)
         _check_same(sampled_before, lines)
@@ -81,7 +110,7 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
             for start in range(done // together * together, len(lines), together):
                 threads().fit()
                 own = slice(start + ranks().index * per_rank, start + (ranks().index + 1) * per_rank)
-                sampled = _sample(config, model, tokenizer, lines[own], encoded[own], own.start, timer)
+                sampled = _sample(config, policy, lines[own], encoded[own] or encoded[:1], own.start, timer)
                 rows = [row for part in ranks().every(sampled) for row in part]
                 new = rows[max(0, done - start) :]
                 columns = [line.columns for line in lines[start + len(rows) - len(new) : start + len(rows)]]
@@ -89,10 +118,6 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
                 bar.update(min(start + together, len(lines)))
                 if ranks().any(stop.requested):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
-    ranks().wait()
-    summary = _summary(run, timer)
-    run.write_json("summary.json", summary)
-    return summary
 
 
 def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:
@@ -119,23 +144,19 @@ def _check_same(done: list[tuple[Prompt, str]], lines: list[PromptLine]) -> None
 
 
 def _sample(
-    config: CollectConfig,
-    model: Any,
-    tokenizer: Any,
-    lines: list[PromptLine],
-    prompts: list[list[int]],
-    start: int,
-    timer: Timer,
+    config: CollectConfig, policy: Policy, lines: list[PromptLine], prompts: list[list[int]], start: int, timer: Timer
 ) -> list[dict[str, Any]]:
-    """One row per prompt. The seed depends on the position alone, so that a resumed run samples the same."""
-    from rlhf_fast.rollout.builtin import generate
-    from rlhf_fast.rollout.rollout import SamplingParams
+    """One row per line; a rank without lines samples for a sampler that all ranks must call.
 
-    if not lines:
+    The seed depends on the position alone, so that a resumed run samples the same.
+    """
+    from rlhf_fast.rollout.rollout import SamplingParams, needs_all_ranks
+
+    model, tokenizer, sampler = policy
+    if not lines and not needs_all_ranks(sampler, model):
         return []
-
     with timer("generate"):
-        rollout = generate(
+        rollout = sampler(
             model,
             tokenizer,
             prompts,

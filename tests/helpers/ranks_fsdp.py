@@ -189,7 +189,7 @@ def engine() -> None:
     sampler = EngineSampler(VLLMServers([url]))
     prompts = [[5, 9, 11], [8, 3], [6, 33, 21], [7, 19]]
     mine = slice(2 * ranks().index, 2 * ranks().index + 2)
-    params, texts = SamplingParams(max_new_tokens=4), []
+    params, texts, versions = SamplingParams(max_new_tokens=4), [], []
     for step in range(2):
         rollout = sampler(
             cut_policy, Tokenizer(), prompts[mine], params, seed=3, samples_per_prompt=2,
@@ -198,7 +198,8 @@ def engine() -> None:
         own = token_logprobs(cut_policy, rollout.batch).detach()
         torch.testing.assert_close(own, rollout.logprobs, rtol=0, atol=1e-5)
         texts.append([text for part in ranks().every(rollout.texts) for text in part])
-        assert sampler.version == step + 1 and (stub is None or stub.version == step + 1)
+        versions.append(sampler.version)
+        assert versions[-1] == versions[0] + step and (stub is None or stub.version == versions[-1])
         loss_of(cut_policy, batches()[ranks().index].rows(torch.arange(3)), critic=False).backward()
         optimizer.step(1.0)
     assert texts[0] != texts[1]

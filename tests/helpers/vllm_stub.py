@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 CUT = -9999.0
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 class Stub:
@@ -41,7 +42,7 @@ class Stub:
         class Server(ThreadingHTTPServer):
             request_queue_size = 128  # connections at once
 
-        self.server = Server(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", self.faults.get("port", 0)), Handler)
         self.server.daemon_threads = False  # `stop` waits for them
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -88,7 +89,8 @@ class Stub:
                 return {"results": ["None"]}
             if body["method"] == "rlhf_fast_load" and not self.faults.get("forgets"):
                 self.load(*body["args"])
-            return {"results": [{"weight_version": self.version, "vocabulary": self.model.config.vocab_size}]}
+            sizes = {name: getattr(self.model.config, name) for name in SIZES}
+            return {"results": [{"weight_version": self.version, **sizes, **self.faults.get("sizes", {})}]}
         if route == "/v1/completions":
             return {"choices": [self.complete(body, k) for k in range(body["n"])]}
         if route == "/reset_prefix_cache":

@@ -41,6 +41,7 @@ METRICS = {
     "val/explained_variance": 0.4,
     "objective/scores_std": 0.9,
 }
+ENGINE = {"engine/logprob_diff_mean": 0.04, "engine/effective_samples": 0.99}
 
 
 def run_with(folder: Path, **changes: dict[str, Any]) -> Path:
@@ -89,6 +90,10 @@ def test_a_healthy_run_has_nothing_that_stands_out(tmp_path: Path, capsys: pytes
         ({"metrics": {"objective/scores_std": 0.0}}, "ppo", "bad", "nothing to learn from"),
         ({"metrics": {"objective/scores_clipped": 0.3}}, "ppo", "look", "score_clip clips 30% of the scores"),
         ({"metrics": {"objective/scores_clipped": 0.9}}, "ppo", "bad", "raise it"),
+        ({"metrics": {"engine/logprob_diff_mean": 0.1}}, "ppo", "look", "0.1 nats per token from the policy's: more"),
+        ({"metrics": {"engine/logprob_diff_mean": 0.2}}, "ppo", "bad", "the engine should have the policy's dtype"),
+        ({"metrics": ENGINE | {"engine/effective_samples": 0.7}}, "ppo", "look", "70% of the sampled tokens count"),
+        ({"metrics": ENGINE | {"engine/effective_samples": 0.3}}, "ppo", "bad", "too unlikely for the policy"),
     ],
 )
 def test_each_ill_is_found_in_its_phase(
@@ -96,6 +101,15 @@ def test_each_ill_is_found_in_its_phase(
 ) -> None:
     (finding,) = [finding for finding in diagnose(run_with(tmp_path, **changes)) if finding.level != "good"]
     assert (finding.phase, finding.level) == (phase, level) and message in finding.text
+
+
+def test_a_gap_to_the_engine_that_grows_is_seen(tmp_path: Path) -> None:
+    run = run_with(tmp_path, metrics=ENGINE)
+    assert all(finding.level == "good" for finding in diagnose(run))
+    rows = [{"step": n, **METRICS, "engine/logprob_diff_mean": 0.001 * 2**n} for n in range(6)]
+    (run / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (finding,) = [finding for finding in diagnose(run) if finding.level != "good"]
+    assert finding.level == "bad" and "grew from 0.001 to 0.032: new weights do not all arrive" in finding.text
 
 
 def test_a_reward_for_length_is_seen(tmp_path: Path) -> None:

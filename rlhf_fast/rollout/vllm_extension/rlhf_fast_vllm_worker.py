@@ -11,6 +11,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
 
 class Sync:
     """Its methods become the worker's, and `/collective_rpc` calls them on every tensor-parallel rank."""
@@ -27,6 +29,10 @@ class Sync:
         return self.rlhf_fast_state()
 
     def rlhf_fast_state(self) -> dict[str, int]:
-        """Which weights it has, and how many ids its model knows."""
-        vocabulary = self.vllm_config.model_config.hf_text_config.vocab_size
-        return {"weight_version": self.rlhf_fast_weight_version, "vocabulary": int(vocabulary)}
+        """Which weights it has, and the sizes of its model, as far as its config names them."""
+        config = self.vllm_config.model_config.hf_text_config
+        sizes = {name: getattr(config, name, None) for name in SIZES}
+        return {
+            "weight_version": self.rlhf_fast_weight_version,
+            **{name: size for name, size in sizes.items() if isinstance(size, int)},
+        }

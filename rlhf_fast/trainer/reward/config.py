@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.options import NOT_NEGATIVE, POSITIVE, Options, Range, RunOptions
+from rlhf_fast.run.options import NOT_NEGATIVE, POSITIVE, Range, RunOptions, SamplerOptions
 
 PROPER_FRACTION = Range(lambda value: 0 <= value < 1, "between 0 and 1")
 
 
 @dataclass
-class RewardOptions(Options):
+class RewardOptions(SamplerOptions):
     """A scalar head on the model, trained on all pairs of every ranking."""
 
     CHANGEABLE = frozenset({"lr", "head_lr", "centering", "dropout"})

@@ -12,6 +12,7 @@ and both figures are stored in the model's config. The result is an ordinary Aut
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from rlhf_fast.models.fsdp import pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
     checkpoint_activations,
+    context_length,
     device,
     fit_padding,
     load_causal_lm,
@@ -40,8 +42,8 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.sampler import SERVER_LOG, Served, check_servers, open_sampler
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.folder import RunFolder
@@ -67,6 +69,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         return finished
     timer = Timer()
     rankings = read_feedback(config.feedback_file, config.strict)
+    check_servers(config)
     seed_everything(config.seed)
     tune_process()
     with timer("load"):
@@ -96,7 +99,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         train_scores = score_all(model, train, tokenizer.pad_token_id, config.micro_batch_size)
         held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, config.micro_batch_size)
     with timer("normalise"):
-        mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores)
+        log = run.path / SERVER_LOG
+        mean, std = normalizer(config, model, tokenizer, train + held_out, train_scores + held_out_scores, log)
     set_score_normalizer(model, mean, std)
     with timer("save"):
         run.save_model(model if adapters is None else merged(adapters), tokenizer)
@@ -240,25 +244,35 @@ def _step(
 
 
 def normalizer(
-    config: RewardConfig, model: Any, tokenizer: Any, rankings: Sequence[EncodedRanking], scores: Sequence[Tensor]
+    config: RewardConfig,
+    model: Any,
+    tokenizer: Any,
+    rankings: Sequence[EncodedRanking],
+    scores: Sequence[Tensor],
+    log: Path,
 ) -> tuple[float, float]:
     """Mean and standard deviation of raw scores on samples of `config.model`, where RL will start.
 
-    These are the rated completions if most of them name this model; else new ones are sampled.
+    These are the rated completions if most of them name this model; else new ones are sampled. `log` is for the output
+    of an engine that is started for it.
     """
     own = [s for ranking, s in zip(rankings, scores, strict=True) if ranking.source.model == config.model]
     if 2 * len(own) < len(rankings):
         policy = load_causal_lm(config.model, config.dtype, config.trust_remote_code, config.load_in_4bit)
         prompts = {str(r.source.prompt): r.sequences[0][: r.prompt_length] for r in rankings}
         longest = max(len(ids) - ranking.prompt_length for ranking in rankings for ids in ranking.sequences)
-        rollout = generate(
-            policy,
-            tokenizer,
-            list(prompts.values())[:NORMALIZER_PROMPTS],
-            SamplingParams(max_new_tokens=longest),
-            seed=config.seed,
-            samples_per_prompt=2,
-        )
+        ids = list(prompts.values())[:NORMALIZER_PROMPTS]
+        longest_prompt = max(map(len, ids))
+        longest = max(1, min(longest, context_length(policy) - longest_prompt))
+        with open_sampler(config, Served(config.model, config.dtype, longest_prompt + longest), log) as sampler:
+            rollout = sampler(
+                policy,
+                tokenizer,
+                ids,
+                SamplingParams(max_new_tokens=longest),
+                seed=config.seed,
+                samples_per_prompt=2,
+            )
         batch = rollout.batch
         plan = batch.plan(config.micro_batch_size)
         own = [in_micro_batches(lambda part: sequence_scores(model, part), batch, plan).cpu()]

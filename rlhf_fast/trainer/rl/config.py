@@ -24,6 +24,7 @@ from rlhf_fast.run.options import (
     Options,
     Range,
     RunOptions,
+    SamplerOptions,
     SamplingOptions,
     Schedule,
 )
@@ -180,15 +181,11 @@ class OptimizerOptions(Options):
 
 
 @dataclass
-class EngineOptions(Options):
+class EngineOptions(SamplerOptions):
     """Options of the sampler."""
 
-    CHANGEABLE = frozenset({"sampler", "engine_url", "sampler_correction", "sampler_cap"})
+    CHANGEABLE = frozenset({"sampler_correction", "sampler_cap"})
 
-    sampler: Literal["builtin", "vllm-server"] = "builtin"
-    """The built-in sampler, or vLLM servers at engine_url (docs/engine.md)."""
-    engine_url: tuple[str, ...] = ()
-    """Servers of the sampler vllm-server: http://127.0.0.1:8000"""
     sampler_correction: CorrectionKind = "truncate"
     """Weights of an engine's tokens by p_trainer / p_engine: limited to sampler_cap, or 0 outside of a band."""
     sampler_cap: Annotated[float, POSITIVE] = 2.0
@@ -319,14 +316,6 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) for options that the objective does not use."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
-        yield (
-            self.sampler == "vllm-server" and not self.engine_url,
-            "sampler vllm-server needs engine_url, such as http://127.0.0.1:8000: docs/engine.md shows how to start it",
-        )
-        yield (
-            self.sampler == "builtin" and bool(self.engine_url),
-            "engine_url is for sampler vllm-server: set that too",
-        )
         for option in ("critic_warmup", "whiten_rewards", "bootstrap_truncated"):
             yield (
                 bool(getattr(self, option)) and not objective.critic,

@@ -20,6 +20,7 @@ what is drawn for a sample, or which minibatch it falls into, depends on its num
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,10 +33,9 @@ from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.rollout.builtin import generate
-from rlhf_fast.rollout.engine import EngineSampler
 from rlhf_fast.rollout.mismatch import Correction, mismatch_metrics
 from rlhf_fast.rollout.rollout import Sampler
-from rlhf_fast.rollout.vllm_server import VLLMServers
+from rlhf_fast.rollout.sampler import SERVER_LOG, Served, open_sampler
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
@@ -69,6 +69,12 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None)
     config = config.resolved()
     if (finished := finished_summary(run, config)) is not None:
         return finished
+    with ExitStack() as servers:
+        return _train(config, run, sampler, servers)
+
+
+def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: ExitStack) -> dict[str, Any]:
+    """The phase itself, with the options resolved; a server that it starts is ended by `servers`."""
     seed_everything(config.seed)
     tune_process()
     timer = Timer()
@@ -79,7 +85,9 @@ def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None)
     demonstrations = read_sft(config.ptx_file, config.strict) if config.ptx_file else []
     held_out_file = config.eval_prompts_file
     held_out_lines = read_prompts(held_out_file, config.strict) if held_out_file else []
-    sampler = sampler or make_sampler(config)
+    if sampler is None:
+        served = Served(config.model, config.dtype, config.max_length)
+        sampler = servers.enter_context(open_sampler(config, served, run.path / SERVER_LOG))
     with timer("load"):
         agent = load_agent(config)
         prompts = encode_prompts(lines, config, agent)
@@ -170,8 +178,3 @@ def train_step(
     if step >= config.critic_warmup:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics
-
-
-def make_sampler(config: PPOConfig) -> Sampler:
-    """The sampler of the options; EngineError for a server with wrong settings, before any model is loaded."""
-    return EngineSampler(VLLMServers(config.engine_url)) if config.sampler == "vllm-server" else generate
