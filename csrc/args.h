@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What bindings and kernels agree on: one struct of plain data for each op, the same on CPU and GPU.
+// The arguments of kernels: one struct of plain data for each op, the same on CPU and GPU.
 // This header is compiled with different instruction sets and by nvcc, so it defines no functions.
 #pragma once
 
@@ -26,7 +26,7 @@ struct LogitTransform {
 };
 
 struct TokenStatsArgs {
-  const void* logits;  // rows of `width` entries, of which the first `columns` count
+  const void* logits;  // rows of `width` entries, of which the first `columns` are the vocabulary
   RowIndex rows;
   int64_t width;
   int64_t columns;
@@ -36,7 +36,7 @@ struct TokenStatsArgs {
   const bool* mask;  // (N,) or null
   int outputs;       // bits of Output
   float* logprobs;   // (N, k)
-  float* entropy;    // (N,), as the next three; null where not asked for
+  float* entropy;    // (N,), like the next three; null if not requested
   float* logsumexp;
   float* sum_sq_probs;
   int64_t* argmax;
@@ -59,7 +59,7 @@ struct TokenStatsBackwardArgs {
   const float* parts;           // (N, 2)
   void* grad_logits;            // may be `logits`
   RowIndex grad_rows;
-  float* at_targets;  // (N, k), scratch that the GPU alone needs
+  float* at_targets;  // (N, k), scratch memory, GPU only
 };
 
 struct TokenKlArgs {
@@ -134,15 +134,15 @@ struct PpoAdvantagesArgs {
   float* advantages;
   float* returns;
   double* row_moments;  // (B, 3): count, sum, sum of squares of the advantages
-  double* moments;      // (3,): those added up
+  double* moments;      // (3,): their sum
 };
 
 struct WhitenArgs {
   const void* values;  // rows of `length`
   const bool* mask;
   int64_t length;
-  double* row_moments;  // moments: (B, 3)
-  double* moments;      // (3,), those added up: written by moments, read by whiten
+  double* row_moments;  // (B, 3), for whiten_moments
+  double* moments;      // (3,): their sum, written by whiten_moments, read by whiten
   bool shift_mean;
   float* whitened;
 };

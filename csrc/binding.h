@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The boundary between PyTorch's stable ABI and the kernels: checks with messages, allocation, dtype switch. Only
-// bindings include it. Python has checked what users pass; here stands what memory safety needs, for direct callers.
+// bindings include it. Python checks users' arguments; the checks here are those that memory safety needs if an
+// operator is called directly.
 //
-// A family's binding (<family>_binding.h) is written once, for a `Device` that says which tensors are its own and
-// launches the kernels: Cpu (cpu/device.h) or Cuda (cuda/device.h).
+// A family's binding (<family>_binding.h) is a template over a `Device`, which says which tensors it owns and launches
+// the kernels: Cpu (cpu/device.h) or Cuda (cuda/device.h).
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -52,7 +53,7 @@ inline Tensor empty_of(const Tensor& like, const Shape& shape, ScalarType dtype)
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-// Stands for an output that was not asked for: no entries, and made without the dispatcher, since ops have several.
+// An empty tensor for an output that was not requested, created without the dispatcher, since ops have several.
 inline Tensor no_entries(const Tensor& like, ScalarType dtype) {
   const int64_t size = 0, stride = 1;
   int32_t device_type = 0, device_index = 0;
@@ -67,8 +68,8 @@ inline Tensor no_entries(const Tensor& like, ScalarType dtype) {
 
 inline Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// A tensor with one entry per row (or a fixed number of them), dense, of the given dtype; checked against `count` and
-// against the place of `like`, the op's first tensor.
+// A tensor with one entry per row (or a fixed number of them), made dense and of the given dtype. Checks that it has
+// `count` entries and is on the device of `like`, the op's first tensor.
 inline Tensor row_tensor(const char* op, const char* name, const Tensor& x, ScalarType dtype, int64_t count,
                          const Tensor& like) {
   RF_CHECK(x.device() == like.device(), op, ": ", name, " must be on the device of the other tensors");
@@ -96,7 +97,7 @@ T* mutable_data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Offsets of the rows of (..., V), with adjacent leading dimensions merged where their strides allow.
+// Offsets of the rows of (..., V); adjacent leading dimensions are merged if their strides allow it.
 inline RowIndex row_index(const char* op, const Tensor& x) {
   RowIndex index{};
   for (int64_t d = 0; d + 1 < x.dim(); ++d) {
@@ -121,7 +122,7 @@ const Tensor& on_device(const char* op, const char* name, const Tensor& x) {
   return x;
 }
 
-// The logits with a dense last dimension: leading dimensions stay strided, only a strided vocabulary is copied.
+// The logits with a dense last dimension: leading dimensions may be strided, only a strided vocabulary is copied.
 template <class Device>
 Tensor with_dense_rows(const char* op, const char* name, const Tensor& logits) {
   on_device<Device>(op, name, logits);

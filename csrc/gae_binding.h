@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binding of the family gae: gae, ppo_advantages and the two halves of whitening.
+// Binding of the family gae: gae, ppo_advantages and the two steps of whitening.
 //
-// The device brings a function of each op's name: (dtype, args, rows, like), `like` being a tensor to allocate scratch
-// memory beside. Those that make moments also add those of the rows up, in an order that does not depend on threads.
+// The device has a function for each op, with the op's name and arguments (dtype, args, rows, like); scratch memory is
+// allocated like the tensor `like`. Functions that compute moments also sum those of all rows, in an order that does
+// not depend on threads.
 #pragma once
 
 #include <tuple>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Included before every C++ source of a wheel (RLHF_FAST_ABI3 in CMakeLists.txt): binds what a newer glibc offers in
-// a newer version to the one that glibc 2.28 has, so that a wheel made on a newer Linux loads on every manylinux_2_28.
+// Included before every C++ source of a wheel (RLHF_FAST_ABI3 in CMakeLists.txt): binds symbols of which newer glibcs
+// have a newer version to the version of glibc 2.28, so that a wheel built on a newer Linux loads on every
+// manylinux_2_28.
 #pragma once
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -10,10 +11,11 @@
 #endif
 
 #ifdef RF_OLDEST
-__asm__(".symver exp,exp@" RF_OLDEST);  // 2.29: no error handling by SVID, else the same
+__asm__(".symver exp,exp@" RF_OLDEST);  // 2.29 only dropped the SVID error handling
 __asm__(".symver log,log@" RF_OLDEST);
 __asm__(".symver pow,pow@" RF_OLDEST);
-// libstdc++'s shared_ptr counts without atomics in a process of one thread (2.32). This copy says "threads", always.
+// libstdc++'s shared_ptr counts without atomics if this symbol (2.32) says that there is one thread. This copy never
+// does.
 extern "C" {
 __attribute__((weak, visibility("hidden"))) char __libc_single_threaded = 0;
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binding of the family kl: token_kl and approx_kl with their gradients.
 //
-// The device brings a function of each op's name: (dtype, args, rows, like), `like` being a tensor to allocate scratch
-// memory beside.
+// The device has a function for each op, with the op's name and arguments (dtype, args, rows, like); scratch memory is
+// allocated like the tensor `like`.
 #pragma once
 
 #include <tuple>
@@ -11,7 +11,7 @@
 
 namespace rlhf_fast {
 
-// Both logits tensors and what belongs to their rows, held while a kernel runs.
+// Both logits tensors and the inputs per row, kept alive while a kernel runs.
 template <class Device>
 struct LogitsPair {
   Tensor logits;
@@ -51,7 +51,7 @@ struct LogitsPair {
   }
 };
 
-// The inputs of the estimators, dense, held while a kernel runs.
+// The inputs of the estimators, dense, kept alive while a kernel runs.
 template <class Device>
 struct LogprobPair {
   Tensor logprobs;
@@ -118,7 +118,7 @@ struct KlBinding {
     return {grad_logits, grad_ref};
   }
 
-  // Value and gradient of the policy's side in one go, for a gradient of the KL that is known beforehand.
+  // Value and gradient of the policy's side together, for a gradient in the KL that is known beforehand.
   static std::tuple<Tensor, Tensor> token_kl_and_grad(const Tensor& grad_kl, const Tensor& logits,
                                                       const Tensor& ref_logits, const OptionalTensor& mask,
                                                       const OptionalTensor& row_temperature,

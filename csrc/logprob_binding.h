@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binding of the family logprob: token_stats and its gradient, out of place and in place.
 //
-// The device brings token_stats(dtype, args, rows, like) and token_stats_backward(dtype, args, rows, like), `like`
-// being a tensor to allocate scratch memory beside.
+// The device has token_stats(dtype, args, rows, like) and token_stats_backward(dtype, args, rows, like); scratch memory
+// is allocated like the tensor `like`.
 #pragma once
 
 #include <tuple>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Scalar mathematics that CPU and CUDA kernels share, and the numbers that options travel as
-// (rlhf_fast/ops/codes.py holds the same ones). Includes no torch.
+// Scalar mathematics that CPU and CUDA kernels share, and the numbers of options, as in rlhf_fast/ops/codes.py.
+// Includes no torch.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ enum KlKind : int { kReverse = 0, kForward = 1, kJsd = 2, kTv = 3 };
 enum Estimator : int { kK1 = 0, kK2 = 1, kK3 = 2, kAbs = 3 };
 enum Gradient : int { kValue = 0, kStraightThrough = 1 };
 
-// What a log-probability of -inf counts as in the gradient of a KL that is +inf; see LOG_FLOOR in
+// Replaces a log-probability of -inf in the gradient of a KL that is +inf; see LOG_FLOOR in
 // rlhf_fast/ops/reference/kl.py.
 constexpr float kLogFloor = -104.0f;
 
@@ -35,7 +35,7 @@ static inline RF_HOST_DEVICE float kl_estimate(float d, int estimator) {
   }
 }
 
-// Their derivatives in d; gradient = straight_through has k2's.
+// Their derivatives in d; with gradient = straight_through always k2's.
 static inline RF_HOST_DEVICE float kl_estimate_slope(float d, int estimator, int gradient) {
   if (gradient == kStraightThrough) return d;
   switch (estimator) {
@@ -46,7 +46,7 @@ static inline RF_HOST_DEVICE float kl_estimate_slope(float d, int estimator, int
   }
 }
 
-// Limits x to [-limit, limit]; NaN passes.
+// Limits x to [-limit, limit]; NaN stays NaN.
 static inline RF_HOST_DEVICE float clamp_to(float x, float limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }

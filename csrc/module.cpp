@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module `_C`. Importing it loads the shared object, whose static initialisers register the kernels.
-// Limited API (abi3) and PyTorch's stable ABI: one binary serves Python 3.11 and later, and PyTorch 2.10 and later. A
-// free-threaded Python has no limited API and gets a binary of its own.
+// Limited API (abi3) and PyTorch's stable ABI: one binary works with Python 3.11 and later, and PyTorch 2.10 and later.
+// Free-threaded Python has no limited API and needs a separate binary.
 #include <Python.h>
 
 #ifdef RF_HAS_CUDA

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels of all families share: launching, and conversions that the interpreter gets wrong."""
+"""Shared by the Triton kernels of all families: launching, and conversions that the interpreter gets wrong."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +29,13 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors, or what a vendor has of that kind."""
+    """Number of streaming multiprocessors, or of the vendor's equivalent."""
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.max_compute_units
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """The same without holes: for what has one entry per row, or a few."""
+    """Contiguous; for tensors with one or a few entries per row."""
     return None if x is None else x.contiguous()
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """gae in Triton: see rlhf_fast/ops/gae.py for the mathematics and scan.py for the scan.
 
-A token of float32 with a mask moves 17 bytes (two float32 and a flag in, two float32 out) and takes a thread some 80
-instructions. At 3 TB/s an H100 has issue slots for twice as many: memory is the limit, and 256 rows of 131 072 tokens
-would take 0.19 ms.
+A float32 token with a mask moves 17 bytes (two float32 and a flag in, two float32 out) and takes about 80 instructions.
+At 3 TB/s an H100 can issue twice as many: memory is the limit, and 256 rows of 131 072 tokens would take 0.19 ms.
 """
 
 import torch
@@ -33,9 +32,9 @@ from rlhf_fast.kernels.scan import (
 
 @triton.jit
 def _ended(cu_seqlens_ptr, token, length, low, high, step):
-    """How many sequences end at or before a token: between low and high, of which 2 step is more than the difference.
+    """How many sequences end at or before a token, by binary search between low and high; 2 * step > high - low.
 
-    No host has seen cu_seqlens. Whatever it holds, this ends and reads nothing outside of it.
+    The values of cu_seqlens were not checked. Whatever they are, this terminates and reads only within cu_seqlens.
     """
     count = token * 0 + low
     while step > 0:
@@ -49,9 +48,9 @@ def _ended(cu_seqlens_ptr, token, length, low, high, step):
 
 @triton.jit
 def _share(part, part_length, length, cu_seqlens_ptr, sequences, step, SNAP: tl.constexpr):
-    """Where a program's tokens begin and end; low and high: how many packed sequences end by then; step: for _ended.
+    """A program's tokens [begin, end); low and high: how many packed sequences end before each; step: for _ended.
 
-    SNAP: begin and end go back to a sequence's, so that the program has those that end within its part.
+    SNAP: begin and end are moved back to boundaries of sequences: the program gets those that end within its part.
     """
     begin = part.to(tl.int64) * part_length
     end = tl.minimum(begin + part_length, length)
@@ -69,7 +68,7 @@ def _share(part, part_length, length, cu_seqlens_ptr, sequences, step, SNAP: tl.
 
 @triton.jit
 def _decay(lam_ptr, sequence, sequences, gamma, decay):
-    """gamma lam: of each row or sequence if it has its own lambda, else as the host multiplied it."""
+    """gamma * lam: per row or sequence if lam is given so, else the number from the host."""
     if lam_ptr is not None:
         decay = gamma * tl.load(lam_ptr + sequence, sequence < sequences, other=0.0)
     return decay
@@ -78,13 +77,13 @@ def _decay(lam_ptr, sequence, sequences, gamma, decay):
 @triton.jit
 def _gae_tokens(
     inputs, strides,  # of rewards, values, mask, dones, truncated, bootstrap_values
-    packing,  # cu_seqlens, how many sequences or rows, all tokens, and what _share knows of these
-    lams, factors,  # of both lambdas; gamma and its products with them
+    packing,  # cu_seqlens, number of sequences or rows, number of tokens, and low, high, step of _share
+    lams, factors,  # pointers to lam and value_lam; gamma, gamma * lam, gamma * value_lam
     row, start, lane, inside,
     CARRY: tl.constexpr, CUTS: tl.constexpr, DECOUPLED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Rewards, with what a bootstrap value adds, and values, 0 where masked; which tokens are real; which end an
-    episode or a packed sequence; the maps under lam and under value_lam."""
+    """Rewards, including bootstrap values, and values, 0 where masked; which tokens are real; which end an episode or a
+    packed sequence; the maps with lam and with value_lam."""
     cu_seqlens_ptr, sequences, length, low, high, step = packing
     gamma, decay, value_decay = factors
     real = inside
@@ -125,10 +124,10 @@ def _gae_tokens(
 ])  # fmt: skip
 def gae_rows(
     rewards_ptr, values_ptr, mask_ptr, dones_ptr, truncated_ptr, bootstrap_ptr,  # (rows, length)
-    cu_seqlens_ptr,  # (sequences + 1,), of one row of packed tokens; without it, sequences = rows
+    cu_seqlens_ptr,  # (sequences + 1,), for one row of packed tokens; else None, and sequences = rows
     lam_ptr, value_lam_ptr,  # (sequences,)
     advantages_ptr, returns_ptr,  # (rows, length), dense
-    maps_ptr,  # (rows, parts, 4), the parts' maps under both lambdas
+    maps_ptr,  # (rows, parts, 4), the parts' maps with both lambdas
     rewards_stride, values_stride, mask_stride, dones_stride, truncated_stride, bootstrap_stride,
     rows, length, part_length, parts, sequences, step, gamma, decay, value_decay,
     PASS: tl.constexpr, CARRY: tl.constexpr, CUTS: tl.constexpr, DECOUPLED: tl.constexpr, SNAP: tl.constexpr,

@@ -2,8 +2,8 @@
 """The family kl in Triton: token_kl, its gradient, and both at once; see rlhf_fast/ops/kl.py for the mathematics.
 
 reverse and forward read each logits tensor once (kernels/kl_ratio.py). jsd and tv need normalised probabilities: each
-side is folded as for token_stats, then both are read a second time (kernels/kl_gradient.py). The gradient reads both
-and writes what is asked for. approx_kl is in kernels/kl_estimators.py.
+side is reduced as for token_stats, then both are read a second time (kernels/kl_gradient.py). The gradient reads both
+and writes the requested sides. approx_kl is in kernels/kl_estimators.py.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from rlhf_fast.ops import codes
 
 __all__ = ["approx_kl", "approx_kl_backward", "token_kl", "token_kl_and_grad", "token_kl_backward"]
 
-LANES = 256  # vectors of each side in a block, one a thread
+LANES = 256  # vectors of each side in a block, one per thread
 LANES_FUSED = 512  # with the gradient in the same program: fewer rows at once, so that more of them stay in the cache
 
 
 class _Pair(NamedTuple):
-    """Sides a and b of KL(a, b) as the kernels take them: forward is reverse with policy and reference swapped."""
+    """The sides a and b of KL(a, b) for the kernels: forward is reverse with policy and reference swapped."""
 
     rows: Rows
     tensors: tuple[Tensor | None, ...]  # a, b, mask, both row temperatures
@@ -72,7 +72,7 @@ def token_kl(
     ref_logits: Tensor,  # (..., V)
     *tensors_and_options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence (...) and its parts (..., 6); `tensors_and_options` as `_pair` has them."""
+    """The divergence (...) and its parts (..., 6); `tensors_and_options` as in `_pair`."""
     rows = logits.shape[:-1]
     kl, parts = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in (rows, (*rows, 6)))
     if logits.numel() == 0:
@@ -98,7 +98,7 @@ def _fold(
     pair: _Pair, tile: Tile, tiles: int, splits: int, blocks: int, kl: Tensor, parts: Tensor | None,
     partials: Tensor | None, grad_kl: Tensor | None = None, grad: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """reverse or forward in one reading, per split, or with the gradient in `logits` in a second reading."""
+    """reverse or forward in one pass, per split, or with the gradient in a second pass."""
     launch(
         token_kl_fold, tiles * splits, kl, *pair.tensors, kl, parts, partials, grad_kl, *pair.in_order(grad, None),
         *pair.layout, pair.rows.width, splits, blocks, *pair.factors,
@@ -174,8 +174,8 @@ def token_kl_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """The divergence (...) and the gradient in logits (..., V).
 
-    A program that has folded its row goes back over it, from the end, of which the cache still holds the most. Rows too
-    few for that, jsd and tv, take the forward and the backward one after the other.
+    After reducing its row a program goes back over it from the end, most of which is still in cache. With too few rows
+    for that, and for jsd and tv, forward and backward run one after the other.
     """
     tensors = (logits, ref_logits, mask, row_temperature, ref_row_temperature)
     if logits.numel() > 0 and options[-2] in (codes.REVERSE, codes.FORWARD):

@@ -51,7 +51,7 @@ def _estimate(d, ESTIMATOR: tl.constexpr):
 def _load_tokens(
     logprobs_ptr, ref_logprobs_ptr, ratio_ptr, mask_ptr, size, clamp, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A program's tokens: their places, which exist and which are real; d, clamped value, slope, importance ratio."""
+    """A program's tokens: positions, which exist and which are real; d, clamped value, slope, importance ratio."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = place < size
     real = exists

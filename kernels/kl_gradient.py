@@ -26,7 +26,7 @@ TERMS = tl.constexpr(3)  # of a split of jsd or tv: sum p s_p, sum q s_q, diverg
 
 @triton.jit
 def _terms(bits_p, bits_q, beta, KIND: tl.constexpr):
-    """Of log2-probabilities: p, q, and s_p, s_q in nats: the gradients are p (s_p - mean), q (s_q - mean).
+    """From log2-probabilities: p, q, and s_p, s_q in nats: the gradients are p (s_p - mean), q (s_q - mean).
 
     reverse and forward need s_p alone. Where p is 0, s_p is finite: 0 * (-inf) must be 0.
     """
@@ -54,8 +54,8 @@ def write_gradients(
     begin, end, columns, readable, width, top_a, top_b, bits_a, bits_b, mean_a, mean_b, factor_a, factor_b,
     in_scale, cap, beta, KIND: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of columns [begin, end) to side a, b or both, from the last block to the first: what was read last is
-    nearest. Masked rows, and a side that is -inf throughout, have none."""
+    """Gradients of columns [begin, end) for side a, b or both, from the last block, which is most likely still in
+    cache, to the first. 0 for masked rows and for a side that is all -inf."""
     keep_a = real & (top_a != float("-inf"))
     keep_b = real & (top_b != float("-inf"))
     grad_kl = tl.load(grad_kl_ptr + rows, mask=real, other=0.0)
@@ -109,7 +109,7 @@ def _store_gradient(pointers, grad, u, counts, inside, cap, SHAPE: tl.constexpr,
 
 @triton.jit
 def _load_parts(parts_ptr, rows, real, SWAPPED: tl.constexpr):
-    """Of side a and of side b: max, log2 sum and mean."""
+    """Max, log2 sum and mean of side a, then of side b."""
     parts = parts_ptr + rows * 6
     a = parts + 2 * SWAPPED
     b = parts + 2 - 2 * SWAPPED
@@ -131,7 +131,7 @@ def token_kl_gradient(
     KIND: tl.constexpr, SWAPPED: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a share of a tile's columns."""
+    """Gradients of a split of a tile's columns."""
     tile = tl.program_id(0) // splits
     begin = tl.program_id(0) % splits * blocks * BLOCK
     rows, exists, real = tile_rows(tile, n_rows, mask_ptr, ROWS)

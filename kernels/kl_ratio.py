@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KL(a, b) of two rows of logits in one reading, for token_kl's reverse and forward: there policy and reference change
-places.
+"""KL(a, b) of two rows of logits in one pass, for token_kl's reverse, and for forward with policy and reference
+swapped.
 
-With exponents u = z_a - max z_a and v = z_b - max z_b (online: a maximum that rises rescales what was summed)
+With exponents u = z_a - max z_a and v = z_b - max z_b (online: when a maximum rises, the sums so far are rescaled)
 
     KL(a, b) = sum e^u (u - v) / sum e^u - log sum e^u + log sum e^v
 
-Where b is -inf the divergence is +inf. For the gradient's mean such entries count with log b = -104: the share of e^u
-that they hold is summed apart. Exponents are in powers of two, and what is stored is in nats.
+Where b is -inf the divergence is +inf. For the gradient's mean such entries have log b = -104: their e^u is summed
+separately. Kernels compute with powers of two; stored values are in nats.
 """
 
 import triton
@@ -74,13 +74,13 @@ def _fold_pair(
 
 @triton.jit
 def _drift(old, new, factor2):
-    """How far finite v fall when b's maximum rises: all the way, as they are weighed by a; 0 where none was finite."""
+    """The change of finite v when b's maximum rises, not limited, as they are weighted by a; 0 if none was finite."""
     return tl.where(old == float("-inf"), 0.0, tl.maximum((old - new) * factor2, -1e30))
 
 
 @triton.jit
 def _merge_pair(top_a, top_b, sum_a, sum_b, cross, lost, factor_a, factor_b):
-    """The same of several vectors or splits (along axis 1) as one row's."""
+    """Merges the sums of several vectors or splits (along axis 1)."""
     row_top_a = tl.max(top_a, 1)
     row_top_b = tl.max(top_b, 1)
     factor_b2 = (factor_b * LOG2E)[:, None]
@@ -100,7 +100,7 @@ def _merge_pair(top_a, top_b, sum_a, sum_b, cross, lost, factor_a, factor_b):
 
 @triton.jit
 def _log2_sum(top, total):
-    """0 for a row of -inf, and never below: the maximum alone adds 1 to the sum."""
+    """log2 of a sum; 0 for a row of -inf, and at least 0, since the maximum itself adds 1 to the sum."""
     return tl.log2(tl.where(((top == float("-inf")) & (total == 0)) | (total < 1), 1.0, total))
 
 
@@ -145,7 +145,7 @@ def token_kl_fold(
     SWAPPED: tl.constexpr, SHAPE: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """KL(a, b) of a tile's rows, or a split's share of it (partials_ptr); with grad_kl_ptr the gradient, too."""
+    """KL(a, b) of a tile's rows, or the sums of a split (partials_ptr); with grad_kl_ptr also the gradient."""
     BLOCK: tl.constexpr = LANES * VEC
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -191,7 +191,7 @@ def token_kl_combine(
     mask_ptr, temperature_a_ptr, temperature_b_ptr, kl_ptr, parts_ptr, partials_ptr,
     n_rows, splits, factor_a, factor_b, SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one row, in their order."""
+    """Merges the splits of one row in order."""
     rows, exists, real = tile_rows(tl.program_id(0), n_rows, mask_ptr, 1)
     split = tl.arange(0, MAX_SPLITS)[None, :]
     ours = split < splits

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The family logprob in Triton: token_stats and its gradient; see rlhf_fast/ops/logprob.py for the mathematics.
 
-Forward: one reading of the logits (kernels/logprob_fold.py). Rows too few to fill the device are cut into splits, whose
-sums a second kernel merges in a fixed order. Backward: one reading and one writing (kernels/logprob_gradient.py).
-Exponents are in powers of two, and what is stored is in nats.
+The forward reads the logits once (kernels/logprob_fold.py). If there are too few rows to fill the device, rows are
+split, and a second kernel merges the splits in a fixed order. The backward reads and writes once
+(kernels/logprob_gradient.py). Exponents are in powers of two, and what is stored is in nats.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from rlhf_fast.kernels.logprob_gradient import token_stats_gradient
 from rlhf_fast.kernels.rows import rows_of, shaping, spans_for, splits_for
 from rlhf_fast.ops.logprob import fake_stats
 
-LANES, VECTORS_PER_THREAD = 512, 2  # 256 threads that keep 32 bytes each in flight
+LANES, VECTORS_PER_THREAD = 512, 2  # 256 threads with 32 bytes in flight each
 
 
 def token_stats(
@@ -32,7 +32,7 @@ def token_stats(
     outputs: int,
     inplace_backward: bool,
 ) -> tuple[Tensor, ...]:
-    """logprobs, entropy, logsumexp, sum_sq_probs, argmax (empty if not asked for) and parts (..., 2)."""
+    """logprobs, entropy, logsumexp, sum_sq_probs, argmax (empty if not requested) and parts (..., 2)."""
     results = fake_stats(logits, targets, logits.shape[:-1], torch.float32, outputs)
     if logits.numel() == 0:
         return tuple(x.zero_() for x in results)
@@ -68,7 +68,7 @@ def token_stats_backward(
     logits: Tensor,  # (..., V)
     *saved_and_options: Any,
 ) -> Tensor:
-    """The gradient (..., V); `saved_and_options` as `_write_gradient` has them."""
+    """The gradient (..., V); `saved_and_options` as in `_write_gradient`."""
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _write_gradient(grad, grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved_and_options)
     return grad
@@ -81,7 +81,7 @@ def token_stats_backward_(
     logits: Tensor,  # (..., V), overwritten
     *saved_and_options: Any,
 ) -> None:
-    """The same, over the logits."""
+    """The same, overwriting the logits."""
     _write_gradient(logits, grad_logprobs, grad_entropy, grad_logsumexp, logits, *saved_and_options)
 
 
@@ -116,5 +116,5 @@ def _write_gradient(
         _targets_per_row(targets, rows.count), splits, blocks, *shape[:3],
         SHAPE=shape.shape, PADDED=rows.columns < rows.width, **tile.flat_constants(),
     )  # fmt: skip
-    if out is not grad_logits:  # its layout had to be copied
+    if out is not grad_logits:  # rows_of copied it because of its layout
         grad_logits.copy_(out)

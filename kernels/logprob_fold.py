@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward of token_stats: a row's sums in one reading of its logits, and the outputs from them.
+"""The forward of token_stats: a row's sums in one pass over its logits, and the outputs from them.
 
-Each vector of a block has a maximum of its own and sums relative to that (online softmax): when the maximum rises, what
-was summed so far is scaled down. Nothing crosses threads until the row's end, and an element costs one exponential.
+Each vector of a block has its own maximum and sums relative to it (online softmax): when the maximum rises, the sums so
+far are scaled down. Threads exchange nothing until the row's end, and an element takes one exponential.
 """
 
 import triton
@@ -20,12 +20,12 @@ from rlhf_fast.kernels.rows import (
     tile_rows,
 )
 
-PARTIALS = tl.constexpr(5)  # of a split: max, sum, weighted sum, sum of squares, argmax' vector
+PARTIALS = tl.constexpr(5)  # per split: max, sum, weighted sum, sum of squares, vector of the argmax
 
 
 @triton.jit
 def _merge(top, total, weighted, squares, factor2):
-    """The sums of several vectors or splits (along axis 1), each relative to its own maximum, as one row's."""
+    """Merges the sums of several vectors or splits (along axis 1), each relative to its own maximum."""
     row_top = tl.max(top, 1)
     down = fall(top, row_top[:, None], factor2[:, None])
     scale = tl.exp2(down)
@@ -39,7 +39,7 @@ def _merge(top, total, weighted, squares, factor2):
 
 @triton.jit
 def _first_max(row_ptrs, vector, real, columns, in_scale, cap, SHAPE: tl.constexpr, VEC: tl.constexpr):
-    """The lowest column of the maximum within each row's vector; 0 where NaN leaves none, and at masked rows."""
+    """The lowest column of the maximum within each row's vector; 0 at masked rows and where NaN hides it."""
     column = vector[:, None] + tl.arange(0, VEC)[None, :]
     in_range = real[:, None] & (column < columns)
     u = shaped(load_logits(row_ptrs[:, None] + column, in_range, SHAPE), in_range, in_scale, cap, SHAPE, False)
@@ -55,8 +55,8 @@ def _store_stats(
     SHAPE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A row's outputs from its merged sums."""
-    dead = (top == float("-inf")) & (total == 0)  # NaN would have made the sum NaN
-    total = tl.where(dead | (total < 1), 1.0, total)  # the maximum alone adds 1; rounding must not take it back
+    dead = (top == float("-inf")) & (total == 0)  # with a NaN the sum would be NaN
+    total = tl.where(dead | (total < 1), 1.0, total)  # the maximum itself adds 1; less can only be rounding
     bits = tl.log2(total)
     log_sum = bits * LN2
     tl.store(parts_ptr + rows * 2, tl.where(real, tl.where(total == total, top, total), 0.0), mask=exists)
@@ -91,7 +91,7 @@ def token_stats_fold(
     factor, in_scale, cap,
     SHAPE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Folds a tile's rows, or a split's share of their columns; partials_ptr is None if there is one split."""
+    """Reduces a tile's rows, or a split of their columns; partials_ptr is None if there is one split."""
     BLOCK: tl.constexpr = LANES * VEC
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -117,8 +117,8 @@ def token_stats_fold(
         counts = in_range & (lane_columns < columns - start)
         u = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
         in_range = real[:, None, None] & (lane_columns < end - start - BLOCK)
-        x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # on its way while this block is folded
-        higher = tl.maximum(top, tl.max(u, 2))  # passes NaN over, the sum does not
+        x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # prefetched while this block is reduced
+        higher = tl.maximum(top, tl.max(u, 2))  # ignores NaN; the sum does not
         if argmax_ptr is not None:
             block_of_top = tl.where(higher > top, start, block_of_top)
         down = fall(top, higher, factor2)
@@ -158,7 +158,7 @@ def token_stats_combine(
     factor, in_scale, cap,
     SHAPE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of one row, in their order."""
+    """Merges the splits of one row in order."""
     rows, exists, real = tile_rows(tl.program_id(0), n_rows, mask_ptr, 1)
     factors = row_factors(factor, temperature_ptr, rows, real)
     offsets = row_offsets(rows, inner, outer_stride, stride)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient of token_stats in one reading of the logits and one writing, which may overwrite them."""
+"""The gradient of token_stats: reads the logits once and writes once, possibly over them."""
 
 import triton
 import triton.language as tl
@@ -21,9 +21,10 @@ def _row_gradients(
     targets_ptr, grad_logprobs_ptr, grad_entropy_ptr, grad_logsumexp_ptr, entropy_ptr, parts_ptr,
     rows, real, columns, targets_per_row, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dz_j = p_j (constant - g_entropy (log p_j + entropy)) plus targets': the numbers that a row needs.
+    """The numbers of a row in dz_j = p_j (constant - g_entropy (log p_j + entropy)), without the targets' part.
 
-    Masked rows and rows of -inf keep nothing that could be NaN: with their logits unread, all becomes 0.
+    For masked rows and rows of -inf, values that could be NaN are replaced; their logits are not read, so all becomes
+    0.
     """
     top = tl.load(parts_ptr + rows * 2, mask=real, other=float("-inf"))
     keep = real & (top != float("-inf"))
@@ -50,7 +51,7 @@ def _row_gradients(
 def _add_at_targets(
     dz, start, targets_ptr, grad_logprobs_ptr, rows, keep, targets_per_row, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Each target's own gradient, where the block holds it; equal targets of a row add up."""
+    """Adds the gradients of the targets in this block; equal targets of a row add up."""
     for k in range(targets_per_row):
         place = rows.to(tl.int64) * targets_per_row + k
         column = tl.load(targets_ptr + place, mask=keep, other=-1).to(tl.int64) - start
@@ -70,7 +71,7 @@ def token_stats_gradient(
     targets_per_row, splits, blocks, factor, in_scale, cap,
     SHAPE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a share of a tile's columns; out_ptr may be logits_ptr."""
+    """Writes the gradient of a split of a tile's columns; out_ptr may be logits_ptr."""
     tile = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     rows, exists, real = tile_rows(tile, n_rows, mask_ptr, ROWS)
@@ -96,12 +97,12 @@ def token_stats_gradient(
         counts = in_range & (column < columns - start)
         u = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
         in_range = keep[:, None] & (column < tl.minimum(end, readable) - start - BLOCK)
-        x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # on its way while this block is worked on
+        x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # prefetched while this block is computed
         exponent = (u - top[:, None]) * (factors * LOG2E)[:, None]
         p = tl.exp2(exponent - (log_sum * LOG2E)[:, None])
         dz = p * constant[:, None]
         if grad_entropy_ptr is not None:
-            # log p + entropy from the small difference of the row's numbers; 0 * -inf = 0
+            # log p + entropy, from the small difference entropy - log_sum; 0 * -inf = 0
             above_mean = tl.maximum(exponent, -200.0) + ((entropy - log_sum) * LOG2E)[:, None]
             dz = p * (constant[:, None] - (grad_entropy * LN2)[:, None] * above_mean)
         if grad_logprobs_ptr is not None:

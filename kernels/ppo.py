@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ppo_advantages in Triton: KL, rewards, advantages, returns and their sums in one launch; see scan.py for the scan.
 
-The score is the state after a row's end: masked tokens hand it on to the last real one, and a row of masked tokens
-drops it. A token of float32 moves 29 bytes.
+The score is the state after a row's end: masked tokens pass it on to the last real one; a row of masked tokens drops
+it. A float32 token moves 29 bytes.
 """
 
 import torch
@@ -54,7 +54,7 @@ def _ppo_tokens(
     row, start, lane, inside, kl_coef,
     ESTIMATOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The KL's estimate, the reward without the score, and the value, 0 where masked; which tokens are real."""
+    """The KL estimate, the reward without the score, and the value, 0 where masked; and which tokens are real."""
     real = inside & (load_tokens(inputs[3], strides[3], row, start, lane, inside, ALIGNED) != 0)
     logprob = load_tokens(inputs[0], strides[0], row, start, lane, inside, ALIGNED).to(tl.float32)
     ref_logprob = load_tokens(inputs[1], strides[1], row, start, lane, inside, ALIGNED).to(tl.float32)
@@ -154,9 +154,10 @@ def ppo_advantages(
     lam: float,
     score_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """kl, rewards, advantages and returns, (B, T) float32, and what whitening needs of the advantages, (3,) float64.
+    """kl, rewards, advantages and returns, (B, T) float32, and the moments of the advantages for whitening, (3,)
+    float64.
 
-    Their sums over a program come out of the same launch; PyTorch adds up the programs' in a second, tiny one.
+    The same launch computes moments per program; PyTorch sums them over programs in a second, tiny one.
     """
     kl = logprobs.new_empty(logprobs.shape, dtype=torch.float32)
     rewards, advantages, returns = (torch.empty_like(kl) for _ in range(3))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of logits, for the families logprob and kl: how they lie in memory, how they are cut up, how a logit is shaped.
+"""Rows of logits, for the families logprob and kl: memory layout, tiles and splits, scale, softcap and temperature.
 
 A program works on a tile of rows, block by block. A block's columns are read as `lanes` vectors of `vec` elements, 16
-bytes a thread; what a row needs is accumulated per vector, and reduced over the vectors once, at the row's end.
+bytes a thread; sums are accumulated per vector and reduced over the vectors once, at the row's end.
 """
 
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ AS_IS, NEGATED, CAPPED = (tl.constexpr(i) for i in range(3))
 MAX_SPLITS = tl.constexpr(64)
 BLOCKS_PER_SPLIT = 1 if INTERPRETED else 4
 BLOCKS_PER_SPAN = 3 if INTERPRETED else 8
-PROGRAMS_PER_PROCESSOR = 32  # about eight waves of four: the last, ragged one then costs little
+PROGRAMS_PER_PROCESSOR = 32  # about eight waves of four, so that an incomplete last wave matters little
 
-# The interpreter, whose programs are slow and whose rows are the tests', gets small blocks and many narrow rows at
-# once, and pretends that a few programs fill it.
+# In the interpreter, which is slow and only runs tests, blocks are small, many narrow rows are processed at once, and a
+# few programs count as a full device.
 NARROW_LANES = 4096
 PRETENDED_PROGRAMS = 5
 
@@ -33,7 +33,7 @@ PRETENDED_PROGRAMS = 5
 
 
 class Tile(NamedTuple):
-    """The shape of a program's work: compile-time constants of the kernels."""
+    """The shape of a program's work, compile-time constants of the kernels."""
 
     rows: int
     lanes: int
@@ -54,8 +54,8 @@ class Tile(NamedTuple):
 class Rows(NamedTuple):
     """The rows of tensors (..., V) of one shape. Row n of a tensor begins at (n // inner) * outer + (n % inner) * step.
 
-    Two strides cover `logits[:, :-1]` and transposed batches as they lie; what needs more was copied, as was a strided
-    last dimension.
+    Two strides are enough for `logits[:, :-1]` and transposed batches; other layouts are copied, as is a strided last
+    dimension.
     """
 
     tensors: tuple[Tensor, ...]
@@ -63,12 +63,12 @@ class Rows(NamedTuple):
     inner: int
     strides: tuple[int, ...]  # outer and step of each tensor
     width: int  # V
-    columns: int  # that count
-    readable: int  # that are read: whole vectors, where these lie within V
+    columns: int  # in the vocabulary
+    readable: int  # columns that are read: whole vectors, if they are within V
     vec: int  # elements of a vector
 
     def tiles(self, lanes: int, vectors_per_thread: int) -> tuple[Tile, int]:
-        """The tile, one wide row in blocks of `lanes` vectors or several narrow rows, and how many there are."""
+        """The tile (one wide row in blocks of `lanes` vectors, or several narrow rows), and the number of tiles."""
         if self.vec == 1:  # single elements instead, enough of them to keep a thread busy
             lanes, vectors_per_thread = 4 * lanes, 4 * vectors_per_thread
         narrow_lanes = lanes
@@ -95,9 +95,9 @@ def rows_of(*tensors: Tensor, vocab_size: int) -> Rows:
 
 
 def _on_16_bytes(tensors: list[Tensor], width: int, strides: list[int]) -> bool:
-    """Whether the compiler will know that all rows begin at multiples of 16 bytes: it looks at divisibility by 16."""
+    """Whether the compiler, which checks divisibility by 16, will know that all rows are aligned to 16 bytes."""
     if INTERPRETED:
-        return width % 2 == 1  # it does not care, and the tests' rows should be of both kinds
+        return width % 2 == 1  # it makes no difference there, and tests should cover both
     return all(n % 16 == 0 for n in (width, *strides)) and all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
@@ -134,14 +134,14 @@ def _levels(x: Tensor) -> list[tuple[int, int]]:
 
 
 def splits_for(tiles: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Into how many programs a tile's columns are cut so that few rows fill the device, and the blocks of each."""
+    """The number of programs for a tile's columns, so that few rows fill the device, and the blocks of each program."""
     blocks = triton.cdiv(columns, block)
     wanted = triton.cdiv(_programs(device), tiles)
     return _evenly(blocks, min(wanted, blocks // BLOCKS_PER_SPLIT, MAX_SPLITS.value))
 
 
 def spans_for(tiles: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
-    """The same for work without sums to merge: no program goes through many blocks."""
+    """The same for work without sums to merge: no program has many blocks."""
     blocks = triton.cdiv(columns, block)
     wanted = triton.cdiv(_programs(device), tiles)
     return _evenly(blocks, max(min(wanted, blocks), triton.cdiv(blocks, BLOCKS_PER_SPAN)))
@@ -157,7 +157,7 @@ def _programs(device: torch.device) -> int:
 
 
 class Shaping(NamedTuple):
-    """z = factor * u(x), as run-time numbers; only the kind of u is compiled in."""
+    """z = factor * u(x) as run-time numbers; only the kind of u is a compile-time constant."""
 
     factor: float
     in_scale: float
@@ -176,7 +176,7 @@ def shaping(temperature: float, logit_scale: float, softcap: float) -> Shaping:
 
 @triton.jit
 def tile_rows(tile, n_rows, mask_ptr, ROWS: tl.constexpr):
-    """The tile's rows: their numbers, which exist, and which are real tokens, too."""
+    """The tile's rows: their indices, which of them exist, and which are also real tokens."""
     rows = tile * ROWS + tl.arange(0, ROWS)
     exists = rows < n_rows
     real = exists
@@ -187,13 +187,13 @@ def tile_rows(tile, n_rows, mask_ptr, ROWS: tl.constexpr):
 
 @triton.jit
 def row_offsets(rows, inner, outer_stride, stride):
-    """Where rows begin, in elements; 64 bits, as N * V exceeds 2^31."""
+    """Offsets of the rows in elements; 64 bits, since N * V can exceed 2^31."""
     return (rows // inner).to(tl.int64) * outer_stride + (rows % inner).to(tl.int64) * stride
 
 
 @triton.jit
 def row_factors(factor, temperature_ptr, rows, real):
-    """What turns u into z; 1 where nothing is read."""
+    """The factor from u to z; 1 for rows that are not read."""
     if temperature_ptr is not None:
         return factor / tl.load(temperature_ptr + rows, mask=real, other=1.0)
     return tl.where(real, factor, 1.0)
@@ -201,7 +201,7 @@ def row_factors(factor, temperature_ptr, rows, real):
 
 @triton.jit
 def load_logits(pointers, in_range, SHAPE: tl.constexpr):
-    """Logits as they lie, and where out of range what `shaped` makes -inf of."""
+    """Raw logits; out of range the value for which `shaped` returns -inf."""
     if SHAPE == NEGATED:
         return tl.load(pointers, mask=in_range, other=float("inf"))
     return tl.load(pointers, mask=in_range, other=float("-inf"))
@@ -209,10 +209,10 @@ def load_logits(pointers, in_range, SHAPE: tl.constexpr):
 
 @triton.jit
 def shaped(x, counts, in_scale, cap, SHAPE: tl.constexpr, PADDED: tl.constexpr):
-    """u of logits from `load_logits`, in float32; -inf where a logit does not count. PADDED: such may have been read.
+    """u of logits from `load_logits`, in float32; -inf outside of the vocabulary. PADDED: padding may have been read.
 
-    The maximum of u is taken and subtracted before `factor` multiplies: a common offset of the logits costs no digits,
-    and factor > 0 keeps their order.
+    The maximum of u is subtracted before multiplying by `factor`: so a common offset of the logits loses no digits, and
+    factor > 0 keeps their order.
     """
     u = widen(x)
     if SHAPE == NEGATED:
@@ -238,12 +238,12 @@ def tanh(x):
 
 @triton.jit
 def finite_max(top):
-    """What to subtract: the maximum, or 0 from a row of -inf."""
+    """The value to subtract: the maximum, or 0 for a row of -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def fall(old, new, factor2):
-    """By how much, in powers of two, exponents relative to a maximum fall when that rises. More than 200 is all the
-    same: what was summed so far vanishes, and from -inf there was nothing."""
+    """The change, in powers of two, of exponents relative to a maximum that rises from `old` to `new`. Limited to -200,
+    which already makes earlier sums 0, so that a rise from -inf gives no NaN."""
     return tl.maximum((old - new) * factor2, -200.0)

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recurrence of GAE as an associative scan, for gae.py and ppo.py, and how work is cut into programs.
+"""The recurrence of GAE as an associative scan, for gae.py and ppo.py, and the division of work into programs.
 
-Read from a row's last token back, the recurrence has one number of state for each lambda: what token t adds, for
-the token before it, to reward minus value,
+From a row's last token to its first, the recurrence has one number of state for each lambda: what token t adds to the
+reward minus value of the token before it,
 
     U_t = gamma (V_t + lam A_t) = gamma lam r_t + (gamma - gamma lam) V_t + gamma lam U_{t+1}
     A_t = r_t - V_t + U_{t+1}
 
-so that no next value need be carried across masked tokens. A token is the map U -> offset + decay U. A masked token
-that is stepped over is the map (1, 0). A token that ends an episode takes nothing from those after it: decay 0 says
-so, and what it then skips may be infinite or NaN. Every other decay is kept above 0, or the product of a thousand of
-them would turn the infinite return of a legal infinite reward into 0 * inf = NaN.
+so that no next value has to be carried across masked tokens. A token is the map U -> offset + decay U. A skipped masked
+token is the map (1, 0). A token that ends an episode has decay 0, which means that the state after it is ignored, even
+if it is infinite or NaN. Every other decay is kept above 0: otherwise the product of a thousand of them could be 0, and
+an infinite return, from a legal infinite reward, would become 0 * inf = NaN.
 
-A tile is [ROWS, GROUPS, 4] tokens. Groups run from the row's end (Triton's scan from back to front would cost five
-shuffles more an element and operand), the four tokens of a group ascend in memory: a thread's 16 bytes of float32.
+A tile is [ROWS, GROUPS, 4] tokens. Groups run from the row's end (Triton's reverse scan would take five more shuffles
+per element and operand); the four tokens of a group are in memory order: 16 bytes of float32 for a thread.
 
-A program goes through its tokens from the end, tile by tile, and carries the state: one reading, one writing, one
-launch. It has a long row, several short ones, or of packed tokens the sequences that end within its share. Where rows
-are few and long, each is cut into parts: a first launch makes the map of each part, a second starts from the maps of
-the parts after its own. That reads the input twice, for rows that would leave most of a GPU idle otherwise.
+A program goes over its tokens from the end, tile by tile, and carries the state: it reads once and writes once, in one
+launch. It has one long row, several short ones, or, of packed tokens, the sequences that end within its part. Few long
+rows are divided into parts: a first launch computes the map of each part, a second one starts from the maps of the
+later parts. This reads the input twice, but without it most of the GPU would be idle.
 """
 
 from typing import NamedTuple
@@ -34,15 +34,15 @@ VEC = tl.constexpr(4)  # tokens in a group
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 WHOLE, MAPS, REST = (tl.constexpr(i) for i in range(3))  # the passes: one launch, or the first and the second of two
 
-# A tile is a block of one row, or short rows of 1024 tokens together. A kernel with many inputs takes half the largest,
-# so that two programs fit into a multiprocessor's registers. The interpreter's are so small that the tests' rows have
-# several blocks and parts.
+# A tile is a block of one row, or several short rows with 1024 tokens in total. A kernel with many inputs uses half the
+# largest tile, so that two programs fit into a multiprocessor's registers. In the interpreter tiles are so small that
+# the tests' rows have several blocks and parts.
 MAX_GROUPS = 64 if INTERPRETED else 512
 GROUPS_OF_SHORT_ROWS = 256
 GROUPS_PER_WARP = 32
 MAX_WARPS = 8
-# Fewer rows than this are cut, if they are long; then this many programs are wanted. At an estimated 1.3 us a block, 64
-# rows in one piece take an H100 as long as reading the input twice.
+# Long rows are divided into parts if there are fewer than FEW_ROWS, aiming at PROGRAMS programs. At an estimated 1.3 us
+# a block, 64 undivided rows take an H100 as long as reading the input twice.
 FEW_ROWS = 64
 LONG_ROW = 4  # blocks
 PROGRAMS = 256
@@ -52,13 +52,13 @@ PROGRAMS = 256
 
 
 class Plan(NamedTuple):
-    """How (rows, length) tokens are cut up."""
+    """How (rows, length) tokens are divided into programs."""
 
     rows: int
-    part: int  # tokens that a program has of its row: blocks in full
+    part: int  # tokens of a row per program, a multiple of the block
     parts: int  # of a row
     cut: bool  # the parts of a row depend on each other
-    aligned: bool  # groups begin at multiples of a group; whether the tensors do, Triton sees for itself
+    aligned: bool  # groups begin at multiples of their size; Triton itself checks the tensors' alignment
     tile_rows: int
     groups: int
 
@@ -81,13 +81,13 @@ class Plan(NamedTuple):
         }
 
     def maps(self, like: Tensor) -> Tensor | None:
-        """What the first of two launches hands to the second: (rows, parts, 4)."""
+        """The buffer between the two launches: (rows, parts, 4)."""
         return like.new_empty((self.rows, self.parts, 4), dtype=torch.float32) if self.cut else None
 
 
 def plan_for(rows: int, length: int, strides: list[int], light: bool = False, packed: int | None = None) -> Plan:
-    """light: the kernel has few inputs. packed: how many sequences lie in one row of all tokens; if that is not cut, a
-    program has those that end within its part, and its groups begin anywhere."""
+    """light: the kernel has few inputs. packed: number of sequences in one row of all tokens; if the parts are
+    independent, a program has the sequences that end within its part, and its groups begin anywhere."""
     aligned = all(n % VEC.value == 0 for n in (length, *strides))
     max_groups = MAX_GROUPS if light and aligned else MAX_GROUPS // 2
     groups = min(max_groups, triton.next_power_of_2(triton.cdiv(length, VEC.value)))
@@ -120,7 +120,7 @@ def strides_of(*tensors: Tensor | None) -> list[int]:
 
 @triton.jit
 def tile_lanes(GROUPS: tl.constexpr):
-    """[1, GROUPS, 4], places in a tile: groups from the end, tokens within a group ascending."""
+    """[1, GROUPS, 4], positions in a tile: groups from the last to the first, tokens within a group ascending."""
     group = GROUPS - 1 - tl.arange(0, GROUPS)
     return group[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
 
@@ -130,7 +130,7 @@ def tokens_inside(
     row, rows, lane, start, begin, end,
     SNAP: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which of the tokens start + lane a program has: of its tile, within [begin, end) and of rows that exist."""
+    """Which of the tokens start + lane belong to the program: in its tile, within [begin, end), in existing rows."""
     left = tl.minimum(end - start, BLOCK).to(tl.int32)
     if ALIGNED:
         left = left // VEC * VEC
@@ -159,7 +159,7 @@ def store_tokens(ptr, stride, row, start, lane, inside, x, ALIGNED: tl.constexpr
 
 @triton.jit
 def apply(decay, offset, state, CUTS: tl.constexpr):
-    """The state before the tokens of a map, from that after them."""
+    """The state before the tokens of a map, from the state after them."""
     if CUTS:
         return tl.where(decay > 0, offset + decay * state, offset)
     return offset + decay * state
@@ -172,13 +172,13 @@ def _then(later_decay, later_offset, decay, offset):
 
 @triton.jit
 def _then_with_cuts(later_decay, later_offset, decay, offset):
-    least = tl.minimum(tl.minimum(later_decay, decay), TINY)  # 0 if one of them is
+    least = tl.minimum(tl.minimum(later_decay, decay), TINY)  # 0 if one of them is 0
     return tl.maximum(later_decay * decay, least), apply(decay, offset, later_offset, True)
 
 
 @triton.jit
 def then(later_decay, later_offset, decay, offset, CUTS: tl.constexpr):
-    """The map of later tokens and, applied to its result, that of earlier ones, as one map."""
+    """One map for later tokens followed by earlier ones."""
     if CUTS:
         return _then_with_cuts(later_decay, later_offset, decay, offset)
     return _then(later_decay, later_offset, decay, offset)
@@ -186,8 +186,8 @@ def then(later_decay, later_offset, decay, offset, CUTS: tl.constexpr):
 
 @triton.jit
 def token_maps(reward, value, counts, cut, gamma, decay, CUTS: tl.constexpr):
-    """Each token's map of the state; those that do not count are stepped over."""
-    # 0 * value: before an infinite value the row is NaN, as it is in the definition
+    """Each token's map of the state; the identity where `counts` is False."""
+    # 0 * value: as in the definition, the tokens before an infinite value are NaN
     offsets = decay * reward + (gamma - decay) * value + 0.0 * value
     decays = tl.where(counts, tl.maximum(decay, TINY), 1.0)
     if CUTS:
@@ -197,7 +197,7 @@ def token_maps(reward, value, counts, cut, gamma, decay, CUTS: tl.constexpr):
 
 @triton.jit
 def _scan(decay, offset, CUTS: tl.constexpr):
-    """[ROWS, GROUPS] maps -> the maps of all groups up to and with each."""
+    """[ROWS, GROUPS] maps -> the combined map of all groups up to and including each."""
     if CUTS:
         return tl.associative_scan((decay, offset), 1, _then_with_cuts)
     return tl.associative_scan((decay, offset), 1, _then)
@@ -218,7 +218,7 @@ def _join(x0, x1, x2, x3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _scan_groups(decay, offset, CUTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """[ROWS, GROUPS, 4] maps of tokens -> [ROWS, GROUPS] maps of all groups up to and with each."""
+    """[ROWS, GROUPS, 4] maps of tokens -> [ROWS, GROUPS] combined maps of all groups up to and including each."""
     d0, d1, d2, d3 = _split(decay, ROWS, GROUPS)
     o0, o1, o2, o3 = _split(offset, ROWS, GROUPS)
     d, o = then(d3, o3, d2, o2, CUTS)
@@ -229,13 +229,13 @@ def _scan_groups(decay, offset, CUTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: 
 
 @triton.jit
 def _of_last_group(x, GROUPS: tl.constexpr):
-    """[ROWS, GROUPS] -> [ROWS], what stands at the last group, the earliest tokens."""
+    """[ROWS, GROUPS] -> [ROWS], the value of the last group, which has the earliest tokens."""
     return tl.sum(tl.where(tl.arange(0, GROUPS)[None, :] == GROUPS - 1, x, 0.0), 1)
 
 
 @triton.jit
 def with_tile(part_decay, part_offset, decay, offset, CUTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """The map of a part of each row, [ROWS], so far, and the one that the tokens of one more tile make of it."""
+    """The map [ROWS] of a part of each row, extended by the tokens of one more tile."""
     d, o = _scan_groups(decay, offset, CUTS, ROWS, GROUPS)
     d, o = _of_last_group(d, GROUPS), _of_last_group(o, GROUPS)
     return then(part_decay, part_offset, d, o, CUTS)
@@ -244,14 +244,14 @@ def with_tile(part_decay, part_offset, decay, offset, CUTS: tl.constexpr, ROWS: 
 @triton.jit
 def next_states(
     decay, offset,  # [ROWS, GROUPS, 4], maps of the tile's tokens
-    later_decay, later_offset,  # of the tokens one group on, (1, 0) after the tile's end
-    state,  # [ROWS], after the tile
+    later_decay, later_offset,  # maps of the tokens one group later, (1, 0) after the tile's end
+    state,  # [ROWS], the state after the tile
     CUTS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The state after each token, U_{t+1}, and the state before the tile.
 
-    A scan hands each group the maps up to and with its own, but what a group needs is those after it, and Triton has no
-    shift. So a group scans the map of the one that follows it, whose tokens are read again, from the first-level cache.
+    A scan gives each group the combined map including its own, but a group needs the map of the groups after it, and
+    Triton has no shift. So each group scans the map of the next one, whose tokens are read again, from the L1 cache.
     """
     d, o = _scan_groups(later_decay, later_offset, CUTS, ROWS, GROUPS)
     d0, d1, d2, d3 = _split(decay, ROWS, GROUPS)
@@ -266,7 +266,7 @@ def next_states(
 
 @triton.jit
 def store_map(maps_ptr, row, parts, part, slot, decay, offset, ROWS: tl.constexpr):
-    """One row's part, to maps_ptr: (rows, parts, 4)."""
+    """Stores the map of each row's part in maps_ptr: (rows, parts, 4)."""
     at = maps_ptr + (tl.reshape(row, [ROWS]) * parts + part) * 4 + slot
     tl.store(at, decay)
     tl.store(at + 1, offset)
@@ -274,7 +274,7 @@ def store_map(maps_ptr, row, parts, part, slot, decay, offset, ROWS: tl.constexp
 
 @triton.jit
 def state_after(maps_ptr, part, parts, state, CUTS: tl.constexpr, PARTS: tl.constexpr):
-    """The state after a part, [1], from that at the row's end; maps_ptr: (parts, 4), decay and offset first."""
+    """The state after a part, [1], from the state at the row's end; maps_ptr: (parts, 4), decay and offset first."""
     later = PARTS - 1 - tl.arange(0, PARTS)[None, :]
     there = (later > part) & (later < parts)
     d, o = _scan(tl.load(maps_ptr + later * 4, there, 1.0), tl.load(maps_ptr + later * 4 + 1, there, 0.0), CUTS)
@@ -283,6 +283,6 @@ def state_after(maps_ptr, part, parts, state, CUTS: tl.constexpr, PARTS: tl.cons
 
 @triton.jit
 def any_after(flags_ptr, part, parts, PARTS: tl.constexpr):
-    """Whether a part after this one has its flag set, [1] of 0 or 1; flags_ptr: (parts, 4), of which it reads one."""
+    """Whether a later part has its flag set, [1] of 0 or 1; flags_ptr: (parts, 4), of which one column is read."""
     later = tl.arange(0, PARTS)[None, :]
     return tl.max((tl.load(flags_ptr + later * 4, (later > part) & (later < parts), 0.0) != 0).to(tl.int32), 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""whiten_moments and whiten in Triton: (x - mean) rsqrt(var + 1e-8) over the real entries, without a host's look.
+"""whiten_moments and whiten in Triton: (x - mean) rsqrt(var + 1e-8) over the real entries, without a host sync.
 
-The moments are count, sum and sum of squares in float64: what ranks can add up, and what keeps the digits of a small
-variance around a large mean. Each program adds up a block, PyTorch the blocks, always in the same order.
+The moments are count, sum and sum of squares in float64, which ranks can sum, and which keep the digits of a small
+variance around a large mean. Each program sums a block, PyTorch sums the blocks, always in the same order.
 """
 
 import torch
@@ -19,7 +19,7 @@ WARPS = 8
 
 @triton.jit
 def store_moments(moments_ptr, count, total, squares):
-    """Their sums, to this program's line of moments_ptr: (programs, 3)."""
+    """Stores the sums in this program's line of moments_ptr: (programs, 3)."""
     line = moments_ptr + tl.program_id(0) * 3
     tl.store(line, tl.sum(count).to(tl.float64))
     tl.store(line + 1, tl.sum(total))
@@ -28,7 +28,7 @@ def store_moments(moments_ptr, count, total, squares):
 
 @triton.jit
 def _load_block(values_ptr, mask_ptr, values_stride, mask_stride, length, blocks, BLOCK: tl.constexpr):
-    """A block of a row: entries, which are real, which exist, and where their row's would lie without gaps."""
+    """A block of a row: entries, which are real, which exist, and their offsets in a dense tensor."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -71,7 +71,7 @@ def whiten_block(
 
 
 def _as_rows(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """Both as rows of adjacent entries, copied unless they are dense or (B, T); how many rows, and their length."""
+    """Both as rows of adjacent entries, copied unless they are dense or (B, T); number of rows, and their length."""
     dense = values.is_contiguous() and mask.is_contiguous()
     if values.dim() == 2 and not dense and values.stride(1) == mask.stride(1) == 1:
         return values, mask, *values.shape

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the CPU kernels use: the best that the host has and the build holds, capped by RLHF_FAST_CPU.
+// The instruction set of the CPU kernels: the best one that the host and the build have, limited by RLHF_FAST_CPU.
 #pragma once
 
 #include "kernels.h"
@@ -12,7 +12,7 @@ enum class Capability : int { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
 const char* name_of(Capability capability);
 bool parse(const char* name, Capability* capability);
 
-// What this host and this build could use.
+// The best one of this host and this build.
 Capability best_capability();
 
 // That, capped by the environment variable RLHF_FAST_CPU, which is read anew at every call: so `_C` and `_host`, two

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU as a device of the bindings: its kernels take ranges of rows, spread over PyTorch's threads.
+// The CPU as a device of the bindings: its kernels take ranges of rows, divided over PyTorch's threads.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@ namespace rlhf_fast {
 
 struct Cpu {
   static constexpr const char* kName = "the CPU";
-  static constexpr bool kHostMemory = true;  // a binding may look at values
+  static constexpr bool kHostMemory = true;  // a binding may read values
   static bool owns(const Tensor& x) { return x.is_cpu(); }
 };
 
 // Runs kernel(args, begin, end) over `rows` rows that each cost `work` logits of token_logprobs, on PyTorch's threads.
-// A thread that sleeps takes tens of microseconds to wake and to join, so each gets about 90 us of work, or sleeps on:
-// docs/performance.md has the measurements.
+// Waking and joining a sleeping thread takes tens of microseconds, so a thread is only used for at least about 90 us of
+// work: docs/performance.md has the measurements.
 template <class Args>
 void run_rows(Kernel<Args> kernel, const Args& args, int64_t rows, int64_t work) {
   constexpr int64_t kThreadsWork = 262144;

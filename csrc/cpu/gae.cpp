@@ -17,7 +17,7 @@ void add_moments(const double* row_moments, int64_t rows, double* moments) {
 
 struct CpuGae : Cpu {
   static void gae(Dtype dtype, const GaeArgs& args, int64_t sequences, int64_t total, const Tensor& /*like*/) {
-    const int64_t token = args.dones || args.truncated ? 6 : 2;  // with flags there is no scan
+    const int64_t token = args.dones || args.truncated ? 6 : 2;  // with flags the scan is not used
     run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? token * total / sequences : 1);
   }
   static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& /*like*/) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// GAE, the PPO advantages made of it, and whitening: see rlhf_fast/ops/gae.py for the mathematics.
+// GAE, PPO advantages and whitening: see rlhf_fast/ops/gae.py for the mathematics.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace rlhf_fast {
 namespace RF_ISA {
 
-// Tokens [0, length) of one sequence; pointers stand at its first token, mask and flags may be null.
+// Tokens [0, length) of one sequence; pointers are to its first token, mask and flags may be null.
 template <class T, class R>
 struct GaeSequence {
   const R* rewards;
@@ -27,15 +27,15 @@ struct GaeSequence {
   float* returns;
 };
 
-// The recurrence in what token t hands to the one before it, S_t = gamma V_t + decay A_t: one number, not two. With
-// own = r_t - V_t it is A_t = own + S_{t+1} and S_t = decay S_{t+1} + (decay own + gamma V_t); a token that is stepped
-// over hands on what it was given.
+// The recurrence in S_t = gamma V_t + decay A_t, which token t passes to the token before it: one number instead of
+// two. With own = r_t - V_t, A_t = own + S_{t+1} and S_t = decay S_{t+1} + (decay own + gamma V_t); a skipped token
+// passes S_{t+1} on.
 struct GaeState {
-  float handed = 0;        // under lam
-  float value_handed = 0;  // under value_lam; the two are one where the lams are
+  float handed = 0;        // S with lam
+  float value_handed = 0;  // S with value_lam; equal if the two lams are
 };
 
-// Tokens [0, end) one by one, from the last back.
+// Tokens [0, end) one by one, from the last to the first.
 template <bool kFlags, bool kDecoupled, class T, class R>
 inline void gae_tokens(const GaeSequence<T, R>& s, int64_t end, GaeState state) {
   for (int64_t t = end - 1; t >= 0; --t) {
@@ -56,8 +56,8 @@ inline void gae_tokens(const GaeSequence<T, R>& s, int64_t end, GaeState state) 
   }
 }
 
-// The same for kLanes tokens at once. Each is a map S -> c S + b, and maps compose: log2(kLanes) rounds join every lane
-// with those behind it. c is the decay in all lanes, unless some are stepped over (kMixed).
+// The same for kLanes tokens at once. Each token is a map S -> c S + b, and maps compose: log2(kLanes) rounds combine
+// every lane with the lanes after it. c is the decay in all lanes, unless some are skipped (kMixed).
 struct GaeScan {
   Vec decay;
   Vec powers;  // lane i: decay^(kLanes - i)
@@ -74,7 +74,7 @@ struct GaeScan {
     if constexpr (2 * kShift < kLanes) join<kMixed, 2 * kShift>(b, c);
   }
 
-  // What each lane is handed; *handed goes from what came to the last lane to what the first one hands on.
+  // The S that each lane receives; *handed is the S that the last lane receives, then the S that the first passes on.
   template <bool kMixed>
   Vec operator()(Vec own, Vec next, Int real, float* handed) const {
     Vec b = fma(decay, own, next), c = decay;
@@ -131,7 +131,7 @@ inline void gae_vectors(const GaeSequence<T, R>& s) {
 
 template <class T, class R>
 inline void gae_sequence(const GaeSequence<T, R>& s) {
-  constexpr float kSmallestDecay = 0.01f;  // its power of kLanes is a normal number
+  constexpr float kSmallestDecay = 0.01f;  // to the power of kLanes it is still a normal number
   const bool decoupled = s.decay != s.value_decay, flags = s.dones || s.truncated;
   if (!flags && s.decay >= kSmallestDecay && s.value_decay >= kSmallestDecay) {
     decoupled ? gae_vectors<true>(s) : gae_vectors<false>(s);
@@ -208,7 +208,7 @@ void whiten(const WhitenArgs& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------- ppo_advantages
 
-// The KL and the rewards made of it, for one row; the score is added by the caller.
+// The KL and the rewards of one row; the caller adds the score.
 template <class T>
 inline void penalised_rewards(const PpoAdvantagesArgs& a, const T* logprobs, const T* ref, const bool* mask, float* kl,
                               float* rewards) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // KL divergence per token, exact (two rows of logits) and estimated: see rlhf_fast/ops/kl.py for the mathematics.
 //
-// The exact one folds both rows block by block. With s = log p + log Z_p of the policy and t of the reference,
+// The exact KL folds both rows block by block. With s = log p + log Z_p of the policy and t of the reference,
 //   KL(p, q) = sum_j e^(s_j) (s_j - t_j) / Z_p - log Z_p + log Z_q
-// comes out of the same reading. The other kinds, and rows where a token is forbidden or NaN, read both rows once more,
-// now in cache, with the log-probabilities normalised; there each kind is one expression.
+// needs only this one pass. The other kinds, and rows with a forbidden token or NaN, read both rows, now in cache, a
+// second time with normalised log-probabilities; there each kind is one expression.
 #pragma once
 
 #include "logprob_kernel.h"
@@ -12,7 +12,7 @@
 namespace rlhf_fast {
 namespace RF_ISA {
 
-// What turns a row's logits into s with log p = s - log_sum, and dz/dx beside it.
+// Computes s with log p = s - log_sum from a row's logits, and dz/dx.
 struct RowNorm {
   RowTransform transform;
   float max;
@@ -30,20 +30,20 @@ struct RowNorm {
   }
 };
 
-// A vector of the two distributions, and the kind's terms in them.
+// One vector of entries of the two distributions, and the terms of the kind.
 struct KlTerms {
   Vec p;
   Vec q;
   Vec slope_p;  // s_p and s_q: the gradients are p (s_p - sum p s_p), q (s_q - sum q s_q) where of that form
   Vec slope_q;
-  Vec distance;  // tv alone: |p - q| / 2, summed for itself, since sum p s_p + sum q s_q would cancel
+  Vec distance;  // tv only: |p - q| / 2, summed separately, since sum p s_p + sum q s_q would cancel
   Int infinite;  // reverse and forward: where one side has probability 0 and the divergence is +inf
 };
 
 inline Vec zero_unless(Vec weight, Vec x) { return weight == 0.0f ? Vec{} : x; }
 
-// The log-ratio is (s - t) less a constant, the same one that its mean was made with: where p is near 1, the gradient
-// p (log-ratio - mean) cancels, and the roundings with it.
+// The log-ratio is (s - t) minus the same constant that its mean was computed with: so where p is near 1 and the
+// gradient p (log-ratio - mean) cancels, the rounding errors cancel too.
 inline Vec log_ratio(Vec s, Vec t, float log_sum_s, float log_sum_t) {
   return t == -kInf ? s - (log_sum_s + kLogFloor) : (s - t) - (log_sum_s - log_sum_t);
 }
@@ -73,7 +73,7 @@ inline KlTerms kl_terms(Vec s, Vec t, const RowNorm& policy, const RowNorm& ref,
   return terms;
 }
 
-// Lanes past the row's end are -inf again, whatever scale and softcap made of them: no probability, no term.
+// Sets lanes past the row's end to -inf again after scale and softcap: no probability, no term.
 inline Vec pad_out(Vec s, int64_t count) {
   for (int64_t j = count; j < kLanes; ++j) s[j] = -kInf;
   return s;
@@ -94,7 +94,7 @@ inline void fold_pair_block(const Block& x, const Block& y, float factor_x, floa
       const Vec e = exp(s);
       sum_p[j] += e;
       sum_q[j] += exp(t);
-      gap[j] = fma(e, zero_unless(e, s - t), gap[j]);  // +inf where q alone forbids the token
+      gap[j] = fma(e, zero_unless(e, s - t), gap[j]);  // +inf where only q forbids the token
     }
   }
   p->sum += sum_of(sum_p[0] + sum_p[1]);
@@ -117,8 +117,8 @@ inline void fold_pair(const T* x, const T* y, int64_t columns, const RowTransfor
   }
 }
 
-// KL(p, q) of what fold_pair summed, and the mean of the log-ratio as log_ratio has it: the same number, but for the
-// rounding of the log-sums. False where a side is -inf throughout, q forbids what p allows, or NaN came in.
+// KL(p, q) from the sums of fold_pair, and the mean of the log-ratio as defined by log_ratio: the same number except
+// for the rounding of the log-sums. False if a side is all -inf, q forbids a token that p allows, or there is a NaN.
 inline bool kl_of_folds(const RowFold& p, const RowFold& q, float* kl, float* mean) {
   const double gap = p.weighted / p.sum;
   *kl = static_cast<float>(gap - std::log(p.sum) + std::log(q.sum));
@@ -126,7 +126,7 @@ inline bool kl_of_folds(const RowFold& p, const RowFold& q, float* kl, float* me
   return p.max != -kInf && q.max != -kInf && std::isfinite(gap);
 }
 
-// sum p s_p and sum q s_q of a row, and the divergence, which is their sum (all kinds but tv are written that way).
+// sum p s_p and sum q s_q of a row, and the divergence, which is their sum for all kinds except tv.
 template <int kKind, bool kCap, class T>
 inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& policy, const RowNorm& ref, float beta,
                    float* kl, float* mean_p, float* mean_q) {
@@ -161,7 +161,7 @@ inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& polic
   *kl = unbounded && total == total ? kInf : static_cast<float>(total);
 }
 
-// Calls f with the kind and the presence of a softcap as types' values: kernels are compiled for each pair.
+// Calls f with the kind and the presence of a softcap as compile-time constants.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -244,7 +244,7 @@ void token_kl_backward(const TokenKlArgs& a, int64_t begin, int64_t end) {
     T* grad_y = a.grad_ref_logits ? static_cast<T*>(a.grad_ref_logits) + n * a.width : nullptr;
     const float* parts = a.parts + 6 * n;
     const bool real = !a.mask || a.mask[n];
-    // Masked rows and sides that are -inf throughout have no gradient; their memory was not written yet.
+    // Masked rows and sides that are all -inf have gradient 0, which is written here.
     T* live_x = real && parts[0] != -kInf ? grad_x : nullptr;
     T* live_y = real && parts[2] != -kInf ? grad_y : nullptr;
     if (grad_x) zero_row(live_x ? grad_x + a.columns : grad_x, live_x ? a.width - a.columns : a.width);
@@ -258,7 +258,7 @@ void token_kl_backward(const TokenKlArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Row by row, so that the gradient finds both rows in cache.
+// Row by row, so that both rows are still in cache for the gradient.
 template <class T>
 void token_kl_and_grad(const TokenKlArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
@@ -288,7 +288,7 @@ inline Vec estimate_slope(Vec d, int gradient) {
 
 inline Vec clamp_to(Vec x, float limit) { return x > limit ? splat(limit) : (x < -limit ? splat(-limit) : x); }
 
-// Calls f with the estimator as a constant.
+// Calls f with the estimator as a compile-time constant.
 template <class F>
 inline void with_estimator(int estimator, const F& f) {
   switch (estimator) {

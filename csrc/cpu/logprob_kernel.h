@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row statistics of a softmax, and their gradient: see rlhf_fast/ops/logprob.py for the mathematics.
 //
-// A row is folded block by block: a block is read into a small buffer (so memory is read once), its maximum joins the
-// running one, and what was summed so far is rescaled (online softmax). Sums over a block run in vector lanes, those
-// over blocks in double, so the error does not grow with V.
+// A row is folded block by block: a block is read into a small buffer (so memory is read once), the running maximum is
+// updated, and the sums so far are rescaled (online softmax). Sums over a block are in vector lanes, sums over blocks
+// in double, so the error does not grow with V.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ inline int64_t row_offset(const RowIndex& index, int64_t n) {
 }
 
 // z = u * factor, with u = x * in_scale, or cap * tanh(x * in_scale). The maximum is taken over u and subtracted before
-// factor multiplies: a common offset of the logits costs no digits, and factor > 0 keeps the order.
+// multiplying by factor: so a common offset of the logits loses no digits, and factor > 0 keeps the order.
 struct RowTransform {
   float in_scale;
   float cap;  // 0: none
@@ -51,12 +51,12 @@ struct RowTransform {
     return kCap ? cap * tanh(scaled) : scaled;
   }
 
-  float scalar(float x) const {  // the same operations in a lane: a target's log-prob is never above 0
+  float scalar(float x) const {  // the same operations as in a lane, so that a target's log-prob is never above 0
     return (cap > 0 ? (*this).operator()<true>(splat(x)) : (*this).operator()<false>(splat(x)))[0];
   }
 };
 
-// Floats that need no transformation are folded where they stand.
+// Floats that need no transformation are folded in place.
 inline bool stands_as_is(const float*, const RowTransform& transform) { return transform.in_scale == 1.0f; }
 template <class T>
 inline bool stands_as_is(const T*, const RowTransform&) {
@@ -71,15 +71,15 @@ inline const float* as_floats(const T*) {
 struct Block {
   const float* u;
   int length;  // a multiple of kStep
-  int count;   // how many entries of the row it holds; the others are -inf
+  int count;   // number of entries of the row; the others are -inf
 };
 
-// Up to kBlock entries: where they stand, or transformed into `u` and padded with -inf to a multiple of kStep.
+// Up to kBlock entries: in place, or transformed into `u` and padded with -inf to a multiple of kStep.
 template <bool kCap, class T>
 inline Block read_block(const T* x, int64_t count, const RowTransform& transform, float* u) {
   const int whole = static_cast<int>(std::min<int64_t>(count, kBlock));
   if (!kCap && whole >= kStep && stands_as_is(x, transform)) {
-    const int steps = whole - whole % kStep;  // the rest of the row is a block of its own
+    const int steps = whole - whole % kStep;  // the rest of the row is a separate block
     return {as_floats(x), steps, steps};
   }
   int i = 0;
@@ -94,7 +94,7 @@ inline float block_max(const float* u, int length) {
   Vec best[kUnroll];
   for (auto& b : best) b = splat(-kInf);
   for (int i = 0; i < length; i += kStep)
-    for (int j = 0; j < kUnroll; ++j) best[j] = max(load(u + i + j * kLanes), best[j]);  // a NaN entry is passed over
+    for (int j = 0; j < kUnroll; ++j) best[j] = max(load(u + i + j * kLanes), best[j]);  // ignores NaN entries
   return max_of(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
@@ -103,21 +103,21 @@ struct RowFold {
   double sum = 0;         // sum of e = exp((u - max) factor)
   double weighted = 0;    // sum of e (u - max) factor
   double squares = 0;     // sum of e^2
-  int64_t max_block = 0;  // where the block with the (first) maximum begins
+  int64_t max_block = 0;  // start of the block with the (first) maximum
 
-  // The maximum that is saved for the backward: NaN if the row holds a NaN, which `block_max` passes over.
+  // The maximum to save for the backward: NaN if the row holds a NaN, which `block_max` ignores.
   float saved_max() const { return sum == sum ? max : static_cast<float>(sum); }
   float safe_max() const { return max == -kInf ? 0.0f : max; }
-  bool dead() const { return max == -kInf && sum == 0; }  // all -inf (a NaN would have made the sum NaN)
+  bool dead() const { return max == -kInf && sum == 0; }  // all -inf (with a NaN the sum would be NaN)
   float log_sum() const { return dead() ? 0.0f : static_cast<float>(std::log(sum)); }
   float entropy() const {
     if (dead()) return 0.0f;
     const float nats = static_cast<float>(std::log(sum) - weighted / sum);
-    return nats < 0 ? 0.0f : nats;  // rounding below 0 goes; NaN stays
+    return nats < 0 ? 0.0f : nats;  // rounding may give less than 0; NaN stays NaN
   }
 
-  // The maximum of the block at `start` joins; what was summed so far is rescaled. Returns how far the maximum rose, in
-  // units of the exponent.
+  // Updates the maximum with that of the block at `start` and rescales the sums so far. Returns by how much the maximum
+  // rose, in units of the exponent.
   double raise(float top, float factor, int64_t start) {
     if (!(top > max)) return 0;
     const double rise = max == -kInf ? 0.0 : (static_cast<double>(top) - max) * factor, decay = std::exp(-rise);
@@ -130,7 +130,7 @@ struct RowFold {
   }
 };
 
-// `next` is what will be read after this block: memory brings it while the exponentials keep the core busy.
+// `next` is read after this block, so it is prefetched while the exponentials are computed.
 template <bool kEntropy, bool kSquares, class T>
 inline void fold_block(const float* u, int length, float factor, const T* next, RowFold* fold) {
   const float shift = fold->safe_max();
@@ -229,7 +229,8 @@ void token_stats(const TokenStatsArgs& a, int64_t begin, int64_t end) {
 
 // ------------------------------------------------------------------------------------------- backward
 
-// dz = p (g_logsumexp - sum g_logprobs - g_entropy (log p + entropy)), and dx = dz dz/dx. Targets add theirs after.
+// dz = p (g_logsumexp - sum g_logprobs - g_entropy (log p + entropy)), and dx = dz dz/dx; g_logprobs at targets is
+// added after.
 struct RowGradient {
   float shift;  // the row's max
   float log_sum;
@@ -296,7 +297,7 @@ void token_stats_backward(const TokenStatsBackwardArgs& a, int64_t begin, int64_
       const bool valid = targets[k] >= 0 && targets[k] < a.columns;
       g.constant -= valid ? grad_logprobs[k] : __builtin_nanf("");
     }
-    // Entries at targets are made before the pass, which may overwrite x, from all of their row's equal targets.
+    // Entries at targets are computed before the pass, which may overwrite x; equal targets of a row are summed.
     for (int64_t k = 0; grad_logprobs && k < a.k; ++k) {
       if (targets[k] < 0 || targets[k] >= a.columns) continue;
       float total = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of floats for the instruction set at hand, on the compilers' vector extension: arithmetic is plain C++,
-// only max and the half-precision conversions name instructions. Lives in the namespace RF_ISA, see csrc/README.md.
+// Vectors of floats for the current instruction set, with the compilers' vector extension: arithmetic is plain C++,
+// only max and the half-precision conversions name instructions. In the namespace RF_ISA, see csrc/README.md.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #include <arm_neon.h>
-#define RF_NEON  // every 64-bit Arm has it, conversions of half precision and fused multiply-add among it
+#define RF_NEON  // every 64-bit Arm has it, with half-precision conversions and fused multiply-add
 #endif
 
 namespace rlhf_fast {
@@ -42,7 +42,7 @@ struct Half {
 
 constexpr float kInf = __builtin_inff();
 
-inline Vec splat(float x) { return x - Vec{}; }  // a scalar spreads in vector arithmetic
+inline Vec splat(float x) { return x - Vec{}; }  // vector arithmetic broadcasts a scalar
 
 #if defined(__clang__)
 template <int kShift, int... kLane>
@@ -161,8 +161,8 @@ inline void store(Vec v, Half* to) {
 #endif
 }
 
-// The first `count` lanes of a row's last vector, `fill` in the others. Whole vectors, the rule, cost one branch; the
-// rest stays out of the loops.
+// The first `count` lanes of a row's last vector, `fill` in the others. Full vectors, the usual case, take one branch;
+// the code for the rest is outside of the loops.
 template <class T>
 __attribute__((noinline)) Vec load_tail(const T* x, int64_t count, float fill) {
   float lanes[kLanes];
@@ -185,7 +185,7 @@ inline void store_some(Vec v, int64_t count, T* to) {
   __builtin_expect(count >= kLanes, 1) ? store(v, to) : store_tail(v, count, to);
 }
 
-// Truth per lane (all bits set), from kLanes bytes of 0 or 1.
+// A lane mask (all bits set where true) from kLanes bytes of 0 or 1.
 inline Int load_mask(const bool* mask) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask));
@@ -223,7 +223,7 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-// Lane i takes lane i + kShift of `v`, or where that is past the end, of `fill`.
+// Lane i is lane i + kShift of `v`, or of `fill` past the end.
 template <int kShift>
 inline Vec shift_down(Vec v, Vec fill) {
 #if defined(__AVX512F__)
@@ -295,7 +295,7 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-// exp(x) = p 2^n with n = round(x / ln 2); meaningless where |x| is too large for a normal result.
+// exp(x) = p 2^n with n = round(x / ln 2); only valid if the result is a normal number.
 struct ExpParts {
   Vec p;
   Vec n;
@@ -336,7 +336,7 @@ inline Vec exp(Vec x) {
 inline Vec expm1(Vec x) {
   const Vec limited = x > 89.0f ? splat(89.0f) : (x < -80.0f ? splat(-80.0f) : x);
   const ExpParts e(limited);
-  const Int half = e.exponent >> 1;  // 2^128 is no float: it is multiplied by in two steps
+  const Int half = e.exponent >> 1;  // 2^128 does not fit in a float, so it multiplies in two steps
   const Vec large = e.p * bit_cast<Vec>((half + 64) << 23) * bit_cast<Vec>((e.exponent - half + 63) << 23);
   return limited * limited < 0.09f ? fma(ExpParts::after_two_terms(x) * x, x, x) : large - 1.0f;
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A GPU as a device of the bindings: its stream, how many multiprocessors it has, and launches that say who failed.
+// The GPU as a device of the bindings: stream, number of multiprocessors, and launches with errors that name the
+// kernel.
 #pragma once
 
 #include <atomic>
@@ -26,7 +27,7 @@ struct Cuda {
   static constexpr bool kHostMemory = false;
 };
 
-// While it lives, the tensor's device is the current one; launches go to PyTorch's current stream there.
+// During its lifetime the tensor's device is the current one; launches go to PyTorch's current stream of that device.
 class Launch {
  public:
 #ifdef RF_EMULATE
@@ -60,10 +61,10 @@ class Launch {
 #endif
   cudaStream_t stream() const { return stream_; }
 
-  // Raises what the launch of `kernel` reported, with its name.
+  // Raises the error of a launch, with the kernel's name.
   void check(cudaError_t error, const char* kernel) const {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // where the runtime keeps it, too; the next to ask there would take it for his own
+    cudaGetLastError();  // clears the runtime's copy, which the next caller would take for its own error
     RF_CHECK(false, op_, ": the CUDA kernel ", kernel, " failed: ", cudaGetErrorString(error));
   }
 
@@ -76,7 +77,7 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-// Blocks to a row of logits (see softmax.cuh), having checked what a launch can count.
+// Checks the limits of a launch; returns the number of blocks per row of logits (see softmax.cuh).
 inline int row_parts(const char* op, const Launch& launch, int64_t rows, int64_t columns, const Tensor& logits) {
   constexpr int64_t kMost = 0x7fffffff;
   RF_CHECK(columns <= kMost, op, ": logits must have at most ", kMost, " columns, got ", columns);
@@ -87,7 +88,7 @@ inline int row_parts(const char* op, const Launch& launch, int64_t rows, int64_t
 
 }  // namespace rlhf_fast
 
-// Where a family registers: the CUDA kernels of the op's namespace, or the tests' own namespace.
+// Where a family registers: as CUDA kernels of the ops' namespace, or in the namespace of the tests' emulator.
 #ifdef RF_EMULATE
 #define RF_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(rlhf_fast_emulated, CPU, m)
 #else

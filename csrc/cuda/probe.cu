@@ -15,7 +15,7 @@ std::string version_name(int version) {
 }
 
 std::string failed(const char* what, cudaError_t error) {
-  cudaGetLastError();  // leaves no error for PyTorch to find
+  cudaGetLastError();  // clear the error, so that PyTorch does not find it
   return std::string(what) + " failed: " + cudaGetErrorString(error);
 }
 
@@ -31,7 +31,7 @@ std::string why_not_driver() {
          " toolkit";
 }
 
-// A launch on a new stream, and its end.
+// Launches on a new stream and waits for the end.
 std::string why_not_launch() {
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
@@ -41,7 +41,7 @@ std::string why_not_launch() {
   cudaStream_t stream = nullptr;
   error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   if (error != cudaSuccess) return failed("making a stream", error);
-  cudaGetLastError();  // of whoever came before
+  cudaGetLastError();  // clear errors of earlier callers
   RF_LAUNCH(probe_kernel, 1, 1, stream);
   error = cudaGetLastError();
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);

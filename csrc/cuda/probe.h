@@ -6,8 +6,8 @@
 
 namespace rlhf_fast {
 
-// Empty when they run there, else the reason that they do not. Launches a kernel of one thread and waits for it, on a
-// stream of its own; PyTorch's streams, a capture in progress and the current device stay as they are.
+// Empty if they run there, else the reason why not. Launches a kernel of one thread on a new stream and waits for it;
+// PyTorch's streams, a capture in progress and the current device are not affected.
 std::string why_not_cuda(int device);
 
 }  // namespace rlhf_fast

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One value from the values of a block's threads, in an order that is always the same.
+// Reductions over the threads of a block, always in the same order.
 #pragma once
 
 #include "compat.cuh"
@@ -7,7 +7,7 @@
 namespace rlhf_fast {
 namespace cuda {
 
-// Any plain struct of 4-byte words can travel between the lanes of a warp.
+// Shuffles any plain struct of 4-byte words between the lanes of a warp.
 template <class T>
 struct Words {
   static_assert(sizeof(T) % 4 == 0, "travels in words of 4 bytes");
@@ -30,7 +30,7 @@ __device__ __forceinline__ T broadcast_warp(const T& value) {
   return bit_cast<T>(words);
 }
 
-// merge must not care which of its two values came first.
+// merge must be commutative.
 template <class T, class Merge>
 __device__ __forceinline__ T reduce_warp(T value, const Merge& merge) {
 #pragma unroll
@@ -38,10 +38,10 @@ __device__ __forceinline__ T reduce_warp(T value, const Merge& merge) {
     const T other = shuffle_down(value, distance);
     value = merge(value, other);
   }
-  return value;  // whole in lane 0
+  return value;  // complete in lane 0
 }
 
-// The block's value, in every thread. `scratch` is shared memory for one T a warp; it may be used again after the next
+// The block's value, in every thread. `scratch` is shared memory with one T per warp; it may be reused after the next
 // barrier.
 template <int kThreads, class T, class Merge>
 __device__ __forceinline__ T reduce_block(T value, const Merge& merge, T* scratch) {
@@ -51,7 +51,7 @@ __device__ __forceinline__ T reduce_block(T value, const Merge& merge, T* scratc
   value = reduce_warp(value, merge);
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  value = scratch[lane % kWarps];  // every warp merges them all, in the same order
+  value = scratch[lane % kWarps];  // every warp merges all of them in the same order
 #pragma unroll
   for (int distance = kWarps / 2; distance > 0; distance /= 2) {
     const T other = shuffle_down(value, distance);

@@ -12,9 +12,9 @@ namespace rlhf_fast {
 // aoti_torch_get_current_cuda_stream of PyTorch's C interface; returns 0 on success.
 using CurrentStream = int32_t (*)(int32_t device, void** stream);
 
-// Null where no PyTorch with CUDA is loaded. The function lives in libtorch_cuda.so alone. A link to that library would
-// keep the extension from loading beside a PyTorch without CUDA, and a weak reference stays unresolved: Python loads
-// PyTorch's libraries privately. So the library is looked up by its name among those that are loaded.
+// Null if no PyTorch with CUDA is loaded. The function exists only in libtorch_cuda.so. If the extension were linked to
+// it, it would not load with a PyTorch without CUDA; a weak reference would stay unresolved, since Python loads
+// PyTorch's libraries with local symbols. So the library is looked up by name among those that are loaded.
 inline CurrentStream current_stream_of_torch() {
   static std::atomic<CurrentStream> known{nullptr};
   CurrentStream found = known.load(std::memory_order_relaxed);
@@ -22,7 +22,7 @@ inline CurrentStream current_stream_of_torch() {
   constexpr const char* kFunction = "aoti_torch_get_current_cuda_stream";
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
   void* symbol = library != nullptr ? dlsym(library, kFunction) : nullptr;
-  if (symbol == nullptr) symbol = dlsym(RTLD_DEFAULT, kFunction);  // a PyTorch in one library, loaded for all
+  if (symbol == nullptr) symbol = dlsym(RTLD_DEFAULT, kFunction);  // a PyTorch built as one library with global symbols
   found = reinterpret_cast<CurrentStream>(symbol);
   known.store(found, std::memory_order_relaxed);
   return found;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whitening on a GPU: count, sum and sum of squares of the real tokens, in double, and what they make of each token.
+// Whitening on a GPU: count, sum and sum of squares of the real tokens, in double, then the whitened tokens.
 #pragma once
 
 #include "reduce.cuh"
@@ -37,7 +37,7 @@ __device__ __forceinline__ Moments sum_over_block(const Moments& own) {
   return reduce_block<kThreads>(own, merge, scratch);
 }
 
-// One block adds up what `count` blocks left, always in the same order; zeros of none.
+// One block sums the results of `count` blocks, always in the same order; zeros if there are none.
 static __global__ void __launch_bounds__(kSumThreads)
     sum_moments_kernel(const Moments* partial, int64_t count, double* moments) {
   Moments sums{};
@@ -57,7 +57,7 @@ inline void launch_sum_moments(const Moments* partial, int64_t count, double* mo
   RF_LAUNCH(sum_moments_kernel, 1, kSumThreads, stream, partial, count, moments);
 }
 
-// Blocks that go through all tiles in turns; a number that does not depend on the GPU, nor do the sums.
+// Blocks loop over all tiles; their number, and so the sums, do not depend on the GPU.
 inline int64_t whiten_blocks(int64_t total) {
   constexpr int64_t kMost = 1024;
   return tiles_of(total) < kMost ? tiles_of(total) : kMost;

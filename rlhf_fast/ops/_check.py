@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every public op asks of its arguments; each message names op and argument, what was wanted and what came."""
+"""Argument checks of the public ops; each message names op and argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Such that float32 holds the number and its reciprocal.
+# Float32 can represent both the number and its reciprocal within these bounds.
 SMALLEST_FACTOR, LARGEST_FACTOR = 2.0**-126, 2.0**126
 FACTOR_RANGE = "between 1.2e-38 and 8.5e37 in size"
 
@@ -26,7 +26,7 @@ def is_float(op: str, name: str, x: Tensor | None) -> None:
 
 
 def is_dense(op: str, name: str, x: Tensor) -> None:
-    """Strides and a plain shape: kernels and reference alike fail on anything else, each with an error of its own."""
+    """Refuse sparse and nested tensors, on which kernels and reference would fail with unclear errors."""
     if x.is_nested or x.layout != torch.strided:
         came = "a nested tensor" if x.is_nested else x.layout
         raise TypeError(f"rlhf_fast.{op}: {name} must be a dense tensor, got {came}; convert it, with .to_dense() say")
@@ -79,7 +79,7 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def whole_number(op: str, name: str, value: Any) -> int:
-    """As it is, since torch.compile may have made a symbol of it."""
+    """Returned unconverted, since torch.compile may have made it a symbol."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     try:
@@ -133,7 +133,7 @@ def finite(op: str, name: str, value: Any) -> float:
 
 
 def factor(op: str, name: str, value: Any) -> float:
-    """What logits are multiplied or divided by: 0 and infinity, in float32 too, would make 0 x inf of every logit."""
+    """A factor of the logits; one that is 0 or infinite in float32 would turn logits into 0 * inf."""
     value = number(op, name, value)
     if not SMALLEST_FACTOR <= abs(value) <= LARGEST_FACTOR:
         raise ValueError(f"rlhf_fast.{op}: {name} must be {FACTOR_RANGE}, got {value}")
@@ -152,7 +152,7 @@ def in_unit_interval(op: str, name: str, value: float) -> float:
 
 
 def can_look(x: Tensor) -> bool:
-    """Whether looking at values is free: not on a device (it would wait for it), not while tracing or under vmap."""
+    """Whether values may be read: not on a device (which would have to be waited for), while tracing, or under vmap."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -161,9 +161,9 @@ def can_look(x: Tensor) -> bool:
 def temperature(
     op: str, name: str, value: float | Tensor, rows: tuple[int, ...], first: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, float]:
-    """A temperature as the ops take it: per row, in the dtype of the arithmetic, or None and a float.
+    """A temperature as the operators take it: a tensor per row in the dtype of the arithmetic, or None and a float.
 
-    Masked rows may hold anything.
+    Masked rows may hold any value.
     """
     if not isinstance(value, Tensor):
         return None, positive_factor(op, name, value)
@@ -187,7 +187,8 @@ def temperature(
 
 
 def targets_in_range(op: str, targets: Tensor, columns: int, mask: Tensor | None, k_per_row: bool) -> None:
-    """On CPU, real rows' targets are looked at; elsewhere an invalid one gives NaN (a look would stall the device)."""
+    """Check the targets of real rows on CPU. Elsewhere an invalid one gives NaN, since checking would wait for the
+    device."""
     if not can_look(targets) or targets.numel() == 0:
         return
     if mask is not None:

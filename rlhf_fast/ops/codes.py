@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of options and the integers they travel as.
+"""Names of options and the integers that operators take for them.
 
-Schemas take no strings (the stable ABI leaks them before torch 2.14), so every choice is a number on the way
-to a kernel. `csrc/math.h` holds the same numbers; tests/test_dispatch.py compares the two.
+Schemas take no strings (the stable ABI leaks them before torch 2.14), so every choice is passed to a kernel as a
+number. `csrc/math.h` holds the same numbers; tests/test_dispatch.py compares the two.
 """
 
 from __future__ import annotations
 
-# What token_stats may return: a bit each, in the order of TokenStats' fields.
+# Outputs of token_stats, one bit each, in the order of TokenStats' fields.
 LOGPROBS, ENTROPY, LOGSUMEXP, SUM_SQ_PROBS, ARGMAX = 1, 2, 4, 8, 16
 OUTPUTS = {
     "logprobs": LOGPROBS,

@@ -6,12 +6,12 @@ GAE (Schulman et al. 2016, arXiv 1506.02438, eq. 16) is a first-order recurrence
     delta_t = r_t + gamma V_{t+1} (1 - done_t) - V_t
     A_t     = delta_t + gamma lam (1 - done_t) A_{t+1}            returns_t = A_t + V_t
 
-The value after the last token is 0. Where an episode was cut off (truncated) rather than finished, V_{t+1} is the
-given bootstrap value and A_{t+1} is 0. Masked tokens lie inside a row when a tool or the environment wrote them;
-trainers disagree on what they do to the recurrence, so it is an argument:
+The value after the last token is 0. Where an episode was cut off (truncated) instead of finished, V_{t+1} is the given
+bootstrap value and A_{t+1} is 0. Tokens inside a row are masked if a tool or the environment wrote them. Trainers treat
+them differently, so this is an argument:
 
-    carry   they are stepped over: t + 1 is the next real token (verl, NeMo-RL)
-    zero    they count as tokens of reward and value 0, and the recurrence decays across them (OpenRLHF, TRL)
+    carry   they are skipped: t + 1 is the next real token (verl, NeMo-RL)
+    zero    they have reward and value 0, and the recurrence decays across them (OpenRLHF, TRL)
 """
 
 from __future__ import annotations
@@ -65,17 +65,16 @@ def gae(
         rewards, values: `(B, T)`, or `(total,)` with `cu_seqlens`; of one float dtype.
         mask: same shape, bool, True = real token; masked slots are not read and return 0.
         dones: bool, same shape: the episode ends with this token. Or `(B,)`: with the row's last real token.
-        truncated, bootstrap_values: same shape or both `(B,)` (then meaning the last real token): where truncated, the
-            episode was cut off after this token and `bootstrap_values` holds the value of what would have followed.
-            One without the other raises; done wins over truncated; flags at masked tokens are ignored.
-        cu_seqlens: `(S + 1,)` int32 or int64, 0 first, total last: sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`.
+        truncated, bootstrap_values: same shape, or both `(B,)` for the row's last real token: where truncated, the
+            episode was cut off after this token, and `bootstrap_values` is the value of the next state. Both or neither
+            must be given; done wins over truncated; flags at masked tokens are ignored.
+        cu_seqlens: `(S + 1,)` int32 or int64, from 0 to total: sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`.
         gamma, lam: in [0, 1]; lam a float or one per row, `(B,)` or `(S,)`.
         value_lam: another lam for the returns (decoupled GAE, VAPO, arXiv 2504.05118); None = lam.
         mask_mode: "carry" or "zero".
 
     Returns:
-        `GAE(advantages, returns)`, float32 (float64 for float64), of the shape of rewards; returns at masked tokens
-        are 0 too.
+        `GAE(advantages, returns)`, float32 (float64 for float64), of the shape of rewards; both 0 at masked tokens.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
@@ -127,16 +126,16 @@ def ppo_advantages(
     then `gae(..., mask_mode="carry")`; returns come from the advantages before whitening.
 
     Args:
-        scores: `(B,)`, what the reward model said of each sequence; a row without a real token drops its score.
+        scores: `(B,)`, the reward model's score of each sequence; ignored in a row without real tokens.
         logprobs, ref_logprobs: `(B, T)`, of the sampled tokens under policy and frozen reference, at the sampling
             temperature.
-        values: `(B, T)`, the critic's.
+        values: `(B, T)`, from the critic.
         mask: `(B, T)` bool, True = response token.
-        kl_coef: weight of the KL penalty, nats to reward.
+        kl_coef: coefficient of the KL penalty, reward per nat.
         estimator: of the KL, as in `approx_kl`.
         score_clip: limits scores to [-score_clip, score_clip].
         whiten: whiten the advantages, as `masked_whiten`.
-        process_group: whiten with the statistics of all its ranks.
+        process_group: whiten with the statistics over all of its ranks.
 
     Returns:
         `Advantages(kl, rewards, advantages, returns)`, all `(B, T)` float32 (float64 for float64), 0 at masked tokens.
@@ -177,7 +176,7 @@ def masked_whiten(
     shift_mean: bool = True,
     process_group: Any = None,
 ) -> Tensor:
-    """(x - mean) * rsqrt(var + 1e-8) over the real tokens, of all ranks when given a process group. No gradient.
+    """(x - mean) * rsqrt(var + 1e-8) over the real tokens, of all ranks if a process group is given. No gradient.
 
     The variance is unbiased (divides by n - 1), and 0 with fewer than two real tokens. shift_mean=False adds the mean
     back. Masked tokens are not read and return 0. float32 (float64 for float64 values).

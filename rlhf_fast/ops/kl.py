@@ -7,13 +7,13 @@ Exact, with p = softmax(z) of the policy and q = softmax(y) of the reference:
     jsd      beta KL(q, m) + (1 - beta) KL(p, m),  m = (1 - beta) p + beta q      (Agarwal et al. 2024, eq. 1)
     tv       1/2 sum_j |p_j - q_j|
 
-Estimated on a token drawn from p, with d = log p - log q of that token (Schulman 2020, joschu.net/blog/kl-approx):
+Estimated from a token sampled from p, with d = log p - log q of that token (Schulman 2020, joschu.net/blog/kl-approx):
 
     k1 = d        k2 = d^2 / 2        k3 = exp(-d) - 1 + d        abs = |d|
 
-k1 and k3 are unbiased as values. As a loss only k2 has the gradient of the reverse KL on on-policy tokens: that of
-k1 has expectation 0 and that of k3 matches to first order (Tang and Munos 2025). `gradient="straight_through"`
-therefore returns any estimator's value with k2's gradient.
+The values of k1 and k3 are unbiased. As a loss on on-policy tokens, only k2 has the gradient of the reverse KL: k1's
+has expectation 0, and k3's is right to first order only (Tang and Munos 2025). So `gradient="straight_through"` returns
+any estimator's value with k2's gradient.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def token_kl(
 
     Returns:
         `(...)` float32 (float64 for float64 logits); 0 at masked rows. Differentiable in `logits`, and in `ref_logits`
-        if that requires grad. Where the value is +inf (a token that only one side forbids) the gradient is finite: it
-        counts the forbidden side's log-probability as -104 nats, about float32's smallest.
+        if that requires grad. Where the value is +inf (a token that only one side forbids) the gradient is finite: the
+        forbidden side's log-probability is taken as -104 nats, about the log of float32's smallest number.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
@@ -84,16 +84,16 @@ def token_kl_and_grad(
 ) -> tuple[Tensor, Tensor]:
     """`token_kl` and its gradient at once, for a loss whose gradient in each token's KL is known beforehand.
 
-    That is the case of every weighted sum of the KL, such as `kl_coef * (kl * mask).sum() / mask.sum()`: the rows are
-    then still near the core when the gradient reads them again. Nothing is recorded for autograd.
+    This holds for every weighted sum of the KL, such as `kl_coef * (kl * mask).sum() / mask.sum()`. It is faster than a
+    separate backward because the rows are still in cache. Nothing is recorded for autograd.
 
     Args:
-        grad_kl: `(...)`, the loss' gradient in each token's KL, here `kl_coef / mask.sum()` everywhere; float.
+        grad_kl: `(...)` float, the gradient of the loss in each token's KL, in this example `kl_coef / mask.sum()`.
         Others as for `token_kl`.
 
     Returns:
-        `(kl, grad_logits)`: kl as from `token_kl`, and `(..., V)` in the dtype of logits, what its backward would give
-        for `grad_kl`; 0 at masked rows.
+        `(kl, grad_logits)`: kl as from `token_kl`, and the gradient that its backward would give for `grad_kl`,
+        `(..., V)` in the dtype of logits; 0 at masked rows.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
@@ -123,7 +123,7 @@ def _checked_pair(
     mask: Tensor | None,
     vocab_size: int | None,
 ) -> tuple[tuple[Tensor | None, ...], tuple[float, ...]]:
-    """The tensors and options that both operators take."""
+    """Checks the arguments that both ops share; returns the operators' tensors and options."""
     _check.is_float(op, "logits", logits)
     _check.same_dtype(op, "ref_logits", ref_logits, "logits", logits)
     if logits.dim() == 0:
@@ -155,19 +155,19 @@ def approx_kl(
     log_ratio_limit: float | None = None,
     mask: Tensor | None = None,  # (B, T)
 ) -> Tensor:
-    """Estimate of KL(policy, ref) at each token from the log-probs of the sampled one, in nats.
+    """Estimate of KL(policy, ref) at each token from the log-probs of the sampled token, in nats.
 
     Args:
         logprobs, ref_logprobs: `(B, T)` (any equal shapes), of one float dtype.
         estimator: "k1", "k2", "k3" or "abs"; formulas in the module's docstring.
-        gradient: "value" = the estimator's own, "straight_through" = its value with k2's gradient.
+        gradient: "value" = the estimator's own gradient, "straight_through" = k2's gradient.
         importance_ratio: policy / sampling policy, `(B, T)`; multiplies value and gradient, and is differentiated
             too unless the caller detaches it. Needed off policy (DeepSeek-V3.2, arXiv 2512.02556).
-        clamp: limits the estimate to [-clamp, clamp] once computed; the gradient is as if unclamped, so the tokens that
-            drifted most keep theirs.
+        clamp: limits the estimate to [-clamp, clamp]. The gradient is that without the clamp, so the tokens farthest
+            from the reference still have one.
         log_ratio_limit: limits d to [-log_ratio_limit, log_ratio_limit] before the estimate, as `rf.LOG_RATIO_LIMIT`
-            does in every policy loss; beyond it value and gradient are those of a constant. None = exact: k3 and its
-            gradient are then infinite below d = -88.7, where exp(-d) leaves float32. k1, k2 and abs are finite always.
+            does in every policy loss; beyond it d is a constant. None = no limit: k3 and its gradient are then infinite
+            below d = -88.7, where exp(-d) overflows float32. k1, k2 and abs are always finite.
         mask: `(B, T)` bool, True = real token.
 
     Returns:

@@ -6,12 +6,12 @@ With z = softcap * tanh(logit_scale * x / softcap) / temperature for logits x (s
     logsumexp    = log sum_j exp(z_j)                       logprob[t]   = z_t - logsumexp
     entropy      = -sum_j p_j log p_j,  p = softmax(z)      sum_sq_probs = sum_j p_j^2
 
-are computed in one reading of the logits by the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867,
+are computed in one pass over the logits by the online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867,
 algorithm 3). The gradients, with g the incoming ones,
 
     dz_j = g_logprob (delta_jt - p_j) + g_logsumexp p_j - g_entropy p_j (log p_j + entropy)
 
-need one reading and one writing. The row's max and its log-sum are saved apart, since their sum has lost the
+read the logits once and write once. The row's max and its log-sum are saved separately, since their sum would lose the
 digits that p needs when all logits share a large offset.
 """
 
@@ -28,7 +28,7 @@ from rlhf_fast.ops._register import any_batched, define, define_backward, save, 
 
 
 class TokenStats(NamedTuple):
-    """What `token_stats` returns; outputs that were not requested are None. All float32 but argmax (int64)."""
+    """Result of `token_stats`; outputs that were not requested are None. All float32 except argmax (int64)."""
 
     logprobs: Tensor | None = None  # as targets
     entropy: Tensor | None = None  # (...), nats
@@ -57,14 +57,14 @@ def token_logprobs(
         logit_scale: multiplies the logits first.
         softcap: then `softcap * tanh(. / softcap)`, before the temperature.
         mask: `(...)` bool, True = real token. Masked rows are not read, return 0 and get no gradient.
-        vocab_size: number of columns that count, when V is padded.
-        inplace_backward: allow the backward to overwrite `logits` with its gradient; saves a logits-sized tensor. One
-            backward only, and no other op may need the logits: views of one tensor (`logits.split(n)`) share its
-            version, so the second view's backward raises. Call the op once on the whole instead.
+        vocab_size: number of columns in the vocabulary, if V is padded.
+        inplace_backward: allow the backward to overwrite `logits` with its gradient; saves a logits-sized tensor. Only
+            one backward, and no other op may need the logits: views of one tensor (`logits.split(n)`) share its
+            version, so the second view's backward raises. Call the op once on the whole tensor instead.
 
     Returns:
-        `targets.shape`, float32 (float64 for float64 logits), in nats, never above 0. NaN where a target of a real
-        row is out of range and looking would have stalled the device; on CPU that raises.
+        `targets.shape`, float32 (float64 for float64 logits), in nats, never above 0. A target out of range in a
+        real row raises on CPU; on other devices it gives NaN, because a check would have to wait for the device.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
@@ -88,16 +88,16 @@ def token_stats(
     vocab_size: int | None = None,
     inplace_backward: bool = False,
 ) -> TokenStats:
-    """Log-probabilities, entropy, logsumexp, sum of squared probabilities and argmax in one reading of the logits.
+    """Log-probabilities, entropy, logsumexp, sum of squared probabilities and argmax in one pass over the logits.
 
     Args:
         outputs: any of "logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax"; the first three are
-            differentiable. The others are None in the result.
+            differentiable. Outputs not listed are None in the result.
         targets: may be None when "logprobs" is not in `outputs`.
         Others as for `token_logprobs`.
 
     Returns:
-        `TokenStats`, all float32 (float64 for float64 logits) but argmax (int64). A row that is -inf throughout has
+        `TokenStats`, all float32 (float64 for float64 logits) except argmax (int64). A row that is all -inf has
         logprobs and logsumexp -inf, entropy and sum_sq_probs 0, argmax 0, gradient 0.
 
     Raises:
@@ -111,7 +111,7 @@ def token_stats(
 
 
 def output_bits(op: str, outputs: tuple[str, ...], targets: Tensor | None) -> int:
-    """The requested outputs as one integer, a bit each."""
+    """The requested outputs as one integer, one bit for each."""
     if not isinstance(outputs, (tuple, list)):
         raise TypeError(f"rlhf_fast.{op}: outputs must be a tuple of names, got {outputs!r}")
     requested = 0
@@ -159,7 +159,7 @@ def _token_stats(
 def check_targets(
     op: str, targets: Tensor | None, rows: torch.Size, columns: int, mask: Tensor | None, first: Tensor
 ) -> None:
-    """Targets are integers of the rows' shape, or of that and K; in range where looking is free."""
+    """Check that targets are integers of the rows' shape, or of that and K, and in range if `can_look`."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"rlhf_fast.{op}: targets must be an int64 or int32 tensor, got {came}")
@@ -184,7 +184,7 @@ def check_row_options(
     vocab_size: int | None,
     first: Tensor,
 ) -> tuple[Tensor | None, float, float, int]:
-    """The options that every row op shares, as the operators take them."""
+    """Check the options that all row ops share, and return them as the operators take them."""
     _check.is_mask(op, "mask", mask, rows, "the rows", first)
     if vocab_size is not None and not 0 < _check.whole_number(op, "vocab_size", vocab_size) <= width:
         raise ValueError(f"rlhf_fast.{op}: vocab_size must be between 1 and V = {width}, got {vocab_size}")
@@ -252,12 +252,12 @@ def _reference_inplace(
 
 
 def not_differentiable(output: tuple[Tensor, ...], requested: int) -> list[Tensor]:
-    """All outputs but the requested ones among logprobs, entropy and logsumexp."""
+    """All outputs except the requested ones of logprobs, entropy and logsumexp."""
     return [x for bit, x in enumerate(output) if bit > 2 or not requested & (1 << bit)]
 
 
 def rows_share_memory(x: Tensor) -> bool:
-    """Whether some entries may be one and the same (expanded tensors): such logits cannot hold their own gradient."""
+    """Whether entries may share memory (expanded tensors): such logits cannot be overwritten with their gradient."""
     reach = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:
@@ -281,15 +281,15 @@ def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     nothing = (None,) * 9
     if grad_logprobs is None and grad_entropy is None and grad_logsumexp is None:
         return None, *nothing
-    if ctx.overwritten:  # autograd's version counter sees it too, unless hooks unpack what was saved
+    if ctx.overwritten:  # autograd's version counter notices this too, unless saved-tensor hooks are in use
         raise RuntimeError(
             "rlhf_fast.token_stats: a second backward after one with inplace_backward=True, which has overwritten the "
             "logits; drop inplace_backward, or do not backward twice"
         )
     logits, *others = saved(ctx, "token_stats")
     assert logits is not None
-    # With create_graph the gradient must be a tensor of its own, to carry the node that refuses double backward;
-    # while tracing, functionalisation would copy the logits anyway.
+    # With create_graph the gradient must be a new tensor, whose node refuses double backward; while tracing,
+    # functionalisation would copy the logits anyway.
     free = ctx.inplace and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or any_batched(grads))
     if free and not rows_share_memory(logits):
         ctx.overwritten = True

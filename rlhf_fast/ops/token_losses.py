@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy losses of one token: one function each, shared by `linear_policy_loss` and the trainer.
 
-A function gets logprobs, log_ratio (of one token: logprobs - old_logprobs) and advantages, all of one shape, and the
+A function takes logprobs, log_ratio (of one token: logprobs - old_logprobs) and advantages, all of one shape, and the
 clip range. It returns each token's loss (to be minimised), the derivative of that loss in logprobs, and whether the
-clip decided it. The derivative is written out rather than left to autograd, because the linear op needs it while the
+token was clipped. The derivative is written out instead of left to autograd, because the linear op needs it while the
 token's logits are still in memory.
 
 With r = exp(log_ratio), A the advantage, r' = r clipped to [1 - low, 1 + high]:
@@ -13,8 +13,8 @@ With r = exp(log_ratio), A the advantage, r' = r clipped to [1 - low, 1 + high]:
     cispo      -A logprobs, weighted by a constant r'   MiniMax-M1 2025 (2506.13585), eq. 4
 
 GRPO (2402.03300, eq. 3), DAPO (2503.14476, eq. 8) and Dr. GRPO (2503.20783) have PPO's token loss. They differ in how
-advantages are computed and in what the sum over tokens is divided by, so all three are `ppo` here and the caller's
-`normalizer` does the rest (B sequences in the batch, at most T tokens each):
+advantages are computed and in what the sum over tokens is divided by, so all three are `ppo` here, with a different
+`normalizer` (B sequences in the batch, at most T tokens each):
 
     grpo       mean over a sequence, then over sequences    normalizer = B * mask.sum(-1, keepdim=True)
     dapo       mean over all tokens; low < high clips       normalizer = mask.sum(), the default
@@ -22,13 +22,13 @@ advantages are computed and in what the sum over tokens is divided by, so all th
 
 The log-ratio is limited to [-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT] before `exp`, so every loss and derivative is finite for
 finite inputs, and an advantage of 0 gives exactly 0. Beyond the limit the loss is that at the limit and the derivative
-is 0, as `torch.clamp` and verl have it: such a token is e^20 times likelier, or less likely, than when it was sampled.
-Its gradient says nothing about the policy, and would drown the rest of the batch when the norm is clipped. cispo's
-weight has no derivative, so its tokens keep their gradient.
+is 0, as with `torch.clamp` and in verl: such a token is e^20 times more or less likely than when it was sampled. Its
+gradient is meaningless, and would dominate the batch when the norm is clipped. cispo's weight has no derivative, so its
+tokens keep their gradient.
 
-GSPO (2507.18071, eq. 5 and 7) and RLOO (Ahmadian et al. 2024, 2402.14740) have one ratio per sequence, which is known
-only when all logprobs of the sequence are. `sequence_log_ratio` gives it for every token of the sequence, from
-differentiable logprobs of `linear_token_logprobs`:
+GSPO (2507.18071, eq. 5 and 7) and RLOO (Ahmadian et al. 2024, 2402.14740) have one ratio per sequence, which needs all
+logprobs of the sequence. `sequence_log_ratio` computes it for every token of the sequence, from differentiable logprobs
+of `linear_token_logprobs`:
 
     log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)        mean=False for RLOO
     ratio = importance_ratio(log_ratio)
@@ -47,8 +47,8 @@ from torch import Tensor
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.logprob import times
 
-# Largest |log-ratio| whose exp is taken. exp(20) = 4.9e8 is far beyond any ratio that a clip range lets through, and so
-# small that its product with an advantage, a KL or another ratio is finite in float32 and bfloat16. verl's number.
+# Limit of |log-ratio| before exp, as in verl. exp(20) = 4.9e8 is far beyond any ratio within a clip range, and small
+# enough that its product with an advantage, a KL or another ratio is finite in float32 and bfloat16.
 LOG_RATIO_LIMIT = 20.0
 
 
@@ -66,7 +66,7 @@ class TokenLoss(NamedTuple):
     clipped: Tensor  # bool
 
     def differentiable(self, logprobs: Tensor) -> Tensor:
-        """The loss as autograd takes it: its gradient in `logprobs`, which this was computed from, is `slope`."""
+        """The loss with `slope` as its gradient in `logprobs`, the tensor that this was computed from."""
         return self.loss + self.slope * (logprobs - logprobs.detach())
 
 
@@ -79,7 +79,7 @@ def importance_ratio(log_ratio: Tensor) -> Tensor:
 
 
 def zero_beyond_limit(slope: Tensor, log_ratio: Tensor) -> Tensor:
-    """The derivative of something that `importance_ratio` limits; NaN stays."""
+    """`slope`, or 0 where `importance_ratio` limits log_ratio; NaN stays NaN."""
     return torch.where(log_ratio.abs() > LOG_RATIO_LIMIT, 0.0, slope)
 
 
@@ -109,7 +109,7 @@ def ppo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> 
 
 
 def dual_clip(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
-    """PPO's, and for negative advantages no more loss than at ratio `clip.dual`, however large the ratio."""
+    """PPO's loss; for negative advantages at most the loss at ratio `clip.dual`, however large the ratio."""
     loss, slope, clipped = ppo(logprobs, log_ratio, advantages, clip)
     ceiling = -advantages * clip.dual
     above = (advantages < 0) & (loss > ceiling)
@@ -117,7 +117,7 @@ def dual_clip(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Cli
 
 
 def cispo(logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, clip: Clip) -> TokenLoss:
-    """REINFORCE with a clipped importance weight that carries no gradient: every token keeps its own."""
+    """REINFORCE with a clipped importance weight that has no gradient, so clipped tokens keep theirs."""
     ratio = importance_ratio(log_ratio)
     weight = ratio.clamp(1 - clip.low, 1 + clip.high)
     slope = -advantages * weight
@@ -137,8 +137,8 @@ TOKEN_LOSSES: dict[str, TokenLossFunction] = {
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, gradient: int) -> tuple[Tensor, Tensor]:
     """A KL estimate for the loss and its derivative in logprobs; `codes` has the numbers of estimators and gradients.
 
-    As `approx_kl`, except that k3's exp is taken of at most LOG_RATIO_LIMIT and its derivative is then that at the
-    limit: the tokens that drifted furthest from the reference must keep being pulled back.
+    As `approx_kl`, except that the argument of k3's exp is limited to LOG_RATIO_LIMIT; beyond it the derivative is that
+    at the limit, so tokens far from the reference are still pulled back.
     """
     d = logprobs - ref_logprobs
     if estimator == codes.K1:

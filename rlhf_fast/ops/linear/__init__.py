@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The linear family: the row ops straight from hidden states and a head's weight, without ever holding all the logits.
 
-A head is many logits tiles. Rows that the mask drops leave before the matmul; of the rest, BLAS computes a tile of
-some rows and some columns, the row kernels reduce it to statistics, and in the backward turn it into its own gradient,
-which BLAS multiplies again.
+Masked rows are dropped before the matmul. For the rest, BLAS computes the logits in tiles of some rows and some
+columns; the row kernels reduce a tile to statistics, and in the backward overwrite it with its gradient, which BLAS
+multiplies again.
 
     row_selection.py    which rows take part    head.py    weight, bias, LoRA: a tile, and the sums of gradients
-    tiles.py    which tile comes when, and which are kept for the backward (the memory budget)
-    slices.py   statistics of one slice of the vocabulary; merging those of tiles, and of ranks (shards.py)
-    bundles.py  inputs and options as NamedTuples      head_rows.py    what all loops share
+    tiles.py    sizes and order of tiles, and which are kept for the backward (the memory budget)
+    slices.py   statistics of one slice of the vocabulary, and merging those of tiles and of ranks (shards.py)
+    bundles.py  inputs and options as NamedTuples      head_rows.py    base class of all loops
     stats.py divergence.py policy_loss.py sampled.py    the ops
 """
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NamedTuples in place of flat argument lists, and the one conversion between the two.
+"""NamedTuples instead of flat argument lists, and the conversion between the two.
 
-torch's schemas are flat. Everything of the linear family above them takes bundles: the public function builds an op's
-inputs and options, `flatten` turns them into the operator's arguments, `unflatten` turns those back. The schema is
-written from the same classes, so a new option is a field of its bundle and the line that reads it.
+torch's schemas are flat. All code of the linear family above them takes bundles: the public function builds an op's
+inputs and options, `flatten` turns them into the operator's arguments, and `unflatten` turns those back. The schema is
+generated from the same classes, so a new option is a field of its bundle and the line that reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _fields(bundle: type) -> tuple[tuple[str, Any], ...]:
 
 @cache
 def arguments(*bundles: type) -> tuple[tuple[str, Any], ...]:
-    """Names and types of all fields in order; a field that is a bundle stands for its own fields."""
+    """Names and types of all fields in order; a field that is a bundle is replaced by its fields."""
     fields: list[tuple[str, Any]] = []
     for bundle in bundles:
         for name, kind in _fields(bundle):
@@ -70,7 +70,7 @@ def _build(bundle: type, values: Iterator[Any]) -> Any:
 
 
 def on_bundles(function: Callable[..., Iterable[Any]], *bundles: type) -> Callable[..., tuple[Any, ...]]:
-    """`function(ops, *bundles)` as an operator's kernel, which gets flat arguments."""
+    """`function(ops, *bundles)` as an operator's kernel, which takes flat arguments."""
 
     def kernel(ops: Any, *flat: Any) -> tuple[Any, ...]:
         return tuple(function(ops, *unflatten(flat, *bundles)))

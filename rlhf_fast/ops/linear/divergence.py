@@ -124,13 +124,13 @@ def linear_token_kl(
     """`token_kl(hidden @ weight.T + bias, ref_hidden @ ref_weight.T + ref_bias, ...)` without the logits.
 
     Args:
-        ref_hidden, ref_weight, ref_bias: the reference's; its width H' may differ from the policy's.
-        lora: the policy's `(A, B, scale)`, as for `linear_token_logprobs`; as are mask, rows, logits_dtype and
-            process_group.
+        ref_hidden, ref_weight, ref_bias: of the reference; its width H' may differ from the policy's.
+        lora: the policy's `(A, B, scale)`; this and mask, rows, logits_dtype and process_group are as for
+            `linear_token_logprobs`.
         kind, beta, temperature, ref_temperature, vocab_size: as for `token_kl`.
-        ref_logit_scale, ref_softcap: the reference's own, None = the policy's; ref_softcap=0.0 = none.
-        memory_budget: bytes of logits (of both) kept for the backward. Beside them there is one pair of tiles, on CPU
-            of at least 256 rows if the budget has room for them, on CUDA of at most 256 MiB or one row.
+        ref_logit_scale, ref_softcap: of the reference, None = the policy's; ref_softcap=0.0 = none.
+        memory_budget: bytes of logits (of both) kept for the backward. One more pair of tiles is always needed, on CPU
+            of at least 256 rows if the budget allows, on CUDA of at most 256 MiB or one row.
 
     Returns:
         `(...)` float32 (float64 for float64). Differentiable in hidden, weight, bias and lora, and in the reference's
@@ -157,7 +157,7 @@ def linear_token_kl(
         )
     ref_scale = logit_scale if ref_logit_scale is None else ref_logit_scale
     ref_cap = cap if ref_softcap is None else _check.number(op, "ref_softcap", ref_softcap)
-    if ref_cap != 0:  # 0: the reference has none, where the policy has one
+    if ref_cap != 0:  # 0: the reference has none, though the policy has one
         _check.positive_factor(op, "ref_softcap", ref_cap)
     needed = any(needs_of(head.tensors)) or any(needs_of(ref.tensors))
     loop_options = head.options._replace(
@@ -178,7 +178,7 @@ def linear_token_kl(
 def check_reference(
     op: str, head: CheckedHead, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, **options: Any
 ) -> CheckedHead:
-    """The reference's head, which must have the rows, the dtype and the vocabulary of the policy's."""
+    """The reference's head, checked: rows, dtype and vocabulary must be those of the policy."""
     ref = check_head(op, ref_hidden, ref_weight, ref_bias, side="ref_", **options)
     hidden, ref_hidden = head.tensors.hidden, ref.tensors.hidden
     _check.same_dtype(op, "ref_hidden", ref_hidden, "hidden", hidden)
@@ -202,7 +202,7 @@ def ref_tensors(ref: CheckedHead) -> RefTensors:
 
 
 class _Loop:
-    """The selected rows of both sides, both heads, and their tiles side by side: policy's, then reference's."""
+    """The selected rows of policy and reference, both heads, and pairs of tiles: the policy's, then the reference's."""
 
     def __init__(self, inputs: Inputs, options: Options) -> None:
         self.selection = RowSelection(inputs.head.hidden.shape[:-1], inputs.rows, options.loop.rows_padded)
@@ -225,7 +225,7 @@ class _Loop:
         return Tiles(self.policy.count, width, buffer, height, max(1, width))
 
     def pair(self, tile: Tile, fill: bool) -> Pair:
-        """The two tiles in one; fill: they hold no logits yet."""
+        """Splits a tile into its pair; fill: compute the logits first."""
         policy, ref = tile.logits.view(-1).view(2, -1, self.policy.columns)
         if fill:
             self.policy.fill(policy, tile.rows, self.everything)

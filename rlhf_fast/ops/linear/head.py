@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language-model head: tiles of its logits, and the sums of what their gradients give. All matmuls are here."""
+"""A language-model head: tiles of its logits, and sums of the gradients. All matmuls are here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from rlhf_fast.ops.linear.inputs import HeadGradientTensors, Needs
 from rlhf_fast.ops.reference import accumulate_dtype
 
-SCALED_EXPONENT = 8  # scaled gradients are below 2^8: what they are summed up of may be 256 times as large
+SCALED_EXPONENT = 8  # scaled gradients are below 2^8, so sums of them may grow by another factor of 256 in float16
 
-CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that wait in cache for their float32 addition
+CPU_PRODUCT_ROWS = 4096  # rows of a half-precision product that fit in cache until they are added in float32
 
 
 class Head(NamedTuple):
@@ -27,21 +27,21 @@ class Head(NamedTuple):
     lora_scale: float
 
     def first(self, columns: int) -> Head:
-        """The head of the first so many columns, when V is padded."""
+        """The head of the first `columns` columns, for a padded V."""
         if columns == self.weight.shape[0]:
             return self
         bias, lora_b = (None if x is None else x[:columns] for x in (self.bias, self.lora_b))
         return self._replace(weight=self.weight[:columns], bias=bias, lora_b=lora_b)
 
     def low_rank(self, hidden: Tensor) -> Tensor | None:
-        """(N, r): what lora_b is multiplied by, its scale included."""
+        """(N, r): hidden @ lora_a.T * lora_scale, which lora_b then multiplies."""
         return None if self.lora_a is None else (hidden @ self.lora_a.t()) * self.lora_scale
 
     def fill(self, tile: Tensor, hidden: Tensor, low: Tensor | None, columns: slice) -> Tensor:
         """Writes the logits of hidden (n, H) and low (n, r) at `columns` into tile (n, columns)."""
         weight, bias = self.weight[columns].t(), None if self.bias is None else self.bias[columns]
         if bias is not None and tile.dtype == hidden.dtype:
-            torch.addmm(bias, hidden, weight, out=tile)  # one rounding, as a model's own head has
+            torch.addmm(bias, hidden, weight, out=tile)  # rounds once, like a model's own head
         else:
             product(hidden, weight, tile)
             if bias is not None:
@@ -65,8 +65,9 @@ class HeadGradients:
         revisits: bool = True,
         hold_sums: bool = False,
     ) -> None:
-        """row_blocks: how many tiles lie below one another; revisits: columns come again after others have come;
-        hold_sums: `finish` returns the dtypes of `held_dtypes`, for a caller who multiplies the gradients once more.
+        """row_blocks: number of tiles in a column; revisits: a column of tiles is not complete before the next one
+        starts; hold_sums: `finish` returns the dtypes of `held_dtypes`, for callers that multiply the gradients once
+        more.
         """
         self.head, self.of, self.low, self.needs = head, hidden, low, needs
         self.once = row_blocks == 1
@@ -91,10 +92,10 @@ class HeadGradients:
         self._sum_at: tuple[int, int] = (0, 0)
 
     def fit_scale(self, largest: Tensor) -> Tensor:
-        """A power of two to multiply the next tiles by, whose gradients are at most `largest` (a scalar).
+        """The power of two for the next tiles, whose gradients are at most `largest` (a scalar).
 
-        float16 is exact between 6e-5 and 65504 alone: gradients that a large normalizer made small would vanish in it.
-        The scale only ever falls; what was summed before is brought to it. `finish` divides by it.
+        float16 has full precision only between 6e-5 and 65504, so gradients made small by a large normalizer would
+        underflow. The scale only decreases, and earlier sums are rescaled. `finish` divides by it.
         """
         exponent = torch.frexp(largest.float()).exponent
         wanted = torch.ldexp(torch.ones_like(largest, dtype=torch.float32), (SCALED_EXPONENT - exponent).clamp(-60, 60))
@@ -102,7 +103,7 @@ class HeadGradients:
             self.scale = wanted
             return wanted
         scale = torch.minimum(self.scale, wanted)
-        if scale.is_cuda or bool(scale != self.scale):  # looking would make the host wait for a GPU
+        if scale.is_cuda or bool(scale != self.scale):  # comparing on a GPU would make the host wait
             for total in self._sums():
                 total.mul_(scale / self.scale)
         self.scale = scale
@@ -113,7 +114,7 @@ class HeadGradients:
         return [x for x in tensors if x is not None and x.numel()]
 
     def add(self, dlogits: Tensor, rows: slice, columns: slice) -> None:
-        """Takes in the gradient of one tile."""
+        """Adds the gradient of one tile."""
         dlogits = dlogits.to(self.of.dtype)
         if self.needs.hidden:
             add_product(dlogits, self.head.weight[columns], self.hidden[rows])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the loops of all ops share: the selected rows of hidden, and this rank's columns of the head."""
+"""Base class of all loops: the selected rows of hidden, and this rank's columns of the head."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ class HeadRows:
         return Shaping(self.selection.take(row_temperature, (), 1), *options)
 
     def put_hidden(self, gradient: Tensor) -> Tensor:
-        """The gradient of hidden (selected, H) in the shape of the caller's; (0,) where nobody needs it."""
+        """The gradient of hidden (selected, H) in the shape of hidden; (0,) if not needed."""
         return self.selection.put(gradient, (gradient.shape[-1],)) if gradient.dim() == 2 else gradient

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundles that all ops of the linear family share, and the checks of hidden states, head and memory budget."""
+"""Bundles of the linear family, and the checks of hidden states, head and memory budget."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class HeadGradientTensors(NamedTuple):
 
 
 class LoopOptions(NamedTuple):
-    """How an op goes through the logits of its head."""
+    """Options of the loop over tiles of logits."""
 
     lora_scale: float
-    vocab_size: int  # columns that count, of all ranks; -1: all
+    vocab_size: int  # columns in the vocabulary, of all ranks; -1: all
     float_logits: bool  # tiles in float32 whatever the operands
     group: int  # see shards.py
     budget: int  # bytes of logits that may be held
@@ -59,7 +59,7 @@ class LoopOptions(NamedTuple):
 
 
 class LogitOptions(NamedTuple):
-    """How logits become the softmax's, see `rlhf_fast/ops/logprob.py`; softcap 0: none."""
+    """Temperature, scale and cap before the softmax, see `rlhf_fast/ops/logprob.py`; softcap 0: none."""
 
     temperature: float
     logit_scale: float
@@ -67,7 +67,7 @@ class LogitOptions(NamedTuple):
 
 
 class CheckedHead(NamedTuple):
-    """What `check_head` made of the arguments of a public function."""
+    """Arguments of a public function, checked and converted by `check_head`."""
 
     tensors: HeadTensors
     options: LoopOptions
@@ -156,7 +156,7 @@ def _check_lora(op: str, lora_a: Tensor, lora_b: Tensor, hidden: Tensor, weight:
 
 
 def _under_autocast(*tensors: Any) -> list[Any]:
-    """The tensors in autocast's dtype, as the model's own head would take them; float64 stays."""
+    """The tensors in autocast's dtype, as for the model's own head; float64 stays."""
     device = tensors[0].device.type
     if tensors[0].dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -169,17 +169,18 @@ def tile_dtype(hidden: Tensor, float_logits: bool) -> torch.dtype:
 
 
 def buffer_elements(rows: Any, columns: int, dtype: torch.dtype, budget: int) -> Any:
-    """Length of the buffer of tiles that live until the backward; rows that a mask drops count, but are not touched."""
+    """Length of the buffer of tiles kept for the backward; it has room for masked rows, whose memory is never
+    touched."""
     return torch.sym_min(rows * columns, budget // dtype.itemsize)
 
 
 def selected_rows(hidden: Tensor, row_index: Tensor | None) -> int:
-    """How many rows take part as far as one knows without looking at a mask."""
+    """Upper bound of the number of selected rows, without reading a mask."""
     return row_count(hidden) if row_index is None else row_index.shape[0]
 
 
 def fake_gradients(tensors: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """As the tensors where they are wanted, (0,) elsewhere."""
+    """Empty tensors like the inputs where a gradient is needed, (0,) elsewhere."""
     first = tensors[0]
     assert first is not None
     return tuple(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KL of a policy's tile and a reference's, each of whole rows: `token_kl`, and the two cases that it does not know.
+"""KL between a tile of the policy and one of the reference, each of whole rows: `token_kl`, and two cases that it
+lacks.
 
-Heads that differ in scale or softcap are brought to the softmax's own logits first, in float32. A vocabulary sharded
-over ranks takes the normalisers of both softmaxes from all ranks, and sums every rank's share of the divergence.
+If the heads differ in scale or softcap, both are applied first, in float32. If the vocabulary is sharded over ranks,
+the softmaxes are normalised over all ranks, and the ranks' parts of the divergence are summed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Pair(NamedTuple):
 
 
 def pair_kl(ops: Any, pair: Pair, kind: int, beta: float, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The divergence (n,) and what its gradient needs (n, 6)."""
+    """The divergence (n,) and its parts (n, 6) for the backward."""
     pair = _shaped_alike(pair)
     if shard.group is None:
         return ops.token_kl(pair.tile, pair.ref_tile, None, *_kernel_options(pair), -1, kind, beta)
@@ -71,7 +72,7 @@ def pair_kl_backward(
 
 
 def _kernel_options(pair: Pair) -> tuple[Any, ...]:
-    """As `token_kl` takes them, from the temperatures of the rows on."""
+    """The arguments of `token_kl` from the row temperatures to the softcap."""
     policy, ref = pair.shaping, pair.ref_shaping
     return (
         policy.row_temperature, ref.row_temperature, policy.temperature, ref.temperature, policy.logit_scale,
@@ -80,7 +81,7 @@ def _kernel_options(pair: Pair) -> tuple[Any, ...]:
 
 
 def _shaped_alike(pair: Pair) -> Pair:
-    """The pair itself where scale and softcap agree, else both tiles scaled and capped, with neither left to do."""
+    """The pair itself if scale and softcap agree, else a pair of tiles to which both are already applied."""
     policy, ref = pair.shaping, pair.ref_shaping
     if (policy.logit_scale, policy.softcap) == (ref.logit_scale, ref.softcap):
         return pair

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop of linear_policy_loss over blocks of whole rows, and what one token's loss and its gradient are."""
+"""The loop of linear_policy_loss over blocks of whole rows, with each token's loss and gradient."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rlhf_fast.ops.linear.slices import RowGradients, Slices, fold, own_targets
 from rlhf_fast.ops.linear.tiles import Tile, Tiles, tile_shape, whole_rows
 from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, kl_estimate, zero_beyond_limit
 
-EXACT = 4  # an estimator beside those of codes.ESTIMATORS: the KL over the vocabulary, against the reference's head
+EXACT = 4  # one more estimator than codes.ESTIMATORS: the KL over the vocabulary, with the reference's head
 BY_CODE = tuple(TOKEN_LOSSES.values())
 
 
 class RefTensors(NamedTuple):
-    """The reference's hidden states and head, for the exact KL alone."""
+    """The reference's hidden states and head, used only by the exact KL."""
 
     ref_hidden: Tensor | None  # (..., H')
     ref_weight: Tensor | None  # (V, H')
@@ -61,7 +61,7 @@ class Options(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What comes out beside the gradients of the loss."""
+    """Outputs other than the gradients of the loss."""
 
     loss: Tensor  # ()
     logprobs: Tensor  # (...)
@@ -102,8 +102,8 @@ class TokenResults(NamedTuple):
         return TokenResults(logprobs, entropy, kl, loss, torch.zeros(count, dtype=torch.bool, device=like.device))
 
     def write(self, rows: slice, block: TokenResults) -> None:
-        for mine, theirs in zip(self, block, strict=True):
-            mine[rows] = theirs
+        for whole, part in zip(self, block, strict=True):
+            whole[rows] = part
 
 
 class _Loop(HeadRows):
@@ -127,7 +127,7 @@ class _Loop(HeadRows):
         self.budget = options.loop.budget
 
     def block_height(self, needs: Needs) -> int:
-        """Rows of a block. All at once they save the float32 sum of the weight's gradient."""
+        """Rows of a block. If all fit in one block, no float32 sum of the weight's gradient is needed."""
         saved = self.hidden.dtype != self.sum_dtype and needs.weight
         spare = self.vocabulary * self.hidden.shape[1] * self.sum_dtype.itemsize if saved else 0
         buffers = 1 if self.ref is None else 3  # the exact KL: both logits, and the gradient of one
@@ -211,7 +211,7 @@ def _block(ops: Any, loop: _Loop, rows: slice, memory: Tensor, sums: HeadGradien
         grad_kl = options.kl_coef * share if sums is not None and options.kl_coef != 0 else None
         kl, kl_gradient = _exact_kl(ops, loop.pair(rows, memory), loop, grad_kl)
     loss = token_losses.loss - options.entropy_coef * entropy
-    if options.kl_coef != 0:  # a KL that is only watched may be infinite
+    if options.kl_coef != 0:  # a KL that is only reported may be infinite
         loss = loss + options.kl_coef * kl
     if sums is not None:
         grad_entropy = None if options.entropy_coef == 0 else -options.entropy_coef * share
@@ -227,7 +227,7 @@ def _add_gradients(
     ops: Any, loop: _Loop, rows: slice, tiles: Tiles, gradients: RowGradients, kl_gradient: Tensor | None,
     sums: HeadGradients,
 ) -> None:  # fmt: skip
-    """Turns the tiles of a block into their gradient and adds what that gives."""
+    """Overwrites the tiles of a block with their gradients and adds these to the gradients of hidden and head."""
     for tile in tiles:
         gradients.turn(ops, tile.logits, tile.rows, *loop.own_targets(rows, tile), loop.row_shaping.at(rows))
         if kl_gradient is not None:
@@ -238,7 +238,7 @@ def _add_gradients(
 
 
 def _largest_gradient(loop: _Loop, slope: Tensor, tokens: Tokens) -> Tensor:
-    """A bound of the entries of the tiles' gradients, as long as no log-probability that matters is below -30 nats."""
+    """An upper bound of the tiles' gradients, if every log-probability that contributes is above -30 nats."""
     options = loop.loss
     nats = 30.0 * (abs(options.entropy_coef) + (abs(options.kl_coef) if loop.ref is not None else 0.0))
     shaping = loop.row_shaping
@@ -255,7 +255,7 @@ def _exact_kl(ops: Any, pair: Pair, loop: _Loop, grad_kl: Tensor | None) -> tupl
 
 
 def _estimated_kl(logprobs: Tensor, tokens: Tokens, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """The estimate (n,), times the ratio where that is an option, and its derivative in logprobs."""
+    """The estimate (n,), times the ratio if `options.importance`, and its derivative in logprobs."""
     assert tokens.ref_logprobs is not None
     kl, slope = kl_estimate(logprobs, tokens.ref_logprobs, options.estimator, options.gradient)
     if not options.importance:

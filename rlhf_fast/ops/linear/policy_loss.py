@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_policy_loss: a policy-gradient loss straight from hidden states, its gradients computed in the forward.
 
-The loss is a sum over tokens, so as soon as a row's log-probability is known so is its gradient. Each block of rows is
-therefore multiplied by the head, folded, turned into its gradient and multiplied back before the next one: three
-matmuls and no logits kept. The backward only scales the gradients by the incoming one; until then they wait in float32
-(the weight's in bfloat16, for operands in bfloat16), so that nothing is lost that the incoming gradient would save.
+The loss is a sum over tokens, so a row's gradient is known as soon as its log-probability is. Each block of rows is
+therefore multiplied by the head, reduced, overwritten with its gradient and multiplied back before the next one: three
+matmuls, and no logits are kept. The backward only scales the gradients by the incoming one; until then they are kept in
+float32 (the weight's in bfloat16 for bfloat16 operands), so that small gradients do not underflow before the scaling.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ESTIMATORS = {**codes.ESTIMATORS, "exact": EXACT}
 
 
 class PolicyLoss(NamedTuple):
-    """What `linear_policy_loss` returns. Only loss carries a gradient."""
+    """Result of `linear_policy_loss`. Only loss has a gradient."""
 
     loss: Tensor  # ()
     logprobs: Tensor  # (...)
@@ -90,8 +90,8 @@ def linear_policy_loss(
         targets: int64 or int32, the sampled tokens.
         old_logprobs, advantages: float, the log-probabilities they were sampled with, and their advantages.
         mask: bool, True = response token. Masked rows are dropped before the matmul. Either mask or rows must be given.
-        log_ratio: float, taken in place of logprobs - old_logprobs as the log of each token's ratio, and differentiated
-            in logprobs as that would be. For ratios of whole sequences (GSPO, RLOO), from log-probabilities computed
+        log_ratio: float, used instead of logprobs - old_logprobs as the log of each token's ratio, with the same
+            derivative in logprobs. For ratios of whole sequences (GSPO, RLOO), from log-probabilities computed
             before: `log_ratio=sequence_log_ratio(logprobs, old_logprobs, mask)`, see `rlhf_fast.ops.token_losses`, with
             `normalizer=B * mask.sum(-1, keepdim=True)` for the mean over sequences of GSPO's loss. RLOO's gradient is
             that of mean=False with `normalizer=B`; its value then counts a sequence's loss once for each token.
@@ -100,13 +100,13 @@ def linear_policy_loss(
             The log-ratio is limited to +-rf.LOG_RATIO_LIMIT before its exp (in the ratio, in k3 and in kl_importance),
             so loss and gradients are finite for finite inputs; beyond the limit a ratio has no gradient.
         clip: the ratio is limited to [1 - clip, 1 + clip], or to [1 - low, 1 + high] given (low, high).
-        dual_clip: the largest ratio that counts for negative advantages, over 1; read by "dual_clip" alone.
+        dual_clip: limit of the ratio for negative advantages, above 1; used only by "dual_clip".
         kl_coef, estimator, kl_gradient: a KL in the loss: "k1", "k2", "k3", "abs" from ref_logprobs, with
             kl_gradient "value" or "straight_through" as for `approx_kl`; or "exact", the reverse KL over the vocabulary
             from ref_hidden and the reference's head (same options as the policy's). kl_importance multiplies the
             estimate by the ratio, and differentiates it too (DeepSeek-V3.2, arXiv 2512.02556).
-        normalizer: number or tensor, broadcast to the tokens, that each token's loss is divided by: the real tokens of
-            all ranks and accumulation steps, say. None = the real tokens of this call.
+        normalizer: number or tensor, broadcast to the tokens, that each token's loss is divided by, such as the number
+            of real tokens over all ranks and accumulation steps. None = the real tokens of this call.
         memory_budget: bytes of logits at a time, None = 512 MiB on CPU (of which 48 MiB are used, or 256 rows where
             they are more), 2 GiB on CUDA. Nothing is kept.
 

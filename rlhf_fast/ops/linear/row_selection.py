@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows take part, and the way between all rows and these: what the mask drops costs no matmul."""
+"""Selects the real rows before the matmul, and puts results back to all rows."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from rlhf_fast.ops import _check
 
 
 class RowInputs(NamedTuple):
-    """What says which rows take part: a mask, indices, or neither (then all do)."""
+    """The selected rows: by a mask, by indices, or all if neither is given."""
 
     mask: Tensor | None  # (...) bool
     row_index: Tensor | None  # (R,) int64, -1 for padding
 
 
 def row_count(x: Tensor) -> int:
-    """N of a tensor (..., H). Not `shape.numel()`, which makes a constant of a size that torch.compile left open."""
+    """N of a tensor (..., H). Not `shape.numel()`, which turns a dynamic size of torch.compile into a constant."""
     return math.prod(x.shape[:-1])
 
 
 def select_rows(
     op: str, mask: Tensor | None, rows: Tensor | None, hidden: Tensor
 ) -> tuple[RowInputs, Tensor | None, bool]:
-    """The operators' inputs for `mask` or `rows`, a mask of the rows whose values may be checked, and whether the
+    """The operators' inputs for `mask` or `rows`, a mask of the rows whose values can be checked, and whether the
     indices may hold padding.
 
-    Counting a mask makes the host wait for a GPU, so it is turned into indices here, once for forward and backward.
-    The operator does it itself, in each of the two, where tensors have no values yet (torch.compile), and keeps all
-    rows where nothing may wait (a CUDA graph is being captured).
+    Turning a mask into indices makes the host wait for a GPU, so it is done here, once for forward and backward. Under
+    torch.compile, where tensors have no values yet, the operator does it, in forward and backward. While a CUDA graph
+    is captured nothing may wait, so all rows are kept.
     """
     if rows is not None:
         if mask is not None:
@@ -80,13 +80,13 @@ def _mask_of(rows: Tensor, hidden: Tensor) -> Tensor | None:
 
 
 class RowSelection:
-    """The selected rows of `(*shape, ...)` tensors, dense and in order, and the way back."""
+    """Selects rows of `(*shape, ...)` tensors, dense and in order, and puts results back."""
 
     def __init__(self, shape: torch.Size, inputs: RowInputs, padded: bool) -> None:
         self.shape = shape
         self.count = shape.numel()
         self.index = inputs.row_index
-        self.unused: Tensor | None = None  # among the selected rows, those that only take up room
+        self.unused: Tensor | None = None  # which of the selected rows are padding
         mask = inputs.mask
         if self.index is not None and padded:
             self.unused = self.index < 0
@@ -113,7 +113,7 @@ class RowSelection:
     def put(self, x: Tensor, width: tuple[int, ...] = ()) -> Tensor:
         """(selected, *width) -> (*shape, *width), 0 at rows that were not selected."""
         if self.index is not None:
-            spare = 0 if self.unused is None else 1  # a row that takes what padding gives
+            spare = 0 if self.unused is None else 1  # one more row, where the results of padding go
             everything = x.new_zeros(self.count + spare, *width).index_copy_(0, self.index, x)
             x = everything[: self.count] if spare else everything
         elif self.unused is not None:
@@ -121,7 +121,7 @@ class RowSelection:
         return x.view((*self.shape, *width))
 
     def used(self) -> Tensor | None:
-        """(selected,) bool: which of the selected rows count; None where all do."""
+        """(selected,) bool: which of the selected rows are not padding; None if all are real."""
         return None if self.unused is None else ~self.unused
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_sampled_logprobs: log-probs under what top-k or top-p sampling draws from, from the kept ids alone.
+"""linear_sampled_logprobs: log-probs under top-k or top-p sampling, computed from the kept ids only.
 
-A rollout that samples from the k best tokens draws from the softmax over these k. Its log-probability needs k rows of
-the weight, not V: rows are sorted by how many ids they keep, blocks of them gather their weight rows, multiply, and
-fold the (n, k) logits, padded with -inf, like any other tile. Where a block keeps more than V / 192 ids a row,
-gathering costs more than multiplying by the whole weight.
+Sampling from the k best tokens is sampling from the softmax over these k. Its log-probability needs k rows of the
+weight, not V: rows of hidden are sorted by how many ids they keep; blocks of them gather their rows of the weight,
+multiply, and reduce the (n, k) logits, padded with -inf, like any other tile. If a block keeps more than V / 192 ids a
+row, it multiplies by the whole weight, which is then faster than gathering.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from rlhf_fast.ops.logprob import check_row_options, check_targets
 from rlhf_fast.ops.reference import accumulate_dtype
 from rlhf_fast.ops.reference.logprob import shape_logits
 
-# A block that keeps more than V / DENSE_FROM ids a row multiplies by the whole weight. Both ways side by side on two
-# busy Zen 4 threads, 256 x 576 x 49152, forward alone and with its backward: gathering takes of the product's time
+# A block that keeps more than V / DENSE_FROM ids a row multiplies by the whole weight. Measured on two busy Zen 4
+# threads, 256 x 576 x 49152, forward alone and with its backward; gathering takes, relative to the whole product:
 #     128 ids  1/3 to 1/2 in float32, 2/3 to 4/5 in bfloat16      256 ids  2/3 to 3/4 in float32, all of it in bfloat16
 #     512 ids  1.1 to 1.4 times it in float32, 2.6 in bfloat16
 DENSE_FROM = 192
@@ -95,9 +95,9 @@ def linear_sampled_logprobs(
     Args:
         hidden, weight, bias, lora, temperature, logit_scale, softcap, mask, rows, logits_dtype, process_group: as for
             `linear_token_logprobs`.
-        targets: int64, each one among its row's kept ids; at masked rows anything.
+        targets: int64, each among the kept ids of its row; any value at masked rows.
         support_ids, support_offsets: int64 or int32; row n keeps support_ids[support_offsets[n]:support_offsets[n+1]],
-            different ids in any order. The offsets are read by the host, which waits for a GPU once.
+            distinct ids in any order. The host reads the offsets, so it waits for a GPU once.
 
     Returns:
         `(...)` float32 (float64 for float64), differentiable in hidden, weight, bias, A and B. A target outside its
@@ -163,14 +163,14 @@ def _check_support(
 
 
 class _Block(NamedTuple):
-    """Some rows with about as many kept ids each, padded to the most of them."""
+    """Rows with similar numbers of kept ids, padded to the largest number."""
 
     rows: slice
-    ids: Tensor  # (n, K) on this rank, 0 where not here
-    here: Tensor  # (n, K) neither padding nor another rank's
-    target: Tensor  # (n, 1) its place among the K
+    ids: Tensor  # (n, K) as columns of this rank, 0 where not here
+    here: Tensor  # (n, K) bool: neither padding nor on another rank
+    target: Tensor  # (n, 1) index of the target among the K
     target_here: Tensor  # (n, 1)
-    found: Tensor  # (n,) the target is in the support, on whichever rank
+    found: Tensor  # (n,) the target is in the support, on any rank
     dense: bool
 
 
@@ -217,7 +217,7 @@ class _Loop(HeadRows):
         return _Block(rows, torch.where(here, local, 0), here, target, any_here, is_target.any(-1), dense)
 
     def logits(self, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(n, K) ready for the softmax, their slope in the raw ones, and the gathered rows of the weight (n, K, H)."""
+        """Logits (n, K) for the softmax, their derivative in the raw logits, and the gathered weight rows (n, K, H)."""
         hidden, gathered = self.hidden[block.rows], None
         if block.dense:
             tile = hidden.new_empty((hidden.shape[0], self.shard.columns), dtype=self.tile_dtype)
@@ -238,7 +238,7 @@ class _Loop(HeadRows):
 
 
 def _by_support(counts: Tensor, rows: RowInputs, padded: bool) -> Tensor:
-    """The selected rows by how many ids they keep."""
+    """The selected rows, sorted by how many ids they keep."""
     if rows.row_index is not None:
         index = rows.row_index[rows.row_index >= 0] if padded else rows.row_index
         return index[counts[index].argsort(stable=True)]
@@ -294,7 +294,7 @@ def _backward_loop(
 
 
 class _Entries(NamedTuple):
-    """Gradients of gathered logits, one a kept id."""
+    """Gradients of gathered logits, one for each kept id."""
 
     ids: Tensor
     rows: Tensor
@@ -302,7 +302,7 @@ class _Entries(NamedTuple):
 
 
 def _add_rows(sums: HeadGradients, block: _Block, grad: Tensor, gathered: Tensor) -> _Entries:
-    """Adds a gathered block's gradient of hidden; returns the entries that the weight's gradient is made of."""
+    """Adds a gathered block's gradient of hidden; returns its entries of the sparse gradient of the weight."""
     rows, narrow = block.rows, grad.to(sums.of.dtype).unsqueeze(1)
     if sums.needs.hidden:
         sums.hidden[rows] = torch.bmm(narrow, gathered).squeeze(1).to(sums.hidden.dtype)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head whose vocabulary is split into equal slices over the ranks of a process group, rank 0 having the first ids.
+"""A head whose vocabulary is split into equal slices over the ranks of a process group, rank 0 with the first ids.
 
 Every rank has all rows of hidden and the same targets. One gather of a few floats per token merges the statistics; the
-gradient of hidden is summed over ranks, that of the weight stays where its slice is.
+gradient of hidden is summed over ranks, each rank keeps the gradient of its slice of the weight.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rlhf_fast.ops.linear.slices import Slices
 
 NO_GROUP = -1
 
-# Operators cannot take a process group, so it travels as its place in this list; and what was agreed on in it.
-# Weakly: a group that outlives destroy_process_group keeps gloo's threads, which abort a process that ends.
+# Operators cannot take a process group, so they take its index in this list. The references are weak: a group that
+# outlives destroy_process_group keeps gloo's threads, which abort the process at its end.
 _groups: list[weakref.ref[Any]] = []
 _places: dict[str, int] = {}  # by the group's name, which torch.compile can read
-_agreed: set[tuple[int, int, int, str]] = set()
+_agreed: set[tuple[int, int, int, str]] = set()  # shapes that the ranks have compared
 
 
 class Shard:
-    """This rank's slice of the vocabulary; of all of it where there is no group."""
+    """This rank's slice of the vocabulary; all of it without a group."""
 
     def __init__(self, handle: int, columns: int) -> None:
         self.group = None if handle == NO_GROUP else _groups[handle]()
@@ -39,16 +39,16 @@ class Shard:
         self.columns = columns
 
     def counting(self, vocab_size: int) -> int:
-        """How many of this rank's columns count when only the first `vocab_size` of all do (-1: all)."""
+        """How many of this rank's columns are among the first `vocab_size` of all (-1: all)."""
         return self.columns if vocab_size < 0 else max(0, min(self.columns, vocab_size - self.first))
 
     def merge(self, slices: Slices, factor: Tensor | float) -> Slices:
-        """One slice (1, n) of all slices of all ranks."""
-        mine = slices.merge(factor)
+        """All slices of all ranks merged into one (1, n)."""
+        own = slices.merge(factor)
         if self.group is None:
-            return mine
-        target = mine.target[0].t().double() if mine.target is not None else None
-        fields = [None if x is None or x is mine.target else x for x in mine]
+            return own
+        target = own.target[0].t().double() if own.target is not None else None
+        fields = [None if x is None or x is own.target else x for x in own]
         packed = torch.cat([x.double() for x in fields if x is not None] + ([] if target is None else [target]))
         gathered = packed.new_empty((self.ranks, *packed.shape))
         dist.all_gather(list(gathered.unbind()), packed.contiguous(), group=self.group)
@@ -68,7 +68,7 @@ class Shard:
 def local_part(op: str, name: str, x: Any, process_group: Any) -> Any:
     """This rank's part of a DTensor sharded on dim 0, if `process_group` says that it is a slice of the vocabulary.
 
-    FSDP2 shards on dim 0 too, and there each rank has rows of its own; so the placement alone says nothing.
+    FSDP2 also shards on dim 0, but there each rank has different rows of hidden, so the placement alone cannot tell.
     """
     if x is None or not hasattr(x, "placements"):
         return x
@@ -90,9 +90,9 @@ def local_part(op: str, name: str, x: Any, process_group: Any) -> Any:
 
 
 def handle_of(op: str, process_group: Any, weight: Tensor) -> int:
-    """The group as a number. The first time a shape is seen, the ranks agree that their slices are equal.
+    """The group as a number. The first time a shape is seen, the ranks check that their slices are equal.
 
-    torch.compile cannot trace that, nor would it keep what is noted here.
+    torch.compile can neither trace that nor keep the result.
     """
     if process_group is None:
         return NO_GROUP

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of one slice of the vocabulary, and of all slices together: a slice is a column of tiles, or a rank.
+"""Statistics of one slice of the vocabulary, and merging slices. A slice is a column of tiles, or the part of a rank.
 
 With slice s of mass w_s = exp(lse_s - lse), lse = log sum_s exp(lse_s), per row
 
     entropy = sum_s w_s (entropy_s - log w_s)        sum_sq_probs = sum_s w_s^2 sum_sq_probs_s
 
-and a target's log-probability is that within its slice plus log w_s. Maxima and log-sums stay apart throughout.
+and a target's log-probability is that within its slice plus log w_s. Maxima and log-sums are always stored separately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf_fast.ops.reference.logprob import times
 
 
 class Shaping(NamedTuple):
-    """How the logits of some rows become the softmax's: as the row operators take it."""
+    """Temperature, scale and softcap of some rows, as the row operators take them."""
 
     row_temperature: Tensor | None  # (n,)
     temperature: float
@@ -33,7 +33,7 @@ class Shaping(NamedTuple):
 
     @property
     def factor(self) -> Tensor | float:
-        """What `parts[..., 0]` of token_stats, the row's largest u, is multiplied by to give its largest z.
+        """Factor from the row's largest u (`parts[..., 0]` of token_stats) to its largest z.
 
         See `rlhf_fast.ops.reference.logprob.ShapedLogits`; (n,) float64 where temperatures are per row.
         """
@@ -42,7 +42,7 @@ class Shaping(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """As token_stats gives them, of n rows; outputs that nobody wants are None."""
+    """Outputs of token_stats for n rows; those not requested are None."""
 
     logprobs: Tensor | None  # (n, K)
     entropy: Tensor | None  # (n,)
@@ -53,7 +53,7 @@ class RowStatistics(NamedTuple):
 
 
 class Slices(NamedTuple):
-    """Per slice and row. Outputs that nobody wants are None."""
+    """Statistics per slice and row; outputs not requested are None."""
 
     max: Tensor  # (S, n) of u, see Shaping.factor
     log_sum: Tensor  # (S, n)
@@ -64,7 +64,7 @@ class Slices(NamedTuple):
 
     @staticmethod
     def empty(count: int, rows: int, k: int, outputs: int, like: Tensor, dtype: torch.dtype) -> Slices:
-        """Slices without any mass, to be written over."""
+        """Slices without any mass, to be overwritten."""
         zeros = like.new_zeros((count, rows), dtype=dtype)
         return Slices(
             zeros - torch.inf,
@@ -76,7 +76,7 @@ class Slices(NamedTuple):
         )
 
     def merge(self, factor: Tensor | float) -> Slices:
-        """One slice (1, n) of all."""
+        """All slices merged into one (1, n)."""
         best = self.max.argmax(0, keepdim=True)  # the first among ties, so argmax has the lowest index
         top = self.max.gather(0, best)
         safe_top = torch.where(top == -torch.inf, 0.0, _widened(top))
@@ -100,7 +100,7 @@ class Slices(NamedTuple):
         return Slices(top, log_sum, target, entropy, squares, argmax)
 
     def row_statistics(self, factor: Tensor | float, dtype: torch.dtype, outputs: int) -> RowStatistics:
-        """What one merged slice says of its rows."""
+        """The statistics of the rows, from a single merged slice."""
         top, log_sum = self.max[0], self.log_sum[0]
         return RowStatistics(
             None if self.target is None else (self.target[0] - log_sum.unsqueeze(-1)).clamp(max=0).to(dtype),
@@ -113,7 +113,7 @@ class Slices(NamedTuple):
 
 
 def _widened(x: Tensor) -> Tensor:
-    """In float64, where the device has it."""
+    """In float64, if the device has it."""
     return x.to(wide_dtype(x.device))
 
 
@@ -145,7 +145,7 @@ def fold(
 
 
 class RowGradients(NamedTuple):
-    """What the loss' gradient in a row's statistics is, and what the row's own gradient takes from the forward."""
+    """The gradient of the loss in each row's statistics, and what its backward needs from the forward."""
 
     logprobs: Tensor | None  # (n, K)
     entropy: Tensor | None  # (n,)
@@ -159,8 +159,8 @@ class RowGradients(NamedTuple):
     ) -> None:
         """Overwrites a tile of logits with its gradient.
 
-        The row kernels know targets inside the tile. One elsewhere takes g_logprob * p from every entry here, which is
-        what a logsumexp with the gradient -g_logprob takes.
+        The row kernels handle targets inside the tile. A target in another tile subtracts g_logprob * p from every
+        entry here, which equals a logsumexp with the gradient -g_logprob.
         """
         at_targets, at_sum = None, None if self.logsumexp is None else self.logsumexp[rows]
         if self.logprobs is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """linear_token_logprobs and linear_token_stats: `token_stats` of hidden @ weight.T + bias, tile by tile.
 
-The forward computes every tile once and folds it into the rows' statistics. The backward takes the tiles that the
-memory budget kept, computes the others again, turns each into its gradient and multiplies that by hidden and weight:
-three matmuls where all are kept, four where none is.
+The forward computes every tile once and reduces it to statistics of its rows. The backward uses the tiles that the
+memory budget kept, computes the others again, overwrites each with its gradient and multiplies that by hidden and
+weight: three matmuls if all are kept, four if none is.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Those that come in; None where the loss does not depend on the output."""
+    """The incoming gradients; None where the loss does not depend on the output."""
 
     grad_logprobs: Tensor | None
     grad_entropy: Tensor | None
@@ -112,22 +112,23 @@ def linear_token_logprobs(
 
     Args:
         hidden: `(..., H)` float32, bfloat16, float16 or float64; weight, bias and lora of the same dtype.
-            Under autocast all are cast to its dtype, as the model's own head would be, at every call: autocast's cache
-            of cast weights is closed to ops. Keep the head in that dtype, or cast it once a step, where that counts.
+            Under autocast all are cast to its dtype, like the model's own head, but at every call, because ops cannot
+            use autocast's cache of cast weights. If that matters, keep the head in that dtype or cast it once a step.
         lora: `(A (r, H), B (V, r), scale)`: the head is weight + scale * B @ A, which is never formed.
         targets, temperature, logit_scale, softcap, vocab_size: as for `token_logprobs`.
         mask: `(...)` bool, True = real token. Masked rows are dropped before the matmul and return 0.
-        rows: `(R,)` int64 or int32, in place of mask: indices of the real rows among the N, each once, -1 for padding.
-            With a mask on a GPU the host waits for the number of real rows, once for forward and backward (in each of
-            them under torch.compile); with indices it never does, so that a CUDA graph of fixed R can be captured.
+        rows: `(R,)` int64 or int32, instead of mask: indices of the real rows among the N, each once, -1 for padding.
+            With a mask on a GPU the host waits for the number of real rows, once for forward and backward together
+            (under torch.compile in each); with indices it never waits, so a CUDA graph of fixed R can be captured.
         logits_dtype: torch.float32 gives exact logits of half-precision operands; None = the operands' dtype.
         memory_budget: bytes of logits kept for the backward; the others are computed again there. None = 512 MiB on
-            CPU, 2 GiB on CUDA; 0 keeps none. Beside it there is one tile, of 16 MiB on CPU and at most 256 MiB on CUDA.
-            Results depend on it only by rounding.
-        process_group: weight, bias and B are this rank's of equal contiguous slices of the vocabulary, in rank order;
-            hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's gradient.
-            Before torch.compile(fullgraph=True), call the op once with the group: the ranks compare their shapes then.
-            None = weight is whole; a sharded DTensor is refused then, since FSDP2's rows differ from rank to rank.
+            CPU, 2 GiB on CUDA; 0 keeps none. One more tile is always needed, of 16 MiB on CPU and at most 256 MiB on
+            CUDA. Results depend on the budget only by rounding.
+        process_group: the vocabulary is split into equal contiguous slices in rank order, and weight, bias and B are
+            this rank's; hidden and targets (ids in the whole vocabulary) are the same on all ranks, and so is hidden's
+            gradient. Before torch.compile(fullgraph=True) call the op once with the group: the ranks then compare their
+            shapes. None = the full weight; a sharded DTensor is then refused, since with FSDP2 each rank has other
+            rows.
 
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that

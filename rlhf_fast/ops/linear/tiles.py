@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tile of the logits comes when, how large it is, and which ones the memory budget keeps for the backward."""
+"""Order and size of the tiles of logits, and which of them the memory budget keeps for the backward."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of logits kept for the backward when the caller says nothing.
+# Default number of bytes of logits kept for the backward.
 DEFAULT_BUDGET = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 
-# On a CPU a tile shares the last-level cache with the slices of the operands that it is the product of. On a GPU it has
-# to be large enough to fill the device, and no larger: it stands beside the tiles that the budget keeps.
+# On a CPU a tile shares the last-level cache with the parts of the operands that it is the product of. On a GPU it must
+# be large enough to fill the device but no larger, because it is needed in addition to the tiles that the budget keeps.
 CPU_TILE = 16 * 2**20
 GPU_TILE = 256 * 2**20
 
@@ -22,8 +22,8 @@ GPU_TILE = 256 * 2**20
 CPU_ROWS = 2048
 GPU_ROWS = 4096
 
-# Ops that need whole rows (a KL, a policy loss) take tiles of about so many bytes, and at least so many rows if the
-# budget has room for them: with fewer, reading the weight would cost as much as multiplying by it.
+# Tiles of ops that need whole rows (a KL, a policy loss): about so many bytes, and at least so many rows if the budget
+# allows: with fewer rows, reading the weight would take as long as multiplying by it.
 CPU_ROW_TILE = 48 * 2**20
 CPU_MIN_ROWS = 256
 
@@ -39,11 +39,11 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     logits: Tensor  # (rows, columns), dense
-    in_buffer: bool  # which lives until the backward
+    in_buffer: bool  # kept until the backward
 
 
 class Tiles:
-    """All tiles of `(rows, columns)` logits, one column of them after the other; the first ones lie in `buffer`."""
+    """All tiles of `(rows, columns)` logits, one column of tiles after the other; the first ones are in `buffer`."""
 
     def __init__(self, rows: int, columns: int, buffer: Tensor, height: int, width: int) -> None:
         self.rows, self.columns, self.buffer = rows, columns, buffer
@@ -68,7 +68,7 @@ class Tiles:
 
 
 def tile_shape(rows: int, columns: int, buffer: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tile where any shape will do; `buffer` is where tiles are kept."""
+    """Rows and columns of a tile for ops without a need for whole rows; `buffer` is where tiles are kept."""
     element_size, device = buffer.element_size(), buffer.device.type
     if device == "cpu":
         elements = CPU_TILE // element_size
@@ -81,7 +81,7 @@ def tile_shape(rows: int, columns: int, buffer: Tensor) -> tuple[int, int]:
 
 
 def rows_of_pair(rows: int, row_bytes: int, device: str, budget: int) -> int:
-    """How many rows a pair of tiles of whole rows has, which stands beside those that the budget keeps."""
+    """Rows of a pair of tiles of whole rows, which is needed in addition to the tiles that the budget keeps."""
     return whole_rows(rows, row_bytes, 0, device, budget if device == "cpu" else 0)
 
 
@@ -98,4 +98,4 @@ def whole_rows(rows: int, row_bytes: int, spare: int, device: str, budget: int) 
         wanted = max(budget, GPU_TILE)
     most = max(1, min(rows, wanted // max(1, row_bytes)))
     blocks = max(1, -(-rows // most))
-    return max(1, -(-rows // blocks))  # equal ones: a small last block would read the whole weight for little
+    return max(1, -(-rows // blocks))  # equal blocks: a small last one would read the whole weight for few rows

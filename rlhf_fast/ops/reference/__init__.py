@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op in plain PyTorch; work on logits goes a block of rows at a time, so that it needs little memory.
 
-Each function here is the kernel of the op of the same name in the torch backend, and the fallback of the
-native one. The arguments are those of the op's schema (see the family's file), so shapes and ranges were
-checked before; mathematics and sources stand in the docstrings of the public functions.
+Each function here is the kernel of the operator of the same name in the torch backend, and the fallback of the
+native one. The arguments are those of the op's schema (see the family's file), with shapes and ranges already
+checked; mathematics and sources are in the docstrings of the public functions.
 
-Arithmetic is float32, or float64 where the inputs are. Masked rows never reach a result: they are replaced,
-not multiplied, so a NaN in a masked slot stays there.
+Arithmetic is float32, or float64 for float64 inputs. Masked rows are replaced by 0, not multiplied by it, so a NaN in
+a masked slot cannot reach a result.
 """
 
 from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of rows: what the row ops work on at a time, so that their temporaries are small and stay in the cache."""
+"""The row ops work on blocks of rows, so that their temporaries are small and stay in cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CPU_ENTRIES = 1 << 18  # of a block, for each thread: 1 MiB of float32, about what a core's own cache holds
+CPU_ENTRIES = 1 << 18  # entries of a block per thread: 1 MiB of float32, about the size of a core's own cache
 DEVICE_ENTRIES = 1 << 26  # elsewhere: few launches
 
 
@@ -28,20 +28,20 @@ def row_blocks(x: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
             yield from row_blocks(x[i], start + i * inner)
         return
     blocks = math.ceil(rows / (most // inner))
-    step = math.ceil(rows / blocks)  # blocks of one size, none of a row or two at the end
+    step = math.ceil(rows / blocks)  # equal blocks, so that the last one is not tiny
     for i in range(0, rows, step):
         block = x[i : i + step]
         yield slice(start + i * inner, start + (i + block.shape[0]) * inner), block
 
 
 class Buffers:
-    """Named temporaries that every block uses again: fresh memory takes longer to map than the arithmetic in it."""
+    """Named temporaries that all blocks reuse: mapping new memory takes longer than the arithmetic in it."""
 
     def __init__(self) -> None:
         self._flat: dict[str, Tensor] = {}
 
     def like(self, x: Tensor, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor of x's shape, and of its dtype unless given, with any content."""
+        """An uninitialised contiguous tensor of x's shape, and of x's dtype if none is given."""
         flat = self._flat.get(name)
         if flat is None or flat.numel() < x.numel():
             flat = self._flat[name] = torch.empty(x.numel(), dtype=dtype or x.dtype, device=x.device)

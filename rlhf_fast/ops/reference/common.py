@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference of every family shares."""
+"""Shared by the reference of all families."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed and returned in float32."""
+    """float64 for float64; all other dtypes are computed and returned in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -17,7 +17,7 @@ def zero_where_masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64 for sums and offsets that must keep their digits; float32 on devices that have nothing wider."""
+    """float64 for sums and offsets that need its precision; float32 on devices without float64."""
     if device.type == "mps":
         return torch.float32
     if device.type == "xpu" and not torch.compiler.is_compiling():

@@ -22,8 +22,8 @@ from rlhf_fast.ops.reference.logprob import (
     times,
 )
 
-# In the gradient of a KL that is +inf, a reference log-probability of -inf counts as this many nats:
-# just under log(smallest float32), so the gradient still pushes mass off the forbidden token, finitely.
+# In the gradient of a KL that is +inf, a reference log-probability of -inf is taken as this many nats, just under
+# log(smallest float32): the gradient still moves mass off the forbidden token, and is finite.
 LOG_FLOOR = -104.0
 
 
@@ -67,7 +67,7 @@ class _Pair(NamedTuple):
     ref_temperature: float | Tensor
 
     def columns(self, vocab_size: int) -> _Pair:
-        """The first vocab_size of them; all if that is negative."""
+        """The first vocab_size columns; all if that is negative."""
         if vocab_size < 0:
             return self
         return self._replace(logits=self.logits[..., :vocab_size], ref_logits=self.ref_logits[..., :vocab_size])
@@ -84,7 +84,7 @@ class _Pair(NamedTuple):
 
 
 class _Both(NamedTuple):
-    """Probabilities and log-probabilities (n, V) of both distributions; scratch that the functions write over."""
+    """Probabilities and log-probabilities (n, V) of both distributions; functions may overwrite them."""
 
     p: Tensor
     q: Tensor
@@ -124,14 +124,15 @@ def _divergence(both: _Both, kind: int, beta: float) -> tuple[Tensor, Tensor, Te
 
 
 def _relative_entropy(a: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """sum a (log a - log b), +inf where b forbids what a allows; and the same with such a log b at LOG_FLOOR."""
+    """sum a (log a - log b), +inf where b forbids what a allows; and the same sum with LOG_FLOOR as that log b."""
     infinite = _floor(log_b, a)
     floored = log_a.clamp_(min=LOWEST).sub_(log_b).mul_(a).sum(-1)
     return floored if infinite is None else torch.where(infinite, torch.inf, floored), floored
 
 
 def _floor(log_b: Tensor, a: Tensor | None = None) -> Tensor | None:
-    """log_b of -inf counts as LOG_FLOOR, in place. The rows where a > 0 meets one, or None where none can."""
+    """Replaces -inf in log_b by LOG_FLOOR, in place; returns the rows where a > 0 had one, or None if there are
+    none."""
     if log_b.device.type == "cpu" and not bool((log_b.amin(-1) == -torch.inf).any()):
         return None
     forbidden = log_b == -torch.inf
@@ -140,14 +141,14 @@ def _floor(log_b: Tensor, a: Tensor | None = None) -> Tensor | None:
 
 
 def _log_mixture_subtracted(both: _Both, beta: float) -> None:
-    """Both log-probabilities less log m, m = (1 - beta) p + beta q, in place; finite where p, q or m are 0."""
+    """Both log-probabilities minus log m, m = (1 - beta) p + beta q, in place; finite where p, q or m are 0."""
     logm = torch.lerp(both.p, both.q, beta).log_().clamp_(min=LOWEST)
     both.logp.clamp_(min=LOWEST).sub_(logm)
     both.logq.clamp_(min=LOWEST).sub_(logm)
 
 
 def kl_terms(logp: Tensor, logq: Tensor, kind: int, beta: float) -> Tensor:
-    """What each entry of the vocabulary adds to the divergence."""
+    """The term of each vocabulary entry in the divergence."""
     p, q = logp.exp(), logq.exp()
     if kind == codes.REVERSE:
         return times(p, _log_ratio(logp, logq))
@@ -160,7 +161,7 @@ def kl_terms(logp: Tensor, logq: Tensor, kind: int, beta: float) -> Tensor:
 
 
 def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """log a - log b, where a > 0 decides: (-inf) - (-inf) never matters, as it is weighed by a = 0."""
+    """log a - log b, for a sum weighted by a: 0 instead of (-inf) - (-inf), where the weight is 0."""
     return torch.where(log_a == -torch.inf, 0.0, log_a - log_b)
 
 

@@ -12,14 +12,14 @@ from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.blocks import Buffers, row_blocks
 from rlhf_fast.ops.reference.common import accumulate_dtype
 
-LOWEST = -1e4  # stands for a log-probability of -inf in p log p: exp is 0 here, and 0 times it is 0
+LOWEST = -1e4  # replaces a log-probability of -inf in p log p: its exp is 0, and 0 times it is 0
 
 
 class ShapedLogits(NamedTuple):
-    """A row's logits x as the softmax takes them, z = u * factor, and how z depends on them.
+    """The softmax's input z = u * factor for logits x, and its derivative dz/dx.
 
-    Where there is no softcap u is x, or -x for a negative logit_scale. The row's maximum is taken over u, in every
-    backend: subtracting it before `factor` multiplies keeps the digits of logits that share a large offset.
+    Without a softcap u is x, or -x for a negative logit_scale. In every backend the row's maximum is over u:
+    subtracting it before multiplying by `factor` keeps the digits of logits that share a large offset.
     """
 
     u: Tensor  # (..., V)
@@ -73,7 +73,7 @@ def flat_temperature(per_row: Tensor | None, scalar: float) -> float | Tensor:
 
 
 def below_max(shaped: ShapedLogits, row_max: Tensor, out: Tensor) -> Tensor:
-    """(u - max) * factor, in `out`; a row of all -inf stays so."""
+    """(u - max) * factor, in `out`; a row that is all -inf stays all -inf."""
     torch.sub(shaped.u, torch.where(row_max == -torch.inf, 0.0, row_max).unsqueeze(-1), out=out)
     return out if isinstance(shaped.factor, float) and shaped.factor == 1.0 else out.mul_(shaped.factor)
 
@@ -85,13 +85,13 @@ def sum_and_log(exps: Tensor, row_max: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_softmax_again(shaped: ShapedLogits, row_max: Tensor, log_sum: Tensor) -> Tensor:
-    """Log-probabilities from what the forward saved of each row."""
+    """Log-probabilities from each row's saved max and log-sum."""
     safe_max = torch.where(row_max == -torch.inf, 0.0, row_max)
     return (shaped.u - safe_max.unsqueeze(-1)) * shaped.factor - log_sum.unsqueeze(-1)
 
 
 def logsumexp_of(row_max: Tensor, log_sum: Tensor, factor: float | Tensor) -> Tensor:
-    """The logsumexp of z that a row's max of u and its log-sum stand for; factor as in ShapedLogits."""
+    """The logsumexp of z from a row's max of u and its log-sum; factor as in ShapedLogits."""
     return row_max * (factor.squeeze(-1) if isinstance(factor, Tensor) else factor) + log_sum
 
 
@@ -101,7 +101,7 @@ def times(weight: Tensor, log_value: Tensor) -> Tensor:
 
 
 def _valid_targets(targets: Tensor, columns: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Targets (..., K) that can be gathered, and where they were in range; masked rows may hold anything."""
+    """Targets (..., K) that can be gathered, and which of them are in range; masked rows may hold any value."""
     if mask is not None:
         targets = torch.where(mask.unsqueeze(-1), targets, 0)
     valid = (targets >= 0) & (targets < columns)
@@ -149,7 +149,7 @@ def token_stats(
 def _stats_of_block(
     shaped: ShapedLogits, index: Tensor | None, outputs: int, buffers: Buffers
 ) -> tuple[Tensor | None, ...]:
-    """What token_stats returns of rows (n, V); None for what was not asked for."""
+    """The results of token_stats for rows (n, V); None for outputs not requested."""
     u = shaped.u
     row_max = u.amax(-1)
     below = below_max(shaped, row_max, buffers.like(u, "below"))
@@ -159,7 +159,7 @@ def _stats_of_block(
     total, log_sum = sum_and_log(exps, row_max)
     logprobs = None if picked is None else picked.sub_(log_sum.unsqueeze(-1))
     entropy = logsumexp = sum_sq_probs = argmax = None
-    if wants_entropy:  # neither of its terms is negative: no digits are lost
+    if wants_entropy:  # both terms are at least 0, so nothing cancels
         entropy = log_sum - below.clamp_(min=LOWEST).mul_(exps).sum(-1) / total
     if outputs & codes.LOGSUMEXP:
         logsumexp = logsumexp_of(row_max, log_sum, shaped.factor)
@@ -179,7 +179,7 @@ def _with_k(targets: Tensor, rows: torch.Size) -> Tensor:
 
 
 def _empty_stats(x: Tensor, targets: Tensor | None, outputs: int) -> tuple[Tensor, ...]:
-    """What token_stats returns, zeros throughout: (0,) what was not asked for."""
+    """The results of token_stats, all zeros; (0,) for outputs not requested."""
     rows, dtype = x.shape[:-1], accumulate_dtype(x.dtype)
     shapes = [targets.shape if targets is not None else rows, rows, rows, rows, rows]
     dtypes = [dtype] * 4 + [torch.int64]
