@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one header that kernels take CUDA from. With RF_EMULATE it is the tests' emulator instead, and the same kernels
-// run on a CPU; whatever names an instruction of the GPU stands here, beside its plain equivalent.
+// The only header through which kernels use CUDA. With RF_EMULATE it is the tests' emulator instead, and the same
+// kernels run on a CPU. Everything that names a GPU instruction is here, next to its plain C++ equivalent.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@
 #include <cuda_runtime.h>
 // An array in the block's shared memory: RF_SHARED(float, scratch, 16);
 #define RF_SHARED(type, name, count) __shared__ type name[count]
-// RF_LAUNCH(kernel<T>, blocks, threads, stream, arguments...): an error shows in cudaGetLastError().
+// RF_LAUNCH(kernel<T>, blocks, threads, stream, arguments...): an error is returned by cudaGetLastError().
 #define RF_LAUNCH(kernel, blocks, threads, stream, ...) \
   (kernel)<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream>>>(__VA_ARGS__)
 #endif
@@ -34,11 +34,11 @@ constexpr float kInf = __builtin_inff();
 constexpr float kNan = __builtin_nanf("");
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
-// What a word holds before publish(), which memset can write; no value may look like it.
+// The content of a word before publish(), which memset can write; no value may equal it.
 constexpr int kUnpublishedByte = 0xfe;
 constexpr uint64_t kUnpublished = ~uint64_t{0} / 0xff * kUnpublishedByte;
 
-// 16-bit floats as their bits, so that the emulator needs nothing of CUDA's headers.
+// 16-bit floats as their bits, so that the emulator needs no CUDA header.
 struct alignas(2) BFloat16 {
   uint16_t bits;
 };
@@ -106,7 +106,7 @@ struct ClusterLaunch {
   ClusterLaunch(const ClusterLaunch&) = delete;  // config points to cluster
 };
 
-// Launches clusters of `size` neighbouring blocks (2, 4 or 8), which run at the same time and meet at
+// Launches clusters of `size` neighbouring blocks (2, 4 or 8), which run at the same time and can use
 // cluster_barrier().
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads, int size, cudaStream_t stream,
@@ -115,8 +115,8 @@ void launch_clusters(void (*kernel)(Parameters...), int64_t blocks, int threads,
   cudaLaunchKernelEx(&launch.config, kernel, arguments...);
 }
 
-// All threads of the cluster wait here; what each wrote to global memory before, all see after. A block launched
-// without a cluster is one by itself.
+// All threads of the cluster wait here; afterwards all see what each wrote to global memory before. A block launched
+// without a cluster is a cluster of its own.
 __device__ __forceinline__ void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -128,8 +128,8 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 }
 
-// Bytes of the device's L2 cache; 0 where `kernel` must not run in clusters. The device alone does not tell: code
-// compiled for an older one has no barrier for them.
+// Bytes of the device's L2 cache; 0 where `kernel` must not run in clusters. This depends not only on the
+// device: code compiled for an older one has no cluster barrier.
 template <class Kernel>
 int64_t cluster_cache(Kernel* kernel, int device) {
   cudaFuncAttributes attributes;
@@ -139,14 +139,14 @@ int64_t cluster_cache(Kernel* kernel, int device) {
   return error == cudaSuccess && cudaGetLastError() == cudaSuccess ? bytes : 0;
 }
 
-// Whether the current device has room for a cluster of `size` blocks of the kernel. A GPU of which a part is switched
-// off, or shared out, may not.
+// Whether a cluster of `size` blocks of the kernel fits on the current device. It may not if part of the GPU is
+// disabled or assigned to others.
 template <class... Parameters>
 bool clusters_fit(void (*kernel)(Parameters...), int threads, int size) {
   ClusterLaunch launch(size, threads, size, nullptr);
   int clusters = 0;
   if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters > 0;
-  cudaGetLastError();  // an answer, not a failure
+  cudaGetLastError();  // the error is the answer, not a failure: clear it
   return false;
 }
 
@@ -154,13 +154,13 @@ bool clusters_fit(void (*kernel)(Parameters...), int threads, int size) {
 __device__ __forceinline__ uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned bits) {
   return __funnelshift_r(low, high, bits);
 }
-// One instruction; 2 ulp; results below 2^-126 are 0.
+// 2^x in one instruction; 2 ulp; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// One instruction, which a plain store of a struct sometimes is not.
+// A 16-byte store in one instruction; a plain store of a struct may be several.
 __device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
                :
@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
 __device__ __forceinline__ unsigned take_ticket(uint64_t* counter) {
   return static_cast<unsigned>(atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull) - kUnpublished);
 }
-// A word from one block to others, whole or not at all; it orders nothing else.
+// Publishes a word from one block to others, atomically; it does not order other memory accesses.
 __device__ __forceinline__ void publish(uint64_t value, uint64_t* word) {
   asm volatile("st.relaxed.gpu.u64 [%0], %1;" : : "l"(word), "l"(value));
 }
@@ -196,7 +196,7 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ void from_float(float x, float* to) { *to = x; }
 
-// The type that a Dtype names, for launchers: with_dtype(dtype, [&](auto zero) { using T = decltype(zero); ... }).
+// Calls a launcher with the type of a Dtype: with_dtype(dtype, [&](auto zero) { using T = decltype(zero); ... }).
 template <class F>
 auto with_dtype(Dtype dtype, const F& f) {
   if (dtype == kFloat32) return f(float{});

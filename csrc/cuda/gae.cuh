@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// GAE, and the PPO advantages made of it, on a GPU: rlhf_fast/ops/gae.py has the mathematics, scan.cuh the scan.
+// GAE and PPO advantages on a GPU: rlhf_fast/ops/gae.py has the mathematics, scan.cuh the scan.
 //
-// A thread keeps its eight tokens in registers: it goes along them once to learn what they do to the recurrence's
-// state, gets the state behind them from the scan, and goes along them again to write the results.
+// A thread keeps its eight tokens in registers. It goes over them once to compute the affine map that they apply to the
+// recurrence's state, gets the state to the right of them from the scan, and goes over them again to write the results.
 #pragma once
 
 #include "scan.cuh"
@@ -164,9 +164,9 @@ inline cudaError_t gae(Dtype dtype, const GaeArgs& a, const Sequences& sequences
 
 // ------------------------------------------------------------------------------------------- ppo_advantages
 
-constexpr int kPpoChains = 2;  // the recurrence, and the score on its way to the last real token
+constexpr int kPpoChains = 2;  // the recurrence, and the score, which is carried to the last real token
 
-// The rewards lack the score: it waits behind the last token, as the state, for the first real one.
+// The rewards do not contain the score: it is the initial state, and the first real token from the right takes it.
 template <class T>
 __device__ __forceinline__ Tokens load_ppo_tokens(const PpoAdvantagesArgs& a, const Place& place) {
   const Eight<T> logprobs = load_tokens(static_cast<const T*>(a.logprobs), place);
@@ -188,8 +188,9 @@ __device__ __forceinline__ Tokens load_ppo_tokens(const PpoAdvantagesArgs& a, co
   return tokens;
 }
 
-// From a thread's last token to its first. The second state is the score while no token has taken it, then 0. With
-// `advantages` the results go there, to the rewards and, as returns, to the values. Returns whether a sequence ends.
+// Goes from a thread's last token to its first. The second state is the score until a token takes it, then 0. If
+// `advantages` is given, results are written there, to the rewards, and as returns to the values. Returns whether a
+// sequence ends among the tokens.
 template <class T>
 __device__ __forceinline__ bool ppo_back(const PpoAdvantagesArgs& a, const Sequences& sequences, int64_t first,
                                          int64_t behind, Tokens* tokens, Stretch<kPpoChains>* s, float* advantages) {
@@ -256,7 +257,7 @@ cudaError_t launch_ppo_advantages(const PpoAdvantagesArgs& a, const Sequences& s
   return cudaGetLastError();
 }
 
-// `links` has link_bytes(sequences, kPpoChains), or is null where that is 0; `partial` has room for an entry a tile.
+// `links` has link_bytes(sequences, kPpoChains) bytes, null if that is 0; `partial` has one entry per tile.
 inline cudaError_t ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& a, const Sequences& sequences, uint64_t* links,
                                   Moments* partial, cudaStream_t stream) {
   return with_dtype(

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exact KL divergence of two rows of logits, and its gradient, on a GPU: see rlhf_fast/ops/kl.py for the mathematics.
 //
-// reverse and forward read both rows once and go by one kernel: forward is reverse with the sides exchanged, so p below
-// is the distribution that weighs, in forward the reference's. jsd and tv need normalised probabilities: they read the
-// rows twice, and a gradient reads them once more. So that later reads find the rows in the L2 cache, a row may be
-// shared by a cluster of blocks (sm_90 and later): fewer rows are then in flight. Few long rows are shared by many
-// blocks, with a launch for each step.
+// reverse and forward read both rows once, in the same kernel: forward is reverse with the sides exchanged, so p below
+// is the distribution that weights the sum, in forward the reference's. jsd and tv need normalised probabilities, so
+// they read the rows twice; a gradient reads them once more. To keep the rows in the L2 cache for later reads, a row
+// may be shared by a cluster of blocks (sm_90 and later), so that fewer rows are in flight. If there are few, long
+// rows, many blocks share each, with one launch per step.
 #pragma once
 
 #include <utility>
@@ -15,8 +15,8 @@
 namespace rlhf_fast {
 namespace cuda {
 
-// What a launch does, in this order. Steps of one launch hand the row's values on in registers, or from block to block
-// of a cluster; otherwise the next launch finds them in `partial`, or in `parts` of the forward.
+// The steps of a launch, in this order. Within a launch, steps pass a row's values on in registers, or between the
+// blocks of a cluster; otherwise the next launch reads them from `partial`, or from `parts` of the forward.
 enum Step : int { kFoldStep = 1, kMeansStep = 2, kFinishStep = 4, kGradientStep = 8 };
 
 #ifdef RF_SMALL_BLOCKS
@@ -29,21 +29,21 @@ constexpr int kMaxCluster = 8;  // the most that every GPU with clusters has
 struct KlMeans {
   float p = 0;         // sum p s_p: the gradient is p (s_p - sum p s_p)
   float q = 0;         // sum q s_q
-  float distance = 0;  // tv alone: sum |p - q| / 2
+  float distance = 0;  // tv only: sum |p - q| / 2
 };
 
-// What one block leaves of its part of a row.
+// One block's result for its part of a row.
 struct KlPartial {
   PairFold fold;
   KlMeans means;
 };
 
-// The values that TokenKlArgs::parts holds of a row, p's side first.
+// The values of a row in TokenKlArgs::parts, p's side first.
 struct KlStats {
   float max_p, log_sum_p, max_q, log_sum_q, mean_p, mean_q;
 };
 
-// Block b has part b % parts of row b / parts.
+// Block b computes part b % parts of row b / parts.
 template <class T>
 struct RowPair {
   int64_t n;
@@ -84,7 +84,7 @@ struct Side {
 struct KlTerms {
   float p, q;
   float slope_p, slope_q;
-  float distance;  // tv alone
+  float distance;  // tv only
 };
 
 template <int kKind>
@@ -108,8 +108,8 @@ __device__ __forceinline__ KlTerms kl_terms(float logp, float logq, float beta) 
 
 // ------------------------------------------------------------------------------------------- the steps
 
-// The value that a step makes of a whole row: merged from those of its blocks unless it has only one. Should the next
-// step be another launch's, what comes back is not to be used.
+// The result of a step for a whole row, merged from those of its blocks if it has several. Not valid if the next step
+// is in another launch.
 template <int kStep, class V, class Make, class Merge>
 __device__ __forceinline__ V value_of_row(int steps, int parts, KlPartial* partial, V KlPartial::* field, V* scratch,
                                           const Make& make, const Merge& merge) {
@@ -126,7 +126,7 @@ __device__ __forceinline__ V value_of_row(int steps, int parts, KlPartial* parti
   return broadcast_warp(reduce_warp(value, merge));
 }
 
-// Loads of 16 bytes in flight a thread and row; tanh and log2 take the registers that the second would need.
+// 16-byte loads in flight per thread and row; with tanh and log2 there are no registers left for a second one.
 template <bool kCap, int kKind = kReverse>
 constexpr int kLoads = kCap || kKind == kJsd ? 1 : 2;
 
@@ -165,7 +165,7 @@ __device__ __forceinline__ KlMeans sum_means(const TokenKlArgs& a, const RowPair
   return means;
 }
 
-// mean_p is the divergence, with kLogFloor for log q where q = 0.
+// mean_p is the divergence, with kLogFloor as log q where q = 0.
 __device__ __forceinline__ KlStats stats_of(const PairFold& fold) {
   const float sum = fold.covered + fold.forbidden;
   const bool no_p = fold.max == -kInf && sum == 0, no_q = fold.other_max == -kInf && fold.other_sum == 0;
@@ -176,7 +176,7 @@ __device__ __forceinline__ KlStats stats_of(const PairFold& fold) {
           no_p ? 0.0f : mean,       0.0f};
 }
 
-// Where the sides lie in `parts`.
+// Positions of the two sides in `parts`.
 __device__ __forceinline__ int side_p(const TokenKlArgs& a) { return a.kind == kForward ? 1 : 0; }
 
 __device__ __forceinline__ void write_stats(const TokenKlArgs& a, int64_t n, const KlStats& stats, float kl) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
 
 // ------------------------------------------------------------------------------------------- launchers
 
-// How rows are shared out: `parts` blocks a row, which with `clusters` run as one, all steps in one launch.
+// How rows are divided: `parts` blocks a row; with `clusters` they form one cluster, and one launch does all steps.
 struct RowSplit {
   int parts;
   bool clusters;
@@ -279,7 +279,7 @@ inline RowSplit split_rows(int parts, int64_t rows, int64_t bytes, bool read_aga
   if (parts == 1 && !read_again) return {1, false};
   const int64_t cache = cluster_cache(token_kl_kernel<float, false, kReverse>, device);
   if (cache == 0 || parts > kMaxCluster) return {parts, false};
-  int size = 1;  // clusters are powers of two: other sizes do not fill the groups of multiprocessors they run in
+  int size = 1;  // a power of two: other cluster sizes do not fill the groups of multiprocessors that they run in
   while (2 * size <= parts) size *= 2;
   while (read_again && 2 * size <= kMaxCluster && bytes / size > cache / 2 && rows < (1 << 24)) size *= 2;
   return {size, size > 1};
@@ -312,7 +312,7 @@ void launch_token_kl(const TokenKlArgs& a, int64_t rows, RowSplit split, int ste
   }
 }
 
-// `partial` has room for rows * parts of KlPartial; unused with one part, or for the gradient alone.
+// `partial` has rows * parts KlPartials; not used with one part, or for the gradient alone.
 inline cudaError_t token_kl(Dtype dtype, TokenKlArgs a, int64_t rows, RowSplit split, int steps, void* partial,
                             cudaStream_t stream) {
   if (a.kind == kForward) {
@@ -329,7 +329,7 @@ inline cudaError_t token_kl(Dtype dtype, TokenKlArgs a, int64_t rows, RowSplit s
                             : launch_token_kl<T, false>(args, rows, split, steps, partials, stream);
     });
   };
-  if (a.grad_logits && a.grad_ref_logits) {  // of the backward alone; a launch writes one side
+  if (a.grad_logits && a.grad_ref_logits) {  // backward only; a launch writes one side
     TokenKlArgs other = a;
     other.grad_logits = nullptr;
     a.grad_ref_logits = nullptr;

@@ -7,7 +7,7 @@
 namespace rlhf_fast {
 namespace cuda {
 
-// From a thread's pack to its next.
+// Distance from one pack of a thread to its next.
 template <class T>
 constexpr int64_t kPairStride = int64_t{kRowThreads} * kPack<T>;
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* a
   if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
 }
 
-// Writes what became of the entries that for_each_pair, anchored at this row, gave with `column`.
+// Writes results for the entries that for_each_pair, anchored at this row, passed with `column`.
 template <class T, int kCount>
 __device__ __forceinline__ void store_entries(const float (&values)[kCount], int64_t column, T* row) {
   if constexpr (kCount > 1) {
@@ -68,24 +68,25 @@ __device__ __forceinline__ void store_entries(const float (&values)[kCount], int
   }
 }
 
-// Below this a log-probability counts as -inf: a mask of the dtype's lowest number is one, and no sum overflows.
+// A log-probability below this is treated as -inf, such as one masked with the dtype's lowest number, so that no sum
+// overflows.
 constexpr float kLowest = -1e30f;
 
-// Of the row that weighs, u, and the other, v, with a = (u - max) factor and b = (v - other_max) other_factor in base
-// 2, p = 2^a / sum 2^a and q = 2^b / sum 2^b:
+// For the row that weights the sum, u, and the other, v, with a = (u - max) factor and b = (v - other_max) other_factor
+// in base 2, p = 2^a / sum 2^a and q = 2^b / sum 2^b:
 //   KL(p, q) = ln 2 (sum 2^a (a - b)) / (sum 2^a) + log(sum 2^b / sum 2^a).
-// Entries where q = 0 would make it +inf. They are kept apart, for the gradient gives their log q a finite value.
+// Entries with q = 0 make it +inf. They are summed separately, since the gradient uses a finite value for their log q.
 struct PairFold {
   float max = -kInf;
   float other_max = -kInf;
   float covered = 0;    // sum of 2^a where q > 0
   float forbidden = 0;  // sum of 2^a where q = 0
   float other_sum = 0;  // sum of 2^b
-  float cross = 0;      // sum of 2^a (a - b), b counting as 0 where q = 0
+  float cross = 0;      // sum of 2^a (a - b), with b = 0 where q = 0
 };
 
-// The sums as if taken relative to `top` and `other_top`, at least the fold's own maxima. The limits keep infinite
-// rises from making NaN: 2^-1000 is 0, and so is 0 times -kLowest.
+// The sums relative to `top` and `other_top`, which are at least the fold's own maxima. The limits avoid NaN from an
+// infinite difference: 2^-1000 is 0, and so is 0 times -kLowest.
 __device__ __forceinline__ void raise_to(float top, float other_top, float factor, float other_factor, PairFold* fold) {
   if (fold->max != -kInf) {
     const float rise = fminf((top - fold->max) * factor, 1000.0f), decay = exp2_fast(-rise);
@@ -108,7 +109,7 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], const flo
   float top = fold->max, other_top = fold->other_max;
 #pragma unroll
   for (int j = 0; j < kCount; ++j) {
-    top = fmaxf(top, u[j]);  // passes NaN over; the sums will show it
+    top = fmaxf(top, u[j]);  // ignores NaN, which the sums carry instead
     other_top = fmaxf(other_top, v[j]);
   }
   if (top > fold->max || other_top > fold->other_max) raise_to(top, other_top, factor, other_factor, fold);

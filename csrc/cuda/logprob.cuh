@@ -40,7 +40,7 @@ __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, co
   if (a.logsumexp) a.logsumexp[n] = fold.max * transform.factor + log_sum;
   if constexpr (kFull) {
     const float nats = dead ? 0.0f : log_sum - kLn2 * (fold.weighted / fold.sum);
-    if (a.entropy) a.entropy[n] = nats < 0 ? 0.0f : nats;  // rounding below 0 goes; NaN stays
+    if (a.entropy) a.entropy[n] = nats < 0 ? 0.0f : nats;  // rounding may give less than 0; NaN stays NaN
     if (a.sum_sq_probs) a.sum_sq_probs[n] = dead ? 0.0f : fold.squares / fold.sum / fold.sum;
     if (a.argmax) a.argmax[n] = fold.index;
   }
@@ -128,7 +128,7 @@ inline cudaError_t token_stats(Dtype dtype, const TokenStatsArgs& a, int64_t row
 
 // ------------------------------------------------------------------------------------------- backward
 
-// dz = p (g_logsumexp - sum g_logprobs - g_entropy (log p + entropy)), and dx = dz dz/dx. Targets add theirs.
+// dz = p (g_logsumexp - sum g_logprobs - g_entropy (log p + entropy)), and dx = dz dz/dx; plus g_logprobs at targets.
 template <bool kCap, bool kEntropy>
 struct RowGradient {
   RowTransform transform;
@@ -139,7 +139,7 @@ struct RowGradient {
   float entropy;
 
   __device__ __forceinline__ float at(float x,
-                                      float extra = -0.0f) const {  // adding -0 changes nothing, and costs nothing
+                                      float extra = -0.0f) const {  // adding -0 changes nothing
     const float u = transform.apply<kCap>(x);
     const float logp2 = (u - shift) * transform.factor2 - log_sum2, p = exp2_fast(logp2);
     float weight = constant;
@@ -148,7 +148,7 @@ struct RowGradient {
   }
 };
 
-// sum of the gradients that reach the row's targets, NaN where a target is not of the vocabulary; in every thread.
+// Sum of the gradients of the row's targets, NaN if a target is outside of the vocabulary; in every thread.
 __device__ __forceinline__ float sum_of_target_gradients(const TokenStatsBackwardArgs& a, int64_t n, float* scratch) {
   float total = 0;
   for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {
@@ -191,7 +191,7 @@ __device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t beg
 }
 
 // Block b has part b % parts of row b / parts. `grad_logits` may be `logits`: every entry is read before it is written,
-// and those at targets are made before the pass and written after it.
+// and those at targets are computed before the pass and written after it.
 template <class T, bool kCap, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_stats_backward_kernel(const __grid_constant__ TokenStatsBackwardArgs a, int parts) {
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     if (is_mine(target)) a.at_targets[n * a.k + k] = gradient_at_target(a, n, target, x, g);
   }
   if (a.k > 0) __syncthreads();
-  constexpr int kLoads = kCap ? 2 : kUnroll;  // tanh takes the registers that two more loads would need
+  constexpr int kLoads = kCap ? 2 : kUnroll;  // with tanh there are no registers left for two more loads
   write_gradients<kLoads>(x, grad, begin, end, g);
   if (a.k > 0) __syncthreads();
   for (int64_t k = threadIdx.x; k < a.k; k += kRowThreads) {

@@ -12,10 +12,10 @@
 namespace rlhf_fast {
 namespace cuda {
 
-// As a scale: the state behind does not count, not even an infinite one.
+// As a scale: the state to the right is ignored, even if it is infinite.
 constexpr float kCut = -1.0f;
 
-// What a stretch of tokens makes of the state behind it, for each of kChains recurrences: constant + scale * state.
+// The affine map of a stretch of tokens, for each of kChains recurrences: constant + scale * (state to its right).
 template <int kChains>
 struct Stretch {
   float constant[kChains];
@@ -35,8 +35,8 @@ struct Stretch {
   }
 };
 
-// The product of factors in [0, 1], 0 only where one of them is: over many tokens it would underflow, and an infinite
-// state must come through all the same.
+// The product of factors in [0, 1], 0 only if one of them is 0: over many tokens a plain product would underflow, and
+// then an infinite state would be lost.
 __device__ __forceinline__ float product(float a, float b) {
   return fmaxf(a * b, fminf(fminf(a, b), __FLT_DENORM_MIN__));
 }
@@ -53,7 +53,7 @@ __device__ __forceinline__ Stretch<kChains> join(const Stretch<kChains>& left, c
   return both;
 }
 
-// Lane l gets lanes l to 31 joined.
+// Lane l gets the combined map of lanes l to 31.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> scan_warp(Stretch<kChains> s) {
   const int lane = threadIdx.x % kWarp;
@@ -65,24 +65,24 @@ __device__ __forceinline__ Stretch<kChains> scan_warp(Stretch<kChains> s) {
   return s;
 }
 
-// From lanes l to 31 joined: those after lane l.
+// Given the combined map of lanes l to 31, the map of the lanes after l.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> after_lane(const Stretch<kChains>& from_lane) {
   const Stretch<kChains> next = shuffle_down(from_lane, 1);
   return threadIdx.x % kWarp == kWarp - 1 ? Stretch<kChains>::nothing() : next;
 }
 
-// Sequence s is [begin_of(s), begin_of(s + 1)) of the flat arrays. Bounds that the device brings are not to be trusted:
-// they decide what is computed, never what is read or written.
+// Sequence s is [begin_of(s), begin_of(s + 1)) of the flat arrays. Bounds in device memory are not checked, so they may
+// affect what is computed, but never which addresses are read or written.
 struct Sequences {
   const int64_t* bounds;  // cu_seqlens, or null:
-  int64_t length;         // all are of this length
+  int64_t length;         // then all have this length
   int64_t count;
   int64_t total;  // tokens
 
   __device__ __forceinline__ int64_t begin_of(int64_t s) const { return bounds ? bounds[s] : s * length; }
 
-  // The sequence that `token` is of; `count` behind the last.
+  // The sequence that contains `token`; `count` after the last one.
   __device__ __forceinline__ int64_t of(int64_t token) const {
     if (!bounds) {
       const int64_t s = token / length;
@@ -101,9 +101,9 @@ struct Sequences {
   }
 };
 
-// Goes along a thread's tokens from right to left, by the sequences that they are of: walk(tokens) has a bit for each
-// token of one, enter(sequence) comes before each but the first. `behind` is the sequence of the token behind the
-// thread's last.
+// Goes over a thread's tokens from right to left, one sequence after the other: walk(tokens) gets one bit for each of
+// its tokens, enter(sequence) is called before each sequence but the first. `behind` is the sequence of the token to
+// the right of the thread's last.
 template <class Enter, class Walk>
 __device__ __forceinline__ void for_each_sequence(const Sequences& sequences, int64_t first, int64_t behind,
                                                   const Enter& enter, const Walk& walk) {
@@ -118,11 +118,11 @@ __device__ __forceinline__ void for_each_sequence(const Sequences& sequences, in
   }
 }
 
-// Whether tiles need to hear of those on their right, because not all of them end with a sequence.
+// Whether tiles need the maps of tiles to their right, because some sequence ends inside a later tile.
 inline bool needs_links(const Sequences& s) { return s.total > kTile && (s.bounds || kTile % s.length != 0); }
 
-// Where they do, the memory for it: a counter of tickets, and for each tile and chain a word of constant and scale,
-// which is never the -1.7e38 of kUnpublished.
+// The memory for that: a ticket counter, and for each tile and chain a word with constant and scale, which never equals
+// kUnpublished (-1.7e38).
 inline int64_t link_bytes(const Sequences& s, int chains) {
   return needs_links(s) ? (1 + tiles_of(s.total) * chains) * static_cast<int64_t>(sizeof(uint64_t)) : 0;
 }
@@ -133,8 +133,8 @@ struct Links {
   explicit Links(uint64_t* memory) : tickets(memory), words(memory ? memory + 1 : nullptr) {}
 };
 
-// The tile that this block takes: tiles go from the last, and those to the right, which one may wait for, are taken
-// before it by blocks that run already.
+// The tile of this block. Tiles are taken from the last to the first, so the tiles to the right, which this one may
+// wait for, belong to blocks that are already running.
 __device__ __forceinline__ int64_t take_tile(const Links& links) {
   if (!links.tickets) return gridDim.x - 1 - blockIdx.x;
   RF_SHARED(unsigned, ticket, 1);
@@ -173,8 +173,8 @@ __device__ __forceinline__ Stretch<kChains> wait_for_stretch(int64_t tile, const
   return s;
 }
 
-// The state behind a tile, whose own stretch lane 0 holds; by the whole of one warp. Waits for the tiles on the right
-// as far as the tile's last sequence reaches, if it reaches past the tile. Without links no tile has to wait.
+// The state to the right of a tile, computed by one whole warp; lane 0 holds the tile's own map. If the tile's last
+// sequence goes on past the tile, this waits for all tiles to the right that it reaches. Without links no tile waits.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Stretch<kChains>& own,
                                                          const Sequences& sequences, const Links& links) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a row of logits becomes before the softmax, and the online softmax that folds it (the maths of math.h's CPU
-// twin, cpu/logprob_kernel.h, in base 2: the GPU's exponential is 2^x).
+// The transform of logits before the softmax, and the online softmax over a row: the mathematics of
+// cpu/logprob_kernel.h, in base 2, since the GPU's exponential is 2^x.
 #pragma once
 
 #include "reduce.cuh"
@@ -10,7 +10,7 @@ namespace rlhf_fast {
 namespace cuda {
 
 #ifdef RF_SMALL_BLOCKS
-constexpr int kRowThreads = 64;  // two warps show what sixteen would
+constexpr int kRowThreads = 64;  // two warps test the same code as sixteen
 #else
 constexpr int kRowThreads = 512;
 #endif
@@ -18,7 +18,7 @@ constexpr int kRowBlocks = 2;  // blocks that should fit on a multiprocessor: le
 constexpr int kUnroll = 4;     // loads of 16 bytes in flight a thread
 
 // z = u * factor, with u = x * in_scale, or cap * tanh(x * in_scale). The maximum is taken over u and subtracted before
-// factor multiplies: a common offset of the logits costs no digits, and factor > 0 keeps the order.
+// multiplying by factor: so a common offset of the logits loses no digits, and factor > 0 keeps the order.
 struct RowTransform {
   float in_scale;
   float cap;      // 0: none
@@ -35,7 +35,7 @@ struct RowTransform {
     slope = t.scale / temperature;
   }
 
-  // kCap: with a softcap, or a negative scale, which is as rare; otherwise u is x.
+  // kCap: with a softcap or a negative scale, which are both rare; otherwise u is x.
   template <bool kCap>
   __device__ __forceinline__ float apply(float x) const {
     if (!kCap) return x;
@@ -43,7 +43,7 @@ struct RowTransform {
     return cap > 0 ? cap * tanhf(scaled) : scaled;
   }
 
-  // dz/dx at the x that became u.
+  // dz/dx at the x of this u.
   template <bool kCap>
   __device__ __forceinline__ float slope_at(float u) const {
     if (!kCap || !(cap > 0)) return slope;
@@ -55,8 +55,8 @@ struct RowTransform {
 // Whether a row's transform needs the kernels with kCap.
 inline bool bends(const LogitTransform& t) { return t.softcap > 0 || t.scale < 0; }
 
-// Calls add(floats, column) for what this thread has of the columns [begin, end), floats being an array of one entry,
-// of one pack, or of kLoads packs that stand kRowThreads packs apart; columns rise from call to call.
+// Calls add(floats, column) for this thread's entries among the columns [begin, end): floats is an array of one entry,
+// of one pack, or of kLoads packs at a distance of kRowThreads packs; columns increase from call to call.
 template <int kLoads = kUnroll, class T, class Add>
 __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64_t end, const Add& add) {
   const Span span = span_of(x, begin, end);
@@ -84,8 +84,8 @@ __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64
   if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
 }
 
-// The same for a row that does not reach its 16-byte boundaries at the columns where `anchor`, a row to be written,
-// does: a pack at a time, of two loads.
+// The same for a row that is aligned differently from `anchor`, a row to be written: one pack at a time, from two
+// loads.
 template <class T, class Add>
 __device__ __forceinline__ void for_each_column_shifted(const T* x, const T* anchor, int64_t begin, int64_t end,
                                                         const Add& add) {
@@ -104,14 +104,14 @@ __device__ __forceinline__ void for_each_column_shifted(const T* x, const T* anc
   if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
 }
 
-// The column of entry j of an array that for_each_column handed over with `column`.
+// The column of entry j of an array that for_each_column passed with `column`.
 template <class T>
 __device__ __forceinline__ int64_t column_of(int64_t column, int j) {
   return column + (j / kPack<T>)*(int64_t{kRowThreads} * kPack<T>)+j % kPack<T>;
 }
 
-// The online softmax: sums of e = 2^((u - max) factor2) over what was seen. Full also has what entropy, squared
-// probabilities and argmax need.
+// The online softmax: sums of e = 2^((u - max) factor2) over the entries so far. Full also has the sums for entropy,
+// squared probabilities and argmax.
 template <bool kFull>
 struct Fold;
 
@@ -131,7 +131,7 @@ struct Fold<true> {
   float sum = 0;
   float weighted = 0;  // sum of e log2 e
   float squares = 0;   // sum of e^2
-  int32_t index = 0;   // lowest column where u = max; while columns are folded, only the first of its round
+  int32_t index = 0;   // lowest column where u = max; while folding, only the first column of its round
 
   __device__ __forceinline__ void rescale(float rise, float decay) {
     weighted = (weighted - rise * sum) * decay;
@@ -155,16 +155,16 @@ __device__ __forceinline__ float safe_max(const Fold<kFull>& fold) {
   return fold.max == -kInf ? 0.0f : fold.max;
 }
 
-// All -inf: a NaN would have made the sum NaN.
+// Whether all entries are -inf; with a NaN the sum would be NaN.
 template <bool kFull>
 __device__ __forceinline__ bool is_dead(const Fold<kFull>& fold) {
   return fold.max == -kInf && fold.sum == 0;
 }
 
-// The maximum that is saved for the backward: NaN if the row holds a NaN, which fmaxf passes over but the sum does not.
+// The maximum to save for the backward: NaN if the row holds a NaN, which fmaxf ignores but the sum does not.
 __device__ __forceinline__ float saved_max(float max, float sum) { return sum == sum ? max : sum; }
 
-// The sums as if taken relative to `top`, at least the fold's own maximum.
+// The sums relative to `top`, which is at least the fold's own maximum.
 template <bool kFull>
 __device__ __forceinline__ void raise_to(float top, float factor2, Fold<kFull>* fold) {
   if (fold->max != -kInf) {
@@ -179,7 +179,7 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], int64_t c
                                              Fold<kFull>* fold) {
   float top = u[0];
 #pragma unroll
-  for (int j = 1; j < kCount; ++j) top = fmaxf(top, u[j]);  // passes NaN over; the sums will show it
+  for (int j = 1; j < kCount; ++j) top = fmaxf(top, u[j]);  // ignores NaN, which the sums carry instead
   if (top > fold->max) {
     raise_to(top, factor2, fold);
     if constexpr (kFull) fold->index = static_cast<int32_t>(column);
@@ -192,8 +192,8 @@ __device__ __forceinline__ void fold_entries(const float (&u)[kCount], int64_t c
   }
 }
 
-// The lowest column of [begin, end) where u = top, in every thread. Folding columns notes only the round in which a
-// thread's maximum came; those whose maximum is the block's look through that round again.
+// The lowest column of [begin, end) where u = top, in every thread. While folding, a thread only notes the round of its
+// maximum; threads whose maximum is the block's search that round again.
 template <class T, bool kCap>
 __device__ __forceinline__ int32_t first_column_of(float top, const Fold<true>& own, const T* x, int64_t end,
                                                    const RowTransform& transform, int32_t* scratch) {
@@ -221,9 +221,9 @@ __device__ __forceinline__ Fold<kFull> merge_folds(Fold<kFull> a, Fold<kFull> b,
   return a;
 }
 
-// How many blocks share a row: the fewest that keep the GPU busy. Blocks run in waves, of as many as the GPU holds, and
-// what the last wave leaves free is lost; so few rows are cut up, and so are rows that just miss a whole wave. A part
-// has at least one round of full loads.
+// How many blocks share a row: the fewest that keep the GPU busy. Blocks run in waves of as many as the GPU holds, and
+// free places in the last wave are wasted; so rows are divided if there are few of them, or if the last wave would be
+// nearly empty. A part has at least one round of full loads.
 inline int64_t parts_of_row(int64_t rows, int64_t columns, int multiprocessors, int64_t entry_size) {
   constexpr int64_t kMost = 64, kOftenEnough = 8;
   const int64_t wave = int64_t{kRowBlocks} * multiprocessors;
@@ -235,7 +235,7 @@ inline int64_t parts_of_row(int64_t rows, int64_t columns, int multiprocessors, 
   for (int64_t parts = 1; parts <= kMost && (parts <= most || parts == 1); ++parts) {
     const int64_t blocks = rows * parts;
     const double share = static_cast<double>(blocks) / static_cast<double>((blocks + wave - 1) / wave * wave);
-    if (share <= 1.05 * best_share) continue;  // a little better is not worth more ends of parts
+    if (share <= 1.05 * best_share) continue;  // a small gain is not worth more parts
     best = parts;
     best_share = share;
   }

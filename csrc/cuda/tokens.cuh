@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Flat arrays of tokens, eight consecutive ones a thread: rows need no alignment of their own, whatever their length.
+// Flat arrays of tokens, eight consecutive tokens per thread; rows of any length need no alignment of their own.
 #pragma once
 
 #include "vec.cuh"
@@ -9,26 +9,26 @@ namespace cuda {
 
 constexpr int kTokens = 8;
 #ifdef RF_SMALL_BLOCKS
-constexpr int kTileThreads = 64;  // small, so that small tests have many tiles
+constexpr int kTileThreads = 64;  // few, so that small tests have many tiles
 #else
 constexpr int kTileThreads = 256;
 #endif
-constexpr int kTileBlocks = 4;  // that should fit on a multiprocessor: leaves 64 registers a thread
+constexpr int kTileBlocks = 4;  // blocks per multiprocessor to compile for: allows 64 registers a thread
 constexpr int64_t kTile = int64_t{kTileThreads} * kTokens;
 
 inline int64_t tiles_of(int64_t total) { return (total + kTile - 1) / kTile; }
 
-// Whether all of these begin on 16-byte boundaries (null does).
+// Whether all pointers are aligned to 16 bytes (null is).
 template <class... Pointers>
 bool aligned(const Pointers*... pointers) {
   return (... && (reinterpret_cast<uintptr_t>(pointers) % 16 == 0));
 }
 
-// A thread's place in arrays of `total` tokens.
+// A thread's position in arrays of `total` tokens.
 struct Place {
-  int64_t first;  // its first token, which may lie past the last of all
+  int64_t first;  // its first token, possibly past the end of the arrays
   int count;      // how many of its kTokens exist
-  bool packs;  // 16 bytes at a time: the tile is whole and the arrays are aligned; the same in all threads of a block
+  bool packs;  // access 16 bytes at a time: the tile is full and the arrays are aligned; same in all threads of a block
 };
 
 __device__ __forceinline__ Place place_in_tile(int64_t tile, int64_t total, bool arrays_aligned) {
@@ -72,18 +72,18 @@ __device__ __forceinline__ uint64_t load_flags(const bool* flags, const Place& p
   return bytes;
 }
 
-// Of four bytes, a bit for each that is not 0.
+// One bit for each of four bytes that is not 0.
 __device__ __forceinline__ unsigned bits_of(uint32_t bytes) {
   const uint32_t high = ((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes;  // in the highest bit of each
-  return (high >> 7 & 0x01010101u) * 0x01020408u >> 24;                 // moved together by the product
+  return (high >> 7 & 0x01010101u) * 0x01020408u >> 24;                 // gathered by the product
 }
 
-// A bit a token.
+// One bit per token.
 __device__ __forceinline__ unsigned bits_of(uint64_t bytes) {
   return bits_of(static_cast<uint32_t>(bytes)) | bits_of(static_cast<uint32_t>(bytes >> 32)) << 4;
 }
 
-// Tokens [begin, end), a bit each.
+// Tokens [begin, end), one bit each.
 __device__ __forceinline__ unsigned bits_between(int begin, int end) { return (1u << end) - (1u << begin); }
 
 // Neighbouring lanes swap halves, so that each store of a warp fills whole sectors of 32 bytes: first those of the even

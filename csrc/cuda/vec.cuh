@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sixteen bytes at a time: rows of logits as floats, whatever their dtype and wherever they begin.
+// 16-byte access to rows of logits as floats, for every dtype and alignment.
 #pragma once
 
 #include "compat.cuh"
@@ -22,7 +22,7 @@ __device__ __forceinline__ Pack<T> load_pack(const T* from) {
   return bit_cast<Pack<T>>(raw);
 }
 
-// The 16 bytes at any address, from the 32 around it that begin at a boundary of 16: all of them must be readable.
+// The 16 bytes at any address, from the aligned 32 bytes around them, all of which must be readable.
 template <class T>
 __device__ __forceinline__ Pack<T> load_any_pack(const T* from) {
   const uint64_t address = reinterpret_cast<uint64_t>(from);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void unpack(const Pack<T>& pack, float* floats) {
 #pragma unroll
   for (int i = 0; i < kPack<T>; ++i) floats[i] = to_float(pack.values[i]);
 }
-// Two to a word: one is its high half, the other goes there by a shift.
+// Two values per word: one is the high half, the other is shifted there.
 __device__ __forceinline__ void unpack(const Pack<BFloat16>& pack, float* floats) {
   const uint4 raw = bit_cast<uint4>(pack);
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -84,8 +84,8 @@ __device__ __forceinline__ Span span_of(const T* row, int64_t begin, int64_t end
   return {head, head + (end - head) / kPack<T> * kPack<T>, begin, end};
 }
 
-// The same for rows that do not reach their boundaries together: packs begin at those of `anchor`, and others are read
-// by load_any_pack, so the last of them are entries of the rest.
+// The same for rows with different alignment: packs begin at the boundaries of `anchor`, and the other row is read by
+// load_any_pack, so its last packs are handled as single entries of the rest.
 template <class T>
 __device__ __forceinline__ Span shifted_span_of(const T* anchor, int64_t begin, int64_t end) {
   Span span = span_of(anchor, begin, end);
@@ -93,13 +93,13 @@ __device__ __forceinline__ Span shifted_span_of(const T* anchor, int64_t begin, 
   return span;
 }
 
-// Whether two rows reach their 16-byte boundaries at the same columns.
+// Whether two rows have their 16-byte boundaries at the same columns.
 template <class T>
 __device__ __forceinline__ bool same_phase(const T* a, const T* b) {
   return reinterpret_cast<uint64_t>(a) % 16 == reinterpret_cast<uint64_t>(b) % 16;
 }
 
-// Part `part` of `parts` equal ranges of [0, count), cut at multiples of 128 entries.
+// Part `part` of `parts` equal ranges of [0, count), divided at multiples of 128 entries.
 __device__ __forceinline__ void slice_of(int64_t count, int part, int parts, int64_t* begin, int64_t* end) {
   const int64_t step = ((count + parts - 1) / parts + 127) / 128 * 128;
   *begin = step * part < count ? step * part : count;
@@ -117,7 +117,7 @@ __device__ __forceinline__ int64_t row_offset(const RowIndex& index, int64_t n) 
   return offset + n * index.strides[0];
 }
 
-// Zeros in [begin, end) of a row, by all threads of a block.
+// All threads of a block write zeros to [begin, end) of a row.
 template <class T>
 __device__ __forceinline__ void zero_range(T* row, int64_t begin, int64_t end) {
   const Span span = span_of(row, begin, end);

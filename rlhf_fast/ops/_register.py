@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registers an op: schema, reference as default kernel, fake and autograd, once in every backend's namespace.
+"""Registers an op in every backend's namespace: schema, reference as default kernel, fake and autograd.
 
-The compiled extension later adds CPU and CUDA kernels to the namespace `rlhf_fast`; where it has none, the
-reference runs there too, so an op exists with nothing compiled.
+The compiled extension later adds CPU and CUDA kernels to the namespace `rlhf_fast`; where it has none, the reference
+runs there too, so every op exists with nothing compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from rlhf_fast._dispatch import NAMESPACES
 
 _definitions: list[Callable[[str], None]] = []  # each defines one op in a namespace
-_libraries: list[torch.library.Library] = []  # what a library registered lasts as long as the library
+_libraries: list[torch.library.Library] = []  # registrations live only as long as their Library object
 
 
 def define(
@@ -54,9 +54,9 @@ def define(
 
 
 def add_backend(name: str, namespace: str) -> None:
-    """Defines every op once more, in `namespace`, and lets `use_backend(name)` choose it.
+    """Defines every op also in `namespace`, which `use_backend(name)` then chooses.
 
-    For kernels that live elsewhere (the tests' emulator of a GPU is one). `auto` never takes it.
+    For kernels from elsewhere, such as the tests' GPU emulator. `auto` never chooses it.
     """
     for define_in in _definitions:
         define_in(namespace)
@@ -68,7 +68,7 @@ def define_backward(
 ) -> None:
     """Defines the gradient of the public op `of`: differentiating it again raises.
 
-    Without this, autograd would take the gradient for a constant and a double backward would be silently wrong.
+    Otherwise autograd would treat the gradient as a constant, and a double backward would be silently wrong.
     """
 
     def refuse(ops: Any, ctx: Any, *grads: Any) -> None:
@@ -88,9 +88,9 @@ def _nothing_to_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 class _CheckedLibrary(torch.library.Library):
-    """Registers autograd kernels that first refuse what PyTorch would answer wrongly, or with an error of its own.
+    """Registers autograd kernels that first refuse calls which PyTorch would answer wrongly or with an unclear error.
 
-    PyTorch calls a kernel of `register_autograd` with dual tensors too, drops their tangents and says nothing.
+    PyTorch also calls a kernel of `register_autograd` with dual tensors, and silently drops their tangents.
     """
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
@@ -130,7 +130,7 @@ def _checked_backward(name: str, backward: Callable[..., Any], ctx: Any, *grads:
 
 
 def any_batched(tensors: Iterable[Any]) -> bool:
-    """Whether one of them stands for many: inside torch.vmap, or a gradient of `is_grads_batched=True`."""
+    """Whether one of them is a batch: inside torch.vmap, or a gradient of `is_grads_batched=True`."""
     is_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
     return any(isinstance(x, torch.Tensor) and (is_batched[0](x) or is_batched[1](x)) for x in tensors)
 
@@ -139,9 +139,9 @@ def any_batched(tensors: Iterable[Any]) -> bool:
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """`ctx.save_for_backward`, for tensors made under `torch.inference_mode()` too.
+    """`ctx.save_for_backward`, also for tensors created under `torch.inference_mode()`.
 
-    Autograd refuses to save those, since it cannot see whether they change. They are constants here: kept as they are.
+    Autograd refuses to save those, since it cannot detect changes. Here they are constants, stored on ctx directly.
     """
     ctx.constants = [x if x is not None and x.is_inference() else None for x in tensors]
     ctx.save_for_backward(

@@ -116,7 +116,7 @@ def _gae_packed(
     cu_seqlens: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Every packed sequence is a row, and masked where it is shorter than the longest."""
+    """Packed sequences as rows, masked beyond the end of each."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() > 0 else 0
     if longest == 0:
