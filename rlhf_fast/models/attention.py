@@ -2,8 +2,8 @@
 """Attention over packed tokens: no pads, and sequences may share a prefix.
 
 Known to transformers as the attention implementation "rlhf_fast". With a `packed_row` (`prefix_sharing.py`) among the
-trunk's arguments there is one row of tokens, and its blocks say which queries see which keys; without one, it is the
-same as "sdpa".
+trunk's arguments there is one row of tokens, and its blocks (or, on GPUs, a mask for `flex.py`) say which queries see
+which keys; without one, it is the same as "sdpa".
 """
 
 from __future__ import annotations
@@ -62,15 +62,20 @@ class AttentionBlock(NamedTuple):
 
 
 def block_of(model: Any, queries: Tensor, keys: Tensor, last: Tensor, real: Tensor) -> AttentionBlock:
-    """The block in which queries (R, Q) see the keys (R, K) up to index `last` (R or 1, Q); `real` (R, Q) bool."""
+    """The block in which queries (R, Q) see the keys (R, K) up to index `last` (R or 1, Q); `real` (R, Q) bool.
+
+    Arguments are on the CPU, the block is where the model is.
+    """
     plain = plain_is_faster(model, queries, keys)
-    if not plain and queries is keys:
-        bias = None
-    else:
+    causal = not plain and queries is keys
+    real = real.flatten().nonzero().squeeze(1)
+    queries, keys, last, real = (x.to(model.device, non_blocking=True) for x in (queries, keys, last, real))
+    bias = None
+    if not causal:
         later = torch.arange(keys.shape[1], device=keys.device) > last.unsqueeze(-1)
         dtype = torch.float32 if plain else model.dtype  # of the scores
         bias = torch.zeros(later.shape, dtype=dtype, device=keys.device).masked_fill_(later, -torch.inf)
-    return AttentionBlock(queries, keys, bias, plain, real.flatten().nonzero().squeeze(1))
+    return AttentionBlock(queries, keys, bias, plain, real)
 
 
 def plain_is_faster(model: Any, queries: Tensor, keys: Tensor) -> bool:
@@ -106,6 +111,10 @@ def attend(
     if dropout or any(options.get(name) is not None for name in UNKNOWN):
         raise ValueError(f"attention over packed rows supports neither dropout nor {', '.join(UNKNOWN)}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if packed_row.flex is not None:
+        from .flex import attend as flex_attend
+
+        return flex_attend(query, key, value, packed_row.flex, scaling), None
     tokens = [x[0].transpose(0, 1) for x in (query, key, value)]  # (N, heads, D)
     outputs = []
     for block in packed_row.blocks:

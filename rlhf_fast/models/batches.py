@@ -52,11 +52,24 @@ class Batch(NamedTuple):
     mask: Tensor  # (B, T) bool, True = wanted (a completion's tokens); False at the first token of a sequence
     support: Support | None = None  # of the tokens of `mask`, if top-k or top-p removed some ids
     positions: Tensor | None = None  # (B, T) if a row holds several sequences: each begins at 0
+    copy: Batch | None = None  # on the CPU, of a batch that is elsewhere
+
+    def on_cpu(self) -> Batch:
+        """Ids and masks on the CPU, where they can be read without waiting for a GPU; this waits once if there is no
+        `copy`."""
+        if self.copy is not None or self.input_ids.device.type == "cpu":
+            return self.copy or self
+        ids, attention, mask = torch.stack([self.input_ids, self.attention_mask.long(), self.mask.long()]).cpu()
+        return Batch(ids, attention.bool(), mask.bool())
+
+    def with_copy(self) -> Batch:
+        """The same batch; its micro-batches know their layout without waiting for a GPU."""
+        return self if self.input_ids.device.type == "cpu" else self._replace(copy=self.on_cpu())
 
     def rows(self, index: Tensor) -> Batch:
         """The rows with the indices `index` (n,), padded to the longest of them; one column if there are none."""
-        attention = self.attention_mask[index]
-        width = int(attention.sum(1).max()) if len(index) else 1
+        copy = self.on_cpu()
+        width = int(copy.attention_mask[index.cpu()].sum(1).max()) if len(index) else 1
         support = None
         if self.support is not None:
             numbers = torch.zeros_like(self.input_ids)
@@ -64,10 +77,11 @@ class Batch(NamedTuple):
             support = self.support.take(numbers[index][self.mask[index]])
         return Batch(
             input_ids=self.input_ids[index, :width],
-            attention_mask=attention[:, :width],
+            attention_mask=self.attention_mask[index, :width],
             mask=self.mask[index, :width],
             support=support,
             positions=None if self.positions is None else self.positions[index, :width],
+            copy=None if copy is self else copy.rows(index.cpu()),
         )
 
     def plan(self, size: int, index: Tensor | None = None, unit: int = 1, tokens: int = 0) -> list[Tensor]:
@@ -80,10 +94,10 @@ class Batch(NamedTuple):
         stay together, even if they are more than `size`.
         """
         index = torch.arange(len(self.input_ids)) if index is None else index
-        units = index.view(-1, unit)
-        lengths = self.attention_mask.sum(1).cpu()[units].amax(1)
-        begins = self.mask.cpu().long().argmax(1)[units[:, 0]]
-        prompts = [tuple(self.input_ids[u[0], :n].tolist()) for u, n in zip(units, begins.tolist(), strict=True)]
+        units, copy = index.view(-1, unit), self.on_cpu()
+        lengths = copy.attention_mask.sum(1)[units].amax(1)
+        begins = copy.mask.long().argmax(1)[units[:, 0]]
+        prompts = [tuple(copy.input_ids[u[0], :n].tolist()) for u, n in zip(units, begins.tolist(), strict=True)]
         longest: dict[tuple[int, ...], int] = {}
         for prompt, length in zip(prompts, lengths.tolist(), strict=True):
             longest[prompt] = max(length, longest.get(prompt, 0))
@@ -101,6 +115,7 @@ class Batch(NamedTuple):
 
 def in_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, plan: list[Tensor]) -> Tensor:
     """Outputs of `function` on each micro-batch, without autograd, in batch order: (B,), (B, T) or (B, T, n)."""
+    batch = batch.with_copy()
     with torch.no_grad():  # not inference_mode: FSDP cannot use its tensors in a backward
         outputs = [function(batch.rows(index)) for index in plan]
     shape = [len(batch.input_ids), *outputs[0].shape[1:]]

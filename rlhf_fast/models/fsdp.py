@@ -24,7 +24,7 @@ from rlhf_fast.distributed.dtensors import full_tensor, is_dtensor, shard
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
-from .prefix_sharing import can_pack
+from .prefix_sharing import packing_kernel
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def sharded(model: Any, wanted: bool) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    can_pack(model)  # tests it with forward passes, which are cheaper before the weights are sharded
+    packing_kernel(model)  # tests it with forward passes, which are cheaper before the weights are sharded
     mesh = init_device_mesh(ranks().device.type, (ranks().count,))
     trunk = model.base_model
     head = head_of(model)

@@ -38,7 +38,8 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     With `batch.positions` rows hold several sequences. transformers sees from the positions that none may attend to
     another (a block-diagonal mask, or the varlen path of flash attention).
     """
-    input_ids, mask = batch.input_ids, batch.attention_mask.bool()
+    input_ids, copy = batch.input_ids, batch.on_cpu()
+    mask = copy.attention_mask.bool()
     if len(input_ids) == 0:  # still run the trunk: the other ranks need this rank's shards of the weights
         one = input_ids.new_zeros((1, 1))
         return hidden_states(model, Batch(one, one == 0, one != 0))[:0]
@@ -46,14 +47,15 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, position_ids=batch.positions, use_cache=False).last_hidden_state
     if bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
-        packed = pack(model, input_ids, mask)
+        packed = pack(model, copy.input_ids, mask)
         if packed is not None:
             return packed_states(model, packed)
         choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     choose_attention(model, input_ids.shape[1])
+    attended = batch.attention_mask.long()
     return model.base_model(
-        input_ids=input_ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+        input_ids=input_ids, attention_mask=attended, position_ids=position_ids(attended), use_cache=False
     ).last_hidden_state
 
 
@@ -66,8 +68,9 @@ def head_and_options(model: Any, temperature: float) -> tuple[Tensor, dict[str, 
 
 def predicting_rows(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """The hidden states (N, H) that predict the tokens of `batch.mask`, and the flat indices (N,) of those tokens."""
+    batch = batch.with_copy()
     hidden = hidden_states(model, batch)
-    tokens = batch.mask.flatten().nonzero().squeeze(1)  # (N,)
+    tokens = batch.on_cpu().mask.flatten().nonzero().squeeze(1).to(hidden.device, non_blocking=True)  # (N,)
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, tokens - 1), tokens
 
 

@@ -17,7 +17,7 @@ real tokens only.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,10 @@ from torch import Tensor
 
 from .attention import NAME, AttentionBlock, block_of, registered
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+KERNELS_OF = {"cpu": ("blocks",)}  # elsewhere FlexAttention first
 WORTH_IT = 0.93  # pack if tokens / entries of the padded batch is below this; else copying takes longer than it saves
 
 
@@ -40,13 +44,15 @@ class PackedRow(NamedTuple):
 
     input_ids: Tensor  # (1, N)
     positions: Tensor  # (1, N)
-    blocks: tuple[AttentionBlock, ...]  # which queries see which keys
+    blocks: tuple[AttentionBlock, ...]  # which queries see which keys; none with `flex`
+    flex: BlockMask | None  # the same, for FlexAttention
     places: Tensor  # (B, T) index into the packed row of each token of the batch
 
 
 def pack(model: Any, input_ids: Tensor, mask: Tensor) -> PackedRow | None:
     """Pack rows (B, T) padded on the right into one row; None if that saves little or the model does not support it.
 
+    `input_ids` and `mask` are on the CPU; the result is where the model is, and nothing waits for that device.
     The choice depends on the batch alone, so that all passes over it agree.
     """
     lengths = mask.sum(1).tolist()
@@ -56,25 +62,25 @@ def pack(model: Any, input_ids: Tensor, mask: Tensor) -> PackedRow | None:
     same = ((input_ids[1:] == input_ids[:-1]) & mask[1:] & mask[:-1]).long().cumprod(1).sum(1).tolist()
     groups = _groups(lengths, same)
     tokens = sum(group.prefix + sum(lengths[i] - group.prefix for i in group.rows) for group in groups)
-    if tokens > WORTH_IT * len(lengths) * max(lengths) or not can_pack(model):
+    if tokens > WORTH_IT * len(lengths) * max(lengths):
         return None
-    return _pack(model, input_ids, lengths, groups)
+    kernel = packing_kernel(model)
+    return _pack(model, input_ids, lengths, groups, kernel) if kernel else None
 
 
-def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[PrefixGroup]) -> PackedRow:
-    device = input_ids.device
-    steps = torch.arange(input_ids.shape[1], device=device)
-    first = torch.tensor([group.rows[0] for group in groups], device=device)
-    prefix = torch.tensor([group.prefix for group in groups], device=device)
+def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[PrefixGroup], kernel: str) -> PackedRow:
+    steps = torch.arange(input_ids.shape[1])
+    first = torch.tensor([group.rows[0] for group in groups])
+    prefix = torch.tensor([group.prefix for group in groups])
     begin = prefix.cumsum(0) - prefix  # index of each prefix in the packed row
     is_prefix = steps[: int(prefix.max())] < prefix[:, None]  # (G, P)
     prompts = (begin[:, None] + steps[: is_prefix.shape[1]]) * is_prefix
-    blocks = [block_of(model, prompts, prompts, steps[None, : is_prefix.shape[1]], is_prefix)]
+    seen = [(prompts, prompts, steps[None, : is_prefix.shape[1]], is_prefix)]
     ids = [input_ids[first, : is_prefix.shape[1]][is_prefix]]
     positions = [steps[: is_prefix.shape[1]].expand_as(is_prefix)[is_prefix]]
 
-    group_of = torch.tensor([g for g, group in enumerate(groups) for _ in group.rows], device=device)  # (B,)
-    ends, shared = torch.tensor(lengths, device=device), prefix[group_of]  # rows of a group are next to each other
+    group_of = torch.tensor([g for g, group in enumerate(groups) for _ in group.rows])  # (B,)
+    ends, shared = torch.tensor(lengths), prefix[group_of]  # rows of a group are next to each other
     own = ends - shared
     start = int(prefix.sum()) + own.cumsum(0) - own
     real = steps < ends[:, None]  # (B, T)
@@ -87,10 +93,24 @@ def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Prefix
         last = shared[longer][:, None] + steps[:longest]  # last key that a completion's token sees: itself
         queries = (start[longer][:, None] + steps[:longest]) * real_queries
         keys = places[longer, : int(ends[longer].max())]
-        blocks.append(block_of(model, queries, keys, last, real_queries))
+        seen.append((queries, keys, last, real_queries))
         ids.append(input_ids[real & ~in_prefix])
         positions.append(last[real_queries])
-    return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None], tuple(blocks), places)
+    blocks: tuple[AttentionBlock, ...] = ()
+    flex = None
+    if kernel == "flex":
+        from .flex import block_mask
+
+        numbers = torch.arange(len(groups) + len(lengths))
+        segments = numbers.repeat_interleave(torch.cat([prefix, own]))
+        prefixes = torch.cat([numbers[: len(groups)], group_of]).repeat_interleave(torch.cat([prefix, own]))
+        flex = block_mask(segments, prefixes, model.device)
+    else:
+        blocks = tuple(block_of(model, *block) for block in seen)
+    input_ids, positions, places = (
+        x.to(model.device, non_blocking=True) for x in (torch.cat(ids)[None], torch.cat(positions)[None], places)
+    )
+    return PackedRow(input_ids, positions, blocks, flex, places)
 
 
 def _groups(lengths: list[int], same: list[int]) -> list[PrefixGroup]:
@@ -126,31 +146,37 @@ def packed_states(model: Any, packed: PackedRow) -> Tensor:
     return output.last_hidden_state[0][packed.places]
 
 
-_known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, str | None] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def can_pack(model: Any) -> bool:
-    """Whether `attention.py` can replace this model's attention; tested once, on a few tokens."""
+def packing_kernel(model: Any) -> str | None:
+    """What attends over this model's packed rows: "flex" (`flex.py`), "blocks" (`attention.py`), or None: neither.
+
+    Tested once per model, on a few tokens: the first that gives the states of separate rows. FlexAttention is for
+    GPUs: on a CPU it has no backward.
+    """
     if getattr(model, "dropout_is_on", False):
-        return False  # `attention.py` has no dropout
+        return None  # neither has dropout
     if model not in _known:
         before = model.config._attn_implementation
-        _known[model] = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False) and _agrees(model)
-        if not _known[model]:
+        supported = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False)
+        kernels = KERNELS_OF.get(model.device.type, ("flex", "blocks"))
+        _known[model] = next((kernel for kernel in kernels if supported and _agrees(model, kernel)), None)
+        if _known[model] is None:
             model.set_attn_implementation(before)
     return _known[model]
 
 
-def _agrees(model: Any) -> bool:
+def _agrees(model: Any, kernel: str) -> bool:
     """Whether packed states are close on the median row: rounding alone may move the states of unusual tokens far."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(60, device=model.device) * 7919 + 1009).view(10, 6) % vocabulary
+    ids = (torch.arange(60) * 7919 + 1009).view(10, 6) % vocabulary
     ids[1::2, :3] = ids[0::2, :3]
     try:
-        separate = model.base_model(input_ids=ids, use_cache=False).last_hidden_state.float()
+        separate = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
         pairs = [PrefixGroup([i, i + 1], 3) for i in range(0, 6, 2)] + [PrefixGroup([i], 6) for i in range(6, 10)]
-        packed = packed_states(model, _pack(model, ids, [6] * 10, pairs)).float()
+        packed = packed_states(model, _pack(model, ids, [6] * 10, pairs, kernel)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     error = (packed - separate).flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)

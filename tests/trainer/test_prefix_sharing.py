@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
-from rlhf_fast.models import attention, heads, prefix_sharing
+from rlhf_fast.models import attention, flex, heads, prefix_sharing
 from rlhf_fast.models.batches import Batch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -64,10 +64,16 @@ def assert_same_as_alone(model: Any, ids: Tensor, mask: Tensor, monkeypatch: pyt
         torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-5, rtol=2e-4)
 
 
-@pytest.fixture(params=["fused", "plain"])
+@pytest.fixture(params=["fused", "plain", "flex"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Plain attention is for half precision; here it serves float32 too, whose digits show every mistake."""
+    """Plain attention is for half precision, and FlexAttention for GPUs; here they serve float32 on a CPU too, whose
+    digits show every mistake."""
     monkeypatch.setattr(attention, "plain_is_faster", lambda *args: request.param == "plain")
+    if request.param == "flex":
+        monkeypatch.setattr(prefix_sharing, "packing_kernel", lambda model: "flex")
+        # On a CPU PyTorch refuses a backward, though the one of the plain definition works.
+        monkeypatch.setattr(sys.modules["torch.nn.attention.flex_attention"], "_validate_device", lambda *args: None)
+        monkeypatch.setattr(flex, "BLOCK", 16)  # so that some blocks are full, some partial and most empty
     return request.param
 
 
@@ -77,7 +83,10 @@ def test_sharing_changes_neither_values_nor_gradients(name: str, kernel: str, mo
     ids, mask = samples()
     found = prefix_sharing.pack(model, ids, mask)
     assert found is not None and found.input_ids.numel() < ids.numel()
-    assert {block.plain for block in found.blocks} == {kernel == "plain"}
+    if kernel == "flex":
+        assert found.flex is not None and not found.blocks
+    else:
+        assert {block.plain for block in found.blocks} == {kernel == "plain"}
     assert_same_as_alone(model, ids, mask, monkeypatch)
 
 
@@ -96,6 +105,63 @@ def test_checkpointed_layers_find_the_packed_row_again(name: str, monkeypatch: p
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(checkpointed[parameter], gradient)
     assert_same_as_alone(model, ids, mask, monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_of_flex_attention_hold_what_a_mask_of_all_pairs_holds(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 400, (9,), generator=draw)
+    parents = torch.cat([torch.arange(3), torch.randint(3, (6,), generator=draw)])  # three prefixes, six samples
+    segments = torch.arange(9).repeat_interleave(lengths)
+    prefixes = parents.repeat_interleave(lengths)
+    partial, full = flex._blocks(segments, prefixes)
+    places = torch.arange(len(segments))
+    seen = (segments == segments[:, None]) | (segments == prefixes[:, None])
+    seen &= places <= places[:, None]
+    for i in range(len(full)):
+        for j in range(len(full)):
+            block = seen[i * flex.BLOCK : (i + 1) * flex.BLOCK, j * flex.BLOCK : (j + 1) * flex.BLOCK]
+            assert bool(block.all()) or not full[i, j]
+            assert not block.any() or bool(full[i, j] | partial[i, j])
+    assert full.any() and not (full & partial).any() and not (full | partial).tril().all()
+    mask = flex.block_mask(segments, prefixes, torch.device("cpu"))
+    for blocks, counts, order in (
+        (partial, mask.kv_num_blocks, mask.kv_indices),
+        (full, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        assert counts is not None and order is not None
+        for i, row in enumerate(blocks):
+            assert order[0, 0, i, : int(counts[0, 0, i])].tolist() == row.nonzero().flatten().tolist()
+
+
+def test_a_model_without_flex_attention_falls_back_to_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose probe begins with FlexAttention."""
+    model = model_of("llama")
+
+    def broken(*args: Any, **more: Any) -> Tensor:
+        raise RuntimeError("no kernel of this shape")
+
+    monkeypatch.setattr(prefix_sharing, "KERNELS_OF", {"cpu": ("flex", "blocks")})
+    assert prefix_sharing.packing_kernel(model) == "flex"
+    monkeypatch.setattr(flex, "attend", broken)
+    assert prefix_sharing.packing_kernel(model_of("llama")) == "blocks"
+
+
+@pytest.mark.parametrize("way", ["flex", "blocks"])
+def test_a_packed_pass_waits_for_no_device(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on "meta" have no values: whatever reads one to decide something fails."""
+    model = model_of("llama").to("meta")
+    monkeypatch.setattr(prefix_sharing, "packing_kernel", lambda model: way)
+    monkeypatch.setattr(attention, "plain_is_faster", lambda *args: False)
+    monkeypatch.setattr(flex, "attend", lambda query, *args: query.transpose(1, 2))  # no "meta" in FlexAttention
+    ids, mask = samples()
+    on_cpu = Batch(ids, mask, mask & (torch.arange(ids.shape[1]) > 0))
+    batch = Batch(*(x.to("meta") for x in on_cpu[:3]), copy=on_cpu)
+    for part in batch.plan(6):
+        rows = batch.rows(part)
+        hidden, places = heads.predicting_rows(model, rows)
+        assert hidden.shape == (len(places), 32) and hidden.device.type == "meta"
+        assert len(places) == int(on_cpu.rows(part).mask.sum())
 
 
 def test_rows_of_one_length_that_have_nothing_in_common_are_left_alone() -> None:
