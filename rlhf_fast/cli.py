@@ -7,6 +7,7 @@ right is shown as one message without a traceback (exit code 2); an interrupted 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import os
@@ -32,6 +33,7 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   label    rank or rate completions in a local web page
   doctor   say which phase of a run is bad, and why
   eval     compare two models on prompts: reward, gold, win rate, KL
+  plan     memory and time of a run on given GPUs, and the options that fit, before any weight is loaded
   chat     talk to a model, or to the result of a run folder
   engine   start a vLLM server that the other commands can sample by
   info     versions, what serves each op, and why not something faster
@@ -52,6 +54,7 @@ TOOLS = {  # modules with a function main(arguments) -> exit code
     "label": "rlhf_fast.feedback.label",
     "doctor": "rlhf_fast.report.doctor",
     "eval": "rlhf_fast.report.compare",
+    "plan": "rlhf_fast.report.plan",
     "chat": "rlhf_fast.report.chat",
     "engine": "rlhf_fast.rollout.vllm_process",
 }
@@ -133,6 +136,8 @@ def _phase(command: str, arguments: list[str]) -> int:
         "run": trainer.PipelineConfig,
     }
     config = parse(classes[command], arguments, f"rlhf-fast {command}")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun --max-restarts started all processes again
+        config = dataclasses.replace(config, resume=True, overwrite=False)
     config.validate()
     if command == "run":
         summary = trainer.run_pipeline(config)

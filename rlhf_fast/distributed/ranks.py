@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 
 T = TypeVar("T")
+BUCKET = 8 * 2**20  # numbers in one all-reduce; a copy of so many is made, never of a larger tensor
 
 
 class Ranks:
@@ -29,6 +30,7 @@ class Ranks:
         """Join the process group that the launcher described, if any."""
         from accelerate import PartialState
 
+        _rejoin()
         # Without a GPU, cpu=True is needed, or accelerate starts no process group.
         state = PartialState(cpu=not torch.cuda.is_available())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
@@ -54,10 +56,20 @@ class Ranks:
         return slice(self.index * each, (self.index + 1) * each)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Add each tensor to those of the other ranks, in place."""
-        if not self._alone:
-            for tensor in tensors:
-                torch.distributed.all_reduce(tensor)
+        """Add each tensor to those of the other ranks, in place; small ones travel together, of one dtype and device.
+
+        All ranks must give tensors of the same shapes in the same order.
+        """
+        if self._alone:
+            return
+        bucket: list[Tensor] = []
+        for tensor in tensors:
+            alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+            if not alike or sum(x.numel() for x in bucket) + tensor.numel() > BUCKET:
+                _all_reduce(bucket)
+                bucket = []
+            bucket.append(tensor)
+        _all_reduce(bucket)
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over the ranks, in float64."""
@@ -112,6 +124,35 @@ class Ranks:
         self._alone = True
 
 
+def _rejoin() -> None:
+    """After a restart by torchrun, join under keys of this restart: the launcher's store still has the addresses of the
+    processes that were killed, and whoever reads those first cannot connect."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore  # what torch.distributed has them from
+
+    restarts, count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    if restarts == "0" or count == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(*address, count, is_master=False)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"restart-{restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=count,
+    )
+
+
+def _all_reduce(bucket: list[Tensor]) -> None:
+    """Sum the tensors over the ranks, in place, in one message."""
+    if len(bucket) == 1:
+        torch.distributed.all_reduce(bucket[0])
+    elif bucket:
+        joined = torch.cat([x.flatten() for x in bucket])
+        torch.distributed.all_reduce(joined)
+        sums = joined.split([x.numel() for x in bucket])
+        torch._foreach_copy_(bucket, [total.view_as(x) for total, x in zip(sums, bucket, strict=True)])
+
+
 @lru_cache(maxsize=1)
 def ranks() -> Ranks:
     """The one `Ranks` of this process."""
@@ -124,7 +165,7 @@ def first_to_fail() -> bool:
     Later errors of other ranks are the same error, or follow from this rank's exit: their next collective fails, or the
     launcher kills them.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or ranks().count == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.distributed.is_initialized() or ranks().count == 1:
         return True
     atexit.unregister(torch.distributed.destroy_process_group)  # it could wait for ranks that wait for this one
     from torch.distributed.distributed_c10d import _get_default_store

@@ -8,9 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
-from .qlora import is_quantised, unquantised
+from .dropout import keep_rates
+from .fsdp import is_sharded, unsharded
+from .qlora import is_quantised, plain_weight, unquantised
 
 
 def add_lora(model: Any, rank: int, head: Any = None) -> Any:
@@ -50,8 +56,14 @@ def adapters_off(handle: Any) -> Iterator[None]:
 
 
 def merged(handle: Any) -> Any:
-    """A plain model with the adapters merged into its weights; `handle` cannot be used afterwards."""
-    return unquantised(handle) if is_quantised(handle.get_base_model()) else handle.merge_and_unload()
+    """A plain model with the adapters merged into its weights; `handle` cannot be used afterwards.
+
+    Of a sharded model only the main process gets the weights, in memory of the CPU.
+    """
+    model = handle.get_base_model()
+    if is_quantised(model):
+        return unquantised(model, dict(merged_weights(model)))
+    return _gathered(model) if is_sharded(model) else handle.merge_and_unload()
 
 
 def merged_copy(handle: Any) -> Any:
@@ -59,4 +71,42 @@ def merged_copy(handle: Any) -> Any:
 
     A copy, because in bfloat16 subtracting the adapters again would not restore the exact weights.
     """
-    return merged(handle if is_quantised(handle.get_base_model()) else copy.deepcopy(handle))
+    model = handle.get_base_model()
+    return merged(handle if is_quantised(model) or is_sharded(model) else copy.deepcopy(handle))
+
+
+def _gathered(model: Any) -> Any:
+    with unsharded(model):
+        weights = {name: x.to("cpu", copy=True) for name, x in merged_weights(model)} if ranks().main else {}
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    plain.generation_config = getattr(model, "generation_config", None)
+    keep_rates(model, plain)
+    return plain
+
+
+@torch.no_grad()
+def merged_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The names that a plain model has, and its weights: adapters added in float32, NF4 dequantised.
+
+    One layer after the other, where all weights are (`fsdp.unsharded`); without adapters the model's own weights.
+    """
+    for name, module in model.named_modules():
+        base, delta = _lora_parts(module)
+        if base is not None:
+            yield f"{name}.weight", (plain_weight(base.weight).float() + delta.float()).to(model.dtype)
+            if base.bias is not None:
+                yield f"{name}.bias", base.bias.detach()
+    for name, weight in model.named_parameters():
+        if ".lora_" not in name and ".base_layer." not in name:
+            yield name, weight.detach()
+
+
+def _lora_parts(module: Any) -> tuple[Any, Tensor]:
+    """The layer under an adapter and what the adapter adds to its weight; (None, nothing) for any other module."""
+    if not hasattr(module, "lora_A"):
+        return None, torch.empty(0)
+    (adapter,) = module.active_adapters
+    return module.get_base_layer(), module.get_delta_weight(adapter)

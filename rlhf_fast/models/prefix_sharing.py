@@ -107,10 +107,10 @@ def _pack(model: Any, input_ids: Tensor, lengths: list[int], groups: list[Prefix
         flex = block_mask(segments, prefixes, model.device)
     else:
         blocks = tuple(block_of(model, *block) for block in seen)
-    input_ids, positions, places = (
+    packed_ids, packed_positions, places = (
         x.to(model.device, non_blocking=True) for x in (torch.cat(ids)[None], torch.cat(positions)[None], places)
     )
-    return PackedRow(input_ids, positions, blocks, flex, places)
+    return PackedRow(packed_ids, packed_positions, blocks, flex, places)
 
 
 def _groups(lengths: list[int], same: list[int]) -> list[PrefixGroup]:

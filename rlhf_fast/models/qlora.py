@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
@@ -63,31 +64,27 @@ def as_adapted(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def unquantised(handle: Any) -> Any:
-    """A plain model on the CPU in the run's dtype: the NF4 weights dequantised, with the adapters added.
+def unquantised(model: Any, weights: dict[str, Tensor]) -> Any:
+    """A plain model on the CPU in the run's dtype, with `weights`: the NF4 ones dequantised, with the adapters added.
 
     Not the original weights with the adapters added: the adapters were trained with the NF4 weights.
     """
-    from bitsandbytes.functional import dequantize_4bit
-    from peft.tuners.lora import LoraLayer
-
-    model = handle.get_base_model()
     config = copy.deepcopy(model.config)
     del config.quantization_config
     plain = type(model)._from_config(config, dtype=model.dtype)
-    weights = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            layer: Any = module
-            base = layer.get_base_layer()
-            (adapter,) = layer.active_adapters
-            weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-            weights[f"{name}.weight"] = (weight + layer.get_delta_weight(adapter).float()).to(model.dtype)
-            if base.bias is not None:
-                weights[f"{name}.bias"] = base.bias
+    weights = {**model.state_dict(), **weights}
     plain.load_state_dict({name: weights[name].cpu() for name in plain.state_dict()}, assign=True)
     plain.tie_weights()
     keep_rates(model, plain)
     if getattr(model, "generation_config", None) is not None:
         plain.generation_config = model.generation_config
     return plain.eval()
+
+
+def plain_weight(weight: Tensor) -> Tensor:
+    """An NF4 weight dequantised; any other unchanged."""
+    if getattr(weight, "quant_state", None) is None:
+        return weight.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return, attr-defined]

@@ -119,10 +119,8 @@ class RunOptions(Options):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range or conflicts with another."""
         super().validate()
-        if self.fsdp and self.lora_rank:
-            raise UserError(
-                "fsdp and lora_rank exclude each other so far: with adapters every process has whole models"
-            )
+        if self.fsdp and self.load_in_4bit:
+            raise UserError("fsdp and dtype nf4 exclude each other so far: weights of 4 bits are not sharded")
         if self.fsdp and ranks().count == 1:
             raise UserError("fsdp shards models over several processes and this is one: start it with torchrun")
         if self.overwrite and self.resume:

@@ -30,7 +30,7 @@ from rlhf_fast.trainer.reward.train import train_reward
 from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.sft.train import train_sft
 
-CUT = ("sft", "reward", "ppo", "grpo", "ranked", "scarce")  # jobs that several processes also do with fsdp
+CUT = ("sft", "lora", "reward", "ppo", "grpo", "ppo-lora", "ranked", "scarce")  # also done with fsdp
 RATER = f"{Path(__file__).parents[2] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
@@ -104,6 +104,7 @@ def jobs(data: Path) -> dict[str, Any]:
         ),  # fmt: skip
         "ppo": ppo,
         "grpo": replace(ppo, objective="grpo", kl_in="loss", kl_estimator="k3", top_k=20),
+        "ppo-lora": replace(ppo, lora_rank=4),
         # A reward that many prompts' samples agree on, so that each step takes a round or two more.
         "dynamic": replace(
             ppo,

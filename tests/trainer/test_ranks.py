@@ -16,10 +16,23 @@ import pytest
 from helpers import phases
 from safetensors.torch import load_file
 
-JOBS = ("sft", "lora", "sft-packed", "collect", "reward", "ppo", "grpo", "dynamic", "dpo", "ranked", "scarce")
+JOBS = (
+    "sft",
+    "lora",
+    "sft-packed",
+    "collect",
+    "reward",
+    "ppo",
+    "grpo",
+    "ppo-lora",
+    "dynamic",
+    "dpo",
+    "ranked",
+    "scarce",
+)
 JOBS += ("sft-4bit", "grpo-4bit") if find_spec("bitsandbytes") else ()
 LEARN = (*(name for name in JOBS if name != "collect"), *(f"{name}-fsdp" for name in phases.CUT))
-RESUMED = ("sft-fsdp", "reward-fsdp", "ppo-fsdp")
+RESUMED = ("sft-fsdp", "reward-fsdp", "ppo-fsdp", "ppo-lora-fsdp")
 
 
 class Folders(NamedTuple):
