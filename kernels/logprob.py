@@ -40,10 +40,10 @@ def token_stats(
     tile, tiles = rows.tiles(LANES, VECTORS_PER_THREAD)
     splits, blocks = splits_for(tiles, rows.columns, tile.block, logits.device)
     shape = shaping(temperature, logit_scale, softcap)
-    asked = [x if outputs & (1 << bit) else None for bit, x in enumerate(results[:5])]
+    requested = [x if outputs & (1 << bit) else None for bit, x in enumerate(results[:5])]
     parts = results[5]
     partials = parts.new_empty((rows.count, splits, PARTIALS.value)) if splits > 1 else None
-    pointers = (*rows.tensors, dense(targets), dense(mask), dense(row_temperature), *asked, parts, partials)
+    pointers = (*rows.tensors, dense(targets), dense(mask), dense(row_temperature), *requested, parts, partials)
     layout = (rows.count, rows.inner, *rows.strides, rows.columns, _targets_per_row(targets, rows.count), splits)
     launch(
         token_stats_fold, tiles * splits, logits, *pointers, *layout, blocks, rows.readable, *shape[:3],

@@ -64,20 +64,20 @@ def main(steps: int = 60) -> list[float]:
             old_logprobs = response_logprobs(policy, hidden, response, mask)
             ref_logprobs = response_logprobs(reference, ref_hidden, response, mask)
             values = policy.value(hidden)[..., 0]
-        made = rf.ppo_advantages(scores, old_logprobs, ref_logprobs, values, mask, kl_coef=KL_COEF)
+        result = rf.ppo_advantages(scores, old_logprobs, ref_logprobs, values, mask, kl_coef=KL_COEF)
         for _ in range(2):
             hidden = policy.trunk(ids)[:, states]
             log_ratio = response_logprobs(policy, hidden, response, mask) - old_logprobs
             ratio = log_ratio.clamp(-rf.LOG_RATIO_LIMIT, rf.LOG_RATIO_LIMIT).exp()  # without the limit it may be inf
-            gain = torch.min(ratio * made.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * made.advantages)
-            value_errors = (policy.value(hidden)[..., 0] - made.returns) ** 2
-            loss = ((0.5 * value_errors - gain) * mask).sum() / mask.sum()
+            surrogate = torch.min(ratio * result.advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * result.advantages)
+            value_errors = (policy.value(hidden)[..., 0] - result.returns) ** 2
+            loss = ((0.5 * value_errors - surrogate) * mask).sum() / mask.sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         history.append(scores.mean().item())
         if step % 10 == 9:
-            print(f"step {step + 1:3d}  score {history[-1]:.3f}  KL {(made.kl.sum() / mask.sum()).item():.4f}")
+            print(f"step {step + 1:3d}  score {history[-1]:.3f}  KL {(result.kl.sum() / mask.sum()).item():.4f}")
     return history
 
 

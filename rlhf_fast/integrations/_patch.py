@@ -246,7 +246,7 @@ class _AfterImport(MetaPathFinder):
                 try:
                     callback()
                 except Exception:  # a trainer must be able to import its module whatever happens here
-                    logger.exception("%s stays as it is", name)
+                    logger.exception("%s is not patched", name)
 
             spec.loader.exec_module = run_and_call_back  # type: ignore[method-assign]
         return spec

@@ -128,5 +128,5 @@ def _check_model(model: Any) -> None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if model.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"rlhf_fast.patch_loss: {type(model).__name__} has a loss function of its own")
+        raise ValueError(f"rlhf_fast.patch_loss: {type(model).__name__} has its own loss function")
     check_model(model)

@@ -150,7 +150,7 @@ class HeadGradients:
         self._sum = None
 
     def finish(self, vocabulary: int, over_ranks: Callable[[Tensor], Tensor]) -> HeadGradientTensors:
-        """Gradients of hidden (N, H), weight, bias, lora_a and lora_b, (0,) where nobody needs them.
+        """Gradients of hidden (N, H), weight, bias, lora_a and lora_b, (0,) if not needed.
 
         over_ranks sums over ranks in place: each has a share of hidden's and lora_a's. Columns beyond the head's, up to
         `vocabulary`, are 0.

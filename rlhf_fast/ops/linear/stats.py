@@ -132,7 +132,7 @@ def linear_token_logprobs(
 
     Returns:
         `targets.shape` float32 (float64 for float64); differentiable in hidden, weight, bias, A and B. Gradients that
-        nobody needs (a frozen head) are not computed.
+        are not needed (of a frozen head) are not computed.
 
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
