@@ -30,14 +30,14 @@ MASK_MODES = {"zero": 0, "carry": 1}
 
 
 class GAE(NamedTuple):
-    """What `gae` returns, both of the shape of rewards, float32 (float64 for float64), 0 at masked tokens."""
+    """Result of `gae`: both of the shape of rewards, float32 (float64 for float64), 0 at masked tokens."""
 
     advantages: Tensor
     returns: Tensor
 
 
 class Advantages(NamedTuple):
-    """What `ppo_advantages` returns, all `(B, T)` float32 and 0 at masked tokens."""
+    """Result of `ppo_advantages`: all `(B, T)` float32 and 0 at masked tokens."""
 
     kl: Tensor
     rewards: Tensor

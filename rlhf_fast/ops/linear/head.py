@@ -181,7 +181,7 @@ class HeadGradients:
 
 
 class GradientDtypes(NamedTuple):
-    """Of HeadGradientTensors."""
+    """The dtypes of HeadGradientTensors."""
 
     hidden: torch.dtype
     weight: torch.dtype
@@ -191,10 +191,10 @@ class GradientDtypes(NamedTuple):
 
 
 def held_dtypes(dtype: torch.dtype) -> GradientDtypes:
-    """How gradients wait for one more factor, for operands of this dtype.
+    """The dtypes of gradients that are kept to be multiplied by one more factor, for operands of this dtype.
 
-    In the dtype of the sums, but for the weight's in bfloat16: that is the one large gradient, its range is float32's,
-    and a factor that is a power of two loses nothing.
+    The dtype of the sums, except that the weight's is bfloat16 for bfloat16 operands: it is the one large gradient, and
+    bfloat16 has the range of float32, so nothing underflows.
     """
     sums = accumulate_dtype(dtype)
     return GradientDtypes(*[sums] * 5)._replace(weight=dtype if dtype == torch.bfloat16 else sums)
@@ -205,7 +205,7 @@ def _padded(x: Tensor, rows: int) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, in the dtype of out: exact products of half-precision operands where out is float32."""
+    """out = a @ b in the dtype of out: products of half-precision operands are exact if out is float32."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif out.is_cuda:
@@ -218,8 +218,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def add_product(a: Tensor, b: Tensor, total: Tensor) -> None:
-    """total += a @ b, the sum in the dtype of total. On a CPU bfloat16 products are rounded once before it; float16
-    ones, which could overflow, are not.
+    """total += a @ b, summed in the dtype of total. On a CPU bfloat16 products are first rounded to bfloat16; float16
+    products, which could overflow, are not rounded.
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b)

@@ -18,7 +18,7 @@ CPU_TILE = 16 * 2**20
 GPU_TILE = 256 * 2**20
 
 # Rows of a tile. The hidden gradient is read and written once per column of tiles, the weight gradient once per row of
-# them: about as many rows as columns cost least on a CPU; on a GPU these rows hide the float32 sums of the weight's.
+# tiles. On a CPU about as many rows as columns is fastest; on a GPU this many rows hide the weight's float32 sums.
 CPU_ROWS = 2048
 GPU_ROWS = 4096
 
