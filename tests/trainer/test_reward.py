@@ -71,6 +71,20 @@ def test_no_prompt_is_on_both_sides_of_the_split() -> None:
         reward.split(rankings[:1], RewardConfig(eval_fraction=0.25))
 
 
+def test_the_usual_learning_rate_falls_with_the_size() -> None:
+    assert reward.usual_lr(135_000_000) == pytest.approx(1.5e-4)
+    assert reward.usual_lr(7_000_000_000) == pytest.approx(1.2e-5, rel=0.1)
+    assert reward.usual_lr(7_000_000_000, adapters=True) == 10 * reward.usual_lr(7_000_000_000)
+    assert reward.usual_lr(1000) == 5e-4
+
+
+def test_of_many_training_rankings_some_are_scored_from_beginning_to_end() -> None:
+    rankings = [ranked([1, 0], f"prompt {i}") for i in range(1000)]
+    shown = [ranking.source.prompt for ranking in reward.spread(rankings, 256)]
+    assert len(shown) == 250 and shown[:2] == ["prompt 0", "prompt 4"] and shown[-1] == "prompt 996"
+    assert reward.spread(rankings[:256], 256) == rankings[:256] and reward.spread([], 256) == []
+
+
 def test_micro_batches_keep_rankings_whole() -> None:
     rankings = [ranked([1.0] * size) for size in (4, 4, 2, 9, 1)]
     sizes = [[len(r.sequences) for r in batch] for batch in reward.micro_batches(rankings, 8)]
@@ -284,3 +298,18 @@ def test_scores_are_normalised_on_samples_of_the_policy_when_others_made_the_com
         scores = sequence_scores(model, made[0].batch)
     assert len(scores) == 16 and float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_one_long_completion_does_not_make_the_normaliser_sample_as_long(
+    tiny: Path, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [json.loads(line)["prompt"] for line in (tiny / "heldout.jsonl").read_text().splitlines()[:8]]
+    rows = [{"prompt": p, "completions": ["cat dog", "rain"], "ranks": [1, 2]} for p in prompts]
+    rows[0]["completions"] = ["cat " * 20, "rain"]
+    longest = []
+    generate = reward.generate
+    monkeypatch.setattr(
+        reward, "generate", lambda *args, **more: longest.append(args[3].max_new_tokens) or generate(*args, **more)
+    )
+    train(tiny, tmp_path / "run", write_jsonl("people.jsonl", *rows), epochs=1)
+    assert longest == [3]  # two words and EOS
