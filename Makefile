@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
+.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -22,6 +22,7 @@ help:
 	@echo "make soak       the tiny pipeline killed fifty times at random moments and resumed, about five minutes"
 	@echo "make test-engine  install vLLM for CPUs into .venv-engine and sample by it, about five minutes"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
+	@echo "make measure-learning  learning curves beside TRL's, fifteen minutes    make measure-updates  single updates beside eager loops"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
 	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
@@ -52,7 +53,7 @@ $(VENV)/demo-model: $(VENV)/installed
 
 MODEL ?= smollm2
 # Training enters a short parallel loop every few hundred microseconds: to wake sleeping threads for each costs a quarter of the time.
-demo demo-tiny measure-trainer: export GOMP_SPINCOUNT ?= 20000
+demo demo-tiny measure-trainer measure-updates: export GOMP_SPINCOUNT ?= 20000
 
 demo: $(VENV)/built $(if $(filter smollm2,$(MODEL)),$(VENV)/demo-model)
 	$(BIN)/rlhf-fast run --config examples/demo/demo.yaml --model $(MODEL) $(ARGS)
@@ -89,15 +90,27 @@ engine-venv: $(ENGINE_VENV)/installed
 test-engine: $(VENV)/built $(ENGINE_VENV)/installed
 	RLHF_FAST_ENGINE_PYTHON=$${RLHF_FAST_ENGINE_PYTHON:-$(ENGINE_VENV)/bin/python} $(BIN)/pytest tests/engine $(ARGS)
 
+# The last TRL that had PPO, beside the newest, for `measure-trainer` alone.
+$(VENV)/trl-ppo/trl: $(VENV)/installed
+	$(BIN)/python -m pip install --no-compile --quiet $(PIP_ARGS) --no-deps --target $(VENV)/trl-ppo trl==1.12.0
+
 test-integrations: $(VENV)/built $(VENV)/peers
 	$(BIN)/pytest tests/integrations $(ARGS)
 
 measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/integrations.py $(ARGS)
 
-measure-trainer: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
-	$(BIN)/python benchmarks/trainer_steps.py $(ARGS)
-	$(BIN)/python benchmarks/ppo_phase.py $(ARGS)
+measure-trainer: $(VENV)/built $(VENV)/peers $(VENV)/trl-ppo/trl $(VENV)/demo-model
+	$(BIN)/python benchmarks/trainer_phases.py $(ARGS)
+
+# The update of a large vocabulary, and PPO's phase on given samples beside the usual loop.
+measure-updates: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
+	$(BIN)/python benchmarks/trainer_steps.py
+	$(BIN)/python benchmarks/ppo_phase.py
+
+# Learning curves beside TRL's and a PPO in one file, five seeds, about fifteen minutes; --tasks and --seeds choose.
+measure-learning: $(VENV)/built $(VENV)/peers
+	$(BIN)/python benchmarks/learning/measure.py $(ARGS)
 
 # Each by itself, so that one that cannot be had does not take the others with it: the tables say which are missing.
 # torchrl asks for an older tensordict than verl; its GAE works with the newer one.

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole training steps: GRPO beside TRL's GRPOTrainer, and the update of a policy with a vocabulary of 262 144.
+"""The loss of one batch by TRL and by us, and the update of a policy with a vocabulary of 262 144.
 
     make measure-trainer                            or, with TRL installed,
-    python benchmarks/trainer_steps.py              the tables of docs/performance.md
+    python benchmarks/trainer_steps.py              the tables of docs/trainer-measurements.md
     python benchmarks/trainer_steps.py --model DIR  another model than SmolLM2-135M
 
-Every row runs in a process of its own, whose peak memory is that of the whole process. GRPO: the same prompts, number
-and length of completions, reward function and options; each trainer samples with its own random numbers. The update:
-forward and backward of PPO's loss on given samples, eager PyTorch with full logits beside the trainer's own.
+Every row runs in a process of its own, whose peak memory is that of the whole process. The update: forward and backward
+of PPO's loss on given samples, eager PyTorch with full logits beside the trainer's own. `trainer_phases.py` has the
+steps of all phases.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -71,23 +70,6 @@ def trl_trainer(model: str, folder: str, steps: int) -> Any:
     return trl.GRPOTrainer(loaded, trl_reward, args=config, train_dataset=rows, processing_class=tokenizer)
 
 
-def grpo_trl(model: str, rounds: int) -> dict[str, float]:
-    from transformers import TrainerCallback
-
-    ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trl_trainer(model, folder, rounds + 1)
-        trainer.add_callback(Clock())
-        trainer.train()
-    seconds = median(b - a for a, b in zip(ends, ends[1:], strict=False))
-    return {"seconds": seconds, "length": sum(LENGTHS) / len(LENGTHS)}
-
-
 def our_config(model: str, folder: str, **options: Any) -> Any:
     from rlhf_fast.trainer import PPOConfig
 
@@ -101,27 +83,7 @@ def our_config(model: str, folder: str, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def grpo_ours(model: str, rounds: int) -> dict[str, float]:
-    from rlhf_fast.data.examples import read_prompts
-    from rlhf_fast.run.progress import Timer
-    from rlhf_fast.run.runtime import tune_process
-    from rlhf_fast.trainer.rl import agent as agents
-    from rlhf_fast.trainer.rl import ppo
-
-    tune_process()
-    with tempfile.TemporaryDirectory() as folder:
-        config = our_config(model, folder)
-        agent = agents.load_agent(config)
-        prompts = agents.encode_prompts(read_prompts(config.prompts_file), config, agent)
-    times, lengths = [], []
-    for step in range(rounds + 1):
-        start = time.perf_counter()
-        lengths.append(ppo.train_step(agent, prompts, config, step, Timer())["sample/length"])
-        times.append(time.perf_counter() - start)
-    return {"seconds": median(times[1:]), "length": sum(lengths) / len(lengths)}
-
-
-def losses(model: str, rounds: int) -> dict[str, float]:
+def losses(model: str) -> dict[str, float]:
     """The loss of one batch by both, with old and reference log-probabilities that differ from the policy's."""
     import rlhf_fast as rf
     from rlhf_fast.models.batches import Batch
@@ -208,9 +170,9 @@ def update(variant: str, tokens: int) -> dict[str, float]:
     return {"seconds": min(times)}
 
 
-def row(*job: str, rounds: int, model: str) -> dict[str, float] | None:
+def row(*job: str, model: str) -> dict[str, float] | None:
     """A measurement in a process of its own; None where memory ran out."""
-    command = [sys.executable, __file__, "--model", model, "--rounds", str(rounds), "--job", *job]
+    command = [sys.executable, __file__, "--model", model, "--job", *job]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         if "alloc" in done.stderr or done.returncode < 0:
@@ -222,7 +184,6 @@ def row(*job: str, rounds: int, model: str) -> dict[str, float] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help='"smollm2", or a folder')
-    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     from rlhf_fast.models.gguf import resolve_model
@@ -231,27 +192,18 @@ def main() -> None:
     if options.job:
         warnings.simplefilter("ignore")
         name, *arguments = options.job
-        jobs = {"grpo_trl": grpo_trl, "grpo_ours": grpo_ours, "losses": losses}
-        figures = update(arguments[0], int(arguments[1])) if name == "update" else jobs[name](model, options.rounds)
+        figures = update(arguments[0], int(arguments[1])) if name == "update" else losses(model)
         figures["gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps(figures))
         return
     print(", ".join(f"{key} {value}" for key, value in machine().items()), time.strftime("%Y-%m-%d"), sep=", ")
-    shared = {"rounds": options.rounds, "model": model}
-    print(f"\n{options.model}, {PROMPTS_PER_STEP} x {SAMPLES} completions of {NEW_TOKENS} tokens at most, float32\n")
-    print("| GRPO step | seconds | peak GiB | mean length | speed-up |\n| --- | ---: | ---: | ---: | ---: |")
-    theirs, ours = row("grpo_trl", **shared), row("grpo_ours", **shared)
-    assert theirs is not None and ours is not None
-    for name, made in (("TRL", theirs), ("rlhf_fast", ours)):
-        cells = [f"{made['seconds']:.2f}", f"{made['gib']:.2f}", f"{made['length']:.1f}"]
-        print(f"| {name} | {' | '.join(cells)} | {theirs['seconds'] / made['seconds']:.2f} x |")
-    same = row("losses", **shared)
+    same = row("losses", model=model)
     assert same is not None
     print(f"\nThe loss of one batch: TRL {same['TRL']:.6f}, rlhf_fast {same['rlhf_fast']:.6f}\n")
     print("| PPO update, Gemma 3 270M's shape, float32 | tokens | seconds | peak GiB |\n| --- | ---: | ---: | ---: |")
     for tokens in (1024, 4096):
         for variant, name in (("eager", "eager, full logits"), ("ours", "rlhf_fast")):
-            made = row("update", variant, str(tokens), **shared)
+            made = row("update", variant, str(tokens), model=model)
             cells = ["does not fit in 20 GiB", ""] if made is None else [f"{made['seconds']:.1f}", f"{made['gib']:.1f}"]
             print(f"| {name} | {tokens} | {' | '.join(cells)} |")
 

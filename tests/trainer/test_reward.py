@@ -20,6 +20,7 @@ from rlhf_fast.feedback.schema import Ranking, read_feedback
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
+from rlhf_fast.rollout import sampler
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import RewardConfig
 from rlhf_fast.trainer.reward import losses
@@ -290,8 +291,8 @@ def test_scores_are_normalised_on_samples_of_the_policy_when_others_made_the_com
     rows = [json.loads(line)["prompt"] for line in (tiny / "heldout.jsonl").read_text().splitlines()[:8]]
     path = write_jsonl("people.jsonl", *({"prompt": p, "completions": COMPLETIONS[:2], "ranks": [1, 2]} for p in rows))
     made = []
-    generate = reward.generate
-    monkeypatch.setattr(reward, "generate", lambda *args, **more: made.append(generate(*args, **more)) or made[-1])
+    generate = sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda *args, **more: made.append(generate(*args, **more)) or made[-1])
     train(tiny, tmp_path / "run", path, epochs=1)
     model = load_reward_model(str(tmp_path / "run" / "model"), torch.float32)
     with torch.no_grad():
@@ -307,9 +308,9 @@ def test_one_long_completion_does_not_make_the_normaliser_sample_as_long(
     rows = [{"prompt": p, "completions": ["cat dog", "rain"], "ranks": [1, 2]} for p in prompts]
     rows[0]["completions"] = ["cat " * 20, "rain"]
     longest = []
-    generate = reward.generate
+    generate = sampler.generate
     monkeypatch.setattr(
-        reward, "generate", lambda *args, **more: longest.append(args[3].max_new_tokens) or generate(*args, **more)
+        sampler, "generate", lambda *args, **more: longest.append(args[3].max_new_tokens) or generate(*args, **more)
     )
     train(tiny, tmp_path / "run", write_jsonl("people.jsonl", *rows), epochs=1)
     assert longest == [3]  # two words and EOS

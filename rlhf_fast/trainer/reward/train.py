@@ -186,7 +186,8 @@ def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, size:
 def usual_lr(parameters: int, adapters: bool = False) -> float:
     """Learning rate for a model of so many weights; adapters learn with ten times that.
 
-    A power law through 1.5e-4 at 135M weights (docs/human-data.md) and about 1e-5 at 7B (Llama 2, section 3.2.2).
+    A power law through 1.5e-4 at 135M weights (the demo has 2e-4) and about 1e-5 at 7B (Touvron et al. 2023, Llama 2,
+    section 3.2.2).
     """
     lr = min(5e-4, 1.5e-4 * (1.35e8 / max(parameters, 1)) ** 0.65)
     return 10 * lr if adapters else lr
