@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_fast.models import prefix_sharing
 from rlhf_fast.models.batches import Batch, Support
 from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.trainer import PPOConfig
@@ -183,6 +185,24 @@ def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[An
     if not cut:
         assert result.entropy is not None
         torch.testing.assert_close(result.entropy, entropy, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("values", [{}, {"importance_ratio": "sequence-mean"}, {"kl_in": "loss", "epochs": 2}], ids=str)
+def test_a_micro_batch_waits_for_no_device(
+    models: tuple[Any, Any], values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on "meta" have no values: whatever reads one, as it would have to wait for a GPU, fails."""
+    policy, reference = (copy.deepcopy(model).to("meta") for model in models)
+    monkeypatch.setattr(prefix_sharing, "packing_kernel", lambda model: "blocks")
+    config = PPOConfig(objective="grpo", **{"kl_coef": 0.2, "kl_in": "loss", **values}).resolved()
+    found = experience(models)
+    batch = Batch(*(x.to("meta") for x in found.batch[:3]), copy=found.batch)
+    meta = Experience(batch, *(x.to("meta") for x in found[1:9]), learned_copy=found.learned)
+    part = meta.rows(torch.tensor([0, 1, 2, 3]))
+    options = update_options(config, 0.2, 0.0).loss
+    result = policy_backward(policy, lambda: nullcontext(reference), part, Totals(10.0, 4.0, LONGEST), options)
+    assert {value.device.type for value in result.figures.values()} == {"meta"}
+    assert all(p.grad is not None for p in policy.model.layers.parameters())
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,8 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[An
         gradients = ops.linear_policy_loss_backward(grad_loss, *gradients)
     else:
         ctx.gradients = None
-        if grad_loss.is_cuda or float(grad_loss) != 1:  # 1 is what loss.backward() brings; a GPU would be waited for
+        # 1 is what loss.backward() brings; reading it would wait for a GPU
+        if grad_loss.device.type != "cpu" or float(grad_loss) != 1:
             for gradient in gradients:
                 gradient.mul_(grad_loss)
     return gradients_of([x.to(ctx.dtype) for x in gradients], needed, *ARGUMENTS)

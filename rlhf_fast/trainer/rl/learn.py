@@ -23,6 +23,7 @@ from .policy_update import policy_backward
 from .settings import UpdateOptions
 
 Figures = dict[str, float]
+Terms = dict[str, Tensor]  # of a micro-batch: numbers that are still being computed
 Plans = list[list[Tensor]]  # for each minibatch, the rows of each micro-batch
 
 
@@ -45,6 +46,7 @@ def update(
     critic_only: bool = False,
 ) -> Figures:
     """Learn from a step's samples; returns losses and their figures, averaged over optimizer steps."""
+    experience = experience.with_copies()
     sums: Figures = {}
     done, agent.largest_gap = 0, 0.0
     before = step * options.epochs * len(plans)  # optimizer steps
@@ -77,29 +79,31 @@ def update(
 
 
 def learn(
-    gradients: Callable[[Tensor], Figures],
+    gradients: Callable[[Tensor], Terms],
     plan: list[Tensor],
     optimizer: AdamW,
     norm: str,
     options: UpdateOptions,
-    more: Callable[[], Figures] | None = None,
+    more: Callable[[], Terms] | None = None,
 ) -> Figures:
     """One optimizer step of one model: sums of gradients and figures over its micro-batches and all ranks.
 
     `more` adds gradients of other data than the plan's rows.
     """
-    sums: Figures = {}
+    sums: Terms = {}
     for part in [*map(gradients, plan), *([more()] if more is not None else [])]:
         for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
     names = sorted(set().union(*ranks().every(list(sums))))  # a rank without rows has none
-    figures = dict(zip(names, ranks().total([sums.get(name, 0.0) for name in names]), strict=True))
+    own = torch.stack(list(sums.values())).tolist() if sums else []  # the one wait for a GPU
+    own_figures = dict(zip(sums, own, strict=True))
+    figures = dict(zip(names, ranks().total([own_figures.get(name, 0.0) for name in names]), strict=True))
     return {**figures, norm: optimizer.step(options.max_grad_norm)}
 
 
 def policy_gradients(
     agent: Agent, experience: Experience, totals: Totals, options: UpdateOptions, first: bool, rows: Tensor
-) -> Figures:
+) -> Terms:
     """Add the policy's gradients of one micro-batch; returns its terms of the minibatch's means."""
     part = experience.rows(rows)
     result = policy_backward(agent.policy, agent.reference, part, totals, options.loss)
@@ -112,18 +116,19 @@ def policy_gradients(
     elif first:
         gap = check_ratio(result.logprobs, part.old_logprobs, part.learned, agent.policy)
         agent.largest_gap = max(agent.largest_gap, gap)
-    log_ratio = (result.logprobs - part.old_logprobs)[part.learned]
-    result.figures["policy/ratio"] = float(log_ratio.exp().sum()) / tokens
-    result.figures["policy/approxkl_avg"] = float((log_ratio.exp() - 1 - log_ratio).sum()) / tokens
+    log_ratio = (result.logprobs - part.old_logprobs).where(part.learned, -torch.inf)
+    result.figures["policy/ratio"] = log_ratio.exp().sum() / tokens
+    log_ratio = log_ratio.where(part.learned, 0.0)
+    result.figures["policy/approxkl_avg"] = (log_ratio.exp() - 1 - log_ratio).sum() / tokens
     return result.figures
 
 
 def critic_gradients(
     agent: Agent, experience: Experience, tokens: float, options: UpdateOptions, rows: Tensor
-) -> Figures:
+) -> Terms:
     """The same for the critic; `tokens` is the minibatch's token count."""
     part = experience.rows(rows)
     values = token_values(agent.critic, part.batch)
     loss = value_loss(values, part.values, part.returns, part.batch.mask, options.cliprange_value)
     (loss / tokens).backward()
-    return {"loss/value_avg": float(loss.detach()) / tokens}
+    return {"loss/value_avg": loss.detach() / tokens}

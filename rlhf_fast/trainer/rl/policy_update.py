@@ -28,7 +28,7 @@ class PolicyResult(NamedTuple):
 
     logprobs: Tensor  # (B, T)
     entropy: Tensor | None  # (B, T), None if not needed
-    figures: dict[str, float]  # its terms of the minibatch's means
+    figures: dict[str, Tensor]  # its terms of the minibatch's means; numbers of which nothing waits here
 
 
 class Tokens(NamedTuple):
@@ -37,20 +37,24 @@ class Tokens(NamedTuple):
     hidden: Tensor  # (N, H)
     targets: Tensor
     learned: Tensor  # bool
+    learned_rows: Tensor  # int64, the indices of the learned ones
+    others: Tensor  # int64, those of the rest
     old_logprobs: Tensor
     ref_logprobs: Tensor
     advantages: Tensor
     divisor: Tensor
+    lengths: Tensor  # of the token's sequence if a sequence is one action, whose loss its tokens share; else 1
+    places: Tensor  # int64, where the token is in the flattened batch
 
 
 class Loss(NamedTuple):
     """The loss of one micro-batch; per token (N,) as in `Tokens`."""
 
     loss: Tensor  # differentiable
-    shown: float  # its value
+    shown: Tensor  # its value
     logprobs: Tensor
     entropy: Tensor | None
-    clipped: float  # number of clipped tokens
+    clipped: Tensor  # number of clipped tokens
 
 
 def policy_backward(
@@ -61,14 +65,22 @@ def policy_backward(
         return _pairs_backward(policy, part, totals, options)
     batch, mask = part.batch, part.batch.mask
     hidden, places = predicting_rows(policy, batch)
+    wanted = part.learned_tokens()
+    divisor = options.objective.divisor(part.learned, totals).expand_as(mask)
+    per_token = (part.learned, part.old_logprobs, part.ref_logprobs, part.advantages, divisor)
+    learned, old_logprobs, ref_logprobs, advantages, divisor = (x.flatten()[places] for x in per_token)
     tokens = Tokens(
         hidden=hidden,
         targets=batch.input_ids.flatten()[places],
-        learned=part.learned[mask],
-        old_logprobs=part.old_logprobs[mask],
-        ref_logprobs=part.ref_logprobs[mask],
-        advantages=part.advantages[mask],
-        divisor=options.objective.divisor(part.learned, totals).expand_as(mask)[mask],
+        learned=learned,
+        learned_rows=wanted.nonzero().squeeze(1).to(hidden.device, non_blocking=True),
+        others=(~wanted).nonzero().squeeze(1).to(hidden.device, non_blocking=True),
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        advantages=advantages,
+        divisor=divisor,
+        lengths=_lengths(mask, options.ratio).expand_as(mask).flatten()[places],
+        places=places,
     )
     one_pass = batch.support is None and (options.on_policy or options.ratio == "token")
     result = (_fused if one_pass else _two_passes)(policy, reference, batch, tokens, options)
@@ -92,7 +104,7 @@ def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, opti
         tokens.targets,
         old,
         tokens.advantages,
-        mask=tokens.learned,
+        rows=tokens.learned_rows,
         objective=name,
         clip=(clip.low, clip.high),
         normalizer=tokens.divisor,
@@ -101,20 +113,19 @@ def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, opti
         **_kl_arguments(reference, batch, tokens, options),
         **head,
     )
-    loss, logprobs, entropy = float(result.loss.detach()), result.logprobs, result.entropy
+    loss, logprobs, entropy = result.loss.detach(), result.logprobs, result.entropy
     if not options.on_policy:
-        return Loss(result.loss, loss, logprobs, entropy, float(result.clip_fraction) * float(tokens.learned.sum()))
+        return Loss(result.loss, loss, logprobs, entropy, result.clip_fraction * len(tokens.learned_rows))
     # report -A * ratio instead of -A * logprobs
-    change = tokens.advantages * (logprobs - 1 / _lengths(batch.mask, options.ratio)) / tokens.divisor
-    loss += float(torch.where(tokens.learned, change, 0.0).sum())
-    others = ~tokens.learned  # skipped by the op
-    if bool(others.any()):
+    change = tokens.advantages * (logprobs - 1 / tokens.lengths) / tokens.divisor
+    loss = loss + torch.where(tokens.learned, change, 0.0).sum()
+    if len(tokens.others):  # skipped by the op
         with torch.no_grad():
-            stats = rf.linear_token_stats(tokens.hidden[others], weight, tokens.targets[others], **head)
+            stats = rf.linear_token_stats(tokens.hidden[tokens.others], weight, tokens.targets[tokens.others], **head)
         assert stats.logprobs is not None and stats.entropy is not None  # both are default outputs
-        logprobs = logprobs.masked_scatter(others, stats.logprobs)
-        entropy = entropy.masked_scatter(others, stats.entropy)
-    return Loss(result.loss, loss, logprobs, entropy, 0.0)
+        logprobs = logprobs.index_copy(0, tokens.others, stats.logprobs)
+        entropy = entropy.index_copy(0, tokens.others, stats.entropy)
+    return Loss(result.loss, loss, logprobs, entropy, torch.zeros_like(loss))
 
 
 def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
@@ -132,20 +143,21 @@ def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens,
     if options.ratio == "token":
         log_ratio = logprobs - old
     else:
-        rows, old_rows = (torch.zeros_like(mask, dtype=x.dtype).masked_scatter(mask, x) for x in (logprobs, old))
-        log_ratio = sequence_log_ratio(rows, old_rows, mask, mean=options.ratio == "sequence-mean")[mask]
+        rows, old_rows = (scatter(x, tokens.places, mask) for x in (logprobs, old))
+        of_rows = sequence_log_ratio(rows, old_rows, mask, mean=options.ratio == "sequence-mean")
+        log_ratio = of_rows.flatten()[tokens.places]
     losses, clipped = _token_losses(logprobs, log_ratio, tokens.advantages, options)
-    losses = losses / _lengths(mask, options.ratio) + _kl_loss(logprobs, tokens.ref_logprobs, old, options)
+    losses = losses / tokens.lengths + _kl_loss(logprobs, tokens.ref_logprobs, old, options)
     if entropy is not None and options.entropy_coef:
         losses = losses - options.entropy_coef * entropy
     loss = torch.where(tokens.learned, losses / tokens.divisor, 0.0).sum()
-    count = float((clipped & tokens.learned).sum())
-    return Loss(loss, float(loss.detach()), logprobs.detach(), None if entropy is None else entropy.detach(), count)
+    count = (clipped & tokens.learned).sum()
+    return Loss(loss, loss.detach(), logprobs.detach(), None if entropy is None else entropy.detach(), count)
 
 
 def _lengths(mask: Tensor, level: str) -> Tensor:
-    """(N,) the length of each token's sequence if a sequence is one action, whose loss its tokens share; else 1."""
-    lengths = mask.sum(1, keepdim=True).expand_as(mask)[mask]
+    """(B, 1) for `Tokens.lengths`."""
+    lengths = mask.sum(1, keepdim=True)
     return lengths if level == "sequence" else torch.ones_like(lengths)
 
 
@@ -200,5 +212,5 @@ def _pairs_backward(policy: Any, part: Experience, totals: Totals, options: Poli
     loss, right = pair_loss(log_ratios, part.rewards.view(-1, samples), options.pairs)
     prompts = totals.sequences / samples
     (loss / prompts).backward()
-    figures = {"loss/policy_avg": float(loss.detach()) / prompts, "rewards/accuracies": float(right) / prompts}
+    figures = {"loss/policy_avg": loss.detach() / prompts, "rewards/accuracies": right / prompts}
     return PolicyResult(logprobs.detach(), None, figures)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_fast.data.encoding import encode_example
 from rlhf_fast.data.examples import Demonstration, pad_right
@@ -36,16 +37,16 @@ class Demonstrations:
     micro_batch_size: int
     seed: int
 
-    def backward(self, policy: Any, number: int) -> dict[str, float]:
+    def backward(self, policy: Any, number: int) -> dict[str, Tensor]:
         """Add the gradients of optimizer step `number`'s demonstrations; returns this rank's part of the mean loss."""
         order = draw(number * self.count, self.count, len(self.batch.input_ids), self.seed + 1)
         rows = torch.tensor(order)[ranks().index :: ranks().count]
         tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
-        loss = 0.0
+        loss = torch.zeros((), device=self.batch.mask.device)
         for part in pad_to_ranks(self.batch.plan(self.micro_batch_size, rows), policy, NO_ROWS):
             mean = -token_logprobs(policy, self.batch.rows(part)).sum() / tokens
             (self.coef * mean).backward()
-            loss += float(mean.detach())
+            loss += mean.detach()
         return {"loss/ptx": loss}
 
 
