@@ -4,6 +4,23 @@
 // Free-threaded Python has no limited API and needs a separate binary.
 #include <Python.h>
 
+#include "cpu/capability.h"
+
+static PyObject* cpu_capability(PyObject* /*module*/, PyObject* /*unused*/) {
+  return PyUnicode_FromString(rlhf_fast::name_of(rlhf_fast::capability()));
+}
+
+static PyObject* cap_cpu(PyObject* /*module*/, PyObject* argument) {
+  const char* name = PyUnicode_AsUTF8AndSize(argument, nullptr);
+  if (name == nullptr) return nullptr;
+  rlhf_fast::Capability limit;
+  if (!rlhf_fast::parse(name, &limit)) {
+    return PyErr_Format(PyExc_ValueError, "rlhf_fast: it must be one of default, avx2, avx512, got '%s'", name);
+  }
+  rlhf_fast::cap(limit);
+  Py_RETURN_NONE;
+}
+
 #ifdef RF_HAS_CUDA
 #include "cuda/probe.h"
 
@@ -16,6 +33,8 @@ static PyObject* why_not_cuda(PyObject* /*module*/, PyObject* device) {
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
+      {"cpu_capability", cpu_capability, METH_NOARGS, "Instruction set of the CPU kernels: default, avx2 or avx512."},
+      {"cap_cpu", cap_cpu, METH_O, "Limit it from now on to this name, or to the host's best if that is less."},
 #ifdef RF_HAS_CUDA
       {"why_not_cuda", why_not_cuda, METH_O, "Why the CUDA kernels do not run on the device of this index, or ''."},
 #endif
@@ -25,7 +44,8 @@ PyMODINIT_FUNC PyInit__C(void) {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
 #ifdef Py_GIL_DISABLED
-  // Loading it must not bring the GIL back: the kernels touch no Python object and keep no state between calls.
+  // Loading it must not bring the GIL back: the kernels touch no Python object, and what is kept between calls is
+  // atomic.
   if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
   return module;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads the compiled modules, once; if one cannot be loaded, keeps the reason for `rf.backends()`.
 
-`_C` holds the operators (stable ABI; loading it registers the kernels), `_host` describes the host's CPU and the build.
+`_C` holds the operators (stable ABI; loading it registers the kernels), `_host` describes the build.
 """
 
 from __future__ import annotations
@@ -99,13 +99,19 @@ def _why_not_native(index: int) -> str:
 
 
 def cpu_capability() -> str | None:
-    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None without `_host`.
+    """Instruction set that the CPU kernels use now: "default", "avx2" or "avx512"; None without the extension."""
+    return None if _C is None else _C.cpu_capability()
 
-    Wheels from the index have no `_host`, since pybind11 would restrict them to one Python version.
-    """
-    return None if _host is None else _host.cpu_capability()
+
+def cap_cpu(name: str) -> None:
+    """Limits that instruction set from now on, as RLHF_FAST_CPU does from the start; for tests."""
+    if _C is not None:
+        _C.cap_cpu(name)
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, instruction sets and CUDA architectures of the build; empty without `_host`."""
+    """Compiler, instruction sets and CUDA architectures of the build; empty without `_host`.
+
+    Wheels from the index have no `_host`, since pybind11 would restrict them to one Python version.
+    """
     return {} if _host is None else dict(_host.build_info())

@@ -32,7 +32,7 @@ def launched_from(family: str, *operators: str) -> None:
 
 # Operators that sum in float64, for whitening.
 FLOAT64_KERNELS = ("ppo_advantages", "whiten_moments", "whiten")
-_float64: dict[int | None, bool] = {}
+_float64: dict[int, bool] = {}
 
 left_out = _ext.LEFT_OUT.get("triton", "")
 installed = importlib.util.find_spec("triton") is not None and not left_out
@@ -70,6 +70,9 @@ def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
 
 def _has_float64(index: int | None) -> bool:
     """Queried once for each Intel GPU, and never while torch.compile traces, which cannot trace the query."""
-    if not torch.compiler.is_compiling() and index not in _float64:
+    if torch.compiler.is_compiling():
+        return _float64.get(index or 0, True)
+    index = torch.xpu.current_device() if index is None else index
+    if index not in _float64:
         _float64[index] = bool(torch.xpu.get_device_capability(index).get("has_fp64", True))
-    return _float64.get(index, True)
+    return _float64[index]

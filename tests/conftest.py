@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from helpers import interpreter  # first: it must set TRITON_INTERPRET before anything looks at it
@@ -21,7 +22,7 @@ from helpers.tools import native_is_built
 import rlhf_fast as rf
 from rlhf_fast import _dispatch, _ext
 
-# "native" takes the best instruction set of this host; the others cap it (RLHF_FAST_CPU is read at every call).
+# "native" takes the best instruction set of this host; the others cap it.
 # "triton" is Triton's interpreter, "emulated" the CUDA kernels in tests/emulator: both on the CPU, neither sees races.
 BACKENDS = ("torch", "native", "native:avx2", "native:default", "triton", "emulated")
 ON_GPU = ("torch@cuda", "native@cuda", "triton@cuda") if torch.cuda.is_available() else ()
@@ -80,14 +81,26 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(interpreter.why_not)
     if name == "emulated":
         emulator.load()
-    if instruction_set:
-        monkeypatch.setenv("RLHF_FAST_CPU", instruction_set)
-        if _ext.cpu_capability() != instruction_set:
-            pytest.skip(f"this host has no {instruction_set}")
     if device:
         run_ops_on(device, monkeypatch)
-    with rf.use_backend(name):
+    with rf.use_backend(name), capped_cpu(instruction_set):
         yield name
+
+
+@contextmanager
+def capped_cpu(instruction_set: str) -> Iterator[None]:
+    """The CPU kernels of this instruction set, or those that were in use where it is empty."""
+    before = _ext.cpu_capability()
+    if not instruction_set or before is None:
+        yield
+        return
+    _ext.cap_cpu(instruction_set)
+    try:
+        if _ext.cpu_capability() != instruction_set:
+            pytest.skip(f"this host has no {instruction_set}")
+        yield
+    finally:
+        _ext.cap_cpu(before)
 
 
 @pytest.fixture

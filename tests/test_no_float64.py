@@ -73,3 +73,6 @@ def test_triton_passes_over_intel_gpus_without_it(monkeypatch: pytest.MonkeyPatc
         assert "no float64" in _triton.why_not("whiten", "xpu", 0)
         assert _triton.why_not("whiten", "xpu", 1) == "" == _triton.why_not("token_stats", "xpu", 0)
     assert asked == [0, 1]
+    for current in (1, 0):  # the current one, whichever that is now
+        monkeypatch.setattr(torch.xpu, "current_device", lambda current=current: current)
+        assert bool(_triton.why_not("whiten", "xpu")) == (current == 0)

@@ -2,6 +2,7 @@
 #include "capability.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -40,15 +41,26 @@ Capability best_capability() {
 #endif
 }
 
-Capability capability() {
-  Capability cap = best_capability();
-  const char* asked = std::getenv("RLHF_FAST_CPU");
+namespace {
+
+Capability from_environment() {
+  const char* name = std::getenv("RLHF_FAST_CPU");
   Capability limit;
-  if (asked != nullptr && parse(asked, &limit)) cap = std::min(cap, limit);
-  return cap;
+  return name != nullptr && parse(name, &limit) ? std::min(best_capability(), limit) : best_capability();
 }
 
-#ifdef RF_HAS_KERNELS
+// Atomic, for threads may call kernels while another caps them.
+std::atomic<Capability>& current() {
+  static std::atomic<Capability> capability(from_environment());
+  return capability;
+}
+
+}  // namespace
+
+Capability capability() { return current().load(std::memory_order_relaxed); }
+
+void cap(Capability limit) { current().store(std::min(best_capability(), limit), std::memory_order_relaxed); }
+
 namespace isa_default {
 extern const KernelTable kTable;
 }
@@ -71,6 +83,5 @@ const KernelTable& kernels() {
 #endif
   return isa_default::kTable;
 }
-#endif
 
 }  // namespace rlhf_fast

@@ -15,13 +15,12 @@ bool parse(const char* name, Capability* capability);
 // The best one of this host and this build.
 Capability best_capability();
 
-// That, capped by the environment variable RLHF_FAST_CPU, which is read anew at every call: so `_C` and `_host`, two
-// binaries, always agree. An unknown name caps nothing here; the Python side refuses it.
+// That, capped by the environment variable RLHF_FAST_CPU, which is read at the first call, or by the last `cap`. An
+// unknown name in the environment caps nothing here; the Python side refuses it.
 Capability capability();
+void cap(Capability limit);
 
-#ifdef RF_HAS_KERNELS
-// The kernels of capability(); in `_C` only.
+// The kernels of capability().
 const KernelTable& kernels();
-#endif
 
 }  // namespace rlhf_fast
