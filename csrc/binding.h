@@ -12,6 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -80,6 +81,11 @@ inline Tensor row_tensor(const char* op, const char* name, const Tensor& x, Scal
 inline OptionalTensor row_tensor(const char* op, const char* name, const OptionalTensor& x, ScalarType dtype,
                                  int64_t count, const Tensor& like) {
   return x ? OptionalTensor(row_tensor(op, name, *x, dtype, count, like)) : std::nullopt;
+}
+
+// A limit that may be missing. Not infinity in the schema: AOTInductor cannot load a package that holds one.
+inline float limit_of(std::optional<double> limit) {
+  return limit ? static_cast<float>(*limit) : std::numeric_limits<float>::infinity();
 }
 
 template <class T>

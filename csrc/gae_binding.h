@@ -75,7 +75,7 @@ struct GaeBinding {
       const Tensor& scores,    // (B,)
       const Tensor& logprobs,  // (B, T), as the next three
       const Tensor& ref_logprobs, const Tensor& values, const Tensor& mask, double kl_coef, int64_t estimator,
-      double gamma, double lam, double score_clip) {
+      double gamma, double lam, std::optional<double> score_clip) {
     constexpr const char* op = "ppo_advantages";
     on_device<Device>(op, "logprobs", logprobs);
     RF_CHECK(logprobs.dim() == 2, op, ": logprobs must be (B, T)");
@@ -102,7 +102,7 @@ struct GaeBinding {
     args.estimator = static_cast<int>(estimator);
     args.gamma = static_cast<float>(gamma);
     args.lam = static_cast<float>(lam);
-    args.score_clip = static_cast<float>(score_clip);
+    args.score_clip = limit_of(score_clip);
     args.kl = mutable_data_of<float>(kl);
     args.rewards = mutable_data_of<float>(rewards);
     args.advantages = mutable_data_of<float>(advantages);

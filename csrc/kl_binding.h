@@ -61,7 +61,7 @@ struct LogprobPair {
   ApproxKlArgs args{};
 
   LogprobPair(const char* op, const Tensor& x, const Tensor& y, const OptionalTensor& importance_ratio,
-              const OptionalTensor& mask_, int64_t estimator, int64_t gradient, double clamp)
+              const OptionalTensor& mask_, int64_t estimator, int64_t gradient, std::optional<double> clamp)
       : logprobs(dense(on_device<Device>(op, "logprobs", x))),
         ref_logprobs(row_tensor(op, "ref_logprobs", y, x.scalar_type(), x.numel(), x)),
         ratio(row_tensor(op, "importance_ratio", importance_ratio, x.scalar_type(), x.numel(), x)),
@@ -72,7 +72,7 @@ struct LogprobPair {
     args.mask = data_of<bool>(mask);
     args.estimator = static_cast<int>(estimator);
     args.gradient = static_cast<int>(gradient);
-    args.clamp = static_cast<float>(clamp);
+    args.clamp = limit_of(clamp);
   }
 };
 
@@ -141,7 +141,8 @@ struct KlBinding {
   }
 
   static Tensor approx_kl(const Tensor& logprobs, const Tensor& ref_logprobs, const OptionalTensor& importance_ratio,
-                          const OptionalTensor& mask, int64_t estimator, int64_t gradient, double clamp) {
+                          const OptionalTensor& mask, int64_t estimator, int64_t gradient,
+                          std::optional<double> clamp) {
     LogprobPair<Device> pair("approx_kl", logprobs, ref_logprobs, importance_ratio, mask, estimator, gradient, clamp);
     const Tensor kl = empty_of(logprobs, shape_of(logprobs), ScalarType::Float);
     pair.args.kl = mutable_data_of<float>(kl);
@@ -153,7 +154,7 @@ struct KlBinding {
                                                        const Tensor& ref_logprobs,
                                                        const OptionalTensor& importance_ratio,
                                                        const OptionalTensor& mask, int64_t estimator, int64_t gradient,
-                                                       double clamp) {
+                                                       std::optional<double> clamp) {
     constexpr const char* op = "approx_kl_backward";
     LogprobPair<Device> pair(op, logprobs, ref_logprobs, importance_ratio, mask, estimator, gradient, clamp);
     const Tensor dense_grad = row_tensor(op, "grad_kl", grad_kl, ScalarType::Float, logprobs.numel(), logprobs);

@@ -2,6 +2,7 @@
 """Shared by the Triton kernels of all families: launching, and conversions that the interpreter gets wrong."""
 
 import functools
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,6 +33,11 @@ def processors(device: torch.device) -> int:
     """Number of streaming multiprocessors, or of the vendor's equivalent."""
     properties = torch.get_device_module(device).get_device_properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.max_compute_units
+
+
+def limit_of(limit: float | None) -> float:
+    """A limit as the kernels take it: infinity where there is none."""
+    return math.inf if limit is None else limit
 
 
 def dense(x: Tensor | None) -> Tensor | None:

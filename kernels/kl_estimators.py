@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.common import LOG2E, dense, launch, widen
+from rlhf_fast.kernels.common import LOG2E, dense, launch, limit_of, widen
 from rlhf_fast.ops import codes
 
 K1, K2, K3 = tl.constexpr(codes.K1), tl.constexpr(codes.K2), tl.constexpr(codes.K3)
@@ -101,12 +101,12 @@ def approx_kl(
     mask: Tensor | None,  # (B, T)
     estimator: int,
     gradient: int,
-    clamp: float,
+    clamp: float | None,
 ) -> Tensor:
     """Value of the estimator, (B, T) float32."""
     kl = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
     tokens = [dense(x) for x in (logprobs, ref_logprobs, importance_ratio, mask)]
-    _launch(approx_kl_value, logprobs, kl, *tokens, logprobs.numel(), clamp, ESTIMATOR=estimator)
+    _launch(approx_kl_value, logprobs, kl, *tokens, logprobs.numel(), limit_of(clamp), ESTIMATOR=estimator)
     return kl
 
 
@@ -118,7 +118,7 @@ def approx_kl_backward(
     mask: Tensor | None,  # (B, T)
     estimator: int,
     gradient: int,
-    clamp: float,
+    clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in logprobs (that in ref_logprobs is its negative) and in the importance ratio, (B, T) float32."""
     grad = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
@@ -131,7 +131,7 @@ def approx_kl_backward(
         grad_ratio,
         *tokens,
         logprobs.numel(),
-        clamp,
+        limit_of(clamp),
         ESTIMATOR=estimator,
         GRADIENT=gradient,
     )

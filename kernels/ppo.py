@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_fast.kernels.common import launch
+from rlhf_fast.kernels.common import launch, limit_of
 from rlhf_fast.kernels.scan import (
     MAPS,
     REST,
@@ -152,7 +152,7 @@ def ppo_advantages(
     estimator: int,
     gamma: float,
     lam: float,
-    score_clip: float,
+    score_clip: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """kl, rewards, advantages and returns, (B, T) float32, and the moments of the advantages for whitening, (3,)
     float64.
@@ -172,7 +172,7 @@ def ppo_advantages(
         launch(
             ppo_rows, plan.programs, logprobs,
             scores.contiguous(), *inputs, kl, rewards, advantages, returns, moments, maps,
-            *strides, *logprobs.shape, plan.part, plan.parts, kl_coef, gamma, gamma * lam, score_clip,
+            *strides, *logprobs.shape, plan.part, plan.parts, kl_coef, gamma, gamma * lam, limit_of(score_clip),
             ESTIMATOR=estimator, PASS=which, **plan.constants,
         )  # fmt: skip
     return kl, rewards, advantages, returns, moments.sum(0)

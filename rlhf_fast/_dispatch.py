@@ -10,6 +10,7 @@ chosen by name serves the call or raises.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -97,8 +98,27 @@ def why_not(
     return "" if dtype in KERNEL_DTYPES else f"only the torch backend serves {dtype}"
 
 
+class _Call(threading.local):
+    public = ""
+
+
+_call = _Call()  # the public function that this thread called last
+
+
+def name_call(public: str) -> None:
+    """Says which public function runs: several share an operator, and its errors shall name the one that was called."""
+    if not torch.compiler.is_compiling():
+        _call.public = public
+
+
+def public_name(candidates: tuple[str, ...]) -> str:
+    """Which of these public functions was called; the first where that is not known (torch.ops, torch.compile)."""
+    return _call.public if _call.public in candidates else candidates[0]
+
+
 def select(op: str, tensor: torch.Tensor) -> Any:
     """The operator namespace that serves `op` on tensors like this one (the return type is torch.ops' own)."""
+    name_call(op)
     for backend in BY_SPEED if _requested == "auto" else (_requested,):
         reason = why_not(backend, op, tensor.device.type, tensor.dtype, tensor.device.index)
         if not reason:

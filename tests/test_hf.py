@@ -267,5 +267,23 @@ def test_wrong_inputs_are_named() -> None:
         (ValueError, (ids[:0],)), (ValueError, (ids[:, :0],)),
         (TypeError, (ids, attended.tolist())), (ValueError, (ids, attended[:, 1:])),
     ]:  # fmt: skip
-        with pytest.raises(error, match=r"^rlhf_fast\.hf\.token_stats: (input_ids|attention_mask) must "):
+        with pytest.raises(error, match=r"^rlhf_fast\.hf\.token_logprobs: (input_ids|attention_mask) must "):
             rf.hf.token_logprobs(model, *arguments)
+
+
+@pytest.mark.parametrize("options", [{"memory_budget": "x"}, {"temperature": "x"}, {"logits_dtype": "x"}], ids=str)
+def test_errors_of_the_head_name_the_function_that_was_called(options: dict[str, Any]) -> None:
+    model, (ids, attended) = tiny("gpt2"), batch("right")
+    for op, call in (("token_logprobs", rf.hf.token_logprobs), ("token_stats", rf.hf.token_stats)):
+        with pytest.raises((TypeError, ValueError), match=rf"^rlhf_fast\.hf\.{op}: {next(iter(options))} must "):
+            call(model, ids, attended, **options)
+
+
+def test_an_encoder_decoder_model_is_refused_by_name() -> None:
+    """Its trunk fails for want of decoder_input_ids, in words that do not help."""
+    config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model, (ids, attended) = transformers.T5ForConditionalGeneration(config), batch("right")
+    for call in (rf.hf.token_logprobs, rf.hf.token_stats, rf.hf.language_model_head, rf.hf.patch_loss):
+        given = (model, ids, attended) if call in (rf.hf.token_logprobs, rf.hf.token_stats) else (model,)
+        with pytest.raises(TypeError, match=r"^rlhf_fast\.hf: T5ForConditionalGeneration has an encoder and a decoder"):
+            call(*given)

@@ -218,6 +218,15 @@ def test_empty_batch_and_one_token(backend: str, dtype: torch.dtype) -> None:
     assert single.item() == pytest.approx(-0.3132616875, abs=1e-6)
 
 
+def test_one_row_without_leading_dimensions(backend: str, generator: torch.Generator) -> None:
+    """(V,) logits: targets, mask and temperature have no dimensions then."""
+    logits, target = torch.randn(9, generator=generator), torch.tensor(4)
+    for real in (True, False):
+        stats = rf.token_stats(logits, target, mask=torch.tensor(real), temperature=torch.tensor(2.0))
+        wanted = (logits / 2).log_softmax(-1)[4] if real else torch.zeros(())
+        torch.testing.assert_close(stats.logprobs, wanted)
+
+
 def test_all_masked(backend: str, dtype: torch.dtype) -> None:
     leaf = torch.full((2, 3, 19), NAN, dtype=dtype, requires_grad=True)
     got = rf.token_stats(leaf, torch.full((2, 3), -100), mask=torch.zeros(2, 3, dtype=torch.bool), outputs=ALL_OUTPUTS)

@@ -16,16 +16,17 @@ from torch.autograd import forward_ad
 import rlhf_fast as rf
 
 DIFFERENTIABLE = [name for name in SAMPLES if build(name, torch.float32).differentiable]
+CONSTANT = [name for name in SAMPLES if name not in DIFFERENTIABLE]  # no gradient, by contract
 every_differentiable_sample = pytest.mark.parametrize("name", DIFFERENTIABLE)
 on_two_backends = pytest.mark.parametrize("backend", ["torch", "native"], indirect=True)  # the dispatcher's side is one
 
 
-def first_output(sample: Sample) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The op's first differentiable output as a function of its first input."""
-    name, x = next(iter(sample.inputs.items()))
+def first_output(sample: Sample, which_input: int = 0) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The op's first differentiable output (or the first) as a function of one of its inputs."""
+    name, x = list(sample.inputs.items())[which_input]
     leaves = {**sample.inputs, name: x.clone().requires_grad_()}
     outputs = named_outputs(sample.call(**leaves))
-    which = next(k for k, v in outputs.items() if v.requires_grad)
+    which = next((k for k, v in outputs.items() if v.requires_grad), next(iter(outputs)))
     return lambda value: named_outputs(sample.call(**{**sample.inputs, name: value}))[which], x
 
 
@@ -54,8 +55,9 @@ REVERSE_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 @pytest.mark.parametrize("mode", FORWARD_MODE)
 def test_forward_mode_is_refused(backend: str, name: str, mode: str) -> None:
     """Without a word it gave tangents of 0."""
-    f, x = first_output(build(name, torch.float32))
-    with pytest.raises(NotImplementedError, match=r"^rlhf_fast\.\w+: forward-mode .* not supported; use "):
+    sample = build(name, torch.float32)
+    f, x = first_output(sample)
+    with pytest.raises(NotImplementedError, match=rf"^rlhf_fast\.{sample.op}: forward-mode .* not supported; use "):
         FORWARD_MODE[mode](f, x)
 
 
@@ -63,9 +65,32 @@ def test_forward_mode_is_refused(backend: str, name: str, mode: str) -> None:
 @every_differentiable_sample
 @pytest.mark.parametrize("mode", REVERSE_MODE)
 def test_functional_gradients_are_refused(backend: str, name: str, mode: str) -> None:
-    f, x = first_output(build(name, torch.float32))
-    with pytest.raises(NotImplementedError, match=r"^rlhf_fast\.\w+: .* not supported; use "):
+    sample = build(name, torch.float32)
+    f, x = first_output(sample)
+    with pytest.raises(NotImplementedError, match=rf"^rlhf_fast\.{sample.op}: .* not supported; use "):
         REVERSE_MODE[mode](f, x)
+
+
+@on_two_backends
+@pytest.mark.parametrize("name", CONSTANT)
+@pytest.mark.parametrize("mode", [*FORWARD_MODE, *REVERSE_MODE])
+def test_what_has_no_gradient_is_refused_too(backend: str, name: str, mode: str) -> None:
+    """Advantages are constants; as functions of their inputs they would have derivatives of 0 without a word."""
+    sample = build(name, torch.float32)
+    for which in range(len(sample.inputs)):
+        f, x = first_output(sample, which)
+        with pytest.raises(NotImplementedError, match=rf"^rlhf_fast\.{sample.op}: .* not supported; .* constants"):
+            {**FORWARD_MODE, **REVERSE_MODE}[mode](f, x)
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_what_has_no_gradient_is_a_constant_to_autograd(backend: str, name: str) -> None:
+    sample = build(name, torch.float32)
+    outputs = named_outputs(sample.call(**{k: v.clone().requires_grad_() for k, v in sample.inputs.items()}))
+    assert not any(x.requires_grad for x in outputs.values())
+    f, x = first_output(sample)
+    detached = torch.func.grad(lambda x: (x * 2).sum() + f(x.detach()).sum())(x)  # as the message says
+    assert torch.equal(detached, torch.full_like(x, 2))
 
 
 def test_a_constant_inside_a_transform_is_served(backend: str) -> None:
@@ -109,7 +134,11 @@ def test_a_batch_of_gradients_is_right_or_refused(backend: str, name: str) -> No
     try:
         (got,) = torch.autograd.grad(out, leaf, grads, is_grads_batched=True)
     except NotImplementedError as error:
-        assert str(error).startswith("rlhf_fast.linear_") and "once for each" in str(error)
+        assert (
+            sample.op.startswith("linear_")
+            and str(error).startswith(f"rlhf_fast.{sample.op}: ")
+            and "once for each" in str(error)
+        )
         return
     for i, grad in enumerate(grads):
         leaf = x.clone().requires_grad_()
@@ -151,7 +180,7 @@ def test_two_backwards_under_saved_tensor_hooks(backend: str, name: str, hooks: 
 def test_inplace_backward_on_views_of_one_tensor_says_what_to_do(backend: str) -> None:
     logits = torch.randn(4, 7, requires_grad=True) * 1
     parts = [rf.token_logprobs(x, torch.arange(2), inplace_backward=True) for x in logits.split(2)]
-    with pytest.raises(RuntimeError, match=r"^rlhf_fast\.token_stats: .*split\(n\).*whole"):
+    with pytest.raises(RuntimeError, match=r"^rlhf_fast\.token_logprobs: .*split\(n\).*whole"):
         torch.cat(parts).sum().backward()
 
 

@@ -14,14 +14,15 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_fast.ops import _check
-from rlhf_fast.ops.linear import linear_token_stats
-from rlhf_fast.ops.logprob import TokenStats
+from rlhf_fast.ops.linear.inputs import check_head
+from rlhf_fast.ops.linear.stats import linear_stats
+from rlhf_fast.ops.logprob import TokenStats, as_token_stats, output_bits
 
 from .lm_head import language_model_head, without_adapter_wrapper
 from .wrappers import as_forward_of, unwrapped
@@ -61,10 +62,8 @@ def token_logprobs(
         ValueError, TypeError: on wrong shapes, with prompt or prefix tuning, and if the model's logits differ from
             those of its trunk, linear head and configuration (docs/integrations.md lists the models).
     """
-    stats = token_stats(
-        model, input_ids, attention_mask, outputs=("logprobs",), mask=mask, temperature=temperature,
-        logits_dtype=logits_dtype, memory_budget=memory_budget, **trunk_inputs,
-    )  # fmt: skip
+    how = HeadOptions(("logprobs",), temperature, logits_dtype, memory_budget)
+    stats = _stats("hf.token_logprobs", model, input_ids, attention_mask, mask, how, trunk_inputs)
     assert stats.logprobs is not None
     return stats.logprobs
 
@@ -90,19 +89,44 @@ def token_stats(
     Raises:
         ValueError, TypeError: as `token_logprobs`.
     """
-    wanted = _wanted("hf.token_stats", input_ids, attention_mask, mask)
+    how = HeadOptions(outputs, temperature, logits_dtype, memory_budget)
+    return _stats("hf.token_stats", model, input_ids, attention_mask, mask, how, trunk_inputs)
+
+
+class HeadOptions(NamedTuple):
+    """What is wanted of the head, as `linear_token_stats` takes it."""
+
+    outputs: tuple[str, ...]
+    temperature: float | Tensor
+    logits_dtype: torch.dtype | None
+    memory_budget: int | None
+
+
+def _stats(
+    op: str,
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    mask: Tensor | None,
+    how: HeadOptions,
+    trunk_inputs: dict[str, Any],
+) -> TokenStats:
+    wanted = _wanted(op, input_ids, attention_mask, mask)
+    bits = output_bits(op, how.outputs, input_ids)
+    temperature = how.temperature
     check_model(model)
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        _check.shape_is("hf.token_stats", "temperature", temperature, input_ids.shape, "input_ids")
+        _check.shape_is(op, "temperature", temperature, input_ids.shape, "input_ids")
         temperature = temperature[:, 1:]
     inner = unwrapped(model)
 
     def at_head(hidden: Tensor) -> TokenStats:
         head = language_model_head(inner)
-        return linear_token_stats(
-            hidden, head.weight, input_ids[:, 1:], outputs=outputs, mask=wanted[:, 1:], temperature=temperature,
-            logits_dtype=logits_dtype, memory_budget=memory_budget, **head.options(),
-        )  # fmt: skip
+        checked = check_head(op, hidden, head.weight, head.bias, head.lora, how.logits_dtype, how.memory_budget)
+        results = linear_stats(
+            op, checked, input_ids[:, 1:], bits, temperature, head.logit_scale, head.softcap, wanted[:, 1:], None, None
+        )
+        return as_token_stats(results, bits)
 
     def forward(input_ids: Tensor) -> TokenStats:
         hidden = _hidden_states(inner, input_ids, attention_mask, trunk_inputs)

@@ -45,10 +45,15 @@ def language_model_head(model: Any) -> LanguageModelHead:
 
     Raises:
         TypeError, ValueError: if the model has no head, or the head is not linear, is quantised, or has an adapter
-            other than a plain LoRA.
+            other than a plain LoRA; or if the model has an encoder.
     """
     model = without_adapter_wrapper(model)
     name = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(
+            f"rlhf_fast.hf: {name} has an encoder and a decoder, and a causal language model is wanted; use its own "
+            "logits with rlhf_fast.token_logprobs"
+        )
     layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if layer is None:
         raise TypeError(f"rlhf_fast.hf: {name} has no output embeddings, so it is no causal language model")

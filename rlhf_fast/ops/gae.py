@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import define
+from rlhf_fast.ops._register import CONSTANT, define
 
 MASK_MODES = {"zero": 0, "carry": 1}
 
@@ -98,8 +98,8 @@ def gae(
         (row_lam, lam_float) if value_lam is None else _row_lam(op, "value_lam", value_lam, rows, rewards)
     )
     flags = _token_flags(op, rewards, rows, mask, cu_seqlens, dones, truncated, bootstrap_values)
-    advantages, returns = _dispatch.select(op, rewards).gae(
-        rewards.detach(), values.detach(), mask, *flags, cu_seqlens, row_lam, row_value_lam,
+    advantages, returns = _dispatch.call(
+        _dispatch.select(op, rewards).gae.default, rewards, values, mask, *flags, cu_seqlens, row_lam, row_value_lam,
         _check.in_unit_interval(op, "gamma", gamma), lam_float, value_lam_float, carry,
     )  # fmt: skip
     return GAE(advantages, returns)
@@ -156,16 +156,17 @@ def ppo_advantages(
         raise TypeError(f"rlhf_fast.{op}: mask must be a bool tensor (True = response token), got None")
     _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
     _check.is_group(op, process_group)
-    clip = float("inf") if score_clip is None else _check.positive(op, "score_clip", score_clip)
+    clip = None if score_clip is None else _check.positive(op, "score_clip", score_clip)
     ops = _dispatch.select(op, logprobs)
-    kl, rewards, advantages, returns, moments = ops.ppo_advantages(
-        scores.detach(), logprobs.detach(), ref_logprobs.detach(), values.detach(), mask,
+    kl, rewards, advantages, returns, moments = _dispatch.call(
+        ops.ppo_advantages.default, scores, logprobs, ref_logprobs, values, mask,
         _check.finite(op, "kl_coef", kl_coef), _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
         _check.in_unit_interval(op, "gamma", gamma),
         _check.in_unit_interval(op, "lam", lam), clip,
     )  # fmt: skip
     if _check.flag(op, "whiten", whiten):
-        advantages = ops.whiten(advantages, mask, _over_ranks(moments, process_group), True)
+        moments = _over_ranks(moments, process_group)
+        advantages = _dispatch.call(ops.whiten.default, advantages, mask, moments, True)
     return Advantages(kl, rewards, advantages, returns)
 
 
@@ -192,9 +193,8 @@ def masked_whiten(
     _check.flag(op, "shift_mean", shift_mean)
     _check.is_group(op, process_group)
     ops = _dispatch.select(op, values)
-    values = values.detach()
-    moments = _over_ranks(ops.whiten_moments(values, mask), process_group)
-    return ops.whiten(values, mask, moments, shift_mean)
+    moments = _over_ranks(_dispatch.call(ops.whiten_moments.default, values, mask), process_group)
+    return _dispatch.call(ops.whiten.default, values, mask, moments, shift_mean)
 
 
 def _over_ranks(moments: Tensor, process_group: Any) -> Tensor:
@@ -222,7 +222,7 @@ def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) 
     if _check.can_look(lam) and not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"rlhf_fast.{op}: {name} must be between 0 and 1 everywhere, got {lam.tolist()}")
     dtype = reference.accumulate_dtype(first.dtype)
-    return lam.detach().to(device=first.device, dtype=dtype).expand(rows).contiguous(), 0.0
+    return lam.to(device=first.device, dtype=dtype).expand(rows).contiguous(), 0.0
 
 
 def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
@@ -272,7 +272,6 @@ def _token_flags(
             continue
         if name == "bootstrap_values":
             _check.same_dtype(op, name, x, "rewards", rewards)
-            x = x.detach()
         elif x.dtype != torch.bool:
             raise TypeError(f"rlhf_fast.{op}: {name} must be bool, got {x.dtype}")
         _check.on_device(op, name, x, "rewards", rewards)
@@ -335,21 +334,23 @@ define(
     "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? truncated, Tensor? bootstrap_values, "
     "Tensor? cu_seqlens, Tensor? row_lam, Tensor? row_value_lam, float gamma, float lam, float value_lam, bool carry) "
     "-> (Tensor advantages, Tensor returns)",
-    reference=reference.gae, fake=_two_like,
+    reference=reference.gae, fake=_two_like, derivative=CONSTANT,
 )  # fmt: skip
 define(
     "ppo_advantages",
     "(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor mask, float kl_coef, int estimator, "
-    "float gamma, float lam, float score_clip) "
+    "float gamma, float lam, float? score_clip) "
     "-> (Tensor kl, Tensor rewards, Tensor advantages, Tensor returns, Tensor moments)",
-    reference=reference.ppo_advantages, fake=_fake_ppo_advantages,
+    reference=reference.ppo_advantages, fake=_fake_ppo_advantages, derivative=CONSTANT,
+)  # fmt: skip
+WHITENING = ("masked_whiten", "ppo_advantages")
+define(
+    "whiten_moments", "(Tensor values, Tensor mask) -> Tensor",
+    reference=reference.whiten_moments, fake=_fake_moments, derivative=CONSTANT, public=WHITENING,
 )  # fmt: skip
 define(
-    "whiten_moments", "(Tensor values, Tensor mask) -> Tensor", reference=reference.whiten_moments, fake=_fake_moments
-)
-define(
     "whiten", "(Tensor values, Tensor mask, Tensor moments, bool shift_mean) -> Tensor",
-    reference=reference.whiten, fake=_fake_whiten,
+    reference=reference.whiten, fake=_fake_whiten, derivative=CONSTANT, public=WHITENING,
 )  # fmt: skip
 _dispatch.served_by("gae", "gae")
 _dispatch.served_by("ppo_advantages", "ppo_advantages")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import define, define_backward, save, saved
+from rlhf_fast.ops._register import CONSTANT, Derivative, define, define_backward, save, saved
 from rlhf_fast.ops.logprob import check_row_options
 
 
@@ -105,9 +105,8 @@ def token_kl_and_grad(
     _check.is_float(op, "grad_kl", grad_kl)
     _check.shape_is(op, "grad_kl", grad_kl, logits.shape[:-1], "the rows")
     _check.on_device(op, "grad_kl", grad_kl, "logits", logits)
-    weights = grad_kl.detach().to(reference.accumulate_dtype(logits.dtype))
-    with torch.no_grad():
-        return _dispatch.call(_dispatch.select(op, logits).token_kl_and_grad.default, weights, *tensors, *options)
+    weights = grad_kl.to(reference.accumulate_dtype(logits.dtype))
+    return _dispatch.call(_dispatch.select(op, logits).token_kl_and_grad.default, weights, *tensors, *options)
 
 
 def _checked_pair(
@@ -186,7 +185,7 @@ def approx_kl(
         _check.shape_is(op, name, x, logprobs.shape, "logprobs")
         _check.on_device(op, name, x, "logprobs", logprobs)
     _check.is_mask(op, "mask", mask, logprobs.shape, "logprobs", logprobs)
-    limit = float("inf") if clamp is None else _check.positive(op, "clamp", clamp)
+    limit = None if clamp is None else _check.positive(op, "clamp", clamp)
     if log_ratio_limit is not None:
         bound = _check.positive(op, "log_ratio_limit", log_ratio_limit)
         dtype = reference.accumulate_dtype(logprobs.dtype)
@@ -208,7 +207,7 @@ PAIR_OPTIONS = (
 )
 ESTIMATE = (
     "Tensor logprobs, Tensor ref_logprobs, Tensor? importance_ratio, Tensor? mask, "
-    "int estimator, int gradient, float clamp"
+    "int estimator, int gradient, float? clamp"
 )
 
 
@@ -236,7 +235,7 @@ def _token_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor | None, _: Tensor | N
     if grad_kl is None:
         return (None,) * 12
     wanted = ctx.needs_input_grad[:2]
-    grads = ops.token_kl_backward(grad_kl, *saved(ctx, "token_kl"), *ctx.options, *wanted)
+    grads = _dispatch.call(ops.token_kl_backward.default, grad_kl, *saved(ctx), *ctx.options, *wanted)
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), *(None,) * 10)
 
 
@@ -263,9 +262,10 @@ def _setup_approx_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _approx_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
-    logprobs, ref_logprobs, ratio, mask = saved(ctx, "approx_kl")
+    logprobs, ref_logprobs, ratio, mask = saved(ctx)
     assert logprobs is not None and ref_logprobs is not None
-    grad, grad_ratio = ops.approx_kl_backward(grad_kl, logprobs, ref_logprobs, ratio, mask, *ctx.options)
+    backward = ops.approx_kl_backward.default
+    grad, grad_ratio = _dispatch.call(backward, grad_kl, logprobs, ref_logprobs, ratio, mask, *ctx.options)
     wanted, wanted_ref, wanted_ratio = ctx.needs_input_grad[:3]
     return (
         grad.to(logprobs.dtype) if wanted else None,
@@ -277,24 +277,24 @@ def _approx_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
 
 define(
     "token_kl", f"({PAIR}, {PAIR_OPTIONS}) -> (Tensor kl, Tensor parts)",
-    reference=reference.token_kl, fake=_fake_token_kl, setup_context=_setup_token_kl, backward=_token_kl_backward,
+    reference=reference.token_kl, fake=_fake_token_kl, derivative=Derivative(_setup_token_kl, _token_kl_backward),
 )  # fmt: skip
 define_backward(
     "token_kl_backward",
     f"(Tensor grad_kl, {PAIR}, Tensor parts, {PAIR_OPTIONS}, bool needs_grad, bool needs_ref_grad) -> (Tensor, Tensor)",
-    reference=reference.token_kl_backward, fake=_fake_token_kl_backward, of="token_kl",
+    reference=reference.token_kl_backward, fake=_fake_token_kl_backward, of=("token_kl",),
 )  # fmt: skip
-define_backward(
+define(
     "token_kl_and_grad", f"(Tensor grad_kl, {PAIR}, {PAIR_OPTIONS}) -> (Tensor kl, Tensor grad_logits)",
-    reference=reference.token_kl_and_grad, fake=_fake_token_kl_and_grad, of="token_kl_and_grad",
+    reference=reference.token_kl_and_grad, fake=_fake_token_kl_and_grad, derivative=CONSTANT,
 )  # fmt: skip
 define(
     "approx_kl", f"({ESTIMATE}) -> Tensor",
-    reference=reference.approx_kl, fake=_fake_approx_kl, setup_context=_setup_approx_kl, backward=_approx_kl_backward,
+    reference=reference.approx_kl, fake=_fake_approx_kl, derivative=Derivative(_setup_approx_kl, _approx_kl_backward),
 )  # fmt: skip
 define_backward(
     "approx_kl_backward", f"(Tensor grad_kl, {ESTIMATE}) -> (Tensor, Tensor)",
-    reference=reference.approx_kl_backward, fake=_fake_approx_kl_backward, of="approx_kl",
+    reference=reference.approx_kl_backward, fake=_fake_approx_kl_backward, of=("approx_kl",),
 )  # fmt: skip
 _dispatch.served_by("token_kl", "token_kl")
 _dispatch.served_by("token_kl_and_grad", "token_kl_and_grad")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import any_batched, define, define_backward, save, saved
+from rlhf_fast.ops._register import Derivative, any_batched, define, define_backward, save, saved
 
 
 class TokenStats(NamedTuple):
@@ -283,30 +283,33 @@ def _backward(ops: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         return None, *nothing
     if ctx.overwritten:  # autograd's version counter notices this too, unless saved-tensor hooks are in use
         raise RuntimeError(
-            "rlhf_fast.token_stats: a second backward after one with inplace_backward=True, which has overwritten the "
-            "logits; drop inplace_backward, or do not backward twice"
+            f"rlhf_fast.{ctx.public}: a second backward after one with inplace_backward=True, which has overwritten "
+            "the logits; drop inplace_backward, or do not backward twice"
         )
-    logits, *others = saved(ctx, "token_stats")
+    logits, *others = saved(ctx)
     assert logits is not None
     # With create_graph the gradient must be a new tensor, whose node refuses double backward; while tracing,
     # functionalisation would copy the logits anyway.
     free = ctx.inplace and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or any_batched(grads))
     if free and not rows_share_memory(logits):
         ctx.overwritten = True
-        ops.token_stats_backward_(grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
+        inplace = ops.token_stats_backward_.default
+        _dispatch.call(inplace, grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
         torch.autograd.graph.increment_version(logits)
         return logits.detach(), *nothing
-    grad = ops.token_stats_backward(grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
+    backward = ops.token_stats_backward.default
+    grad = _dispatch.call(backward, grad_logprobs, grad_entropy, grad_logsumexp, logits, *others, *ctx.options)
     return grad, *nothing
 
 
+PUBLIC = ("token_stats", "token_logprobs")
 define(
     "token_stats", SCHEMA,
-    reference=reference.token_stats, fake=_fake, setup_context=_setup_context, backward=_backward,
+    reference=reference.token_stats, fake=_fake, derivative=Derivative(_setup_context, _backward), public=PUBLIC,
 )  # fmt: skip
 define_backward(
     "token_stats_backward", BACKWARD_SCHEMA,
-    reference=reference.token_stats_backward, fake=_fake_backward, of="token_stats",
+    reference=reference.token_stats_backward, fake=_fake_backward, of=PUBLIC,
 )  # fmt: skip
 define("token_stats_backward_", INPLACE_SCHEMA, reference=_reference_inplace, fake=lambda *_: None)
 _dispatch.served_by("token_stats", "token_logprobs", "token_stats")

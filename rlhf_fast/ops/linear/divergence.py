@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward, save, saved
+from rlhf_fast.ops._register import Derivative, define, define_backward, save, saved
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.head import HeadGradients
 from rlhf_fast.ops.linear.head_rows import HeadRows
@@ -310,7 +310,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ops: Any, ctx: Any, grad_kl: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_kl is None:
         return gradients_of([], [], Inputs, Options)
-    inputs, stored = unflatten(saved(ctx, "linear_token_kl"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx), Inputs, Saved)
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     grads = ops.linear_token_kl_backward(*flatten(
         Gradients(grad_kl), inputs, ctx.options, stored, Needs(*needed.head), RefNeeds(*needed.ref)
@@ -321,13 +321,13 @@ def _backward(ops: Any, ctx: Any, grad_kl: Tensor | None, *_: Any) -> tuple[Any,
 define(
     "linear_token_kl", f"({schema(Inputs, Options)}) -> ({schema(Outputs)})",
     reference=on_bundles(_forward, Inputs, Options), fake=fake_on_bundles(_fake, Inputs, Options),
-    setup_context=_setup_context, backward=_backward,
+    derivative=Derivative(_setup_context, _backward),
 )  # fmt: skip
 define_backward(
     "linear_token_kl_backward",
     f"({schema(Gradients, Inputs, Options, Saved)}, {schema(Needs, RefNeeds, prefix='needs_')}) -> "
     f"({schema(HeadGradientTensors, RefGradientTensors)})",
     reference=on_bundles(_backward_loop, *BACKWARD_ARGUMENTS),
-    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_token_kl",
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of=("linear_token_kl",),
 )  # fmt: skip
 _dispatch.served_by("token_kl", "linear_token_kl")

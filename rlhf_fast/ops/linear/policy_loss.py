@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward
+from rlhf_fast.ops._register import Derivative, define, define_backward
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.divergence import check_reference
 from rlhf_fast.ops.linear.head import held_dtypes
@@ -178,19 +178,22 @@ def _reference(
     op: str, estimator: str, ref_logprobs: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, kl_coef: float, head: CheckedHead,
 ) -> tuple[Tensor | None, RefTensors]:  # fmt: skip
-    """The reference as the estimator needs it: its log-probs, or its hidden states and head."""
-    nothing = RefTensors(None, None, None)
-    if _check.choice(op, "estimator", estimator, ESTIMATORS) != EXACT:
-        if ref_logprobs is not None:
-            return _per_token(op, "ref_logprobs", ref_logprobs, head), nothing
-        if kl_coef != 0:
-            raise ValueError(f"rlhf_fast.{op}: ref_logprobs must be given when kl_coef is not 0, got None")
-        return None, nothing
+    """The reference as the estimator needs it: its log-probs, or its hidden states and head. All given are checked."""
+    exact = _check.choice(op, "estimator", estimator, ESTIMATORS) == EXACT
+    tokens = None if ref_logprobs is None else _per_token(op, "ref_logprobs", ref_logprobs, head)
+    states, nothing = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}, RefTensors(None, None, None)
+    missing = [name for name, x in states.items() if x is None]
+    if missing and (exact or len(missing) == 1 or ref_bias is not None):
+        why = "for the exact KL" if exact else "with the rest of the reference's head"
+        raise ValueError(f"rlhf_fast.{op}: {missing[0]} must be given {why}, got None")
+    if not exact and tokens is None and kl_coef != 0:
+        raise ValueError(f"rlhf_fast.{op}: ref_logprobs must be given when kl_coef is not 0, got None")
     if ref_hidden is None or ref_weight is None:
-        missing = "ref_hidden" if ref_hidden is None else "ref_weight"
-        raise ValueError(f"rlhf_fast.{op}: {missing} must be given for the exact KL, got None")
+        return tokens, nothing
     with torch.no_grad():
         ref = check_reference(op, head, ref_hidden, ref_weight, ref_bias).tensors
+    if not exact:
+        return tokens, nothing
     return None, RefTensors(*(None if x is None else x.detach() for x in (ref.hidden, ref.weight, ref.bias)))
 
 
@@ -281,11 +284,11 @@ define(
     "linear_policy_loss",
     f"({schema(Inputs, Options)}, {schema(Needs, prefix='needs_')}) -> ({schema(Outputs, HeadGradientTensors)})",
     reference=on_bundles(policy_loop, Inputs, Options, Needs), fake=fake_on_bundles(_fake, Inputs, Options, Needs),
-    setup_context=_setup_context, backward=_backward,
+    derivative=Derivative(_setup_context, _backward),
 )  # fmt: skip
 define_backward(
     "linear_policy_loss_backward",
     f"(Tensor grad_loss, {schema(HeadGradientTensors)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_scale, fake=_scale, of="linear_policy_loss",
+    reference=_scale, fake=_scale, of=("linear_policy_loss",),
 )  # fmt: skip
 _dispatch.served_by("token_stats", "linear_policy_loss")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward, save, saved
+from rlhf_fast.ops._register import Derivative, define, define_backward, save, saved
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.head import HeadGradients
 from rlhf_fast.ops.linear.head_rows import HeadRows
@@ -366,7 +366,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad_logprobs is None:
         return gradients_of([], [], Inputs, Options)
-    inputs, stored = unflatten(saved(ctx, "linear_sampled_logprobs"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx), Inputs, Saved)
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     grads = ops.linear_sampled_logprobs_backward(
         *flatten(Gradients(grad_logprobs), inputs, ctx.options, stored, Needs(*needed.head))
@@ -377,12 +377,12 @@ def _backward(ops: Any, ctx: Any, grad_logprobs: Tensor | None, *_: Any) -> tupl
 define(
     "linear_sampled_logprobs", f"({schema(Inputs, Options)}) -> ({schema(Outputs)})",
     reference=on_bundles(_forward, Inputs, Options), fake=fake_on_bundles(_fake, Inputs, Options),
-    setup_context=_setup_context, backward=_backward,
+    derivative=Derivative(_setup_context, _backward),
 )  # fmt: skip
 define_backward(
     "linear_sampled_logprobs_backward",
     f"({schema(*BACKWARD_ARGUMENTS[:-1])}, {schema(Needs, prefix='needs_')}) -> ({schema(HeadGradientTensors)})",
     reference=on_bundles(_backward_loop, *BACKWARD_ARGUMENTS),
-    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_sampled_logprobs",
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of=("linear_sampled_logprobs",),
 )  # fmt: skip
 _dispatch.served_by("token_stats", "linear_sampled_logprobs")

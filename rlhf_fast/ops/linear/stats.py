@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_fast import _dispatch
 from rlhf_fast._pages import give_back
 from rlhf_fast.ops import _check, codes
-from rlhf_fast.ops._register import define, define_backward, save, saved
+from rlhf_fast.ops._register import Derivative, define, define_backward, save, saved
 from rlhf_fast.ops.linear.bundles import fake_on_bundles, flatten, gradients_of, on_bundles, schema, unflatten
 from rlhf_fast.ops.linear.head import HeadGradients
 from rlhf_fast.ops.linear.head_rows import HeadRows
@@ -137,7 +137,7 @@ def linear_token_logprobs(
     Raises:
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
-    results = _linear_stats(
+    results = linear_stats(
         "linear_token_logprobs",
         check_head("linear_token_logprobs", hidden, weight, bias, lora, logits_dtype, memory_budget, process_group),
         targets, codes.LOGPROBS, temperature, logit_scale, softcap, mask, rows, vocab_size,
@@ -173,11 +173,11 @@ def linear_token_stats(
     op = "linear_token_stats"
     wanted = output_bits(op, outputs, targets)
     head = check_head(op, hidden, weight, bias, lora, logits_dtype, memory_budget, process_group)
-    results = _linear_stats(op, head, targets, wanted, temperature, logit_scale, softcap, mask, rows, vocab_size)
+    results = linear_stats(op, head, targets, wanted, temperature, logit_scale, softcap, mask, rows, vocab_size)
     return as_token_stats(results, wanted)
 
 
-def _linear_stats(
+def linear_stats(
     op: str,
     head: CheckedHead,
     targets: Tensor | None,
@@ -189,6 +189,7 @@ def _linear_stats(
     rows: Tensor | None,
     vocab_size: int | None,
 ) -> Outputs:
+    """What `linear_token_stats` returns and saves; `op` is the public function that calls it, for messages."""
     hidden = head.tensors.hidden
     row_inputs, checked, padded = select_rows(op, mask, rows, hidden)
     row_temperature, scalar, cap, columns = check_row_options(
@@ -198,6 +199,8 @@ def _linear_stats(
         check_targets(op, targets, head.shape, head.vocabulary if columns < 0 else columns, checked, hidden)
     else:
         targets = None
+    ops = _dispatch.select(op.replace("hf.", "linear_"), hidden)  # those of rf.hf run where the linear ones do
+    _dispatch.name_call(op)
     budget = head.options.budget if any(needs_of(head.tensors)) else 0
     scale = _check.factor(op, "logit_scale", logit_scale)
     options = Options(
@@ -205,7 +208,7 @@ def _linear_stats(
         LogitOptions(scalar, scale, cap), outputs,
     )  # fmt: skip
     inputs = Inputs(head.tensors, targets, row_inputs, row_temperature)
-    return Outputs(*_dispatch.select(op, hidden).linear_token_stats(*flatten(inputs, options)))
+    return Outputs(*ops.linear_token_stats(*flatten(inputs, options)))
 
 
 # ----------------------------------------------------------------------------------------------- the two loops
@@ -355,7 +358,7 @@ def _backward(ops: Any, ctx: Any, *flat_grads: Tensor | None) -> tuple[Any, ...]
     needed, _ = unflatten(ctx.needs_input_grad, Inputs, Options)
     if all(g is None for g in grads):
         return gradients_of([], [], Inputs, Options)
-    inputs, stored = unflatten(saved(ctx, "linear_token_stats"), Inputs, Saved)
+    inputs, stored = unflatten(saved(ctx), Inputs, Saved)
     state = TileState(ctx.tiles_hold_logits)
     # With create_graph the gradients must come from an operator that refuses to be differentiated; while tracing,
     # functionalisation would copy the tiles anyway.
@@ -368,10 +371,11 @@ def _backward(ops: Any, ctx: Any, *flat_grads: Tensor | None) -> tuple[Any, ...]
     return gradients_of(results, needed.head, Inputs, Options)
 
 
+PUBLIC = ("linear_token_stats", "linear_token_logprobs", "hf.token_logprobs", "hf.token_stats")
 define(
     "linear_token_stats", f"({schema(Inputs, Options)}) -> ({schema(Outputs)})",
     reference=on_bundles(_forward, Inputs, Options), fake=fake_on_bundles(_fake, Inputs, Options),
-    setup_context=_setup_context, backward=_backward,
+    derivative=Derivative(_setup_context, _backward), public=PUBLIC,
 )  # fmt: skip
 define(
     "linear_token_stats_backward_", _backward_schema(mutated="tiles"),
@@ -381,6 +385,6 @@ define(
 define_backward(
     "linear_token_stats_backward", _backward_schema(),
     reference=on_bundles(_backward_out_of_place, *BACKWARD_ARGUMENTS),
-    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of="linear_token_stats",
+    fake=fake_on_bundles(_fake_backward, *BACKWARD_ARGUMENTS), of=PUBLIC,
 )  # fmt: skip
 _dispatch.served_by("token_stats", "linear_token_logprobs", "linear_token_stats")

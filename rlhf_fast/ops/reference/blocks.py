@@ -11,21 +11,26 @@ from torch import Tensor
 
 CPU_ENTRIES = 1 << 18  # entries of a block per thread: 1 MiB of float32, about the size of a core's own cache
 DEVICE_ENTRIES = 1 << 26  # elsewhere: few launches
+TOKEN_ENTRIES = 1 << 14  # of a block of per-token tensors (B, T), whose temporaries are 8 bytes an entry
 
 
-def row_blocks(x: Tensor, start: int = 0) -> Iterator[tuple[slice, Tensor]]:
+def row_blocks(x: Tensor, start: int = 0, entries: int | None = None) -> Iterator[tuple[slice, Tensor]]:
     """The rows of x (..., V) in order, as views (..., V) of some rows each, and which rows of all they are.
 
-    Depends on the shape and the device alone, so that tensors of one shape fall into the same blocks.
+    Depends on the shape and the device alone, so that tensors of one shape fall into the same blocks. entries: about
+    how many a block holds on a CPU, None = CPU_ENTRIES for each thread.
     """
-    entries = CPU_ENTRIES * torch.get_num_threads() if x.device.type == "cpu" else DEVICE_ENTRIES
+    if x.device.type != "cpu":
+        entries = DEVICE_ENTRIES
+    elif entries is None:
+        entries = CPU_ENTRIES * torch.get_num_threads()
     most = max(1, entries // x.shape[-1])
     if x.dim() == 1:
         x = x.unsqueeze(0)
     rows, inner = x.shape[0], math.prod(x.shape[1:-1])
     if inner > most:
         for i in range(rows):
-            yield from row_blocks(x[i], start + i * inner)
+            yield from row_blocks(x[i], start + i * inner, entries)
         return
     blocks = math.ceil(rows / (most // inner))
     step = math.ceil(rows / blocks)  # equal blocks, so that the last one is not tiny

@@ -270,26 +270,25 @@ def token_kl_and_grad(
     return kl, token_kl_backward(grad_kl, *pair, parts, *options, True, False)[0]  # type: ignore[call-arg]
 
 
-def _estimate(d: Tensor, estimator: int) -> Tensor:
-    """A KL estimator in d = logprobs - ref_logprobs; may be d itself."""
+def _estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
+    """A KL estimator, in memory of its own."""
+    if estimator == codes.K3:
+        minus_d = ref_logprobs - logprobs
+        return minus_d.expm1().sub_(minus_d)
+    d = logprobs - ref_logprobs
     if estimator == codes.K1:
         return d
-    if estimator == codes.K2:
-        return (0.5 * d).mul_(d)
-    if estimator == codes.K3:
-        return d.neg().expm1_().add_(d)
-    return d.abs()
+    return d.square_().mul_(0.5) if estimator == codes.K2 else d.abs_()
 
 
-def _estimate_slope(d: Tensor, estimator: int) -> Tensor | None:
-    """Its derivative in d; None for 1."""
+def _estimate_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor | None:
+    """Its derivative in logprobs, in memory of its own; None for 1."""
     if estimator == codes.K1:
         return None
-    if estimator == codes.K2:
-        return d
     if estimator == codes.K3:
-        return d.neg().expm1_().neg_()
-    return torch.sign(d)
+        return (ref_logprobs - logprobs).expm1_().neg_()
+    d = logprobs - ref_logprobs
+    return d if estimator == codes.K2 else d.sign_()
 
 
 def approx_kl(
@@ -299,11 +298,11 @@ def approx_kl(
     mask: Tensor | None,  # (B, T)
     estimator: int,
     gradient: int,
-    clamp: float,
+    clamp: float | None,
 ) -> Tensor:
     dtype = accumulate_dtype(logprobs.dtype)
-    value = _estimate(logprobs.to(dtype) - ref_logprobs.to(dtype), estimator)
-    if clamp < torch.inf:
+    value = _estimate(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
+    if clamp is not None:
         value = value.clamp_(-clamp, clamp)
     if importance_ratio is not None:
         value = value.mul_(importance_ratio.to(dtype))
@@ -318,18 +317,19 @@ def approx_kl_backward(
     mask: Tensor | None,  # (B, T)
     estimator: int,
     gradient: int,
-    clamp: float,
+    clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in logprobs (that in ref_logprobs is its negative) and in the importance ratio."""
     dtype = accumulate_dtype(logprobs.dtype)
-    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
-    slope = d if gradient == codes.STRAIGHT_THROUGH else _estimate_slope(d, estimator)
-    grad_ratio = logprobs.new_empty(0, dtype=dtype)
+    logprobs, ref_logprobs = logprobs.to(dtype), ref_logprobs.to(dtype)
+    slope = _estimate_slope(logprobs, ref_logprobs, codes.K2 if gradient == codes.STRAIGHT_THROUGH else estimator)
+    grad_ratio = logprobs.new_empty(0)
     if importance_ratio is None:
-        grad = grad_kl.clone() if slope is None else grad_kl * slope
+        grad = grad_kl.clone() if slope is None else slope.mul_(grad_kl)
     else:
         ratio = importance_ratio.to(dtype)
-        grad = grad_kl * (ratio if slope is None else ratio * slope)
-        value = _estimate(d, estimator).clamp(-clamp, clamp)
-        grad_ratio = zero_where_masked(grad_kl * value, mask).contiguous()
+        grad = ratio * grad_kl if slope is None else slope.mul_(ratio).mul_(grad_kl)
+        value = _estimate(logprobs, ref_logprobs, estimator)
+        value = value if clamp is None else value.clamp_(-clamp, clamp)
+        grad_ratio = zero_where_masked(value.mul_(grad_kl), mask).contiguous()
     return zero_where_masked(grad, mask).contiguous(), grad_ratio

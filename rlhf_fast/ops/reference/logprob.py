@@ -142,7 +142,7 @@ def token_stats(
     if mask is not None:
         for result in results:
             if result.numel() > 0:
-                result.masked_fill_(~mask.reshape(*mask.shape, *(1,) * (result.dim() - mask.dim())), 0)
+                result.masked_fill_(~mask.reshape((*mask.shape, *(1,) * (result.dim() - mask.dim()))), 0)
     return results
 
 
