@@ -143,6 +143,18 @@ def call(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
+def is_unobserved(*args: Any) -> bool:
+    """Whether nothing traces, transforms or records calls, so that PyTorch's own code may stand for an operator."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
 class Served(NamedTuple):
     """One row of `backends()`."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, codes, reference
-from rlhf_fast.ops._register import CONSTANT, Derivative, define, define_backward, save, saved
+from rlhf_fast.ops._register import CONSTANT, Derivative, any_batched, define, define_backward, save, saved
 from rlhf_fast.ops.logprob import check_row_options
 
 
@@ -192,11 +192,44 @@ def approx_kl(
         logprobs = (logprobs.to(dtype) - ref_logprobs.to(dtype)).clamp(-bound, bound)
         ref_logprobs = torch.zeros_like(logprobs)
         importance_ratio = None if importance_ratio is None else importance_ratio.to(dtype)
-    return _dispatch.call(
-        _dispatch.select(op, logprobs).approx_kl.default,
-        logprobs, ref_logprobs, importance_ratio, mask, _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
+    ops = _dispatch.select(op, logprobs)
+    tensors = (logprobs, ref_logprobs, importance_ratio, mask)
+    options = (
+        _check.choice(op, "estimator", estimator, codes.ESTIMATORS),
         _check.choice(op, "gradient", gradient, codes.GRADIENTS), limit,
     )  # fmt: skip
+    if ops is getattr(torch.ops, _dispatch.NAMESPACES["torch"]) and _dispatch.is_unobserved(*tensors):
+        return _PlainApproxKl.apply(ops, *tensors, *options)  # type: ignore[no-any-return, no-untyped-call]
+    return _dispatch.call(ops.approx_kl.default, *tensors, *options)
+
+
+class _PlainApproxKl(torch.autograd.Function):
+    """The operator on plain PyTorch without its layers in Python, which take as long as 64 x 1024 tokens.
+
+    It keeps the slope for the backward, for its exp is most of the work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, *arguments: Any) -> Tensor:
+        """Takes the operator's arguments after the namespace that it is in."""
+        if not any(ctx.needs_input_grad):
+            return reference.approx_kl(*arguments)
+        kl, value, slope = reference.approx_kl_and_slope(*arguments)
+        save(ctx, *arguments[:4], value if ctx.needs_input_grad[3] else None, slope)
+        ctx.ops, ctx.options, ctx.public = ops, arguments[4:], "approx_kl"
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
+        """By the operator where it refuses (create_graph) or vmap has to loop (a batch of gradients)."""
+        logprobs, ref_logprobs, ratio, mask, value, slope = saved(ctx)
+        tensors = (logprobs, ref_logprobs, ratio, mask)
+        if torch.is_grad_enabled() or any_batched([grad_kl]):
+            _dispatch.name_call(ctx.public)
+            grads = ctx.ops.approx_kl_backward(grad_kl, *tensors, *ctx.options)
+        else:
+            grads = reference.approx_kl_gradients(grad_kl, value, slope, ratio, mask)
+        return None, *_input_gradients(grads, tensors, ctx.needs_input_grad[1:4])
 
 
 # ----------------------------------------------------------------------------------------------- registration
@@ -262,15 +295,18 @@ def _setup_approx_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _approx_kl_backward(ops: Any, ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
-    logprobs, ref_logprobs, ratio, mask = saved(ctx)
-    assert logprobs is not None and ref_logprobs is not None
-    backward = ops.approx_kl_backward.default
-    grad, grad_ratio = _dispatch.call(backward, grad_kl, logprobs, ref_logprobs, ratio, mask, *ctx.options)
-    wanted, wanted_ref, wanted_ratio = ctx.needs_input_grad[:3]
+    tensors = saved(ctx)
+    grads = _dispatch.call(ops.approx_kl_backward.default, grad_kl, *tensors, *ctx.options)
+    return _input_gradients(grads, tensors, ctx.needs_input_grad[:3])
+
+
+def _input_gradients(grads: Any, tensors: Any, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+    """Of the operator's inputs, from those in logprobs and importance_ratio."""
+    (grad, grad_ratio), (logprobs, ref_logprobs, ratio, _) = grads, tensors
     return (
-        grad.to(logprobs.dtype) if wanted else None,
-        grad.neg().to(ref_logprobs.dtype) if wanted_ref else None,
-        grad_ratio.to(ratio.dtype) if ratio is not None and wanted_ratio else None,
+        grad.to(logprobs.dtype) if wanted[0] else None,
+        grad.neg().to(ref_logprobs.dtype) if wanted[1] else None,
+        grad_ratio.to(ratio.dtype) if ratio is not None and wanted[2] else None,
         *(None,) * 4,
     )
 

@@ -11,13 +11,23 @@ a masked slot cannot reach a result.
 
 from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype
 from rlhf_fast.ops.reference.gae import gae, ppo_advantages, whiten, whiten_moments
-from rlhf_fast.ops.reference.kl import approx_kl, approx_kl_backward, token_kl, token_kl_and_grad, token_kl_backward
+from rlhf_fast.ops.reference.kl import (
+    approx_kl,
+    approx_kl_and_slope,
+    approx_kl_backward,
+    approx_kl_gradients,
+    token_kl,
+    token_kl_and_grad,
+    token_kl_backward,
+)
 from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward, token_stats_backward_into
 
 __all__ = [
     "accumulate_dtype",
     "approx_kl",
+    "approx_kl_and_slope",
     "approx_kl_backward",
+    "approx_kl_gradients",
     "gae",
     "ppo_advantages",
     "token_kl",

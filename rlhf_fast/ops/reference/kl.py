@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.blocks import Buffers, row_blocks
-from rlhf_fast.ops.reference.common import accumulate_dtype, zero_where_masked
+from rlhf_fast.ops.reference.common import accumulate_dtype, zero_masked_, zero_where_masked
 from rlhf_fast.ops.reference.logprob import (
     LOWEST,
     ShapedLogits,
@@ -270,27 +270,6 @@ def token_kl_and_grad(
     return kl, token_kl_backward(grad_kl, *pair, parts, *options, True, False)[0]  # type: ignore[call-arg]
 
 
-def _estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor:
-    """A KL estimator, in memory of its own."""
-    if estimator == codes.K3:
-        minus_d = ref_logprobs - logprobs
-        return minus_d.expm1().sub_(minus_d)
-    d = logprobs - ref_logprobs
-    if estimator == codes.K1:
-        return d
-    return d.square_().mul_(0.5) if estimator == codes.K2 else d.abs_()
-
-
-def _estimate_slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int) -> Tensor | None:
-    """Its derivative in logprobs, in memory of its own; None for 1."""
-    if estimator == codes.K1:
-        return None
-    if estimator == codes.K3:
-        return (ref_logprobs - logprobs).expm1_().neg_()
-    d = logprobs - ref_logprobs
-    return d if estimator == codes.K2 else d.sign_()
-
-
 def approx_kl(
     logprobs: Tensor,  # (B, T)
     ref_logprobs: Tensor,  # (B, T)
@@ -300,13 +279,33 @@ def approx_kl(
     gradient: int,
     clamp: float | None,
 ) -> Tensor:
-    dtype = accumulate_dtype(logprobs.dtype)
-    value = _estimate(logprobs.to(dtype), ref_logprobs.to(dtype), estimator)
-    if clamp is not None:
-        value = value.clamp_(-clamp, clamp)
-    if importance_ratio is not None:
-        value = value.mul_(importance_ratio.to(dtype))
-    return zero_where_masked(value, mask).contiguous()
+    value = _estimate(logprobs, ref_logprobs, estimator, clamp)
+    return _weighted(value, importance_ratio, mask)
+
+
+def approx_kl_and_slope(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    importance_ratio: Tensor | None,
+    mask: Tensor | None,
+    estimator: int,
+    gradient: int,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """approx_kl; the estimate itself, before it is weighted; and its derivative in logprobs, None where that is 1.
+
+    exp is taken once for both; each is in memory of its own.
+    """
+    slope: Tensor | None
+    if estimator == codes.K3 and gradient != codes.STRAIGHT_THROUGH:
+        dtype = accumulate_dtype(logprobs.dtype)
+        minus_d = ref_logprobs.to(dtype) - logprobs.to(dtype)
+        excess = minus_d.expm1()
+        value, slope = _clamped(torch.sub(excess, minus_d, out=minus_d), clamp), excess.neg_()
+    else:
+        value = _estimate(logprobs, ref_logprobs, estimator, clamp)
+        slope = _slope(logprobs, ref_logprobs, estimator, gradient)
+    return _weighted(value, importance_ratio, mask), value, slope
 
 
 def approx_kl_backward(
@@ -320,16 +319,58 @@ def approx_kl_backward(
     clamp: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in logprobs (that in ref_logprobs is its negative) and in the importance ratio."""
+    slope = _slope(logprobs, ref_logprobs, estimator, gradient)
+    value = None if importance_ratio is None else _estimate(logprobs, ref_logprobs, estimator, clamp)
+    return approx_kl_gradients(grad_kl, value, slope, importance_ratio, mask)
+
+
+def approx_kl_gradients(
+    grad_kl: Tensor,  # (B, T)
+    value: Tensor | None,  # (B, T)
+    slope: Tensor | None,  # (B, T)
+    importance_ratio: Tensor | None,  # (B, T)
+    mask: Tensor | None,  # (B, T)
+) -> tuple[Tensor, Tensor]:
+    """approx_kl_backward from what `approx_kl_and_slope` returns; value None: the ratio's gradient is not wanted."""
+    grad = grad_kl.clone() if slope is None else slope * grad_kl
+    grad_ratio = grad.new_empty(0) if value is None else zero_masked_(value * grad_kl, mask).contiguous()
+    if importance_ratio is not None:
+        grad.mul_(importance_ratio)
+    return zero_masked_(grad, mask).contiguous(), grad_ratio
+
+
+def _estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, clamp: float | None) -> Tensor:
+    """A KL estimator, in memory of its own."""
     dtype = accumulate_dtype(logprobs.dtype)
     logprobs, ref_logprobs = logprobs.to(dtype), ref_logprobs.to(dtype)
-    slope = _estimate_slope(logprobs, ref_logprobs, codes.K2 if gradient == codes.STRAIGHT_THROUGH else estimator)
-    grad_ratio = logprobs.new_empty(0)
-    if importance_ratio is None:
-        grad = grad_kl.clone() if slope is None else slope.mul_(grad_kl)
-    else:
-        ratio = importance_ratio.to(dtype)
-        grad = ratio * grad_kl if slope is None else slope.mul_(ratio).mul_(grad_kl)
-        value = _estimate(logprobs, ref_logprobs, estimator)
-        value = value if clamp is None else value.clamp_(-clamp, clamp)
-        grad_ratio = zero_where_masked(value.mul_(grad_kl), mask).contiguous()
-    return zero_where_masked(grad, mask).contiguous(), grad_ratio
+    if estimator == codes.K3:
+        minus_d = ref_logprobs - logprobs
+        return _clamped(minus_d.expm1().sub_(minus_d), clamp)
+    d = logprobs - ref_logprobs
+    if estimator == codes.K2:
+        d = (0.5 * d).mul_(d)
+    return _clamped(d.abs_() if estimator == codes.ABS else d, clamp)
+
+
+def _slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, gradient: int) -> Tensor | None:
+    """The derivative in logprobs, in memory of its own; None for 1."""
+    straight_through = gradient == codes.STRAIGHT_THROUGH
+    if estimator == codes.K1 and not straight_through:
+        return None
+    dtype = accumulate_dtype(logprobs.dtype)
+    d = logprobs.to(dtype) - ref_logprobs.to(dtype)
+    if straight_through or estimator == codes.K2:
+        return d
+    if estimator == codes.K3:
+        return d.neg_().expm1_().neg_()
+    return d.mul_(3e38).clamp_(-1, 1)  # sign(NaN) would be 0, and NaN must stay NaN
+
+
+def _clamped(value: Tensor, clamp: float | None) -> Tensor:
+    return value if clamp is None else value.clamp_(-clamp, clamp)
+
+
+def _weighted(value: Tensor, importance_ratio: Tensor | None, mask: Tensor | None) -> Tensor:
+    """value * importance_ratio, 0 at masked tokens; written over value where there is no ratio."""
+    weighted = value if importance_ratio is None else value * importance_ratio
+    return zero_masked_(weighted, mask).contiguous()
