@@ -25,6 +25,7 @@ from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.agent import encode_prompts, load_agent
 from rlhf_fast.trainer.rl.ppo import train_step
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 def memory(name: str) -> float:
@@ -69,11 +70,12 @@ def main() -> None:
         if not config.fsdp:  # pieces of models come and go, and what is kept for them would be counted
             tune_process()
         before = memory("VmRSS")
-        agent = load_agent(config)
+        settings = Settings(config)
+        agent = load_agent(settings.agent)
         loaded = memory("VmRSS") - before
-        prompts = encode_prompts(read_prompts(config.prompts_file), config, agent)
+        prompts = encode_prompts(read_prompts(config.prompts_file), agent, settings.prompts)
         for step in range(2):  # in the first one the moments come as the gradients go
-            train_step(agent, prompts, config, step, Timer())
+            train_step(agent, prompts, settings.step, settings.sizes, step, Timer())
     count: list[int] = []
     for model in (agent.policy, agent.critic):
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()] if model is not None else []

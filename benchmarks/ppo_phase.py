@@ -47,6 +47,7 @@ from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.settings import Settings
 
 VARIANTS = ("usual loop, full logits", "same loop, eager ops", "rlhf_fast")
 
@@ -105,7 +106,8 @@ class Phase:
             max_new_tokens=most, num_minibatches=2, micro_batch_size=prompts * each // 2, kl_coef=KL_COEF, lr=1e-6,
             gradient_checkpointing=checkpointing,
         )  # fmt: skip
-        self.agent = agents.load_agent(self.config)
+        self.settings = Settings(self.config)
+        self.agent = agents.load_agent(self.settings.agent)
         self.rollout = samples(shape, self.agent.policy.config.vocab_size)
         self.prompts: Any = SimpleNamespace(
             draw=lambda *_: list(range(prompts)), ranked=lambda _: self.rollout, pairs=[]
@@ -121,7 +123,7 @@ class Phase:
             self.ours()
 
     def ours(self) -> None:
-        ppo.train_step(self.agent, self.prompts, self.config, 1, Timer())
+        ppo.train_step(self.agent, self.prompts, self.settings.step, self.settings.sizes, 1, Timer())
 
     def usual(self) -> None:
         """As small PPO codes have it, on the trainer's models and optimizers."""

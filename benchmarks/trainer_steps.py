@@ -90,7 +90,7 @@ def losses(model: str) -> dict[str, float]:
     from rlhf_fast.trainer.rl.experience import Experience
     from rlhf_fast.trainer.rl.objectives.objective import Totals
     from rlhf_fast.trainer.rl.policy_update import policy_backward
-    from rlhf_fast.trainer.rl.settings import update_options
+    from rlhf_fast.trainer.rl.settings import Settings
 
     generator = torch.Generator().manual_seed(0)
     count, prompt = PROMPTS_PER_STEP * SAMPLES, 6
@@ -122,7 +122,7 @@ def losses(model: str) -> dict[str, float]:
         batch=batch, learned=mask, rewards=advantages, old_logprobs=old, entropy=nothing, ref_logprobs=ref,
         values=nothing, advantages=advantages[:, None] * mask, returns=nothing,
     )  # fmt: skip
-    loss = replace(update_options(config.resolved(), BETA, 0.0).loss, on_policy=False)
+    loss = replace(Settings(config).step.update.loss, on_policy=False)
     totals = Totals(float(mask.sum()), count, NEW_TOKENS)
     found = policy_backward(policy, nullcontext, experience, totals, loss)
     return {"TRL": theirs.item(), "rlhf_fast": found.figures["loss/policy_avg"]}

@@ -90,6 +90,14 @@ def test_imports_go_downward(module: str) -> None:
         assert room == own or own not in PARALLEL or room not in PARALLEL, f"{place}: no phase knows another"
 
 
+def test_no_part_of_rl_sees_the_whole_config() -> None:
+    """`settings.py` splits it into bundles; the parts of the phase take those."""
+    config = "rlhf_fast.trainer.rl.config"
+    importers = {name for name, path in MODULES.items() if any(other == config for _, other in imported(name, path))}
+    inside = {name.rpartition(".")[2] for name in importers if name.startswith("rlhf_fast.trainer.rl")}
+    assert inside == {"ppo", "settings"}
+
+
 def test_no_import_cycle() -> None:
     """Among modules, imports at the top of files and inside functions alike."""
     edges = {name: {other for _, other in imported(name, path)} - {name} for name, path in MODULES.items()}

@@ -21,8 +21,6 @@ LONG_FUNCTIONS = {
     "kernels/logprob_fold.py token_stats_fold",
     "kernels/ppo.py ppo_rows",
     "rlhf_fast/ops/linear/policy_loss.py linear_policy_loss",
-    "rlhf_fast/trainer/reward/train.py train_reward",
-    "rlhf_fast/trainer/rl/score.py score",
 }
 
 

@@ -72,28 +72,28 @@ def dpo(task: Task, seed: int) -> Curve:
     )  # fmt: skip
 
 
-def learn(task: Task, steps: int, **options: Any) -> Curve:
+def learn(task: Task, steps: int, **values: Any) -> Curve:
     from rlhf_fast.run.checkpoint import seed_everything
     from rlhf_fast.run.progress import Timer
     from rlhf_fast.trainer import PPOConfig
     from rlhf_fast.trainer.rl import agent as agents
     from rlhf_fast.trainer.rl import ppo
-    from rlhf_fast.trainer.rl.prompts import read_prompts_or_feedback
+    from rlhf_fast.trainer.rl.prompts import read_data
+    from rlhf_fast.trainer.rl.settings import Settings
 
     config = PPOConfig(
         model=str(task.start), dtype="float32", max_new_tokens=NEW_TOKENS, max_length=32, max_steps=steps,
-        micro_batch_size=64, **options,
+        micro_batch_size=64, **values,
     )  # fmt: skip
     config.validate()
-    config = config.resolved()
     seed_everything(config.seed)
-    agent = agents.load_agent(config)
-    pairs = config.objective == "dpo"
-    lines = read_prompts_or_feedback(config.prompts_file, feedback=pairs, scored=not pairs, strict=True)
-    prompts = agents.encode_prompts(lines, config, agent)
+    options = Settings(config)
+    agent = agents.load_agent(options.agent)
+    lines = read_data(options.data._replace(strict=True)).prompts
+    prompts = agents.encode_prompts(lines, agent, options.prompts)
     curve = [{"step": 0, **task.measure(agent.policy)}]
     for step in range(steps):
-        ppo.train_step(agent, prompts, config, step, Timer())
+        ppo.train_step(agent, prompts, options.step, options.sizes, step, Timer())
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             curve.append({"step": step + 1, **task.measure(agent.policy)})
     return curve

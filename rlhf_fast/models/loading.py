@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,6 @@ from torch import nn
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import notice
 from rlhf_fast.run.quiet import quiet
 
@@ -225,10 +225,10 @@ def context_length(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
 
-def reading_limits(model: Any, config: RunOptions) -> Limits:
-    """Limits of length and vocabulary, from the model and the options."""
-    room, rows = min(config.max_length, context_length(model)), model.get_input_embeddings().weight.shape[0]
-    return Limits(room, config.overlong, config.strict, int(rows))
+def reading_limits(model: Any, wanted: Limits) -> Limits:
+    """The limits `wanted` by the user, with those of the model's context and vocabulary."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    return replace(wanted, max_length=min(wanted.max_length, context_length(model)), vocabulary=int(rows))
 
 
 def fit_padding(tokenizer: Any, model: Any) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,19 @@ BYTES_PER_WEIGHT = 12  # a float32 weight and two moments
 SAVING_SHARE = 20  # saving by the clock takes at most 1 / SAVING_SHARE of the time between two saves
 
 
+class SaveOptions(NamedTuple):
+    """When to save."""
+
+    steps: int  # between two saves; 0: the clock decides
+    minutes: float  # between two saves; 0: the clock never does
+    last: bool  # also at the end
+
+    @classmethod
+    def of(cls, options: RunOptions) -> SaveOptions:
+        """Those of a phase."""
+        return cls(options.save_steps, options.save_minutes, options.save_last)
+
+
 class Autosave:
     """`with Autosave(...) as autosave:` around the loop of a phase, whose steps end with `autosave.after_step(step)`.
 
@@ -33,10 +46,10 @@ class Autosave:
     """
 
     def __init__(
-        self, run: RunFolder, config: RunOptions, models: Sequence[Any], step: int, save: Callable[[int], None]
+        self, run: RunFolder, options: SaveOptions, models: Sequence[Any], step: int, save: Callable[[int], None]
     ) -> None:
         """`models` (None is skipped) are trained, `step` steps are done, `save(step)` writes a checkpoint."""
-        self.run, self.config, self.save, self.step = run, config, save, step
+        self.run, self.options, self.save, self.step = run, options, save, step
         self.weights = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
         self.room_is_short = False
         self._seconds = 0.0  # duration of the last save
@@ -55,7 +68,7 @@ class Autosave:
     def due(self, step: int, stop_requested: bool = False) -> tuple[bool, bool]:
         """Whether to save after `step` steps, and whether to stop; the same on every rank."""
         self.step = step
-        interval, minutes = self.config.save_steps, self.config.save_minutes
+        interval, minutes, _ = self.options
         elapsed = time.monotonic() - self._saved_at
         by_clock = ranks().main and 0 < minutes * 60 <= elapsed and elapsed > SAVING_SHARE * self._seconds
         # one collective: a signal between two of them would end the run unsaved
@@ -85,7 +98,7 @@ class Autosave:
 
     def keeps_last(self) -> bool:
         """Whether a checkpoint of the last step is wanted and the disk has room for it; the same on every rank."""
-        return self.config.save_last and ranks().once(self._has_room)
+        return self.options.last and ranks().once(self._has_room)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from rlhf_fast.data.encoding import vocabulary_id
 from rlhf_fast.data.examples import PromptLine, read_prompts
 from rlhf_fast.data.files import read_lines
-from rlhf_fast.data.limits import encode_prompts
+from rlhf_fast.data.limits import Limits, encode_prompts
 from rlhf_fast.data.messages import Chat, Prompt
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
@@ -99,8 +99,8 @@ def _collect(
             model = load_causal_lm(config.model, config.dtype, config.trust_remote_code).eval()
             fit_padding(tokenizer, model)
         policy = Policy(model, tokenizer, sampler)
-        limits, longest = reading_limits(model, config), config.max_new_tokens
-        lines, encoded = encode_prompts(tokenizer, lines, limits, longest, config.prompts_file)
+        limits = reading_limits(model, Limits(config.max_length, config.overlong, config.strict))
+        lines, encoded = encode_prompts(tokenizer, lines, limits, config.max_new_tokens, config.prompts_file)
         _check_same(sampled_before, lines)
         done = len(sampled_before)
         run.save_config(config)

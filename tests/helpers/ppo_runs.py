@@ -11,23 +11,39 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.phases import metrics
+from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.rollout import Sampler
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.agent import Agent
 from rlhf_fast.trainer.rl.prompts import Prompts, read_prompts_or_feedback
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 def replace(config: PPOConfig, **values: Any) -> PPOConfig:
     return dataclasses.replace(config, **values)
 
 
-def prompts_of(config: PPOConfig, agent: agents.Agent) -> Prompts:
+def load_agent(config: PPOConfig) -> Agent:
+    return agents.load_agent(Settings(config).agent)
+
+
+def prompts_of(config: PPOConfig, agent: Agent) -> Prompts:
     """What `train_ppo` makes of the prompts file."""
     feedback = config.objective == "dpo"
-    return agents.encode_prompts(
-        read_prompts_or_feedback(config.prompts_file, feedback=feedback, scored=True), config, agent
-    )
+    lines = read_prompts_or_feedback(config.prompts_file, feedback=feedback, scored=True)
+    return agents.encode_prompts(lines, agent, Settings(config).prompts)
+
+
+def train_step(
+    agent: Agent, prompts: Prompts, config: PPOConfig, step: int, sampler: Sampler = generate
+) -> dict[str, float]:
+    """Metrics of one step."""
+    settings = Settings(config)
+    return ppo.train_step(agent, prompts, settings.step, settings.sizes, step, Timer(), sampler)
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

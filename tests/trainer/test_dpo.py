@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import prompts_of, replace, steps
+from helpers.ppo_runs import load_agent, prompts_of, replace, steps, train_step
 
 from rlhf_fast.errors import UserError
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_loss
 from rlhf_fast.trainer.rl.prompts import read_prompts_or_feedback
@@ -46,8 +44,8 @@ def test_dpo_pairs_completions_of_one_prompt(
     monkeypatch.setattr(
         ppo, "update", lambda agent, found, *rest, **more: seen.append(found) or learn(agent, found, *rest, **more)
     )
-    agent = agents.load_agent(config)
-    ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
+    agent = load_agent(config)
+    train_step(agent, prompts_of(config, agent), config, 0)
     batch = seen[0].batch
     begins = [row[: int(mask.long().argmax())].tolist() for row, mask in zip(batch.input_ids, batch.mask, strict=True)]
     assert len(begins) == 8 and begins[0::2] == begins[1::2] and len({tuple(ids) for ids in begins}) == 4

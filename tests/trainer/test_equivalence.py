@@ -12,19 +12,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import phases
+from helpers.ppo_runs import load_agent, prompts_of, train_step
 from helpers.tools import native_is_built
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.data.examples import read_prompts, read_sft
+from rlhf_fast.data.examples import read_sft
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import ppo
-from rlhf_fast.trainer.rl.agent import encode_prompts, load_agent
 from rlhf_fast.trainer.sft import packing
 from rlhf_fast.trainer.sft import train as sft
 
@@ -45,8 +43,8 @@ class Recorded:
         self._watch("policy", self.agent.policy, self.agent.policy_optimizer)
         if self.agent.critic_optimizer is not None:
             self._watch("critic", self.agent.critic, self.agent.critic_optimizer)
-        prompts = encode_prompts(read_prompts(config.prompts_file), config, self.agent)
-        self.figures = ppo.train_step(self.agent, prompts, config, STEP, Timer(), self._sample)
+        prompts = prompts_of(config, self.agent)
+        self.figures = train_step(self.agent, prompts, config, STEP, self._sample)
 
     def _copies(self) -> tuple[Any, Any]:
         return copy.deepcopy(self.agent.policy), copy.deepcopy(self.agent.critic)

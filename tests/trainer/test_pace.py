@@ -14,6 +14,7 @@ from rlhf_fast.run import threads as threads_module
 from rlhf_fast.run.threads import Threads
 from rlhf_fast.trainer.rl.config import PPOConfig
 from rlhf_fast.trainer.rl.pace import Pace
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 class Clock:
@@ -22,14 +23,15 @@ class Clock:
     def __init__(self, each: float, **options: Any) -> None:
         self.each, self.now = each, 0.0
         self.timer = SimpleNamespace(totals={"evaluate": 10.0, "load": 5.0, "step": 0.0}, elapsed=lambda: self.now)
-        settings = {"prompts_per_step": 8, "samples_per_prompt": 4, "num_minibatches": 2, "max_steps": 16}
-        self.pace = Pace(PPOConfig(**{**settings, **options}), self.timer)  # type: ignore[arg-type]
+        values = {"prompts_per_step": 8, "samples_per_prompt": 4, "num_minibatches": 2, "max_steps": 16}
+        settings = Settings(PPOConfig(**{**values, **options}))  # type: ignore[arg-type]
+        self.pace = Pace(settings.duration, settings.sizes, self.timer)  # type: ignore[arg-type]
 
     def run(self, steps: int) -> list[int]:
         """Prompts of each step, of at most so many."""
         self.now, prompts = 15.0, []
         while len(prompts) < steps and not self.pace.ended(len(prompts)):
-            prompts.append(self.pace.config.prompts_per_step)
+            prompts.append(self.pace.sizes.prompts)
             self.now += self.each * prompts[-1]
             self.timer.totals["step"] += self.each * prompts[-1]
         return prompts
@@ -59,7 +61,7 @@ def test_a_burst_of_load_is_made_up_for() -> None:
     clock.each = 0.5
     assert prompts[-1] < 8
     while not clock.pace.ended(len(prompts)) and len(prompts) < 16:
-        prompts.append(clock.pace.config.prompts_per_step)
+        prompts.append(clock.pace.sizes.prompts)
         clock.now += clock.each * prompts[-1]
         clock.timer.totals["step"] += clock.each * prompts[-1]
     assert len(prompts) == 16 and prompts[-1] == 8

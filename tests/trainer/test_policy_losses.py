@@ -20,7 +20,7 @@ from rlhf_fast.trainer.rl.experience import Experience
 from rlhf_fast.trainer.rl.learn import minibatches
 from rlhf_fast.trainer.rl.objectives.objective import Totals
 from rlhf_fast.trainer.rl.policy_update import PolicyResult, policy_backward
-from rlhf_fast.trainer.rl.settings import update_options
+from rlhf_fast.trainer.rl.settings import Settings
 
 LONGEST, ROWS = 6, 4
 
@@ -115,7 +115,7 @@ def ours(models: tuple[Any, Any], found: Experience, config: PPOConfig) -> tuple
     def of_reference() -> AbstractContextManager[Any]:
         return nullcontext(reference)
 
-    loss = update_options(config, config.kl_coef or 0.0, 0.0).loss
+    loss = Settings(config).step.update.loss
     totals = Totals(float(found.learned.sum()), ROWS, LONGEST)
     result = policy_backward(policy, of_reference, found, totals, loss)
     return result, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
@@ -172,7 +172,7 @@ def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[An
     values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1}
     config = PPOConfig(objective=name, **values).resolved()
     found = experience(models, spread=0.0, cut=cut)
-    assert update_options(config, 0.2, 0.0).loss.on_policy
+    assert Settings(config).step.update.loss.on_policy
     result, gradients = ours(models, found._replace(old_logprobs=torch.zeros_like(found.old_logprobs)), config)
     models[0].zero_grad()
     logprobs, entropy = logprobs_entropy(models[0], *found.batch[:3])
@@ -199,7 +199,7 @@ def test_a_micro_batch_waits_for_no_device(
     batch = Batch(*(x.to("meta") for x in found.batch[:3]), copy=found.batch)
     meta = Experience(batch, *(x.to("meta") for x in found[1:9]), learned_copy=found.learned)
     part = meta.rows(torch.tensor([0, 1, 2, 3]))
-    options = update_options(config, 0.2, 0.0).loss
+    options = Settings(config).step.update.loss
     result = policy_backward(policy, lambda: nullcontext(reference), part, Totals(10.0, 4.0, LONGEST), options)
     assert {value.device.type for value in result.figures.values()} == {"meta"}
     assert all(p.grad is not None for p in policy.model.layers.parameters())
@@ -221,7 +221,7 @@ def test_a_micro_batch_waits_for_no_device(
 )
 def test_when_the_pass_of_old_logprobs_is_left_out(values: dict[str, Any], once: bool) -> None:
     config = PPOConfig(**values).resolved()
-    assert update_options(config, config.kl_coef or 0.0, 0.0).loss.on_policy == once
+    assert Settings(config).step.update.loss.on_policy == once
 
 
 def test_minibatches_hold_every_row_once() -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import metrics, prompts_of, replace, steps, weights
+from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step, weights
 from safetensors.torch import load_file
 
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.models import loading as models
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import objectives, ppo
@@ -26,7 +25,7 @@ from rlhf_fast.trainer.rl.prompts import Prompts
 
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     """Metrics of one step, and the norms of all gradients at the first step of each optimizer."""
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     prompts = prompts_of(config, agent)
     norms: dict[str, float] = {}
 
@@ -44,7 +43,7 @@ def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
     watch("policy", agent.policy_optimizer)
     if agent.critic_optimizer is not None:
         watch("critic", agent.critic_optimizer)
-    return ppo.train_step(agent, prompts, config, 0, Timer()), norms
+    return train_step(agent, prompts, config, 0), norms
 
 
 @pytest.mark.parametrize("size", [1, 3, 16])
@@ -135,7 +134,7 @@ def test_prompts_come_once_before_any_comes_again() -> None:
 
 
 def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
     scores = torch.tensor([1.0, -1.0, 0.5])
     before = (2.0 * scores[:, None] - 3.0 + 0.1 * torch.randn(3, 5)) * mask
@@ -170,11 +169,11 @@ def test_gradient_checkpointing_changes_nothing(config: PPOConfig, tmp_path: Pat
 
 def test_with_lora_the_reference_is_the_policy_without_it(config: PPOConfig, tmp_path: Path) -> None:
     config = replace(config, lora_rank=4, objective="grpo", lr=1e-2)
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     prompts = prompts_of(config, agent)
     separate = models.load_causal_lm(config.model, "float32")
     for step in range(2):
-        ppo.train_step(agent, prompts, config, step, Timer())
+        train_step(agent, prompts, config, step)
     ids = torch.tensor([prompts.ids[0]])
     learned = agent.policy(ids).logits
     with agent.reference() as reference:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import prompts_of, replace
+from helpers.ppo_runs import load_agent, prompts_of, replace, train_step
 from torch import Tensor
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import checks, ppo
@@ -76,21 +75,21 @@ def test_a_reward_model_that_cannot_read_is_refused(config: PPOConfig, tiny: Pat
     for size, name in ((99, "padded"), (20, "small")):
         model.resize_token_embeddings(size)
         model.save_pretrained(tmp_path / name)
-    assert agents.load_agent(replace(config, reward_model=str(tmp_path / "padded"))).rewards.reader is None
+    assert load_agent(replace(config, reward_model=str(tmp_path / "padded"))).rewards.reader is None
     with pytest.raises(UserError, match="has 20 embeddings for a vocabulary of .* and no tokenizer of its own"):
-        agents.load_agent(replace(config, reward_model=str(tmp_path / "small")))
+        load_agent(replace(config, reward_model=str(tmp_path / "small")))
 
 
 def test_a_prompt_without_room_for_a_completion_is_named(config: PPOConfig, write_jsonl: Callable[..., str]) -> None:
     path = write_jsonl("long.jsonl", {"prompt": "ann wants animals"}, {"prompt": "ann wants animals " * 20})
     config = replace(config, prompts_file=path)
     with pytest.raises(UserError, match="long.jsonl.*2"):
-        prompts_of(replace(config, overlong="error"), agents.load_agent(config))
-    assert len(prompts_of(config, agents.load_agent(config)).lines) == 1
+        prompts_of(replace(config, overlong="error"), load_agent(config))
+    assert len(prompts_of(config, load_agent(config)).lines) == 1
 
 
 def test_dropout_is_noticed(config: PPOConfig) -> None:
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     prompts = prompts_of(config, agent)
     hidden_states = heads.hidden_states
 
@@ -100,7 +99,7 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "hidden_states", noisy)
         with pytest.raises(UserError, match="ratio of the first minibatch is not 1: .* at sample .* token .*dropout"):
-            ppo.train_step(agent, prompts, config, 0, Timer())
+            train_step(agent, prompts, config, 0)
 
 
 @pytest.mark.parametrize(
@@ -112,20 +111,20 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
     ],
 )
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     prompts = prompts_of(config, agent)
     broken = agent.rewards.model if model == "reward" else getattr(agent, model)
     broken.base_model.norm.weight.data[3] = float("nan")
     with pytest.raises(UserError, match=message):
-        ppo.train_step(agent, prompts, config, 1, Timer())
+        train_step(agent, prompts, config, 1)
 
 
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     prompts = prompts_of(config, agent)
     agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
     with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
-        ppo.train_step(agent, prompts, config, 0, Timer())
+        train_step(agent, prompts, config, 0)
 
 
 def test_logprobs_above_zero_stop_the_run() -> None:

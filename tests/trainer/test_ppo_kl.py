@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import metrics, prompts_of, replace, steps
+from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step
 
 from rlhf_fast.models.batches import Support
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.kl_controller import KLController
 from rlhf_fast.trainer.rl.reward_functions import RewardFunction
@@ -27,7 +25,7 @@ from rlhf_fast.trainer.rl.rewards import Rewards
 @pytest.mark.parametrize("kl_in", ["reward", "loss"])
 def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: pytest.MonkeyPatch, kl_in: str) -> None:
     config = replace(config, kl_estimator="exact", kl_in=kl_in, kl_coef=0.3, temperature=0.8, score_clip=0.0)
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     for parameter in agent.policy.parameters():
         parameter.data.mul_(1.5)
     seen: list[Any] = []
@@ -41,7 +39,7 @@ def test_the_exact_kl_is_that_of_the_whole_laws(config: PPOConfig, monkeypatch: 
         agent.rewards.__class__, "__call__", lambda *args: batch_scores.append(score(*args)) or batch_scores[-1]
     )
     truth = copy.deepcopy(agent.policy)
-    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
+    figures = train_step(agent, prompts_of(config, agent), config, 0)
     batch, found = seen[0].batch, seen[0]
     with torch.no_grad(), agent.reference() as reference:
         own, other = (
@@ -65,7 +63,7 @@ def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: s
     config = replace(
         config, objective="grpo", kl_estimator=estimator, kl_in=kl_in, kl_coef=5.0, num_minibatches=1, lr=1e-3
     )
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     agent.rewards = Rewards(
         None, [RewardFunction("one", "one", 1.0, lambda prompt, completions: [1.0] * len(completions))]
     )
@@ -73,7 +71,7 @@ def test_a_kl_in_the_loss_brings_the_policy_back(config: PPOConfig, estimator: s
     for parameter in agent.policy.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     prompts = prompts_of(config, agent)
-    made = [ppo.train_step(agent, prompts, config, step, Timer()) for step in range(12)]
+    made = [train_step(agent, prompts, config, step) for step in range(12)]
     distances = [row["objective/kl"] for row in made]
     assert sum(distances[-4:]) < 0.7 * sum(distances[:4])
     assert made[0]["objective/rlhf_reward"] == pytest.approx(1.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import metrics, prompts_of, replace, steps, weights
+from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step, weights
 
 from rlhf_fast.data.examples import read_sft
 from rlhf_fast.errors import UserError
@@ -20,13 +20,13 @@ from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
-from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import checks, ppo
+from rlhf_fast.trainer.rl.agent import Agent
 from rlhf_fast.trainer.rl.prompts import draw
 from rlhf_fast.trainer.rl.ptx import encode_demonstrations
 from rlhf_fast.trainer.rl.schedule import learning_rate_scale
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_learning_rates_rise_and_fall(schedule: str, after: list[float]) -> None
 def test_a_step_uses_the_optimizers_options(config: PPOConfig, tmp_path: Path) -> None:
     config = replace(config, lr_schedule="linear", warmup_steps=1, max_steps=2, adam_beta1=0.5, weight_decay=0.1)
     config = replace(config, adam_eps=1e-6, max_grad_norm=0.0)
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     for optimizer, lr in ((agent.policy_optimizer, config.lr), (agent.critic_optimizer, config.critic_lr)):
         assert optimizer is not None
         (group,) = optimizer.param_groups
@@ -57,7 +57,7 @@ def test_a_step_uses_the_optimizers_options(config: PPOConfig, tmp_path: Path) -
 def test_without_a_learning_rate_nothing_moves(config: PPOConfig, tmp_path: Path) -> None:
     """The schedule reaches the optimizers: at a scale of 1e-12 the weights stay."""
     steps(replace(config, warmup_steps=10**12, max_steps=1), tmp_path / "run")
-    before = agents.load_agent(config).policy.state_dict()
+    before = load_agent(config).policy.state_dict()
     for name, weight in weights(tmp_path / "run").items():
         torch.testing.assert_close(weight, before[name], atol=1e-9, rtol=0)
 
@@ -76,7 +76,7 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
     monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: next(rewards))
     step = ppo.train_step
 
-    def recorded(agent: agents.Agent, *args: Any) -> dict[str, float]:
+    def recorded(agent: Agent, *args: Any) -> dict[str, float]:
         found = step(agent, *args)
         kept.append({name: weight.clone() for name, weight in agent.policy.state_dict().items()})
         return found
@@ -104,8 +104,8 @@ def test_options_of_rewards_change_the_step(config: PPOConfig, tmp_path: Path, v
 def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
     """Nor does their number change what the others count: DAPO's mean is over the tokens that are left."""
     config = replace(config, objective="dapo", dynamic_sampling=0, overlong_penalty=0.0, num_minibatches=1)
-    agent = agents.load_agent(config)
-    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer())
+    agent = load_agent(config)
+    figures = train_step(agent, prompts_of(config, agent), config, 0)
     assert 0 < figures["sample/ended"] < 1 and 0 < figures["sample/learned"] < 1
     assert figures["policy/ratio"] == pytest.approx(1.0, abs=1e-4)  # a mean over what is learned from
 
@@ -113,8 +113,8 @@ def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
         rollout = generate(*args, **options)
         return changed(rollout, ended=torch.zeros_like(rollout.ended))
 
-    agent = agents.load_agent(config)
-    figures = ppo.train_step(agent, prompts_of(config, agent), config, 0, Timer(), endless)
+    agent = load_agent(config)
+    figures = train_step(agent, prompts_of(config, agent), config, 0, endless)
     assert figures["sample/learned"] == 0 and figures["policy/grad_norm"] == 0
 
 
@@ -132,8 +132,8 @@ def test_a_budget_of_tokens_bounds_the_micro_batches(config: PPOConfig) -> None:
             assert not tokens or len(part) == unit or len(part) * int(lengths[part].max()) <= tokens
     assert len(batch.plan(12, tokens=1)) == 12 and len(batch.plan(12)) == 1
     whole, cut = (
-        ppo.train_step(agent, prompts_of(config, agent), changed(config, micro_batch_tokens=tokens), 1, Timer())
-        for agent, tokens in ((agents.load_agent(config), 0), (agents.load_agent(config), 30))
+        train_step(agent, prompts_of(config, agent), changed(config, micro_batch_tokens=tokens), 1)
+        for agent, tokens in ((load_agent(config), 0), (load_agent(config), 30))
     )
     assert cut == pytest.approx(whole, abs=2e-4, rel=2e-3)
 
@@ -143,10 +143,11 @@ def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: P
     config = replace(config, ptx_file=str(tiny / "sft.jsonl"), ptx_coef=0.5, num_minibatches=1)
     found: list[dict[str, Any]] = []
     for demonstrations in (True, False):
-        agent = agents.load_agent(config)
+        agent = load_agent(config)
         if demonstrations:
             lines = read_sft(config.ptx_file or "")
-            agent.demonstrations = encode_demonstrations(lines, agent.tokenizer, torch.device("cpu"), config.resolved())
+            options = Settings(config).ptx
+            agent.demonstrations = encode_demonstrations(lines, agent.tokenizer, torch.device("cpu"), options)
             batch = agent.demonstrations.batch.rows(torch.tensor(draw(16, 16, len(lines), config.seed + 1)))
             agent.policy.zero_grad()
             loss = -token_logprobs(agent.policy, batch).sum() / batch.mask.sum()
@@ -162,7 +163,7 @@ def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: P
             return float(step(norm))
 
         agent.policy_optimizer.step = watched  # type: ignore[method-assign]
-        figures = ppo.train_step(agent, prompts_of(config, agent), config, 1, Timer())
+        figures = train_step(agent, prompts_of(config, agent), config, 1)
         found.append(kept)
         assert not demonstrations or figures["loss/ptx"] == pytest.approx(loss.item(), rel=1e-4)
     for name, gradient in extra.items():
@@ -185,7 +186,7 @@ def test_a_sampler_without_support_is_refused(config: PPOConfig, tmp_path: Path)
 
 def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
     for hotter, message in ((3.0, "less likely .* a higher temperature"), (0.3, "more likely .* a lower temperature")):
-        agent = agents.load_agent(config)
+        agent = load_agent(config)
         for model in (agent.policy, agent.frozen):
             model.base_model.norm.weight.data.mul_(8.0)  # logits that a temperature makes a difference to
 
@@ -196,7 +197,7 @@ def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
 
         some = replace(config, prompts_per_step=16)
         with pytest.raises(UserError, match=message):
-            ppo.train_step(agent, prompts_of(some, agent), some, 0, Timer(), other)
+            train_step(agent, prompts_of(some, agent), some, 0, other)
 
 
 def test_in_16_bits_a_single_token_may_be_rounding(tmp_path: Path) -> None:

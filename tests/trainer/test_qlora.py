@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import phases
+from helpers.ppo_runs import load_agent
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig, RewardConfig, SFTConfig
 from rlhf_fast.trainer.reward.train import train_reward
-from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.sft import train as sft
 
@@ -135,7 +135,7 @@ def test_every_phase_learns_and_saves_a_plain_model(
 
 def test_the_reference_is_the_quantised_model(bitsandbytes: Any, job_data: Path) -> None:
     config = phases.jobs(job_data)["grpo-4bit"]
-    agent = agents.load_agent(config)
+    agent = load_agent(config)
     untouched = loading.load_causal_lm(config.model, "nf4", load_in_4bit=True)
     with torch.no_grad():
         for parameter in agent.policy.parameters():

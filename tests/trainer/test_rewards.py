@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import prompts_of
+from helpers.ppo_runs import load_agent, prompts_of
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
@@ -27,11 +27,11 @@ from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl.agent import load_agent
 from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.rl.reward_functions import check_columns, load_functions
 from rlhf_fast.trainer.rl.rewards import LengthRules, Rewards
 from rlhf_fast.trainer.rl.sample import sample
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 @pytest.fixture
@@ -330,7 +330,8 @@ def test_a_reward_model_of_another_vocabulary_reads_the_text(
     assert "has another vocabulary than" in capsys.readouterr().err and agent.rewards.reader is not None
     assert not agent.critic.score.weight.any()  # from the policy, with a new head
     prompts = prompts_of(settings, agent)
-    rollout = sample(agent, prompts, settings.resolved(), 0, 0, Timer(), generate)
+    options = Settings(settings)
+    rollout = sample(agent, prompts, options.step.sample, options.sizes, 0, 0, Timer(), generate)
     with torch.no_grad():
         wanted = sequence_scores(plain, rollout.batch)
     assert rollout.scores is not None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.data.examples import pad_right
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
@@ -44,7 +45,7 @@ from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.sampler import SERVER_LOG, Served, check_servers, open_sampler
-from rlhf_fast.run.autosave import Autosave
+from rlhf_fast.run.autosave import Autosave, SaveOptions
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
@@ -75,21 +76,12 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     seed_everything(config.seed)
     tune_process()
     with timer("load"):
-        tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-        trust, four_bit = config.trust_remote_code, config.load_in_4bit
-        model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit, new_head=True)
-        model = sharded(model, config.fsdp)
-        adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
-        if config.dropout:
-            switch_on_dropout(model)
-        if config.gradient_checkpointing:
-            checkpoint_activations(model)
+        tokenizer, model, adapters = load(config)
     require_space(run.path, parameter_count(model), config.save_steps)
     fit_padding(tokenizer, model)
     ordered = config.loss != "regression"
-    encoded = encode_all(
-        tokenizer, rankings, reading_limits(model, config), need_pairs=ordered, source=config.feedback_file
-    )
+    limits = reading_limits(model, Limits(config.max_length, config.overlong, config.strict))
+    encoded = encode_all(tokenizer, rankings, limits, need_pairs=ordered, source=config.feedback_file)
     train, held_out = split(encoded, config)
     if config.loss in PREPARE:
         train = PREPARE[config.loss](train)
@@ -129,6 +121,20 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         run.log({"eval/pair_accuracy": accuracy}, steps)
     run.write_json("summary.json", summary)
     return summary
+
+
+def load(config: RewardConfig) -> tuple[Any, Any, Any | None]:
+    """The tokenizer, the language model with a new head, and with LoRA the PeftModel around it."""
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    trust, four_bit = config.trust_remote_code, config.load_in_4bit
+    model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit, new_head=True)
+    model = sharded(model, config.fsdp)
+    adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
+    if config.dropout:
+        switch_on_dropout(model)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return tokenizer, model, adapters
 
 
 def split(
@@ -217,7 +223,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     with (
         StopFlag() as stop,
         Progress("reward", total) as bar,
-        Autosave(run, config, [model], step, save) as autosave,
+        Autosave(run, SaveOptions.of(config), [model], step, save) as autosave,
     ):
         while step < total:
             epoch, place = divmod(step, per_epoch)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from rlhf_fast.models.loading import (
     load_reward_model,
     load_tokenizer,
     make_critic,
+    parameter_count,
     reading_limits,
     resolve_dtype,
 )
@@ -33,15 +34,12 @@ from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
 
-from .config import OptimizerOptions, PPOConfig
 from .kl_controller import KLController
-from .objectives import OBJECTIVES
-from .prompts import Prompts, encode_lines
+from .prompts import PromptOptions, Prompts, encode_lines
 from .ptx import Demonstrations
 from .reward_functions import check_columns, load_functions
 from .reward_reader import reader_of
 from .rewards import Rewards
-from .settings import given
 
 
 @dataclass
@@ -82,48 +80,80 @@ class Agent:
             for group in () if optimizer is None else optimizer.param_groups:
                 group["lr"] = lr
 
+    def parameter_count(self) -> int:
+        """Number of weights of policy and critic, which is as large."""
+        return parameter_count(self.policy) * (2 if self.critic is not None else 1)
+
     def merged_policy(self) -> Any:
         """The policy as a plain model, with adapters merged."""
         return self.policy if self.adapters is None else merged_copy(self.adapters)
 
 
-def load_agent(config: PPOConfig) -> Agent:
+class ModelOptions(NamedTuple):
+    """Which models are loaded, and how."""
+
+    model: str
+    reward_model: str  # "" for none
+    critic: bool
+    dtype: str | torch.dtype
+    trust_remote_code: bool
+    load_in_4bit: bool
+    lora_rank: int  # 0: all weights are trained
+    fsdp: bool
+    gradient_checkpointing: bool
+
+
+class AdamOptions(NamedTuple):
+    """Options of AdamW, with the learning rates at the start."""
+
+    lr: float
+    critic_lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+class AgentOptions(NamedTuple):
+    """Options of loading an `Agent`."""
+
+    models: ModelOptions
+    adam: AdamOptions
+    reward_functions: tuple[str, ...]
+    score_clip: float
+    micro_batch: int  # for a reward model with another vocabulary
+    kl_coef: float
+    kl_target: float
+
+
+def load_agent(options: AgentOptions) -> Agent:
     """Load all models. All are in eval mode: dropout would make old and new log-probabilities differ."""
-    config = config.resolved()
-    for name in filter(None, (config.model, config.reward_model)):
+    models = options.models
+    for name in filter(None, (models.model, models.reward_model)):
         resolve_model(name)  # report a wrong name before the other model is loaded
-    dtype, trust = resolve_dtype(config.dtype), config.trust_remote_code
-    functions = load_functions(config.reward_functions)
-    tokenizer = load_tokenizer(config.model, trust)
-    policy = sharded(load_causal_lm(config.model, dtype, trust, config.load_in_4bit), config.fsdp)
+    dtype, trust = resolve_dtype(models.dtype), models.trust_remote_code
+    models = models._replace(dtype=dtype)
+    functions = load_functions(options.reward_functions)
+    tokenizer = load_tokenizer(models.model, trust)
+    policy = sharded(load_causal_lm(models.model, dtype, trust, models.load_in_4bit), models.fsdp)
     fit_padding(tokenizer, policy)
     frozen = None
-    if not config.lora_rank:
-        frozen = sharded(load_causal_lm(config.model, dtype, trust).requires_grad_(False), config.fsdp)
-    adapters = add_lora(policy, config.lora_rank) if config.lora_rank else None
+    if not models.lora_rank:
+        frozen = sharded(load_causal_lm(models.model, dtype, trust).requires_grad_(False), models.fsdp)
+    adapters = add_lora(policy, models.lora_rank) if models.lora_rank else None
     reward = reader = None
-    if config.reward_model:
-        reward = load_reward_model(config.reward_model, dtype, tokenizer, trust, new_head=False)
+    if models.reward_model:
+        reward = load_reward_model(models.reward_model, dtype, tokenizer, trust, new_head=False)
         reward.requires_grad_(False)
-        reader = reader_of(reward, config.reward_model, tokenizer, policy, config.micro_batch_size, trust)
-        reward = sharded(reward, config.fsdp)
-    critic = critic_optimizer = None
-    if OBJECTIVES[config.objective].critic:
-        start = config.model if reader is not None else config.reward_model or config.model
-        new = start == config.model  # it is a language model
-        critic = make_critic(load_reward_model(start, dtype, tokenizer, trust, config.load_in_4bit, new_head=new))
-        critic = sharded(critic, config.fsdp)
-        if new:
-            torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values of 0 are better
-        if config.lora_rank:
-            add_lora(critic, config.lora_rank, head=critic.score)
-        critic_optimizer = optimizer_of(critic, config.critic_lr, config)
-    for model in (policy, critic) if config.gradient_checkpointing else ():
+        reader = reader_of(reward, models.reward_model, tokenizer, policy, options.micro_batch, trust)
+        reward = sharded(reward, models.fsdp)
+    rewards = Rewards(reward, functions, options.score_clip, reader)
+    if options.score_clip and reward is not None and not rewards.clips:
+        notice(f"{models.reward_model!r} has no score_mean and score_std: its raw scores are not clipped to score_clip")
+    critic = load_critic(models, tokenizer, scores_text=reader is not None) if models.critic else None
+    for model in (policy, critic) if models.gradient_checkpointing else ():
         if model is not None:
             checkpoint_activations(model)
-    rewards = Rewards(reward, functions, given(config.score_clip), reader)
-    if given(config.score_clip) and reward is not None and not rewards.clips:
-        notice(f"{config.reward_model!r} has no score_mean and score_std: its raw scores are not clipped to score_clip")
+    adam = options.adam
     return Agent(
         tokenizer=tokenizer,
         policy=policy,
@@ -131,21 +161,29 @@ def load_agent(config: PPOConfig) -> Agent:
         frozen=frozen,
         rewards=rewards,
         critic=critic,
-        policy_optimizer=optimizer_of(policy, config.lr, config),
-        critic_optimizer=critic_optimizer,
-        kl_controller=KLController(given(config.kl_coef), config.kl_target),
+        policy_optimizer=optimizer_of(policy, adam.lr, adam),
+        critic_optimizer=None if critic is None else optimizer_of(critic, adam.critic_lr, adam),
+        kl_controller=KLController(options.kl_coef, options.kl_target),
     )
 
 
-def optimizer_of(model: Any, lr: float, options: OptimizerOptions) -> AdamW:
+def load_critic(models: ModelOptions, tokenizer: Any, *, scores_text: bool) -> Any:
+    """The critic: from the reward model, or from the policy if there is none or it `scores_text` of other tokens."""
+    start = models.model if scores_text else models.reward_model or models.model
+    new = start == models.model  # it is a language model
+    four_bit = models.load_in_4bit
+    loaded = load_reward_model(start, models.dtype, tokenizer, models.trust_remote_code, four_bit, new_head=new)
+    critic = sharded(make_critic(loaded), models.fsdp)
+    if new:
+        torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values of 0 are better
+    if models.lora_rank:
+        add_lora(critic, models.lora_rank, head=critic.score)
+    return critic
+
+
+def optimizer_of(model: Any, lr: float, adam: AdamOptions) -> AdamW:
     """AdamW over the trained parameters of the model."""
-    return AdamW(
-        model.parameters(),
-        lr=lr,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_eps,
-        weight_decay=options.weight_decay,
-    )
+    return AdamW(model.parameters(), lr=lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
 
 
 @torch.no_grad()
@@ -165,11 +203,11 @@ def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor)
     return (values * slope + shift) * mask
 
 
-def encode_prompts(lines: Sequence[PromptLine | Ranking], config: PPOConfig, agent: Agent) -> Prompts:
-    """Token ids of what `read_prompts_or_feedback` read; the options decide what happens to those that do not fit."""
+def encode_prompts(lines: Sequence[PromptLine | Ranking], agent: Agent, options: PromptOptions) -> Prompts:
+    """Token ids of what `read_data` read; the options decide what happens to those that do not fit."""
     check_columns(agent.rewards.functions, lines)
-    limits = reading_limits(agent.policy, config)
-    prompts = encode_lines(lines, agent.tokenizer, limits, config.max_new_tokens, config.dpo_pairs == "all")
+    limits = reading_limits(agent.policy, options.limits)
+    prompts = encode_lines(lines, agent.tokenizer, limits, options.max_new_tokens, options.every_pair)
     check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))
     return prompts
 

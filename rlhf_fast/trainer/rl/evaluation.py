@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.evaluate import Rater, evaluate
@@ -13,10 +13,19 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer, notice
 
 from .agent import Agent
-from .config import PPOConfig
 from .prompts import Prompts
 
 Figures = dict[str, float]
+
+
+class EvalOptions(NamedTuple):
+    """Options of evaluation on held-out prompts."""
+
+    params: SamplingParams
+    samples: int  # of each prompt
+    micro_batch: int
+    every: int  # steps; 0: only before and after
+    keep_best: bool  # save the best model instead of the last
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Evaluator:
 
     agent: Agent
     held_out: Prompts | None
-    config: PPOConfig
+    options: EvalOptions
     run: RunFolder
     rater: Rater | None
     sampler: Sampler = generate
@@ -35,7 +44,7 @@ class Evaluator:
         """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads them back."""
         if self.held_out is None:
             return {}
-        name, run, config = f"eval_{when}.json", self.run, self.config
+        name, run, options = f"eval_{when}.json", self.run, self.options
         if run.resume and (run.path / name).exists():
             return run.read_json(name)
         figures, rows = evaluate(
@@ -45,9 +54,9 @@ class Evaluator:
             self.agent.tokenizer,
             [line.prompt for line in self.held_out.lines],
             self.held_out.ids,
-            SamplingParams.of(config),
-            samples=config.eval_samples,
-            micro_batch_size=config.micro_batch_size,
+            options.params,
+            samples=options.samples,
+            micro_batch_size=options.micro_batch,
             rater=self.rater,
             sampler=self.sampler,
         )
@@ -59,10 +68,14 @@ class Evaluator:
         run.write_json(name, figures)
         return figures
 
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after `step` steps."""
+        return self.options.every > 0 and step % self.options.every == 0
+
     def at_step(self, step: int) -> Figures:
         """Figures of a step as metrics `eval/...`; with keep_best the best model so far is saved in model/."""
         figures = self.at(f"step-{step}")
-        if self.config.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
+        if self.options.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
             self.best = step, figures["reward"]
             self.run.save_model(self.agent.merged_policy(), self.agent.tokenizer)
             self.run.write_json("best.json", {"step": step, "reward": figures["reward"]})
@@ -71,7 +84,7 @@ class Evaluator:
     def resume(self, step: int) -> None:
         """Restore the best evaluation before the step that a run resumes from."""
         path = self.run.path / "best.json"
-        if self.config.keep_best and step and path.exists():
+        if self.options.keep_best and step and path.exists():
             best = self.run.read_json("best.json")
             self.best = int(best["step"]), float(best["reward"])
 
@@ -85,12 +98,13 @@ class Evaluator:
 
 
 def summarise(
-    config: PPOConfig, run: RunFolder, timer: Timer, steps: int, before: Figures, after: Figures, metrics: Figures
+    summary: dict[str, Any], run: RunFolder, timer: Timer, before: Figures, after: Figures, metrics: Figures
 ) -> dict[str, Any]:
-    """Write and return summary.json: every figure of the evaluation before and after, and where the time went."""
-    names = dict.fromkeys([*before, *after])
-    summary: dict[str, Any] = {"steps": steps, "max_steps": config.max_steps, "objective": config.objective}
-    for name in names:
+    """Complete `summary`, write it to summary.json and return it.
+
+    Every figure of the evaluation before and after, the KL at the end, and where the time went.
+    """
+    for name in dict.fromkeys([*before, *after]):
         summary[f"{name}_before"], summary[f"{name}_after"] = before.get(name), after.get(name)
     summary["kl_final"] = after.get("kl", metrics.get("objective/kl"))
     summary["seconds"] = timer.elapsed()

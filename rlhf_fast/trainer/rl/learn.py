@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,12 +20,24 @@ from .checks import check_finite, check_ratio
 from .experience import Experience
 from .objectives.objective import Totals
 from .objectives.ppo import value_loss
-from .policy_update import policy_backward
-from .settings import UpdateOptions
+from .policy_update import PolicyLossOptions, policy_backward
 
 Figures = dict[str, float]
 Terms = dict[str, Tensor]  # of a micro-batch: numbers that are still being computed
 Plans = list[list[Tensor]]  # for each minibatch, the rows of each micro-batch
+
+
+@dataclass(frozen=True)
+class UpdateOptions:
+    """Options of an update on a step's samples."""
+
+    loss: PolicyLossOptions
+    epochs: int
+    longest: int
+    cliprange_value: float
+    early_stop_kl: float
+    max_grad_norm: float | None
+    gradient_checkpointing: bool
 
 
 def minibatches(count: int, unit: int, parts: int, generator: torch.Generator) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,32 @@ from torch import Tensor
 import rlhf_fast as rf
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import head_and_options, predicting_rows, row_logprobs, scatter, token_logprobs
-from rlhf_fast.ops.token_losses import TOKEN_LOSSES, importance_ratio, sequence_log_ratio
+from rlhf_fast.ops.token_losses import TOKEN_LOSSES, Clip, importance_ratio, sequence_log_ratio
 
 from .experience import Experience
-from .objectives.dpo import pair_loss
-from .objectives.objective import Totals
-from .settings import PolicyLossOptions
+from .objectives.dpo import PairOptions, pair_loss
+from .objectives.objective import KLOptions, Objective, RatioLevel, Totals
 
 Reference = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class PolicyLossOptions:
+    """Options of the policy's loss on tokens or pairs of samples."""
+
+    objective: Objective
+    clip: Clip
+    kl: KLOptions
+    ratio: RatioLevel
+    entropy_coef: float
+    temperature: float
+    pairs: PairOptions
+    on_policy: bool
+
+    @property
+    def token_loss(self) -> str:
+        """Its name in `rlhf_fast.ops.token_losses`."""
+        return "dual_clip" if self.clip.dual < torch.inf else self.objective.token_loss
 
 
 class PolicyResult(NamedTuple):

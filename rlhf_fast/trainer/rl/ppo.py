@@ -3,10 +3,14 @@
 
 A copy of the SFT model is the policy, a frozen copy the reference; the critic starts as the reward model. One step:
 
-    1. sample completions of a batch of prompts        5. values by the critic
-    2. score them by the reward model                  6. rewards with the KL, advantages (`objectives/`)
-    3. log-probabilities under the policy (old)        7. epochs over minibatches: clipped losses, AdamW
-    4. log-probabilities under the reference           8. log, save
+    collect  1. sample completions of a batch of prompts
+             2. score them by the reward model
+    score    3. log-probabilities under the policy (old)
+             4. log-probabilities under the reference
+             5. values by the critic
+             6. rewards with the KL, advantages (`objectives/`)
+    learn    7. epochs over minibatches: clipped losses, AdamW
+             8. log, save
 
 Everything per token is (B, T) and aligned with `input_ids`: `[b, t]` is the log-probability, value or reward of token t
 of row b, read from the hidden state at t - 1, which has seen the tokens before t only. A value is therefore V(state
@@ -27,15 +31,13 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.data.examples import read_prompts, read_sft
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
-from rlhf_fast.models.loading import parameter_count
 from rlhf_fast.rollout.builtin import generate
-from rlhf_fast.rollout.mismatch import Correction, mismatch_metrics
+from rlhf_fast.rollout.mismatch import mismatch_metrics
 from rlhf_fast.rollout.rollout import Sampler
-from rlhf_fast.rollout.sampler import SERVER_LOG, Served, open_sampler
+from rlhf_fast.rollout.sampler import SERVER_LOG, open_sampler
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
@@ -50,14 +52,13 @@ from .config import PPOConfig
 from .evaluation import Evaluator, summarise
 from .learn import update
 from .metrics import Watch, rollout_metrics
-from .objectives import OBJECTIVES
 from .pace import Pace
-from .prompts import Prompts, read_prompts_or_feedback
+from .prompts import Prompts, read_data
 from .ptx import encode_demonstrations
 from .sample import collect
-from .schedule import learning_rate_scale
-from .score import pairs_of, plan_minibatches, score
-from .settings import update_options
+from .score import choose_samples, plan_minibatches, score
+from .settings import Settings, StepOptions
+from .sizes import Sizes
 
 
 def train_ppo(config: PPOConfig, run: RunFolder, sampler: Sampler | None = None) -> dict[str, Any]:
@@ -79,51 +80,49 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     tune_process()
     timer = Timer()
     rater = load_rater(config.rater) if config.rater else None
-    scored = bool(config.reward_model or config.reward_functions)
-    pairs = OBJECTIVES[config.objective].pairs
-    lines = read_prompts_or_feedback(config.prompts_file, feedback=pairs, scored=scored, strict=config.strict)
-    demonstrations = read_sft(config.ptx_file, config.strict) if config.ptx_file else []
-    held_out_file = config.eval_prompts_file
-    held_out_lines = read_prompts(held_out_file, config.strict) if held_out_file else []
+    settings = Settings(config)  # from here on each part gets its own options, not the config
+    data = read_data(settings.data)
     if sampler is None:
-        served = Served(config.model, config.dtype, config.max_length)
-        sampler = servers.enter_context(open_sampler(config, served, run.path / SERVER_LOG))
+        sampler = servers.enter_context(open_sampler(settings.sampler, settings.served, run.path / SERVER_LOG))
     with timer("load"):
-        agent = load_agent(config)
-        prompts = encode_prompts(lines, config, agent)
-        held_out = encode_prompts(held_out_lines, config, agent) if held_out_lines else None
-        if demonstrations:
-            agent.demonstrations = encode_demonstrations(demonstrations, agent.tokenizer, ranks().device, config)
+        agent = load_agent(settings.agent)
+        prompts = encode_prompts(data.prompts, agent, settings.prompts)
+        held_out = encode_prompts(data.held_out, agent, settings.prompts) if data.held_out else None
+        if data.demonstrations:
+            agent.demonstrations = encode_demonstrations(
+                data.demonstrations, agent.tokenizer, ranks().device, settings.ptx
+            )
     run.save_config(config)
     if config.prompt_epochs:
         steps = math.ceil(config.prompt_epochs * len(prompts.ids) / config.prompts_per_step)
-        config = replace(config, max_steps=steps)
-    require_space(run.path, parameter_count(agent.policy) * (2 if agent.critic is not None else 1), config.save_steps)
+        settings = Settings(replace(config, max_steps=steps))
+    max_steps = settings.duration.max_steps
+    require_space(run.path, agent.parameter_count(), settings.saving.steps)
     step = restore(agent, run)
-    evaluator = Evaluator(agent, held_out, config, run, rater, sampler)
+    evaluator = Evaluator(agent, held_out, settings.evaluation, run, rater, sampler)
     evaluator.resume(step)
     with timer("evaluate"):
         before = evaluator.at("before")
 
     metrics = run.last_metrics()  # of the step that a resumed run begins behind, should none be left
     watch = Watch()
-    autosave = Autosave(run, config, (agent.policy, agent.critic), step, partial(save, agent, run))
-    pace = Pace(config, timer)
-    with StopFlag() as stop, Progress("ppo", config.max_steps) as bar, autosave:
-        while step < config.max_steps and not pace.ended(step):
+    autosave = Autosave(run, settings.saving, (agent.policy, agent.critic), step, partial(save, agent, run))
+    pace = Pace(settings.duration, settings.sizes, timer)
+    with StopFlag() as stop, Progress("ppo", max_steps) as bar, autosave:
+        while step < max_steps and not pace.ended(step):
             threads().fit()
             with timer("step"):
-                metrics = train_step(agent, prompts, pace.config, step, timer, sampler)
+                metrics = train_step(agent, prompts, settings.step, pace.sizes, step, timer, sampler)
             step += 1
             for message in watch.look(metrics):
                 notice(f"step {step}: {message}")
-            if config.eval_steps and step % config.eval_steps == 0:
+            if evaluator.due(step):
                 with timer("evaluate"):
                     metrics |= evaluator.at_step(step)
             run.log({**metrics, **timer.lap()}, step)
             bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
             if autosave.after_step(step, stop.requested):
-                raise Interrupted(f"stopped after {step} of {config.max_steps} steps; --resume goes on")
+                raise Interrupted(f"stopped after {step} of {max_steps} steps; --resume goes on")
 
         with timer("save"):  # inside of `stop`: a signal now waits until all is written
             autosave.finish(step)
@@ -131,50 +130,56 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
                 run.save_model(agent.merged_policy(), agent.tokenizer)
         with timer("evaluate"):
             after = evaluator.at("after")
-    return summarise(config, run, timer, step, before, after, metrics)
+    summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}
+    return summarise(summary, run, timer, before, after, metrics)
 
 
 SHOWN = ("objective/scores", "objective/kl", "objective/entropy")
 
 
 def train_step(
-    agent: Agent, prompts: Prompts, config: PPOConfig, step: int, timer: Timer, sampler: Sampler = generate
+    agent: Agent,
+    prompts: Prompts,
+    options: StepOptions,
+    sizes: Sizes,
+    step: int,
+    timer: Timer,
+    sampler: Sampler = generate,
 ) -> dict[str, float]:
     """One step of the algorithm; returns its metrics."""
-    config = config.resolved()
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step + 500_000)
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step + 500_000)
 
-    # 1. and 2. Sample completions and score them, each rank for its share of the prompts.
-    rollout, drawn = collect(agent, prompts, config, step, timer, sampler)
-    samples, unit = pairs_of(rollout, config)
+    # Collect: completions and their scores, each rank for its share of the prompts.
+    rollout, drawn = collect(agent, prompts, options.sample, sizes, step, timer, sampler)
 
-    # 3. to 6. Log-probabilities under policy and reference, values, advantages.
-    plans = plan_minibatches(samples.batch, unit, config, agent.policy, generator)
-    experience = score(agent, samples, plans, config, timer, calibrate=step == 0)
-    options = update_options(config, agent.kl_controller.coef, agent.rewards.rounding, unit)
+    # Score: log-probabilities under policy and reference, values, advantages.
+    samples, unit = choose_samples(rollout, options.score, sizes.prompts)
+    options = options.at(agent.kl_controller.coef, agent.rewards.rounding, unit)
+    plans = plan_minibatches(samples.batch, unit, sizes, agent.policy, generator)
+    experience = score(agent, samples, plans, options.score, timer, calibrate=step == 0)
     # Whether these are all samples, drawn from the full distribution, not selected by reward.
     plain = samples.support is None and prompts.pairs is None and unit == 1 and not drawn.get("sample/dropped")
-    if plain and not options.loss.on_policy:
+    if plain and not options.score.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
 
-    # 7. Learn from them.
-    scale = learning_rate_scale(step, config.warmup_steps, config.max_steps, config.lr_schedule)
-    agent.set_learning_rates(config.lr * scale, config.critic_lr * scale)
+    # Learn: epochs over minibatches.
+    lr, critic_lr = options.rates.at(step)
+    agent.set_learning_rates(lr, critic_lr)
     with timer("update"):
-        agent.train(config.gradient_checkpointing)  # gradient checkpointing needs training mode; dropout is always off
-        losses = update(agent, experience, plans, options, generator, step, critic_only=step < config.critic_warmup)
+        agent.train(options.update.gradient_checkpointing)  # which needs training mode; dropout is always off
+        warming_up = step < options.critic_warmup
+        losses = update(agent, experience, plans, options.update, generator, step, critic_only=warming_up)
         agent.train(False)
 
-    # 8. Metrics of the samples, now that the log-probabilities of all of them are known.
-    if plain and options.loss.on_policy:
+    # Metrics, now that the log-probabilities of all samples are known.
+    if plain and options.score.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
-    metrics = {**rollout_metrics(samples, experience, options.loss.kl), **drawn, **losses}
-    metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": config.lr * scale}
+    metrics = {**rollout_metrics(samples, experience, options.update.loss.kl), **drawn, **losses}
+    metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": lr}
     if samples.logprobs is not None:
-        correction = Correction(config.sampler_correction, config.sampler_cap)
-        mask = experience.batch.mask
+        correction, mask = options.score.correction, experience.batch.mask
         metrics |= mismatch_metrics(experience.old_logprobs, samples.logprobs, mask, correction)
     metrics["policy/ratio_gap"] = agent.largest_gap
-    if step >= config.critic_warmup:  # before, the policy does not learn, so kl_coef has no effect
+    if not warming_up:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics

@@ -12,13 +12,40 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_fast.data.examples import PromptLine, pad_right, read_prompts
+from rlhf_fast.data.examples import Demonstration, PromptLine, pad_right, read_prompts, read_sft
 from rlhf_fast.data.limits import Limits, encode_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import Ranking, holds_feedback, read_feedback
 from rlhf_fast.models.loading import device
 from rlhf_fast.rollout.rollout import Rollout
+
+
+class DataOptions(NamedTuple):
+    """The data files of a run."""
+
+    prompts_file: str
+    eval_prompts_file: str | None
+    ptx_file: str | None
+    feedback: bool  # the prompts file may be a feedback file: the objective learns from pairs
+    scored: bool  # there is a reward model or function
+    strict: bool
+
+
+class PromptOptions(NamedTuple):
+    """Options of encoding prompts."""
+
+    limits: Limits  # the user's; the model's are added
+    max_new_tokens: int
+    every_pair: bool  # of a ranking, not only its best and its worst
+
+
+class Data(NamedTuple):
+    """What the data files hold."""
+
+    prompts: Sequence[PromptLine | Ranking]
+    held_out: list[PromptLine]
+    demonstrations: list[Demonstration]
 
 
 class Pair(NamedTuple):
@@ -78,6 +105,16 @@ def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
     if every or not pairs:
         return pairs
     return [max(pairs, key=lambda pair: goodness[pair.better] - goodness[pair.worse])]
+
+
+def read_data(options: DataOptions) -> Data:
+    """All rows of all files."""
+    feedback, scored, strict = options.feedback, options.scored, options.strict
+    return Data(
+        prompts=read_prompts_or_feedback(options.prompts_file, feedback=feedback, scored=scored, strict=strict),
+        held_out=read_prompts(options.eval_prompts_file, strict) if options.eval_prompts_file else [],
+        demonstrations=read_sft(options.ptx_file, strict) if options.ptx_file else [],
+    )
 
 
 def read_prompts_or_feedback(

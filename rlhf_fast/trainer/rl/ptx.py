@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,36 +22,42 @@ from rlhf_fast.models.batches import NO_ROWS, Batch
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import token_logprobs
 
-from .config import PPOConfig
 from .prompts import draw
-from .settings import given
+
+
+class PtxOptions(NamedTuple):
+    """Options of learning from demonstrations."""
+
+    coef: float
+    size: int  # demonstrations in an optimizer step, over all ranks
+    max_length: int
+    micro_batch: int
+    seed: int
 
 
 @dataclass
 class Demonstrations:
-    """Encoded demonstrations, `count` of which all ranks together learn from at each optimizer step."""
+    """Encoded demonstrations, some of which each optimizer step learns from."""
 
     batch: Batch  # of all of them
-    coef: float
-    count: int
-    micro_batch_size: int
-    seed: int
+    options: PtxOptions
 
     def backward(self, policy: Any, number: int) -> dict[str, Tensor]:
         """Add the gradients of optimizer step `number`'s demonstrations; returns this rank's part of the mean loss."""
-        order = draw(number * self.count, self.count, len(self.batch.input_ids), self.seed + 1)
+        options = self.options
+        order = draw(number * options.size, options.size, len(self.batch.input_ids), options.seed + 1)
         rows = torch.tensor(order)[ranks().index :: ranks().count]
         tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
         loss = torch.zeros((), device=self.batch.mask.device)
-        for part in pad_to_ranks(self.batch.plan(self.micro_batch_size, rows), policy, NO_ROWS):
+        for part in pad_to_ranks(self.batch.plan(options.micro_batch, rows), policy, NO_ROWS):
             mean = -token_logprobs(policy, self.batch.rows(part)).sum() / tokens
-            (self.coef * mean).backward()
+            (options.coef * mean).backward()
             loss += mean.detach()
         return {"loss/ptx": loss}
 
 
 def encode_demonstrations(
-    lines: Sequence[Demonstration], tokenizer: Any, device: torch.device, options: PPOConfig
+    lines: Sequence[Demonstration], tokenizer: Any, device: torch.device, options: PtxOptions
 ) -> Demonstrations:
     """The demonstrations that fit; an optimizer step uses as many as samples."""
     max_length = options.max_length
@@ -63,10 +69,4 @@ def encode_demonstrations(
     starts = torch.tensor([max(1, one.prompt_length) for one in fitting], device=device)
     columns = torch.arange(input_ids.shape[1], device=device)
     mask = attention.bool() & (columns >= starts[:, None])
-    return Demonstrations(
-        batch=Batch(input_ids, attention.bool(), mask),
-        coef=options.ptx_coef,
-        count=options.prompts_per_step * options.samples_per_prompt // given(options.num_minibatches),
-        micro_batch_size=options.micro_batch_size,
-        seed=options.seed,
-    )
+    return Demonstrations(Batch(input_ids, attention.bool(), mask), options)

@@ -18,7 +18,6 @@ from rlhf_fast.models.loading import score_normalizer
 from rlhf_fast.rollout.rollout import Rollout
 
 from .checks import check_finite
-from .config import PPOOptions
 from .reward_functions import RewardFunction
 from .reward_reader import Reader
 
@@ -115,17 +114,6 @@ class LengthRules(NamedTuple):
     overlong_penalty: float = 0.0
     overlong_buffer: float = 0.2
     max_new_tokens: int = 1
-
-    @classmethod
-    def of(cls, options: PPOOptions) -> LengthRules:
-        """The rules in a run's resolved options."""
-        return cls(
-            options.missing_eos_penalty,
-            options.missing_eos_score,
-            options.overlong_penalty or 0.0,
-            options.overlong_buffer,
-            options.max_new_tokens,
-        )
 
     def soft_punishment(self, lengths: Tensor) -> Tensor:
         """(B,) penalty on length: 0 before the buffer, growing linearly within it (Yu et al. 2025, eq. 13)."""

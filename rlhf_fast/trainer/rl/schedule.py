@@ -4,9 +4,24 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from rlhf_fast.run.options import Schedule
+
+
+class LearningRates(NamedTuple):
+    """The peak learning rates of policy and critic, and their common schedule."""
+
+    policy: float
+    critic: float
+    warmup_steps: int
+    max_steps: int
+    schedule: Schedule
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Learning rates of policy and critic at `step`, from 0."""
+        scale = learning_rate_scale(step, self.warmup_steps, self.max_steps, self.schedule)
+        return self.policy * scale, self.critic * scale
 
 
 def learning_rate_scale(step: int, warmup_steps: int, max_steps: int, schedule: Schedule) -> float:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
-from rlhf_fast.models.fsdp import pad_to_ranks
+from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.heads import sequence_scores, token_kl, token_logprobs, token_logprobs_entropy, token_values
 from rlhf_fast.rollout.mismatch import Correction, check_engine, weights
 from rlhf_fast.rollout.rollout import Rollout
@@ -18,95 +17,78 @@ from rlhf_fast.run.progress import Timer
 
 from .agent import Agent, calibrate_critic
 from .checks import check_finite, check_logprobs
-from .config import PPOConfig
 from .experience import Experience
 from .learn import Plans, minibatches
-from .objectives import OBJECTIVES
 from .objectives.dpo import best_and_worst
-from .objectives.objective import RolloutStats, exact_reference
+from .objectives.objective import AdvantageOptions, Objective, RolloutStats, exact_reference
 from .rewards import LengthRules
-from .settings import advantage_options, given, kl_options, learned_from_once
+from .sizes import Sizes
 
 
-def pairs_of(rollout: Rollout, options: PPOConfig) -> tuple[Rollout, int]:
-    """The samples to learn from, and the unit of consecutive samples that form pairs (1 without pairs)."""
-    if not OBJECTIVES[options.objective].pairs:
+class ScoreOptions(NamedTuple):
+    """Options of what is computed from a step's samples before the update."""
+
+    objective: Objective
+    advantages: AdvantageOptions
+    rules: LengthRules
+    temperature: float
+    correction: Correction  # of samples by an engine
+    every_pair: bool  # learn from all pairs of a prompt's samples, not only from the best and the worst
+    bootstrap_truncated: bool
+    overlong_filter: bool
+    on_policy: bool  # no pass for the old log-probabilities: the update has them, as every ratio is 1
+
+
+def choose_samples(rollout: Rollout, options: ScoreOptions, prompts: int) -> tuple[Rollout, int]:
+    """The samples to learn from, and the unit of consecutive samples that form pairs (1 without pairs).
+
+    `prompts` is the number of prompts on all ranks.
+    """
+    if not options.objective.pairs:
         return rollout, 1
-    samples = len(rollout.texts) * ranks().count // options.prompts_per_step  # two per prompt with feedback
-    if options.dpo_pairs == "all":
+    samples = len(rollout.texts) * ranks().count // prompts  # two per prompt with feedback
+    if options.every_pair:
         return rollout, samples
-    return rollout.rows(best_and_worst(LengthRules.of(options).apply(rollout), samples).cpu()), 2
+    return rollout.rows(best_and_worst(options.rules.apply(rollout), samples).cpu()), 2
 
 
-def plan_minibatches(batch: Batch, unit: int, options: PPOConfig, model: Any, generator: torch.Generator) -> Plans:
+def plan_minibatches(batch: Batch, unit: int, sizes: Sizes, model: Any, generator: torch.Generator) -> Plans:
     """The micro-batches of each minibatch; `unit` consecutive rows stay together.
 
     All passes of the step use the same micro-batches, so that the update's first minibatch runs the same matmuls as the
     old log-probabilities, and its ratio is 1 up to the last bits.
     """
-    parts = minibatches(len(batch.input_ids), unit, given(options.num_minibatches), generator)
-    size, tokens = options.micro_batch_size, options.micro_batch_tokens
-    return [pad_to_ranks(batch.plan(size, rows, unit, tokens=tokens), model, NO_ROWS) for rows in parts]
+    parts = minibatches(len(batch.input_ids), unit, sizes.minibatches, generator)
+    return [sizes.micro_batches(batch, model, rows, unit) for rows in parts]
 
 
 def score(
-    agent: Agent, rollout: Rollout, plans: Plans, options: PPOConfig, timer: Timer, *, calibrate: bool
+    agent: Agent, rollout: Rollout, plans: Plans, options: ScoreOptions, timer: Timer, *, calibrate: bool
 ) -> Experience:
     """Everything computed from the samples before the update; `calibrate` fits the critic's head to them first."""
     batch, plan = rollout.batch, [rows for part in plans for rows in part]
-    rewards = LengthRules.of(options).apply(rollout)
-    kl = kl_options(options, agent.kl_controller.coef)
-
-    # 3. Log-probabilities of the sampled tokens under the policy that sampled, and its entropy.
+    rewards = options.rules.apply(rollout)
     with timer("old_logprobs"):
-        old_logprobs, entropy = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
-        if not learned_from_once(options, kl) or rollout.logprobs is not None:
-            old_logprobs, entropy = logprobs_and_entropy(agent.policy, batch, plan, options.temperature)
-            check_logprobs("old_logprobs", old_logprobs, batch.mask)
-        if rollout.logprobs is not None:
-            check_engine(old_logprobs, rollout.logprobs, batch.mask, agent.policy.dtype)
-
-    # 4. Log-probabilities under the reference.
+        old_logprobs, entropy = policy_logprobs(agent.policy, rollout, plan, options)
     with timer("reference"):
-        if kl.estimator == "exact":
-            exact = in_micro_batches(
-                lambda part: token_kl(agent.policy, agent.reference, part, options.temperature), batch, plan
-            )
-            ref_logprobs = exact_reference(old_logprobs, exact)
-        else:
-            with agent.reference() as reference:
-                ref_logprobs = in_micro_batches(
-                    lambda part: token_logprobs(reference, part, options.temperature), batch, plan
-                )
-            check_logprobs("ref_logprobs", ref_logprobs, batch.mask)
-
-    # 5. Values of the states before each token, and of the last states of truncated samples.
+        ref_logprobs = reference_logprobs(agent, batch, plan, old_logprobs, options)
     with timer("critic"):
         values, final_values = torch.zeros_like(old_logprobs), None
         if agent.critic is not None:
-            values = in_micro_batches(lambda part: token_values(agent.critic, part), batch, plan)
-            if calibrate:
-                values = calibrate_critic(agent.critic, values, rewards, batch.mask)
-            check_finite("values", values, batch.mask)
+            values = critic_values(agent.critic, batch, plan, rewards if calibrate else None)
             if options.bootstrap_truncated:
                 final_values = in_micro_batches(lambda part: sequence_scores(agent.critic, part), batch, plan)
-
-    # 6. Rewards (the score at the last token, the KL if it is in the reward), advantages and returns.
-    with timer("advantages"):
+    with timer("advantages"):  # of the score at the last token, minus the KL if that is in the reward
         truncated = None if final_values is None else ~rollout.ended
         stats = RolloutStats(rewards, old_logprobs, ref_logprobs, values, batch.mask, truncated, final_values)
-        result = OBJECTIVES[options.objective].advantages(
-            stats, advantage_options(options, kl.coef, agent.rewards.rounding)
-        )
+        result = options.objective.advantages(stats, options.advantages)
         check_finite("advantages", result.advantages, batch.mask)
         advantages = result.advantages
         if rollout.logprobs is not None:  # losses scale with the advantage, so this weights the policy's loss alone
-            correction = Correction(options.sampler_correction, options.sampler_cap)
-            advantages = advantages * weights(old_logprobs, rollout.logprobs, batch.mask, correction)
-    learned = batch.mask & rollout.ended[:, None] if options.overlong_filter else batch.mask
+            advantages = advantages * weights(old_logprobs, rollout.logprobs, batch.mask, options.correction)
     return Experience(
         batch=batch,
-        learned=learned,
+        learned=batch.mask & rollout.ended[:, None] if options.overlong_filter else batch.mask,
         rewards=rewards,
         old_logprobs=old_logprobs,
         entropy=entropy,
@@ -115,6 +97,44 @@ def score(
         advantages=advantages,
         returns=result.returns,
     )
+
+
+def policy_logprobs(policy: Any, rollout: Rollout, plan: list[Tensor], options: ScoreOptions) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probabilities of the sampled tokens under the policy that sampled, and (B, T) its entropy.
+
+    Both are zeros if nothing before the update reads them.
+    """
+    batch = rollout.batch
+    old_logprobs, entropy = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
+    if not options.on_policy or rollout.logprobs is not None:
+        old_logprobs, entropy = logprobs_and_entropy(policy, batch, plan, options.temperature)
+        check_logprobs("old_logprobs", old_logprobs, batch.mask)
+    if rollout.logprobs is not None:
+        check_engine(old_logprobs, rollout.logprobs, batch.mask, policy.dtype)
+    return old_logprobs, entropy
+
+
+def reference_logprobs(
+    agent: Agent, batch: Batch, plan: list[Tensor], old_logprobs: Tensor, options: ScoreOptions
+) -> Tensor:
+    """(B, T) log-probabilities under the reference; with the exact KL, those whose k1 is it."""
+    temperature = options.temperature
+    if options.advantages.kl.estimator == "exact":
+        exact = in_micro_batches(lambda part: token_kl(agent.policy, agent.reference, part, temperature), batch, plan)
+        return exact_reference(old_logprobs, exact)
+    with agent.reference() as reference:
+        ref_logprobs = in_micro_batches(lambda part: token_logprobs(reference, part, temperature), batch, plan)
+    check_logprobs("ref_logprobs", ref_logprobs, batch.mask)
+    return ref_logprobs
+
+
+def critic_values(critic: Any, batch: Batch, plan: list[Tensor], rewards: Tensor | None) -> Tensor:
+    """(B, T) values of the states before each token; with `rewards` (B,) the critic's head is first fitted to them."""
+    values = in_micro_batches(lambda part: token_values(critic, part), batch, plan)
+    if rewards is not None:
+        values = calibrate_critic(critic, values, rewards, batch.mask)
+    check_finite("values", values, batch.mask)
+    return values
 
 
 def logprobs_and_entropy(policy: Any, batch: Batch, plan: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:

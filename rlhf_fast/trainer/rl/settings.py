@@ -1,110 +1,251 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a step in bundles, so that each part gets only what it reads. Options are resolved here."""
+"""The options of RL in bundles, so that each part of the phase gets only what it reads.
+
+A bundle is defined beside the code that takes it. They are all filled here: nothing below `train_ppo` knows the config.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.ops.token_losses import Clip
+from rlhf_fast.rollout.mismatch import Correction
+from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.sampler import Served
+from rlhf_fast.run.autosave import SaveOptions
+from rlhf_fast.run.options import SamplerOptions
 
-from .config import PPOOptions
+from .agent import AdamOptions, AgentOptions, ModelOptions
+from .config import PPOConfig
+from .evaluation import EvalOptions
+from .learn import UpdateOptions
 from .objectives import OBJECTIVES
 from .objectives.dpo import PairOptions
-from .objectives.objective import AdvantageOptions, KLOptions, Objective, RatioLevel
+from .objectives.objective import AdvantageOptions, KLOptions
+from .pace import Duration
+from .policy_update import PolicyLossOptions
+from .prompts import DataOptions, PromptOptions
+from .ptx import PtxOptions
+from .rewards import LengthRules
+from .sample import SampleOptions
+from .schedule import LearningRates
+from .score import ScoreOptions
+from .sizes import Sizes
 
 T = TypeVar("T")
 
 
+class Settings:
+    """What the parts of the phase take, from one config."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        """Options of `config` that are None get their defaults first."""
+        config = config.resolved()
+        self.data = _data(config)
+        self.sampler = SamplerOptions(config.sampler, config.engine_url)
+        self.served = Served(config.model, config.dtype, config.max_length)
+        self.prompts = PromptOptions(
+            limits=Limits(config.max_length, config.overlong, config.strict),
+            max_new_tokens=config.max_new_tokens,
+            every_pair=config.dpo_pairs == "all",
+        )
+        self.agent = _agent(config)
+        self.sizes = _sizes(config)
+        self.ptx = PtxOptions(
+            coef=config.ptx_coef,
+            size=self.sizes.prompts * self.sizes.samples // self.sizes.minibatches,
+            max_length=config.max_length,
+            micro_batch=config.micro_batch_size,
+            seed=config.seed,
+        )
+        self.evaluation = EvalOptions(
+            params=SamplingParams.of(config),
+            samples=config.eval_samples,
+            micro_batch=config.micro_batch_size,
+            every=config.eval_steps,
+            keep_best=config.keep_best,
+        )
+        self.saving = SaveOptions.of(config)
+        self.duration = Duration(config.max_steps, config.min_steps, config.max_seconds)
+        self.step = _step(config)
+
+
 @dataclass(frozen=True)
-class PolicyLossOptions:
-    """Options of the policy's loss on tokens or pairs of samples."""
+class StepOptions:
+    """Options of a step: collect, score, learn."""
 
-    objective: Objective
-    clip: Clip
-    kl: KLOptions
-    ratio: RatioLevel
-    entropy_coef: float
-    temperature: float
-    pairs: PairOptions
-    on_policy: bool
+    seed: int
+    sample: SampleOptions
+    score: ScoreOptions
+    update: UpdateOptions
+    rates: LearningRates
+    critic_warmup: int  # steps in which the critic learns alone
 
-    @property
-    def token_loss(self) -> str:
-        """Its name in `rlhf_fast.ops.token_losses`."""
-        return "dual_clip" if self.clip.dual < torch.inf else self.objective.token_loss
+    def at(self, kl_coef: float, rounding: float, unit: int) -> StepOptions:
+        """A copy with this step's `kl_coef`, and the unit of consecutive samples that form pairs.
 
-
-@dataclass(frozen=True)
-class UpdateOptions:
-    """Options of an update on a step's samples."""
-
-    loss: PolicyLossOptions
-    epochs: int
-    longest: int
-    cliprange_value: float
-    early_stop_kl: float
-    max_grad_norm: float | None
+        `rounding` is that of what scores, see `AdvantageOptions`.
+        """
+        advantages, loss = self.score.advantages, self.update.loss
+        kl = advantages.kl._replace(coef=kl_coef)
+        pairs = loss.pairs._replace(beta=kl_coef, samples=unit, rounding=rounding)
+        return replace(
+            self,
+            score=self.score._replace(advantages=advantages._replace(kl=kl, rounding=rounding)),
+            update=replace(self.update, loss=replace(loss, kl=kl, pairs=pairs)),
+        )
 
 
-def given(value: T | None) -> T:
+def _given(value: T | None) -> T:
     """An option that `resolved` has filled in."""
     assert value is not None
     return value
 
 
-def kl_options(options: PPOOptions, coef: float) -> KLOptions:
-    """The KL options with this step's `coef`."""
-    return KLOptions(coef, given(options.kl_estimator), given(options.kl_in))
-
-
-def advantage_options(options: PPOOptions, coef: float, rounding: float) -> AdvantageOptions:
-    """`rounding` is that of what scores, see `AdvantageOptions`."""
-    return AdvantageOptions(
-        kl=kl_options(options, coef),
-        samples_per_prompt=options.samples_per_prompt,
-        gamma=options.gamma,
-        lam=options.lam,
-        whiten_rewards=options.whiten_rewards,
-        rounding=rounding,
-        process_group=ranks().group,
+def _data(config: PPOConfig) -> DataOptions:
+    return DataOptions(
+        prompts_file=config.prompts_file,
+        eval_prompts_file=config.eval_prompts_file,
+        ptx_file=config.ptx_file,
+        feedback=OBJECTIVES[config.objective].pairs,
+        scored=bool(config.reward_model or config.reward_functions),
+        strict=config.strict,
     )
 
 
-def update_options(options: PPOOptions, coef: float, rounding: float, samples_of_pairs: int = 2) -> UpdateOptions:
-    """Of one step; `samples_of_pairs` of a prompt make pairs, where the objective learns from those."""
-    kl = kl_options(options, coef)
+def _agent(config: PPOConfig) -> AgentOptions:
+    models = ModelOptions(
+        model=config.model,
+        reward_model=config.reward_model,
+        critic=OBJECTIVES[config.objective].critic,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        load_in_4bit=config.load_in_4bit,
+        lora_rank=config.lora_rank,
+        fsdp=config.fsdp,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    adam = AdamOptions(
+        lr=config.lr,
+        critic_lr=config.critic_lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+    )
+    return AgentOptions(
+        models=models,
+        adam=adam,
+        reward_functions=config.reward_functions,
+        score_clip=_given(config.score_clip),
+        micro_batch=config.micro_batch_size,
+        kl_coef=_given(config.kl_coef),
+        kl_target=config.kl_target,
+    )
+
+
+def _sizes(config: PPOConfig) -> Sizes:
+    return Sizes(
+        prompts=config.prompts_per_step,
+        samples=config.samples_per_prompt,
+        minibatches=_given(config.num_minibatches),
+        micro_batch=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+
+
+def _rules(config: PPOConfig) -> LengthRules:
+    return LengthRules(
+        missing_eos_penalty=config.missing_eos_penalty,
+        missing_eos_score=config.missing_eos_score,
+        overlong_penalty=_given(config.overlong_penalty),
+        overlong_buffer=config.overlong_buffer,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def _kl(config: PPOConfig) -> KLOptions:
+    return KLOptions(_given(config.kl_coef), _given(config.kl_estimator), _given(config.kl_in))
+
+
+def _step(config: PPOConfig) -> StepOptions:
+    return StepOptions(
+        seed=config.seed,
+        sample=SampleOptions(
+            params=SamplingParams.of(config),
+            seed=config.seed,
+            extra_rounds=_given(config.dynamic_sampling),
+            rules=_rules(config),
+        ),
+        score=_score(config),
+        update=_update(config),
+        rates=LearningRates(
+            policy=config.lr,
+            critic=config.critic_lr,
+            warmup_steps=config.warmup_steps,
+            max_steps=config.max_steps,
+            schedule=config.lr_schedule,
+        ),
+        critic_warmup=config.critic_warmup,
+    )
+
+
+def _score(config: PPOConfig) -> ScoreOptions:
+    advantages = AdvantageOptions(
+        kl=_kl(config),
+        samples_per_prompt=config.samples_per_prompt,
+        gamma=config.gamma,
+        lam=config.lam,
+        whiten_rewards=config.whiten_rewards,
+        process_group=ranks().group,
+    )
+    return ScoreOptions(
+        objective=OBJECTIVES[config.objective],
+        advantages=advantages,
+        rules=_rules(config),
+        temperature=config.temperature,
+        correction=Correction(config.sampler_correction, config.sampler_cap),
+        every_pair=config.dpo_pairs == "all",
+        bootstrap_truncated=config.bootstrap_truncated,
+        overlong_filter=bool(config.overlong_filter),
+        on_policy=learned_from_once(config),
+    )
+
+
+def _update(config: PPOConfig) -> UpdateOptions:
     loss = PolicyLossOptions(
-        objective=OBJECTIVES[options.objective],
-        clip=Clip(given(options.cliprange), given(options.cliprange_high), options.dual_clip or torch.inf),
-        kl=kl,
-        ratio=given(options.importance_ratio),
-        entropy_coef=options.entropy_coef,
-        temperature=options.temperature,
-        pairs=PairOptions(coef, options.dpo_loss, options.label_smoothing, samples_of_pairs, rounding),
-        on_policy=learned_from_once(options, kl),
+        objective=OBJECTIVES[config.objective],
+        clip=Clip(_given(config.cliprange), _given(config.cliprange_high), config.dual_clip or torch.inf),
+        kl=_kl(config),
+        ratio=_given(config.importance_ratio),
+        entropy_coef=config.entropy_coef,
+        temperature=config.temperature,
+        pairs=PairOptions(_given(config.kl_coef), config.dpo_loss, config.label_smoothing),
+        on_policy=learned_from_once(config),
     )
     return UpdateOptions(
         loss=loss,
-        epochs=options.epochs,
-        longest=options.max_new_tokens,
-        cliprange_value=options.cliprange_value,
-        early_stop_kl=options.early_stop_kl,
-        max_grad_norm=options.max_grad_norm or None,
+        epochs=config.epochs,
+        longest=config.max_new_tokens,
+        cliprange_value=config.cliprange_value,
+        early_stop_kl=config.early_stop_kl,
+        max_grad_norm=config.max_grad_norm or None,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
-def learned_from_once(options: PPOOptions, kl: KLOptions) -> bool:
+def learned_from_once(config: PPOConfig) -> bool:
     """True if a step is one update and nothing before it reads the policy's log-probabilities.
 
     The update's own are then the old ones, and every ratio is 1, so the pass for the old ones is skipped.
     """
-    objective = OBJECTIVES[options.objective]
+    objective, kl = OBJECTIVES[config.objective], _kl(config)
     return (
-        options.epochs * given(options.num_minibatches) == 1
+        config.epochs * _given(config.num_minibatches) == 1
         and not objective.pairs
         and not objective.critic
         and kl.reward_coef == 0

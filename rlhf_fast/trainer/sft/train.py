@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rlhf_fast.data.encoding import end_of_turn
 from rlhf_fast.data.examples import read_sft
+from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.dropout import switch_on_dropout
@@ -36,7 +37,7 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.qlora import as_adapted
-from rlhf_fast.run.autosave import Autosave
+from rlhf_fast.run.autosave import Autosave, SaveOptions
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import StopFlag, Timer
@@ -79,7 +80,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         adapters = add_lora(model, config.lora_rank) if config.lora_rank else None
     require_space(run.path, parameter_count(model), config.save_steps)
     fit_padding(tokenizer, model)
-    limits = reading_limits(model, config)
+    limits = reading_limits(model, Limits(config.max_length, config.overlong, config.strict))
     examples = encode(tokenizer, demonstrations, limits, config.turns, config.train_file)
     eval_examples = encode(tokenizer, held_out, limits, config.turns, config.eval_file or "")
     run.save_config(config)
@@ -182,7 +183,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
             trainer._save_checkpoint(model, None)
             bridge.on_save(trainer.args, trainer.state, trainer.control)
 
-        autosave = Autosave(run, config, [model], 0, save)
+        autosave = Autosave(run, SaveOptions.of(config), [model], 0, save)
         trainer.add_callback(bridge := Bridge(run, stop, autosave))
         if config.eval_steps and data.held_out:
             held_out = partial(evaluate, model, data.held_out, pad_id, config.micro_batch_size, dtype)
