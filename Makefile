@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is the largest part) ..."
 	$(PIP) --upgrade pip setuptools wheel cmake ninja pybind11
 	$(PIP) torch
-	$(STRICT) $(PIP) --no-build-isolation --editable '.[trainer,demo,label,test]'
+	$(STRICT) $(PIP) --no-build-isolation --editable '.[trainer,demo,test]'
 	touch $@ $(VENV)/built
 
 $(VENV)/built: $(VENV)/installed $(SOURCES)

@@ -13,6 +13,7 @@ import importlib
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   reward   train a reward model on rankings or ratings
   ppo      improve the model against the reward model by PPO
   data     check FILE: wrong lines, counts, agreement between annotators
-  label    rank or rate completions in a local web page
+  label    compare, rank or rate completions in a local web page
+  report   write a run's report anew, or compare several runs on one page
   doctor   say which phase of a run is bad, and why
   eval     compare two models on prompts: reward, gold, win rate, KL
   plan     memory and time of a run on given GPUs, and the options that fit, before any weight is loaded
@@ -52,6 +54,7 @@ PHASES = ("sft", "collect", "reward", "ppo", "run")
 TOOLS = {  # modules with a function main(arguments) -> exit code
     "data": "rlhf_fast.feedback.check",
     "label": "rlhf_fast.feedback.label",
+    "report": "rlhf_fast.report.runs",
     "doctor": "rlhf_fast.report.doctor",
     "eval": "rlhf_fast.report.compare",
     "plan": "rlhf_fast.report.plan",
@@ -60,7 +63,7 @@ TOOLS = {  # modules with a function main(arguments) -> exit code
 }
 LIBRARIES = dict.fromkeys(
     ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml"), "trainer"
-) | {"gradio": "label"}  # and the extra that brings each
+)  # and the extra that brings each
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in LIBRARIES:
-            raise
+            return _unexpected()
         extra = LIBRARIES[missing]
         print(f"rlhf-fast {arguments[0]} needs {missing}: pip install 'rlhf-fast[{extra}]'", file=sys.stderr)
         return 2
@@ -102,9 +105,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         # of whatever library was writing
         if not any(reason in str(error) for reason in DISK_ERRORS):
-            raise
+            return _unexpected()
         print(f"rlhf-fast {arguments[0]}: {printable(error)}; what was saved before is whole", file=sys.stderr)
         return 2
+
+
+def _unexpected() -> int:
+    """Print the traceback of an error that should not happen: it may quote a model's text, or a secret."""
+    print(printable(traceback.format_exc()), file=sys.stderr, flush=True)
+    return 1
 
 
 def _command(command: str, arguments: list[str]) -> int:

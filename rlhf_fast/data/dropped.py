@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows that are unusable or teach nothing: dropped, counted by reason, the first ten listed; `strict` raises."""
+"""Rows that are unusable or teach nothing: dropped, counted by reason, the first of each listed; `strict` raises."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
 
-NAMED = 10
+NAMED = 10  # reasons, and rows of each reason
 UNUSABLE = "they cannot be used (strict makes that an error)"
 
 
@@ -42,7 +44,24 @@ class Dropped:
             notice(text)
 
     def _text(self, reason: str, errors: list[UserError], total: int) -> str:
-        lines = [f"{len(errors)} of {total} rows of {self.source} were left out: {reason}", *map(str, errors[:NAMED])]
-        if len(errors) > NAMED:
-            lines.append(f"... and {len(errors) - NAMED} more")
-        return "\n  ".join(lines)
+        head = f"{len(errors)} of {total} rows of {self.source} were left out: {reason}"
+        return "\n  ".join([head, *grouped(list(map(str, errors)), NAMED)])
+
+
+def grouped(messages: Sequence[str], most: int) -> list[str]:
+    """The messages "place: reason", each reason once with its first places and their number; at most `most` reasons.
+
+    Reasons that differ in numbers and in what they quote alone are one.
+    """
+    groups: dict[str, list[str]] = {}
+    for message in messages:
+        _, _, reason = message.partition(": ")
+        groups.setdefault(re.sub(r"got .*|'.*?'|\d+", "", reason, flags=re.DOTALL), []).append(message)
+    lines = []
+    for same in list(groups.values())[:most]:
+        places = [message.partition(": ")[0] for message in same[1:]]
+        others = ", ".join(places[: NAMED - 1]) + (", ..." if len(places) >= NAMED else "")
+        lines.append(same[0] + (f" ({len(same)} rows: also {others})" if places else ""))
+    if rest := sum(map(len, list(groups.values())[most:])):
+        lines.append(f"... and {rest} more")
+    return lines

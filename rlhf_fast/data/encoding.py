@@ -54,19 +54,19 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, *, where: str, max_length: int
     if not ids:  # "text" demonstrations: the first token must be predicted from something
         ids = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     if max_length is not None and len(ids) >= max_length:
-        raise OverlongError(where, len(ids), max_length)
+        raise OverlongError(where, len(ids), max_length - 1, max_length)
     return ids
 
 
 class OverlongError(UserError):
     """A prompt that leaves no room for a completion."""
 
-    def __init__(self, where: str, tokens: int, max_length: int) -> None:
-        """The prompt has `tokens` tokens, the context `max_length`."""
+    def __init__(self, where: str, tokens: int, longest: int, max_length: int) -> None:
+        """The prompt has `tokens` tokens and may have `longest`; with its completion it may have `max_length`."""
         super().__init__(
-            f"{where}: the prompt has {tokens} tokens and leaves no room for a completion in a context of "
-            f"{max_length}; shorten it, raise max_length (the model sets the upper limit) or set overlong to "
-            "truncate-left"
+            f"{where}: the prompt has {tokens} tokens, and at most {longest} fit, as a prompt and its completion may "
+            f"have {max_length} together and {max_length - longest} are kept for the completion; shorten the prompt, "
+            "raise max_length (the model sets the upper limit) or set overlong to truncate-left"
         )
 
 

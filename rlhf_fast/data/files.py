@@ -6,8 +6,8 @@
     data.parquet, data.csv     one example a row                   "data.parquet, row 7", "data.csv:7"
     datasets:NAME[:SPLIT]      the data set `datasets.load_dataset(NAME)`, split train by default
 
-JSON and CSV may be compressed (`.jsonl.gz`). Empty CSV cells are left out. A CSV cell is text, except that
-messages and the columns that hold lists (`completions`, `ranks`, ...) are JSON.
+JSON and CSV may be compressed (`.jsonl.gz`), up to 1 GiB unpacked. Empty CSV cells are left out. A CSV cell is text,
+except that messages and the columns that hold lists (`completions`, `ranks`, ...) are JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,8 @@ T = TypeVar("T")
 HUB = "datasets:"
 LISTS = {"completions", "ranks", "ratings", "ended", "tools", "completion_ids"}  # columns that never hold text
 MOST_CHARACTERS = 2**31 - 1  # in a CSV cell; the module's own limit is 131072
+PARQUET_ROWS = 1024  # read at once
+MOST_EXPANDED = 2**30  # bytes that a compressed file may expand to: a small one can hold terabytes
 
 
 def read_lines(source: str | Path, parse: Callable[[Row, str], T], strict: bool = False) -> list[T]:
@@ -108,12 +110,21 @@ def _csv(path: Path) -> Iterator[RowAndPlace]:
     reader = csv.DictReader(io.StringIO(_text(path), newline=""))  # rows end at CR and LF alone, not at U+2028
     before = 1
     try:
+        _check_header(path, reader.fieldnames)
         for cells in reader:
             before, number = reader.line_num, before + 1  # the row's first line: a quoted cell may hold line breaks
             where = f"{path}:{number}"
             yield _csv_row(cells, len(reader.fieldnames or []), where), where
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not valid CSV ({error})") from None
+
+
+def _check_header(path: Path, names: Sequence[str] | None) -> None:
+    """UserError for a file whose columns are separated by something else than commas."""
+    if names and len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        raise UserError(
+            f"{path}: its first line is one column, {names[0]!r}: columns must be separated by commas, not by {other!r}"
+        )
 
 
 def _csv_row(cells: Row, wanted: int, where: str) -> Row | UserError:
@@ -147,12 +158,18 @@ def _parquet(path: Path) -> Iterator[RowAndPlace]:
     import pyarrow
     import pyarrow.parquet
 
+    number, size = 0, 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+                size += batch.nbytes
+                if size > max(MOST_EXPANDED, path.stat().st_size):
+                    raise _expands(path)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield {name: value for name, value in row.items() if value is not None}, f"{path}, row {number}"
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read the data file {path}: {error}") from None
-    for number, row in enumerate(rows, start=1):
-        yield {name: value for name, value in row.items() if value is not None}, f"{path}, row {number}"
 
 
 def _hub(source: str) -> Iterator[RowAndPlace]:
@@ -169,9 +186,7 @@ def _hub(source: str) -> Iterator[RowAndPlace]:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        if path.suffix == ".gz":
-            data = gzip.decompress(data)
+        data = _unpacked(path) if path.suffix == ".gz" else path.read_bytes()
         text = data.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a gzip file, or is cut short: {error}") from None
@@ -180,6 +195,21 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
     return text
+
+
+def _unpacked(path: Path) -> bytes:
+    with gzip.open(path) as file:
+        data = file.read(MOST_EXPANDED + 1)
+    if len(data) > MOST_EXPANDED:
+        raise _expands(path)
+    return data
+
+
+def _expands(path: Path) -> UserError:
+    return UserError(
+        f"{path} has {path.stat().st_size} bytes and expands to more than {MOST_EXPANDED / 2**30:g} GiB: if you "
+        "trust it, unpack it yourself, or split it"
+    )
 
 
 def _may_hold_surrogates(text: str) -> bool:

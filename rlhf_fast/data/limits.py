@@ -15,7 +15,7 @@ from .dropped import Dropped
 from .encoding import OverlongError, encode_prompt
 from .examples import PromptLine
 
-TOO_LONG = "the prompt leaves no room for a completion (overlong: drop)"
+TOO_LONG = "the prompt is too long to leave room for a completion (overlong: drop)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Limits:
         if len(ids) <= longest:
             return ids
         if self.overlong != "truncate-left" or longest < 1:
-            raise OverlongError(where, len(ids), longest + 1)
+            raise OverlongError(where, len(ids), longest, self.max_length)
         tail = ids[len(ids) - longest :]
         return [ids[0], *tail[1:]] if ids[0] == bos and longest > 1 else tail
 

@@ -53,7 +53,11 @@ def check_prompt(value: Any, where: str, name: str = "prompt", row: Mapping[str,
     if is_messages(value):
         row = row or {}
         return Chat(_messages(value, where), _tools(row.get("tools"), where), _variables(row, where))
-    shown = "nothing" if value is None else repr(value)[:60]
+    shown = repr(value)[:60]
+    if value is None:
+        shown = (
+            "nothing" if row is None else f"nothing; the keys of the row: {', '.join(map(repr, row))[:200] or 'none'}"
+        )
     raise UserError(
         f'{where}: "{name}" must be text or a list of {{"role": ..., "content": ...}} messages, got {shown}'
     )

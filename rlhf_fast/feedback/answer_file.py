@@ -12,14 +12,17 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.files import read_rows
 from rlhf_fast.errors import UserError
 
-from .schema import Ranking, each_ranking
+from .agreement import Agreement, agreement
+from .schema import Ranking, each_ranking, latest_lines
 
 BEST_RATING = 7
 
@@ -27,17 +30,28 @@ BEST_RATING = 7
 class AnswerFile:
     """The prompts of one file, and the file that the answers of named annotators are appended to."""
 
-    def __init__(self, source: str | Path, answers: str | Path, *, rate: bool = False) -> None:
-        """With `rate`, completions are rated 1 to 7, else ranked. UserError for a wrong line or an unwritable file."""
-        self.rate = rate
-        self.items: list[Ranking] = []
-        seen: set[str] = set()
+    def __init__(
+        self,
+        source: str | Path,
+        answers: str | Path,
+        *,
+        rate: bool = False,
+        pairs: bool = False,
+        criteria: Sequence[str] = (),
+    ) -> None:
+        """With `rate`, completions are rated 1 to 7, else ranked; by each of `criteria` they may be rated besides.
+
+        `pairs` shows every two of a prompt's completions as a prompt of their own. UserError for a wrong line or an
+        unwritable file.
+        """
+        self.rate, self.criteria = rate, tuple(dict.fromkeys(criteria))
+        rankings: dict[str, Ranking] = {}
         for ranking in each_ranking(source):
             if isinstance(ranking, UserError):
                 raise ranking
-            if ranking.key() not in seen:
-                seen.add(ranking.key())
-                self.items.append(ranking)
+            for item in _pairs(ranking) if pairs else [ranking]:
+                rankings.setdefault(item.key(), item)
+        self.items = list(rankings.values())
         if not self.items:
             raise UserError(f"{source} holds nothing to label")
         self.path = Path(answers)
@@ -46,9 +60,9 @@ class AnswerFile:
         with self._locked():
             pass
 
-    def best(self) -> int:
-        """The largest number a completion may get: 7 when rating, else the number of completions."""
-        return BEST_RATING if self.rate else max(len(item.completions) for item in self.items)
+    def best(self, place: int) -> int:
+        """The largest number a completion of an item may get: 7 when rating, else the number of its completions."""
+        return BEST_RATING if self.rate else len(self.items[place].completions)
 
     def next(self, annotator: str) -> int | None:
         """The first item that `annotator` has neither answered nor skipped; None when all are done."""
@@ -66,17 +80,38 @@ class AnswerFile:
         random.Random(annotator + item.key()).shuffle(order)
         return order
 
-    def answer(self, annotator: str, place: int, numbers: Sequence[int]) -> None:
-        """Write the ranks (1 is best) or ratings of an item's completions, given in the order they were shown."""
-        by_completion = dict(zip(self.order(annotator, place), map(int, numbers), strict=True))
-        answers = [by_completion[k] for k in range(len(by_completion))]
-        if not all(1 <= number <= self.best() for number in answers):
-            raise ValueError(f"answers must be between 1 and {self.best()}, got {answers}")
+    def answer(
+        self,
+        annotator: str,
+        place: int,
+        numbers: Sequence[int],
+        criteria: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Write the ranks (1 is best) or ratings of an item's completions, given in the order they were shown.
+
+        `criteria`: ratings 1 to 7 by some of the file's criteria, in the same order. Raises ValueError for a number out
+        of range, a number missing, or a criterion that is none of them.
+        """
+        answers = self._in_file_order(annotator, place, numbers, self.best(place))
+        rated = {}
+        for name, ratings in (criteria or {}).items():
+            if name not in self.criteria:
+                raise ValueError(f"{name!r} is none of the criteria {', '.join(self.criteria)}")
+            rated[name] = self._in_file_order(annotator, place, ratings, BEST_RATING)
+        besides = {"criteria": rated} if rated else {}
         if self.rate:
-            self._append(annotator, place, ratings=answers)
+            self._append(annotator, place, ratings=answers, **besides)
         else:
             levels = sorted(set(answers))  # 1, 1, 3 means the same as 1, 1, 2
-            self._append(annotator, place, ranks=[levels.index(number) + 1 for number in answers])
+            self._append(annotator, place, ranks=[levels.index(number) + 1 for number in answers], **besides)
+
+    def _in_file_order(self, annotator: str, place: int, numbers: Sequence[int], best: int) -> list[int]:
+        """Numbers given in the order shown, in the order of the file; ValueError if one is missing or out of range."""
+        order = self.order(annotator, place)
+        if len(numbers) != len(order) or not all(type(n) is int and 1 <= n <= best for n in numbers):
+            raise ValueError(f"wanted {len(order)} whole numbers between 1 and {best}, got {list(numbers)}")
+        by_completion = dict(zip(order, numbers, strict=True))
+        return [by_completion[k] for k in range(len(order))]
 
     def skip(self, annotator: str, place: int) -> None:
         """Write that the annotator skipped the item."""
@@ -91,6 +126,11 @@ class AnswerFile:
         place = next(place for place, item in enumerate(self.items) if item.key() == key)
         self._append(annotator, place, undone=True)
         return place
+
+    def agreement(self) -> Agreement | None:
+        """How far all annotators of the file agree so far; None if no two have answered the same prompt."""
+        rankings = [ranking for ranking in each_ranking(self.path) if isinstance(ranking, Ranking)]
+        return agreement([ranking for ranking in latest_lines(rankings) if ranking.goodness])
 
     def _done(self, annotator: str) -> dict[str, dict[str, Any]]:
         """The lines of answered or skipped items by item key, oldest first."""
@@ -139,3 +179,18 @@ class AnswerFile:
             yield file
         finally:
             os.close(file)
+
+
+def _pairs(ranking: Ranking) -> Iterable[Ranking]:
+    """Every two of its completions as a ranking of their own, not rated."""
+    for i, j in combinations(range(len(ranking.completions)), 2):
+        ids = ranking.completion_ids
+        yield replace(
+            ranking,
+            completions=[ranking.completions[i], ranking.completions[j]],
+            ended=[ranking.ended[i], ranking.ended[j]],
+            completion_ids=None if ids is None else [ids[i], ids[j]],
+            goodness=[],
+            ratings=None,
+            criteria={},
+        )

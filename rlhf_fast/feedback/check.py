@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf_fast.data.dropped import grouped
 from rlhf_fast.data.examples import Demonstration, completion_text, demonstration, prompt_line
 from rlhf_fast.data.files import read_rows
 from rlhf_fast.errors import UserError
@@ -17,7 +18,7 @@ from rlhf_fast.run.terminal import printable
 from .agreement import agreement, by_pair_of_annotators
 from .schema import Ranking, each_ranking, holds_feedback, latest_lines
 
-SHOWN_ERRORS = 20
+SHOWN_ERRORS = 20  # different reasons
 
 
 @dataclass
@@ -33,8 +34,12 @@ def check(path: str | Path) -> Findings:
     """Read the whole file. Its first valid line tells whether it holds feedback, demonstrations or prompts."""
     keys: set[str] = next((set(row) for row, _ in read_rows(path) if isinstance(row, dict)), set())
     if holds_feedback(path) or not keys & {"prompt", "messages", "text"}:
-        return _feedback(path)
-    return _examples(path, "demonstrations" if keys & {"completion", "messages", "text"} else "prompts")
+        findings = _feedback(path)
+    else:
+        findings = _examples(path, "demonstrations" if keys & {"completion", "messages", "text"} else "prompts")
+    if findings.errors:
+        findings.figures["columns of the first row"] = ", ".join(sorted(keys)) or "none"
+    return findings
 
 
 def _examples(path: str | Path, kind: str) -> Findings:
@@ -81,12 +86,18 @@ def _feedback(path: str | Path) -> Findings:
         "the same text twice in a line": str(sum(len(set(r.texts)) < len(r.texts) for r in latest)),
         "lines of ties alone, which teach nothing": str(sum(not r.pairs() for r in rated)),
     }
+    criteria = Counter(name for r in latest for name in r.criteria)
+    if criteria:
+        findings.figures["criteria"] = ", ".join(f"{name} ({count} lines)" for name, count in criteria.most_common())
     if (overall := agreement(rated)) is None:
         findings.figures["agreement"] = "not measured: no two annotators have rated the same completions"
     else:
         findings.figures["agreement"] = _shown(*overall)
-        for (first, second), value in by_pair_of_annotators(rated).items():
-            findings.figures[f"agreement of {first} and {second}"] = _shown(*value)
+        for (first, second), shared in by_pair_of_annotators(rated).items():
+            findings.figures[f"agreement of {first} and {second}"] = _shown(*shared)
+    for name in criteria:
+        if (value := agreement([by for r in latest if (by := r.by(name)).goodness])) is not None:
+            findings.figures[f"agreement on {name}"] = _shown(*value)
     return findings
 
 
@@ -102,10 +113,8 @@ def main(arguments: Sequence[str]) -> int:
     findings = check(parser.parse_args(list(arguments)).file)
     print(f"{findings.kind}:")
     for name, value in findings.figures.items():
-        print(f"  {name}: {value}")
-    for message in findings.errors[:SHOWN_ERRORS]:
+        print(printable(f"  {name}: {value}"))
+    for message in grouped(findings.errors, SHOWN_ERRORS):
         print(printable(message))
-    if len(findings.errors) > SHOWN_ERRORS:
-        print(f"... and {len(findings.errors) - SHOWN_ERRORS} more")
     print(f"{len(findings.errors)} wrong lines" if findings.errors else "no line is wrong")
     return 2 if findings.errors else 0

@@ -2,15 +2,17 @@
 """The feedback schema: a prompt, its K completions, and their ratings or ranks.
 
     {"prompt": text or messages, "tools": [...], "completions": [text or messages, ...], "ended": [bool, ...],
-     "ratings": [number, ...] and/or "ranks": [int, ...], "annotator": text, "sampling": {...}, "model": text,
+     "ratings": [number, ...] and/or "ranks": [int, ...], "criteria": {"helpful": [number, ...], ...},
+     "annotator": text, "sampling": {...}, "model": text,
      "completion_ids": [[int, ...], ...], "vocabulary": text}
 
-Higher ratings are better, rank 1 is best, equal numbers are ties; where a line has both, the ranks count.
-`ended` says which completions ended by themselves (if it is missing, all did). Only the prompt, the completions and
-ratings or ranks are required, so a file may be written by hand. `completion_ids` are the tokens that a model sampled,
-including the token that ended the completion, and `vocabulary` identifies their tokenizer; they are used instead of a
-completion's text if they decode to it. A file only grows: if one annotator has several lines about the same prompt and
-completions, the last counts. `readers.py` converts other tools' rows to this schema.
+Higher ratings are better, rank 1 is best, equal numbers are ties; where a line has both, the ranks count. `criteria`
+are ratings of single qualities under names of your choice; a reward model may learn from one of them instead. `ended`
+says which completions ended by themselves (if it is missing, all did). Only the prompt, the completions and ratings or
+ranks are required, so a file may be written by hand. `completion_ids` are the tokens that a model sampled, including
+the token that ended the completion, and `vocabulary` identifies their tokenizer; they are used instead of the text if
+they decode to it. A file only grows: if one annotator has several lines about the same prompt and completions, the
+last counts. `readers.py` converts other tools' rows to this schema.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from rlhf_fast.data.dropped import Dropped
 from rlhf_fast.data.files import read_rows
 from rlhf_fast.data.messages import Chat, Completion, Prompt, check_completion, check_prompt, completion_text
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.progress import notice
 
 from .readers import FORMATS, to_schema
 
@@ -41,6 +44,7 @@ class Ranking:
     goodness: list[float]
     where: str
     ratings: list[float] | None = None
+    criteria: dict[str, list[float]] = field(default_factory=dict)  # name -> (K,) ratings
     annotator: str | None = None
     model: str | None = None
     completion_ids: list[list[int]] | None = None  # as sampled
@@ -73,16 +77,21 @@ class Ranking:
                 pairs.append((i, j) if self.goodness[i] > self.goodness[j] else (j, i))
         return pairs
 
+    def by(self, criterion: str) -> Ranking:
+        """The ranking by the ratings of one criterion: not rated if it has none."""
+        ratings = self.criteria.get(criterion)
+        return replace(self, goodness=ratings or [], ratings=ratings)
+
     def key(self) -> str:
         """Equal for lines about the same prompt and completions."""
         return json.dumps([self.prompt, self.completions])
 
 
-def read_feedback(path: str | Path, strict: bool = False) -> list[Ranking]:
+def read_feedback(path: str | Path, strict: bool = False, criterion: str = "") -> list[Ranking]:
     """The rated lines of a feedback file in any format; lines that nobody has rated yet are left out.
 
-    Malformed lines are left out and named. Raises UserError for the first of them with `strict`, and if no line is
-    rated.
+    With `criterion` a line's ratings are those of this criterion, and lines without them are left out. Malformed lines
+    are left out and named. Raises UserError for the first of them with `strict`, and if no line is rated.
     """
     rankings: list[Ranking] = []
     dropped = Dropped(path, strict)
@@ -94,12 +103,26 @@ def read_feedback(path: str | Path, strict: bool = False) -> list[Ranking]:
     dropped.report(len(rankings))
     if not rankings:
         raise UserError(f"{path} holds no data: wanted one JSON object on each line")
-    rated = [ranking for ranking in latest_lines(rankings) if ranking.goodness]
+    latest = latest_lines(rankings)
+    if criterion:
+        return _rated_by(criterion, latest, path)
+    rated = [ranking for ranking in latest if ranking.goodness]
     if not rated:
         raise UserError(
             f'{path}: no line is rated yet; write "ratings" (higher is better) or "ranks" (1 is best) into it, '
             "or open it with rlhf-fast label"
         )
+    return rated
+
+
+def _rated_by(criterion: str, rankings: list[Ranking], path: str | Path) -> list[Ranking]:
+    """The rankings that have ratings of the criterion, ordered by those; reports how many have not."""
+    rated = [by for ranking in rankings if (by := ranking.by(criterion)).goodness]
+    if not rated:
+        names = ", ".join(dict.fromkeys(name for ranking in rankings for name in ranking.criteria)) or "none"
+        raise UserError(f"{path}: no line is rated by the criterion {criterion!r}; its criteria: {names}")
+    if others := sum(bool(ranking.goodness) and criterion not in ranking.criteria for ranking in rankings):
+        notice(f"{others} rated lines of {path} were left out, as they have no ratings of {criterion!r}")
     return rated
 
 
@@ -134,6 +157,11 @@ def latest_lines(rankings: list[Ranking]) -> list[Ranking]:
 def parse(row: dict[str, Any], where: str) -> Ranking:
     """A row of the schema, checked; UserError names what is wrong."""
     prompt = check_prompt(row.get("prompt"), where, row=row)
+    if row.get("completions") is None:
+        keys = ", ".join(map(repr, row))[:200] or "none"
+        raise UserError(
+            f'{where}: "completions" must be a list of two or more texts, got nothing; the keys of the row: {keys}'
+        )
     completions = _completions(row.get("completions"), where)
     size = len(completions)
     ended = row.get("ended")
@@ -153,7 +181,20 @@ def parse(row: dict[str, Any], where: str) -> Ranking:
         if not isinstance(text, str | None):
             raise UserError(f'{where}: "{name}" must be text, got {repr(text)[:60]}')
     ids = _token_ids(row.get("completion_ids"), size, where)
-    return Ranking(prompt, completions, ended, goodness, where, ratings, completion_ids=ids, **texts)
+    criteria = _criteria(row.get("criteria"), size, where)
+    return Ranking(prompt, completions, ended, goodness, where, ratings, criteria, completion_ids=ids, **texts)
+
+
+def _criteria(values: Any, size: int, where: str) -> dict[str, list[float]]:
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) and name for name in values):
+        raise UserError(f'{where}: "criteria" must be an object such as {{"helpful": [5, 2]}}, got {repr(values)[:60]}')
+    return {
+        name: _numbers(numbers, f"criteria.{name}", size, where)
+        for name, numbers in values.items()
+        if numbers is not None
+    }
 
 
 def _completions(values: Any, where: str) -> list[Completion]:

@@ -75,7 +75,7 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
             sampler=sampler,
         )
         if reader is not None:
-            figures[key]["reward"] = Rewards(reward, [], reader=reader).add_to(rows[key], lines)
+            figures[key] |= Rewards(reward, [], reader=reader).add_to(rows[key], lines)
     wins = {
         measure: win_rate([row[measure] for row in rows["a"]], [row[measure] for row in rows["b"]], options.samples)
         for measure in ("reward", "gold")

@@ -13,14 +13,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.options import read_yaml
+from rlhf_fast.run.records import read_json, read_jsonl
 from rlhf_fast.run.terminal import printable
+from rlhf_fast.run.verdicts import Level, graded, of_rl
 
-from .page import PHASES, Phase, read_json, read_jsonl
-
-Level = Literal["good", "look", "bad"]
+from .page import PHASES, Phase
 
 
 class Finding(NamedTuple):
@@ -35,7 +36,7 @@ def diagnose(folder: str | Path) -> list[Finding]:
     """Findings on every phase in a pipeline's folder, or on the one phase whose folder it is."""
     folder = Path(folder)
     phases = [(name, folder / name) for name in PHASES if (folder / name).is_dir() and name in CHECKS]
-    if not phases and (name := _kind(read_json(folder / "summary.json"))):
+    if not phases and (name := kind_of(folder)):
         phases = [(name, folder)]
     if not phases:
         raise UserError(f"{folder} holds no run: wanted one of the folders {', '.join(CHECKS)}, or a phase's own")
@@ -49,9 +50,16 @@ def diagnose(folder: str | Path) -> list[Finding]:
     return findings
 
 
-def _kind(summary: dict[str, Any]) -> str:
-    marks = {"sft": "demonstrations", "reward": "heldout_pair_accuracy", "ppo": "objective"}
-    return next((name for name, mark in marks.items() if mark in summary), "")
+def kind_of(folder: Path) -> str:
+    """The phase whose folder it is, by its summary and options; empty for a pipeline's folder and any other."""
+    config = folder / "config.yaml"  # before there is a summary
+    keys = {*read_json(folder / "summary.json"), *(read_yaml(config) if config.exists() else {})}
+    marks = {
+        "sft": {"demonstrations", "train_file"},
+        "reward": {"heldout_pair_accuracy", "feedback_file"},
+        "ppo": {"objective"},
+    }
+    return next((name for name, mark in marks.items() if mark & keys), "")
 
 
 def _sft(phase: Phase) -> Iterator[tuple[Level, str]]:
@@ -73,65 +81,38 @@ def _reward(phase: Phase) -> Iterator[tuple[Level, str]]:
         yield "look", "no held-out pairs (eval_fraction), so its accuracy is not known"
     else:
         text = f"held-out pair accuracy {accuracy:.2f} on {summary.get('heldout_pairs')} pairs"
-        yield _graded(accuracy >= 0.65, accuracy >= 0.55, text, "0.5 is chance: more or cleaner feedback, or lr")
+        yield graded(accuracy >= 0.65, accuracy >= 0.55, text, "0.5 is chance: more or cleaner feedback, or lr")
         if train is not None and train - accuracy > 0.2:
             yield "look", f"training pairs {train:.2f} against held-out {accuracy:.2f}: it memorises; fewer epochs"
     spread = summary.get("score_std", 1.0)
-    yield _graded(spread > 0.1, spread > 0.01, f"spread of raw scores {spread:.3g}", "nearly one score for all")
+    yield graded(spread > 0.1, spread > 0.01, f"spread of raw scores {spread:.3g}", "nearly one score for all")
     gap = summary.get("read_position_gap", 0.0)
-    yield _graded(gap < 0.1, gap < 0.5, f"a score moves by {gap:.2g} deviations with padding", "read at a wrong token")
+    yield graded(gap < 0.1, gap < 0.5, f"a score moves by {gap:.2g} deviations with padding", "read at a wrong token")
     error = summary.get("calibration_error")
     if error is not None:
-        yield _graded(error < 0.15, True, f"calibration error {error:.2f}", "over- or underconfident")
+        yield graded(error < 0.15, True, f"calibration error {error:.2f}", "over- or underconfident")
     rows = read_jsonl(phase.folder / "samples.jsonl")
     lengths = [float(len(row["completion"])) for row in rows]
     score = correlation(lengths, [row["score"] for row in rows])
     people = correlation(lengths, [row["goodness"] for row in rows])
     if score is not None and people is not None:
         text = f"score and length correlate {score:+.2f}, feedback and length {people:+.2f}"
-        yield _graded(abs(score) < 0.5 or abs(score - people) < 0.3, True, text, "it rewards length")
+        yield graded(abs(score) < 0.5 or abs(score - people) < 0.3, True, text, "it rewards length")
 
 
 def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
-    summary, metrics = phase.summary, phase.metrics
-    ratio = phase.line("policy/ratio").y
-    if ratio:
-        text = f"mean ratio of the first step {ratio[0]:.3f}"
-        yield _graded(abs(ratio[0] - 1) < 0.1, abs(ratio[0] - 1) < 0.5, text, "should be near 1: lower lr")
-    kl = summary.get("kl_final")
-    if kl is not None:
-        text = f"KL {kl:.1f} nats per sequence from the reference"
-        limit = (
-            kl > -1,
-            "log-probs are not of the distribution that was sampled from"
-            if kl < 0
-            else "far from it: raise kl_coef, lower lr",
-        )
-        yield _graded(-1 < kl < 40, limit[0], text, limit[1])
-    update = max(phase.line("policy/approxkl_avg").y, default=0.0)
-    yield _graded(update < 0.1, update < 1, f"largest update {update:.3g} nats per token", "lower lr or epochs")
-    last = metrics[-max(1, len(metrics) // 4) :]
-    explained = [row["val/explained_variance"] for row in last if row.get("val/explained_variance") is not None]
-    if explained and summary.get("objective") == "ppo":
-        share = mean(explained)
-        yield _graded(share > 0, True, f"the critic explains {share:.0%} of the returns", "less than a constant would")
-    spread = phase.line("objective/scores_std").y
-    if spread:
-        yield _graded(
-            spread[-1] > 0.05, spread[-1] > 1e-3, f"scores spread by {spread[-1]:.2g}", "nothing to learn from"
-        )
-    clipped = phase.line("objective/scores_clipped").y
-    if clipped:
-        share = mean(clipped)
-        yield _graded(
-            share < 0.1, share < 0.5, f"score_clip clips {share:.0%} of the scores", "raise it: they become equal"
-        )
+    summary = phase.summary
+    rows = phase.metrics
+    if summary.get("objective") != "ppo":  # another one has no critic
+        rows = [{name: value for name, value in row.items() if not name.startswith("val/")} for row in rows]
+    yield from of_rl(rows, summary.get("kl_final"))
     yield from _engine(phase)
     yield from _before_and_after(summary)
-    rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if row.get("when") == "after" and "reward" in row]
-    by_length = correlation([float(len(row["completion"])) for row in rows], [row["reward"] for row in rows])
+    samples = read_jsonl(phase.folder / "samples.jsonl")
+    samples = [row for row in samples if row.get("when") == "after" and "reward" in row]
+    by_length = correlation([float(len(row["completion"])) for row in samples], [row["reward"] for row in samples])
     if by_length is not None:
-        yield _graded(
+        yield graded(
             abs(by_length) < 0.6, True, f"reward and length of samples correlate {by_length:+.2f}", "it rewards length"
         )
 
@@ -145,12 +126,12 @@ def _engine(phase: Phase) -> Iterator[tuple[Level, str]]:
     first, last = (mean(part) for part in (gaps[: max(1, len(gaps) // 4)], gaps[-max(1, len(gaps) // 4) :]))
     text = f"the engine's log-probabilities are {last:.2g} nats per token from the policy's"
     advice = "more than rounding: the engine should have the policy's dtype, best with a float32 head"
-    yield _graded(last < 0.06, last < 0.15, text, advice)
+    yield graded(last < 0.06, last < 0.15, text, advice)
     if last > max(3 * first, 0.01):
         yield "bad", f"that gap grew from {first:.2g} to {last:.2g}: new weights do not all arrive in the engine"
     if counted := phase.line("engine/effective_samples").y:
         text = f"after the correction {min(counted):.0%} of the sampled tokens count"
-        yield _graded(min(counted) > 0.9, min(counted) > 0.5, text, "the others were too unlikely for the policy")
+        yield graded(min(counted) > 0.9, min(counted) > 0.5, text, "the others were too unlikely for the policy")
 
 
 def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
@@ -163,26 +144,20 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
         yield "look", "no held-out prompts (eval_prompts_file), so only the reward it was trained on is known"
         return
     rose = reward[1] > reward[0]
-    yield _graded(rose, True, f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}", "did not rise: lr, steps, kl_coef")
+    yield graded(rose, True, f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}", "did not rise: lr, steps, kl_coef")
     if gold is not None:
         text = f"held-out gold {gold[0]:.2f} -> {gold[1]:.2f}"
         hacked = rose and gold[1] < gold[0]
-        yield _graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
+        yield graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
     if entropy is not None:
         remaining = entropy[1] / max(entropy[0], 1e-9)
         text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"
-        yield _graded(remaining > 0.4, remaining > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+        yield graded(remaining > 0.4, remaining > 0.1, text, "collapsing: raise kl_coef, fewer steps")
     if ended is not None:
-        yield _graded(ended[1] > 0.7, ended[1] > 0.2, f"{ended[1]:.0%} end by themselves", "raise missing_eos_penalty")
+        yield graded(ended[1] > 0.7, ended[1] > 0.2, f"{ended[1]:.0%} end by themselves", "raise missing_eos_penalty")
 
 
 CHECKS: dict[str, Callable[[Phase], Iterator[tuple[Level, str]]]] = {"sft": _sft, "reward": _reward, "ppo": _ppo}
-
-
-def _graded(good: bool, tolerable: bool, text: str, advice: str) -> tuple[Level, str]:
-    if good:
-        return "good", text
-    return ("look" if tolerable else "bad"), f"{text}: {advice}"
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

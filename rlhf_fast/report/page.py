@@ -6,7 +6,6 @@ a report can be written again later, or for a run that stopped early; missing pa
 Text from models, files and people is escaped.
 """
 
-import html
 import json
 import platform
 from collections.abc import Sequence
@@ -16,8 +15,10 @@ from typing import Any
 from rlhf_fast.data.examples import prompt_text
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import write_text
+from rlhf_fast.run.records import read_json, read_jsonl
 
 from . import plots
+from .elements import PAGE, STYLE, card, escaped, grid, section, tile
 from .plots import BLUE, GREEN, GREY, ORANGE, Line
 
 PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}
@@ -42,7 +43,7 @@ class Phase:
     def chart(self, title: str, caption: str, *curves: Line, zero: bool = False) -> str:
         """A card with the curves that have points; an empty string if none has."""
         drawn = [curve for curve in curves if curve.x]
-        return _card(title, caption, plots.lines(drawn, zero=zero)) if drawn else ""
+        return card(title, caption, plots.lines(drawn, zero=zero)) if drawn else ""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -55,11 +56,11 @@ def write_report(folder: str | Path) -> Path:
     sections = {"sft": _sft, "collect": _collect, "reward": _reward, "ppo": _ppo}
     body = [
         _header(folder, phases, summary),
-        *(_section(name, PHASES[name], sections[name](phase)) for name, phase in phases.items()),
-        _section("time", "Where the time went", _time(phases)),
-        _section("setup", "Configuration, backend, versions", _setup(folder, summary)),
+        *(section(name, PHASES[name], sections[name](phase)) for name, phase in phases.items()),
+        section("time", "Where the time went", _time(phases)),
+        section("setup", "Configuration, backend, versions", _setup(folder, summary)),
     ]
-    page = PAGE.format(title=_text(f"{folder.name}: rlhf_fast report"), style=STYLE, body="\n".join(body))
+    page = PAGE.format(title=escaped(f"{folder.name}: rlhf_fast report"), style=STYLE, body="\n".join(body))
     path = folder / "report.html"
     write_text(path, page)
     return path
@@ -69,22 +70,22 @@ def _header(folder: Path, phases: dict[str, Phase], summary: dict[str, Any]) -> 
     sft, reward, ppo = (phases[n].summary if n in phases else {} for n in ("sft", "reward", "ppo"))
     seconds = summary.get("seconds", {}).get("total")
     tiles = [
-        _tile("held-out loss", sft.get("loss_before"), sft.get("loss_after"), "nats per token, SFT"),
-        _tile("pair accuracy", None, reward.get("heldout_pair_accuracy"), "reward model, held-out prompts"),
-        _tile("reward", ppo.get("reward_before"), ppo.get("reward_after"), "held-out prompts, normalised"),
-        _tile("gold", ppo.get("gold_before"), ppo.get("gold_after"), "held-out prompts, simulated rater"),
-        _tile("KL", None, ppo.get("kl_final"), "nats per sequence from the SFT model"),
-        _tile("time", None, seconds, "seconds in all", digits=0),
+        tile("held-out loss", sft.get("loss_before"), sft.get("loss_after"), "nats per token, SFT"),
+        tile("pair accuracy", None, reward.get("heldout_pair_accuracy"), "reward model, held-out prompts"),
+        tile("reward", ppo.get("reward_before"), ppo.get("reward_after"), "held-out prompts, normalised"),
+        tile("gold", ppo.get("gold_before"), ppo.get("gold_after"), "held-out prompts, simulated rater"),
+        tile("KL", None, ppo.get("kl_final"), "nats per sequence from the SFT model"),
+        tile("time", None, seconds, "seconds in all", digits=0),
     ]
-    model = f"<p class='lead'>{_text(summary['model'])}</p>" if "model" in summary else ""
-    return f"<header><h1>{_text(folder.name)}</h1>{model}<div class='tiles'>{''.join(tiles)}</div></header>"
+    model = f"<p class='lead'>{escaped(summary['model'])}</p>" if "model" in summary else ""
+    return f"<header><h1>{escaped(folder.name)}</h1>{model}<div class='tiles'>{''.join(tiles)}</div></header>"
 
 
 def _sft(phase: Phase) -> str:
     held_out = phase.line("eval/nll", "held out", ORANGE, marks=True)
     loss = phase.line("loss", "training")
     caption = "Nats per completion token, the end-of-sequence token included."
-    return _cards(phase.chart("Loss", caption, loss, held_out))
+    return grid(phase.chart("Loss", caption, loss, held_out))
 
 
 def _collect(phase: Phase) -> str:
@@ -98,12 +99,12 @@ def _collect(phase: Phase) -> str:
     text = f"{count} completions of {len(rows)} prompts, rated by {rater}."
     if ended:
         text += f" {sum(ended) / len(ended):.0%} ended by themselves."
-    chart = _card(
+    chart = card(
         "Ratings",
         "The rater's numbers for the fine-tuned model.",
         plots.histogram([("", ratings, BLUE)], "rating"),
     )
-    return f"<p>{_text(text)}</p>" + _cards(chart if ratings else "")
+    return f"<p>{escaped(text)}</p>" + grid(chart if ratings else "")
 
 
 def _reward(phase: Phase) -> str:
@@ -120,20 +121,20 @@ def _reward(phase: Phase) -> str:
     if rows:
         scores, goodness = [row["score"] for row in rows], [row["goodness"] for row in rows]
         cards.append(
-            _card("Scores", "Held-out completions, normalised.", plots.histogram([("", scores, BLUE)], "score"))
+            card("Scores", "Held-out completions, normalised.", plots.histogram([("", scores, BLUE)], "score"))
         )
         margins = _margins(rows)
         if margins:
             caption = "Score of the better minus the worse one, held-out pairs; left of the line the model is wrong."
-            cards.append(_card("Margins", caption, plots.histogram([("", margins, GREEN)], "margin", split=0.0)))
+            cards.append(card("Margins", caption, plots.histogram([("", margins, GREEN)], "margin", split=0.0)))
         if bins := phase.summary.get("calibration"):
             x, y = ([entry[name] for entry in bins] for name in ("predicted", "observed"))
             curves = [Line("held-out pairs", x, y, marks=True), Line("perfect", [0.5, 1.0], [0.5, 1.0], GREY)]
             caption = "How often the model prefers the better completion, against the probability it gives its choice."
-            cards.append(_card("Calibration", caption, plots.lines(curves, "confidence")))
+            cards.append(card("Calibration", caption, plots.lines(curves, "confidence")))
         caption = "Each point is a held-out completion (ratings, or negated ranks)."
-        cards.append(_card("Score against feedback", caption, plots.scatter(goodness, scores, "feedback", "score")))
-    return _cards(*cards)
+        cards.append(card("Score against feedback", caption, plots.scatter(goodness, scores, "feedback", "score")))
+    return grid(*cards)
 
 
 def _margins(rows: list[dict[str, Any]]) -> list[float]:
@@ -180,7 +181,7 @@ def _ppo(phase: Phase) -> str:
         chart("Entropy", "Nats per token.", line("objective/entropy")),
         *[
             chart(
-                f"Reward: {_text(name.partition('/')[2])}",
+                f"Reward: {escaped(name.partition('/')[2])}",
                 "Before its weight, mean of each step's samples.",
                 line(name),
             )
@@ -199,10 +200,10 @@ def _ppo(phase: Phase) -> str:
     if reward.x and len(reward.x) == len(kl.x):
         caption = "The path of training, blue to orange: score gained for each nat of divergence."
         cards.append(
-            _card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
+            card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
         )
     rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if "reward" in row]
-    return _cards(*cards) + _extremes(rows) + _samples(rows)
+    return grid(*cards) + _extremes(rows) + _samples(rows)
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> str:
@@ -214,7 +215,7 @@ def _samples(rows: Sequence[dict[str, Any]]) -> str:
     if not pairs:
         return ""
     entries = [
-        f"<tr><th scope='row'>{_text(prompt)}</th>{_sample(both.get('before'))}{_sample(both.get('after'))}</tr>"
+        f"<tr><th scope='row'>{escaped(prompt)}</th>{_sample(both.get('before'))}{_sample(both.get('after'))}</tr>"
         for prompt, both in pairs
     ]
     table = _sample_table(entries[:SHOWN_SAMPLES])
@@ -250,8 +251,11 @@ def _sample(row: dict[str, Any] | None) -> str:
     if row is None:
         return "<td></td>"
     figures = [f"reward {row['reward']:+.2f}"] + ([f"gold {row['gold']:+.2f}"] if "gold" in row else [])
+    figures += [
+        f"{escaped(name.partition('/')[2])} {value:+.2f}" for name, value in row.items() if name.startswith("rewards/")
+    ]
     end = "" if row["ended"] else "<span class='cut' title='cut at max_new_tokens'> ...</span>"
-    return f"<td>{_text(row['completion'].strip())}{end}<small>{', '.join(figures)}</small></td>"
+    return f"<td>{escaped(row['completion'].strip())}{end}<small>{', '.join(figures)}</small></td>"
 
 
 def _time(phases: dict[str, Phase]) -> str:
@@ -268,7 +272,7 @@ def _time(phases: dict[str, Phase]) -> str:
         listed = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
         bars.append(
             f"<div class='time'><b>{name}</b><span>{totals[name]:.1f} s</span><div class='bar'>{pieces}</div>"
-            f"<small>{_text(listed)}</small></div>"
+            f"<small>{escaped(listed)}</small></div>"
         )
     return "".join(bars)
 
@@ -277,8 +281,8 @@ def _setup(folder: Path, summary: dict[str, Any]) -> str:
     config = folder / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     rows = {**_versions(), **{f"op {op}": backend for op, backend in summary.get("backend", {}).items()}}
-    table = "".join(f"<tr><th scope='row'>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in rows.items())
-    details = f"<details><summary>config.yaml</summary><pre>{_text(text)}</pre></details>" if text else ""
+    table = "".join(f"<tr><th scope='row'>{escaped(k)}</th><td>{escaped(v)}</td></tr>" for k, v in rows.items())
+    details = f"<details><summary>config.yaml</summary><pre>{escaped(text)}</pre></details>" if text else ""
     return f"<table class='facts'><tbody>{table}</tbody></table>{details}"
 
 
@@ -296,84 +300,3 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {device}",
     }
-
-
-def _section(key: str, title: str, content: str) -> str:
-    return f"<section id='{key}'><h2>{title}</h2>{content}</section>" if content else ""
-
-
-def _cards(*cards: str) -> str:
-    return f"<div class='cards'>{''.join(cards)}</div>" if any(cards) else ""
-
-
-def _card(title: str, caption: str, svg: str) -> str:
-    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
-
-
-def _tile(name: str, before: float | None, after: float | None, note: str, digits: int = 2) -> str:
-    """A headline figure, as "before -> after" if there is a before; an empty string if it was not measured."""
-    if after is None:
-        return ""
-    shown = f"{after:.{digits}f}" if before is None else f"<s>{before:.{digits}f}</s> {after:.{digits}f}"
-    return f"<div><span>{name}</span><b>{shown}</b><small>{note}</small></div>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none if it is missing. A last line truncated by a kill is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
-initial-scale=1"> <title>{title}</title><style>{style}</style></head><body><main> {body} </main></body></html>
-"""
-
-STYLE = """
-:root{color-scheme:light
-dark;--bg:#f6f7f9;--card:#fff;--ink:#1b1f27;--soft:#5f6876;--line:#e3e6eb;--blue:#3b82f6}
-@media(prefers-color-scheme:dark){:root{--bg:#0f1217;--card:#171b22;--ink:#e6e9ef;--soft:#98a1b0;--line:#2a303a}}
-*{box-sizing:border-box} body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5
-system-ui,-apple-system,"Segoe UI",sans-serif} main{max-width:1120px;margin:0 auto;padding:2rem 1rem 4rem}
-h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.6rem 0 .9rem}h3{font-size:.95rem;margin:0 0 .4rem}
-.lead,small,figcaption{color:var(--soft)}.lead{margin:.2rem 0 0}small,figcaption{font-size:.8rem}
-.tiles,.cards{display:grid;gap:.8rem;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr))}
-.tiles{grid-template-columns:repeat(auto-fill,minmax(160px,1fr));margin-top:1.2rem} .tiles
-div,figure,details,.samples,.facts,.time{background:var(--card);border:1px solid
-var(--line);border-radius:10px} .tiles div{padding:.7rem .9rem}.tiles span,.tiles small{display:block}.tiles
-span{color:var(--soft);font-size:.85rem} .tiles b{font-size:1.35rem;font-variant-numeric:tabular-nums} .tiles
-s{color:var(--soft);font-weight:400;font-size:1.05rem;text-decoration:none}.tiles s:after{content:" \\2192"}
-figure{margin:0;padding:.9rem}figure svg{width:100%;height:auto;display:block}
-table{border-collapse:separate;border-spacing:0;width:100%}
-th,td{text-align:left;vertical-align:top;padding:.55rem .8rem;border-bottom:1px solid var(--line)}
-tr:last-child>*{border-bottom:0}th{font-weight:600}thead th{color:var(--soft);font-size:.85rem}
-h3+.samples{margin-top:.3rem}section>h3{margin-top:1.6rem}td small{display:block}.samples td,.samples
-th{width:38%} .samples th:first-child{width:24%}.facts
-th{width:14rem;font-weight:500;color:var(--soft)}.cut{color:var(--soft)}
-details{margin-top:.8rem;padding:.6rem .9rem}summary{cursor:pointer}details table{border:0;margin-top:.5rem}
-pre{overflow:auto;font-size:.82rem} .time{padding:.7rem .9rem;margin-bottom:.6rem}.time
-span{float:right;font-variant-numeric:tabular-nums} .bar{display:flex;height:10px;margin:.35rem
-0;border-radius:5px;overflow:hidden}.bar i{background:var(--blue)} @media(max-width:640px){.samples
-thead{display:none}.samples tr,.samples td,.samples th{display:block;width:100%!important} .samples
-tr>*{border:0;padding:.3rem .8rem}.samples tr{border-bottom:1px solid var(--line);padding:.4rem 0} .samples
-td:before{color:var(--soft);font-size:.8rem;display:block} .samples
-td:nth-child(2):before{content:"before"}.samples td:nth-child(3):before{content:"after"}}
-"""

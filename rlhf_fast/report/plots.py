@@ -84,6 +84,30 @@ def scatter(
     return _svg(draw)
 
 
+def frontiers(paths: Sequence[Line], xlabel: str, ylabel: str) -> str:
+    """Points of each run, and as a stepped line the largest y that it reached within each x."""
+
+    def draw(axes: Any) -> None:
+        for path in paths:
+            axes.scatter(path.x, path.y, s=10, color=path.color, alpha=0.35, linewidths=0, zorder=2)
+            points = frontier(path.x, path.y)
+            axes.step(*zip(*points, strict=True), where="post", color=path.color, label=path.label, zorder=3)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(frameon=False, labelcolor=_INK)
+
+    return _svg(draw)
+
+
+def frontier(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
+    """The points (x, y) with a larger y than all points of smaller x, in the order of x, up to the largest x."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(zip(x, y, strict=True), key=lambda point: (point[0], -point[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return [*best, (max(x), best[-1][1])]
+
+
 def _svg(draw: Callable[[Any], None]) -> str:
     """Run `draw(axes)` in our style and return an `<svg>` element that scales with its container."""
     import matplotlib

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,11 @@ from .checkpoint import (
     write_json,
     write_text,
 )
+from .hub_upload import open_repository, upload
 from .lock import lock, unlock
+from .model_card import KINDS, Trained, write_card
+from .progress import notice
+from .records import read_jsonl
 from .terminal import redacted
 from .trackers import Trackers
 
@@ -36,7 +40,7 @@ MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite empties no oth
 class RunFolder:
     """The folder of one phase or of a pipeline, from `create` or `child`. Only the main rank writes.
 
-    config.yaml metrics.jsonl tensorboard/ samples.jsonl checkpoints/step-N/ model/ summary.json
+    config.yaml metrics.jsonl tensorboard/ samples.jsonl checkpoints/step-N/ model/ adapters/ summary.json
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -46,6 +50,7 @@ class RunFolder:
         self.keep = 2  # checkpoints
         self.changed: frozenset[str] = frozenset()  # options that differ from those the run started with
         self._resume_from: Path | None = None
+        self._config: Any = None
         self._board: Any = None
         self._trackers: Trackers | None = None
 
@@ -89,10 +94,12 @@ class RunFolder:
         return RunFolder.create(self.path / name, resume=self.resume)
 
     def save_config(self, config: Any, tracked: bool = True) -> None:
-        """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open its trackers."""
+        """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open its trackers and repository."""
         import yaml
 
-        self.keep = config.save_total_limit
+        self.keep, self._config = config.save_total_limit, config
+        if tracked and config.push_to_hub:
+            ranks().once(lambda: open_repository(config.push_to_hub))
         if ranks().main:
             self._trackers = Trackers(self.path, config) if tracked else None
             write_text(self.path / "config.yaml", yaml.safe_dump(redacted(dataclasses.asdict(config)), sort_keys=False))
@@ -164,14 +171,41 @@ class RunFolder:
         return self._resume_from
 
     def save_model(self, model: Any, tokenizer: Any) -> None:
-        """Write model/, as transformers loads it, atomically. All ranks wait until it is written."""
+        """Write model/, as transformers loads it, and its card, atomically. All ranks wait until it is written."""
         state = full_state_dict(model)
         if ranks().main:
             own_config = getattr(model, "while_saving", nullcontext)  # set by `switch_off_dropout`
             with own_config(), folder_aside(self.path / "model") as folder:
                 model.save_pretrained(folder, state_dict=state)
                 tokenizer.save_pretrained(folder)
+                self._write_card(folder, {})
         ranks().wait()
+
+    def save_adapters(self, write: Callable[[Path], None]) -> None:
+        """Have `write(folder)` fill adapters/, beside the model that they are merged into, atomically."""
+        if ranks().main:
+            with folder_aside(self.path / "adapters") as folder:
+                write(folder)
+                self._write_card(folder, {})
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and the figures in the cards; upload what was asked for. All ranks wait."""
+        self.write_json("summary.json", summary)
+        if ranks().main:
+            for name, inside in (("model", ""), ("adapters", "adapters")):
+                folder = self.path / name
+                if folder.is_dir():
+                    self._write_card(folder, summary)
+                    if self._config is not None and self._config.push_to_hub:
+                        address = upload(self._config.push_to_hub, folder, inside)
+                        notice(f"{folder} is at {address}") if address else None
+        ranks().wait()
+
+    def _write_card(self, folder: Path, summary: Mapping[str, Any]) -> None:
+        kind = type(self._config).__name__
+        if kind in KINDS:
+            samples = [row for row in read_jsonl(self.path / "samples.jsonl") if row.get("when") == "after"]
+            write_card(folder, Trained(kind, redacted(dataclasses.asdict(self._config)), summary, samples))
 
     def close(self) -> None:
         """Flush TensorBoard and the trackers, and unlock the folder."""

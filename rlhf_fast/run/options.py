@@ -74,7 +74,7 @@ class RunOptions(Options):
 
     CHANGEABLE = frozenset(
         {"micro_batch_size", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes", "save_total_limit"}
-        | {"save_last", "trackers", "trust_remote_code", "dtype"}
+        | {"save_last", "trackers", "trust_remote_code", "dtype", "push_to_hub"}
     )
 
     model: Annotated[str, NAME] = "smollm2"
@@ -109,6 +109,8 @@ class RunOptions(Options):
     """Also save a checkpoint at the end, so that `--resume` can continue with more steps."""
     trackers: tuple[str, ...] = ()
     """Also log to these trackers of accelerate: wandb, trackio, mlflow, ... beside TensorBoard and metrics.jsonl."""
+    push_to_hub: str = ""
+    """Upload the model to this repository (owner/name) of the Hugging Face hub; a new one is private."""
     trust_remote_code: bool = False
     """Run Python code from a model's repository. Off: such a model is refused."""
     overwrite: bool = False

@@ -86,14 +86,25 @@ class Progress:
     """A progress bar; if the output is not a terminal, a line every ten seconds instead.
 
     with Progress("ppo", total=60) as bar:
-        bar.update(step, reward=0.3, kl=1.2)
+        bar.update(step, "good so far", reward=0.3, kl=1.2)
     """
 
     def __init__(self, description: str, total: int) -> None:
         """`total` steps."""
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import Progress as Bars
+        from rich.text import Text
+
+        class Bar(Bars):
+            verdict = ""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                """The bar, and below it what the doctor says."""
+                yield from super().get_renderables()
+                if self.verdict:
+                    level = self.verdict.partition(":")[0]
+                    yield Text(f"  doctor: {self.verdict}", style={"bad": "red", "look": "yellow"}.get(level, "dim"))
 
         console = Console()
         self.description, self.total = description, total
@@ -119,11 +130,13 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, **figures: float) -> None:
-        """Show `done` steps and the latest figures."""
+    def update(self, done: int, verdict: str = "", **figures: float) -> None:
+        """Show `done` steps, the latest figures, and what `run/verdicts.py` says of them."""
         text = " ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        self._bar.verdict = printable(verdict)
         self._bar.update(self._task, completed=done, figures=text)
         last = done >= self.total
         if self._bar.disable and ranks().main and (last or time.monotonic() - self._printed > 10):
-            print(f"{self.description} {done}/{self.total} {text}".rstrip(), flush=True)
+            judged = f"; {printable(verdict)}" if verdict else ""
+            print(f"{self.description} {done}/{self.total} {text}".rstrip() + judged, flush=True)
             self._printed = time.monotonic()

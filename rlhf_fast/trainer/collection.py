@@ -46,6 +46,12 @@ class CollectOptions(SamplerOptions, SamplingOptions):
 class CollectConfig(CollectOptions, RunOptions):
     """Sample several completions of each prompt and have them rated."""
 
+    def validate(self) -> None:
+        """Raise UserError if an option is out of its range, or does not go with another."""
+        super().validate()
+        if self.push_to_hub:
+            raise UserError("push_to_hub uploads models, and collect makes none")
+
 
 def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
     """Sample K completions of every prompt, have them rated, append them to the run's `feedback.jsonl`.

@@ -36,7 +36,7 @@ PPO_KEYS = (
 
 @dataclass
 class PipelineConfig(RunOptions):
-    """All phases one after the other: sft, collect, reward, ppo."""
+    """All phases one after the other: sft, collect, reward, ppo. `push_to_hub` NAME uploads NAME-sft and so on."""
 
     sft: SFTOptions = field(default_factory=SFTOptions)
     collect: CollectOptions = field(default_factory=CollectOptions)
@@ -114,7 +114,7 @@ def check_files(config: PipelineConfig) -> None:
     if config.sft.eval_file:
         read_sft(config.sft.eval_file, strict)
     if config.reward.feedback_file:
-        read_feedback(config.reward.feedback_file, strict)
+        read_feedback(config.reward.feedback_file, strict, config.reward.criterion)
     else:
         read_prompts(config.collect.prompts_file, strict)
     pairs = OBJECTIVES[config.ppo.objective].pairs
@@ -130,6 +130,8 @@ def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -
     """The configuration of one phase: shared options, the phase's section, and the outputs of earlier phases."""
     shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunOptions)}
     shared["overwrite"] = False  # the pipeline's folder has been emptied already
+    name = cls.__name__.removesuffix("Config").lower()
+    shared["push_to_hub"] = f"{config.push_to_hub}-{name}" if config.push_to_hub and cls is not CollectConfig else ""
     shared["save_last"] = config.save_last and cls is PPOConfig  # other phases' results are inputs of later ones
     return cls(**{**shared, **dataclasses.asdict(section), **values})
 

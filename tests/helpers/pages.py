@@ -55,7 +55,7 @@ def commands(block: Block) -> Iterator[list[str]]:
                 yield words
 
 
-class _Parsed(Exception):
+class _Parsed(BaseException):
     """The arguments were understood."""
 
 

@@ -83,7 +83,9 @@ def test_missing_empty_and_binary_files(write_jsonl: Any, tmp_path: Path) -> Non
 def test_a_prompt_longer_than_the_context_is_named(tokenizer: Any) -> None:
     ids = encode_prompt(tokenizer, "ann wants food", max_length=4, where="f:1")
     assert tokenizer.decode(ids) == "ann wants food"
-    with pytest.raises(UserError, match=r"f:1: the prompt has 3 tokens .* in a context of 3"):
+    with pytest.raises(
+        UserError, match=r"f:1: the prompt has 3 tokens, and at most 2 fit, .* have 3 together and 1 are kept"
+    ):
         encode_prompt(tokenizer, "ann wants food", max_length=3, where="f:1")
 
 

@@ -1,35 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelling: what is kept of answers whatever happens, and the page in a real browser (skipped where there is none)."""
+"""Labelling: what is kept of answers whatever happens. The page: test_label_page.py."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_fast import cli
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.answer_file import AnswerFile
 from rlhf_fast.feedback.schema import read_feedback
 
-EVIL = "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title='pwned'\">"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
 
 @pytest.fixture
 def source(write_jsonl: Any) -> str:
-    """Three prompts with three completions each; the first holds markup."""
+    """Three prompts with three completions each."""
     rows = [{"prompt": f"prompt {i}", "completions": [f"a{i}", f"b{i}", f"c{i}"], "model": "secret"} for i in range(3)]
-    rows[0] |= {"prompt": f"look {EVIL}", "completions": [EVIL, "b0", "c0"]}
     return write_jsonl("completions.jsonl", *rows)
 
 
@@ -64,8 +54,64 @@ def test_completions_are_shuffled_for_each_annotator_and_ratings_kept(source: st
     assert len(orders) > 2 and answer_file.order("a", 0) == answer_file.order("a", 0)
     answer_file.answer("ann", 2, numbers(answer_file, "ann", 2, {"a": 7, "b": 1, "c": 7}))
     assert read_feedback(tmp_path / "answers.jsonl")[0].ratings == [7, 1, 7]
-    with pytest.raises(ValueError, match="between 1 and 7"):
-        answer_file.answer("ann", 2, [8, 1, 1])
+    for wrong in ([8, 1, 1], [0, 1, 1], [1, 1], [1, 1, None], [1, 1, True], [1, 1, 2.0]):
+        with pytest.raises(ValueError, match="wanted 3 whole numbers between 1 and 7"):
+            answer_file.answer("ann", 2, wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="between 1 and 3"):
+        AnswerFile(source, tmp_path / "answers.jsonl").answer("ann", 2, [4, 1, 1])
+
+
+def test_ratings_by_criterion_are_kept_and_can_be_learned_from(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answer_file = AnswerFile(source, answers, criteria=("helpful", "honest"))
+    overall = numbers(answer_file, "ann", 0, {"a": 1, "b": 2, "c": 2})
+    helpful = numbers(answer_file, "ann", 0, {"a": 2, "b": 7, "c": 1})
+    answer_file.answer("ann", 0, overall, {"helpful": helpful})
+    answer_file.answer("ann", 1, overall)
+    for wrong in ({"kind": helpful}, {"helpful": [1, 2]}, {"honest": [8, 1, 1]}):
+        with pytest.raises(ValueError):
+            answer_file.answer("ann", 2, overall, wrong)
+    whole, plain = read_feedback(answers)
+    assert whole.goodness == [-1, -2, -2] and whole.criteria == {"helpful": [2, 7, 1]} and plain.criteria == {}
+    (by,) = read_feedback(answers, criterion="helpful")
+    assert by.goodness == by.ratings == [2, 7, 1] and by.pairs() == [(1, 0), (0, 2), (1, 2)]
+    assert "1 rated lines of" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no line is rated by the criterion 'kind'; its criteria: helpful"):
+        read_feedback(answers, criterion="kind")
+    assert cli.main(["data", "check", str(answers)]) == 0
+    assert "criteria: helpful (1 lines)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["helpful"], {"": [1, 2]}, {"helpful": [1]}, {"helpful": ["a", "b"]}, "helpful"])
+def test_wrong_criteria_are_named(wrong: Any, write_jsonl: Any) -> None:
+    path = write_jsonl("f.jsonl", {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2], "criteria": wrong})
+    with pytest.raises(UserError, match=r'f.jsonl:1: "criteria'):
+        read_feedback(path)
+
+
+def test_pairs_shows_every_two_completions_with_what_belongs_to_them(tmp_path: Path, write_jsonl: Any) -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "ended": [True, False, True], "ranks": [1, 2, 3]}
+    row |= {"completion_ids": [[1], [2, 3], [4]], "vocabulary": "v", "criteria": {"helpful": [1, 2, 3]}}
+    answer_file = AnswerFile(write_jsonl("f.jsonl", row), tmp_path / "answers.jsonl", pairs=True)
+    assert [item.completions for item in answer_file.items] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    answer_file.answer("ann", 2, [1, 2])
+    (answered,) = read_feedback(tmp_path / "answers.jsonl")
+    assert answered.ended == [False, True] and answered.completion_ids == [[2, 3], [4]] and not answered.criteria
+    assert sorted(answered.goodness) == [-2, -1]
+
+
+def test_agreement_of_annotators_so_far(source: str, tmp_path: Path) -> None:
+    answer_file = AnswerFile(source, tmp_path / "answers.jsonl")
+    ranks = {"a": 1, "b": 2, "c": 3}
+    answer_file.answer("ann", 0, numbers(answer_file, "ann", 0, ranks))
+    assert answer_file.agreement() is None
+    answer_file.answer("ben", 0, numbers(answer_file, "ben", 0, {"a": 1, "b": 3, "c": 2}))
+    found = answer_file.agreement()
+    assert found is not None and found.pairs == 3 and found.raw == pytest.approx(2 / 3)
+    answer_file.undo("ben")
+    assert answer_file.agreement() is None
 
 
 def test_a_line_cut_short_by_a_crash_is_taken_away_and_a_whole_one_is_kept(source: str, tmp_path: Path) -> None:
@@ -106,81 +152,3 @@ def test_wrong_files_are_refused(source: str, tmp_path: Path, write_jsonl: Any) 
         AnswerFile(source, tmp_path)
     with pytest.raises(UserError, match=r'bad.jsonl:1: "completions" must be'):
         AnswerFile(write_jsonl("bad.jsonl", {"prompt": "p"}), tmp_path / "answers.jsonl")
-
-
-@contextmanager
-def serving(source: str, port: int) -> Iterator[None]:
-    """`rlhf-fast label` in a process of its own, which is killed at the end without a chance to tidy up."""
-    command = [sys.executable, "-m", "rlhf_fast.cli", "label", source, "--port", str(port)]
-    server = subprocess.Popen(command)
-    try:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
-        yield
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_for(done: Callable[[], bool]) -> None:
-    """Until it is so; the test fails after a minute."""
-    until = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_three_prompts_ranked_in_a_browser_with_a_kill_in_between(source: str) -> None:
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    answers = Path(source).with_suffix(".labels.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def page_of(browser: Any) -> Any:
-        page = browser.new_page()
-        page.set_default_timeout(120_000)  # milliseconds: other tests may hold both cores
-        page.goto(f"http://127.0.0.1:{port}", timeout=120_000)
-        page.locator("#name textarea, #name input").fill("ann")
-        page.locator("#name textarea, #name input").press("Enter")
-        page.wait_for_selector("#prompt textarea:visible")
-        page.locator("body").click(position={"x": 2, "y": 2})  # out of the name's field, where keys are text
-        return page
-
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        with serving(source, port):
-            page = page_of(browser)
-            shown = [area.input_value() for area in page.locator(".text textarea:visible").all()]
-            assert sorted(shown) == sorted([EVIL, "b0", "c0"])  # as text
-            assert page.title() == "rlhf-fast label" and "secret" not in page.content()
-            page.keyboard.press("Enter")
-            page.wait_for_selector("text=Give each completion a number first")
-            for key in ("1", "2", "1", "Enter"):
-                page.keyboard.press(key)
-            page.wait_for_selector("text=1 of 3 done")
-            page.keyboard.press("s")
-            page.wait_for_selector("text=2 of 3 done")
-            page.keyboard.press("u")
-            page.wait_for_selector("text=Undone. 1 of 3 done")
-            for key in ("3", "2", "1", "Enter"):
-                page.keyboard.press(key)
-            wait_for(lambda: answers.read_text().count('"ranks"') == 2)
-        with serving(source, port):
-            page = page_of(browser)
-            page.wait_for_selector("text=2 of 3 done")
-            for key in ("2", "2", "1", "Enter"):
-                page.keyboard.press(key)
-            page.wait_for_selector("text=Done: all 3 prompts")
-        browser.close()
-    by_prompt = {str(ranking.prompt): ranking for ranking in read_feedback(answers)}
-    first = by_prompt[f"look {EVIL}"]
-    assert {text: -rank for text, rank in zip(first.completions, first.goodness, strict=True)}[shown[1]] == 2
-    assert sorted(first.goodness) == [-2, -1, -1] and sorted(by_prompt["prompt 1"].goodness) == [-3, -2, -1]
-    assert sorted(by_prompt["prompt 2"].goodness) == [-2, -2, -1]

@@ -69,6 +69,18 @@ def test_control_characters_are_shown_not_sent(
     assert "[red]name" in shown.out and "[bold]" in shown.out  # brackets are text, not markup
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ModuleNotFoundError])
+def test_an_unexpected_error_is_shown_without_escapes_and_secrets(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "hf_" + "S3cretS3cretS3cretS3cret"
+    monkeypatch.setattr(cli, "_command", lambda command, arguments: (_ for _ in ()).throw(error(f"{ATTACK} {secret}")))
+    assert cli.main(["sft"]) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in shown and r"\x1b]0;owned\x07" in shown
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", shown) and secret not in shown
+
+
 def test_chat_shows_no_escape_of_the_model(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +97,8 @@ def test_data_check_shows_no_escape_of_a_file(tmp_path: Path, capsys: pytest.Cap
         json.dumps({"prompt": "a", "completion": "b"}) + "\n" + json.dumps({ATTACK: 1, "prompt": ATTACK}) + "\n"
     )
     cli.main(["data", "check", str(path)])
+    path.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2], "annotator": ATTACK}) + "\n")
+    cli.main(["data", "check", str(path)])
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", "".join(capsys.readouterr()))
 
 
@@ -96,7 +110,14 @@ def test_data_check_shows_no_escape_of_a_file(tmp_path: Path, capsys: pytest.Cap
         ("https://host/?token=abc", "https://host/?token=***"),
         ("hf_abcdefghijklmnopqrstuvwxyz", "***"),
         ("max_new_tokens=64 at a@b.c", "max_new_tokens=64 at a@b.c"),
+        ("the token: 'x', eos_token='y'", "the token: 'x', eos_token='y'"),
+        ("{'Authorization': 'Bearer abc.def', 'x': 1}", "{'Authorization': 'Bearer ***', 'x': 1}"),
+        ("Authorization: Bearer abc", "Authorization: Bearer ***"),
+        ('{"token": "abc", "n": 2}', '{"token": "***", "n": 2}'),
+        ("sent correct-horse-battery", "sent ***"),
     ],
 )
-def test_secrets_are_not_shown(text: str, shown: str) -> None:
+def test_secrets_are_not_shown(text: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "correct-horse-battery")
+    monkeypatch.setenv("OTHER_TOKEN", "x")  # too short to be one
     assert printable(text) == shown and redacted({"a": [text, 1], "b": (text,)}) == {"a": [shown, 1], "b": (shown,)}

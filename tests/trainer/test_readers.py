@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.data.examples import read_prompts, read_sft
 from rlhf_fast.data.files import read_lines
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.agreement import agreement
@@ -143,6 +144,39 @@ def test_parquet_csv_and_data_sets_hold_the_same_rows(tmp_path: Path, monkeypatc
         read_lines(tmp_path / "bad.csv", lambda row, where: row)
     with pytest.raises(UserError, match="cannot load the data set 'datasets:/nowhere'"):
         read_lines("datasets:/nowhere", lambda row, where: row)
+
+
+@pytest.mark.parametrize(("mark", "shown"), [(";", "';'"), ("\t", r"'\t'"), ("|", "'|'")])
+def test_a_csv_with_another_delimiter_is_named_with_its_columns(
+    mark: str, shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text(f"prompt{mark}completion\na, b{mark}c\n")
+    assert cli.main(["data", "check", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: its first line is one column" in error and f"separated by commas, not by {shown}" in error
+    path.write_text("prompt\na; b\n")  # one column that holds such a mark is fine
+    assert cli.main(["data", "check", str(path)]) == 0
+
+
+def test_data_check_names_the_columns_that_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "f.csv").write_text("question,reply\n" + "a,b\n" * 30)
+    assert cli.main(["data", "check", str(tmp_path / "f.csv")]) == 2
+    shown = capsys.readouterr().out
+    assert "columns of the first row: question, reply" in shown and "the keys of the row: 'question', 'reply'" in shown
+    assert len(shown.splitlines()) < 20 and "(30 rows: also " in shown and "30 wrong lines" in shown
+    with pytest.raises(UserError, match="the keys of the row: 'question', 'reply'"):
+        read_prompts(tmp_path / "f.csv")
+
+
+def test_the_same_reason_is_named_once_with_its_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "c" if i % 2 else i} for i in range(40)]
+    (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    assert len(read_sft(tmp_path / "f.jsonl")) == 20
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"rlhf-fast: 21 of 41 rows of {tmp_path}/f.jsonl were left out") and len(lines) == 3
+    assert "got 0 (20 rows: also " in lines[1] and f"{tmp_path}/f.jsonl:19, ..." in lines[1]
+    assert "not valid JSON" in lines[2]
 
 
 def rated(annotator: str, goodness: list[float], prompt: str = "p") -> Ranking:

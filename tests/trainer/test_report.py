@@ -102,6 +102,18 @@ def test_the_page_is_whole_self_contained_and_escaped(run: Path) -> None:
         assert heading in page
 
 
+def test_a_report_shows_no_secret(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hf_" + "S3cretS3cretS3cretS3cret"
+    monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
+    (run / "config.yaml").write_text(
+        f"reward_functions: [https://me:{secret}@host/?token=abc]\nx: correct-horse-battery\n"
+    )
+    row = {"prompt": f"my token is {secret}", "completion": "correct-horse-battery", "reward": 1.0, "ended": True}
+    write(run / "ppo/samples.jsonl", {"when": "before", **row}, {"when": "after", **row})
+    page = write_report(run).read_text()
+    assert "my token is ***" in page and secret not in page and "correct-horse" not in page and "token=abc" not in page
+
+
 def test_half_a_run_has_a_report_too(run: Path) -> None:
     (run / "summary.json").unlink()
     with (run / "sft/metrics.jsonl").open("a") as file:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -75,7 +76,7 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
         {"prompt": "ann", "completion": "cat", "reward": 2.0},
         {"prompt": "ann", "completion": "dog", "reward": 0.0},
     ]
-    assert Rewards(model, functions).add_to(rows, lines[:1]) == pytest.approx((3.5 - 0.5) / 2)
+    assert Rewards(model, functions).add_to(rows, lines[:1])["reward"] == pytest.approx((3.5 - 0.5) / 2)
 
 
 def test_wrong_functions_are_named(rules: str) -> None:
@@ -144,7 +145,7 @@ def test_functions_get_the_other_columns_of_the_row(tmp_path: Path) -> None:
         return function.of_prompts(lines, texts)
 
     assert of("right") == [1, 0, 1, 0] and of("most") == [2, 2, 1, 1] and of("plain") == [1, 1, 1, 1]
-    assert of("trl") == [1, 0, 0, 0]  # None adds nothing
+    assert of("trl")[:2] == [1, 0] and all(math.isnan(number) for number in of("trl")[2:])  # None
     (function,) = load_functions((f"{tmp_path}/f.py:chat",))
     assert function.of_prompts([PromptLine([{"role": "user", "content": "hi"}], "f:1")], ["yes"]) == [3]
 

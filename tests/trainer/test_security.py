@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import gzip
 import json
+import re
+import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +18,11 @@ import torch
 import yaml
 from helpers import phases
 
+from rlhf_fast.data import files
+from rlhf_fast.data.examples import read_prompts, read_sft
 from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.check import check
+from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import load_config, read_yaml
@@ -22,6 +31,18 @@ from rlhf_fast.trainer import PPOConfig, SFTConfig
 
 PACKAGE = Path(__file__).resolve().parents[2] / "rlhf_fast"
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def test_each_line_of_the_threat_model_has_its_tests() -> None:
+    """SECURITY.md names them in the last column of its table."""
+    lines = (PACKAGE.parent / "SECURITY.md").read_text(encoding="utf-8").split("## Threat model")[1].splitlines()
+    rows = [line for line in lines if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 10
+    for row in rows:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", row.split("|")[3])
+        assert tests, row
+        for file, name in tests:
+            assert f"\ndef {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), (file, name)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -40,7 +61,7 @@ def test_every_file_of_a_run_is_safetensors_json_yaml_or_text(job_data: Path, tm
         phases.run(replace(phases.jobs(job_data)[name], save_steps=1), tmp_path / name)
     for path in tmp_path.rglob("*"):
         if path.is_file() and "tensorboard" not in path.parts:
-            assert path.suffix in {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".txt", ""}, path
+            assert path.suffix in {".safetensors", ".json", ".jsonl", ".yaml", ".jinja", ".txt", ".md", ""}, path
             assert path.suffix or path.name == ".rlhf_fast"
             assert not path.read_bytes().startswith((b"\x80\x02", b"\x80\x04", b"PK"))  # pickles and torch.save's zips
 
@@ -85,6 +106,62 @@ def test_yaml_aliases_do_not_multiply(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("\n".join(lines))
     with pytest.raises(UserError, match="unknown key 'a0'"):
         load_config(SFTConfig, tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz"])
+def test_a_small_file_that_expands_without_end_is_refused_by_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_EXPANDED", 2**20)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"prompt\n" + b"x" * 2**24))
+    assert path.stat().st_size < 2**15
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"{name} has \d+ bytes and expands to more than .* unpack it yourself"):
+        list(files.read_rows(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+    path.write_bytes(gzip.compress(b'{"prompt": "fits"}'))
+    assert len(list(files.read_rows(path))) <= 1
+
+
+def test_a_parquet_file_that_expands_without_end_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "bomb.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x" * 1000] * 100_000}), path)  # 100 MB, as one dictionary
+    assert path.stat().st_size < 2**20
+    assert next(iter(files.read_rows(path)))[0] == {"prompt": "x" * 1000}
+    monkeypatch.setattr(files, "MOST_EXPANDED", 2**22)
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(UserError, match=r"bomb.parquet has \d+ bytes and expands to more than"):
+        list(files.read_rows(path))
+    assert pyarrow.total_allocated_bytes() - before < 2**24
+
+
+def test_paths_in_data_files_are_never_opened(tmp_path: Path) -> None:
+    """Every way to name a file that a row may hold, in every phase's reader, watched by an audit hook."""
+    (tmp_path / "secret.txt").write_text("secret")
+    secret = str(tmp_path / "secret.txt")
+    rows = [
+        {"prompt": secret, "completion": f"file://{secret}", "tools": [{"path": secret}], "image": secret},
+        {"messages": [{"role": "user", "content": f"@{secret}"}, {"role": "assistant", "content": f"$(cat {secret})"}]},
+        {"prompt": f"![]({secret})", "completions": [f"file:{secret}", "b"], "ranks": [1, 2], "completion_ids": None},
+        {"prompt": [{"role": "user", "content": [{"type": "image", "url": secret}]}], "completion": "x"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened: list[str] = []
+    watching = True
+    sys.addaudithook(lambda event, args: opened.append(str(args[0])) if watching and event == "open" else None)
+    for read in (read_prompts, read_sft, read_feedback, check):
+        with contextlib.suppress(UserError):
+            read(path)
+    watching = False
+    assert str(path) in opened and secret not in opened and not any("secret" in name for name in opened)
 
 
 def test_secrets_stay_out_of_a_run_folder(

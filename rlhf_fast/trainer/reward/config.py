@@ -21,6 +21,8 @@ class RewardOptions(SamplerOptions):
 
     feedback_file: str = ""
     """Feedback: {"prompt", "completions", "ratings" and/or "ranks"} on each line, or a file of another tool."""
+    criterion: str = ""
+    """Learn from the feedback's ratings of this criterion, such as "helpful", instead of the overall ones."""
     loss: Literal["bradley_terry", "margin", "plackett_luce", "best_of_k", "regression"] = "bradley_terry"
     """Loss on a ranking: of its pairs, pairs with margins, its order, its best, or of the ratings themselves."""
     centering: Annotated[float, NOT_NEGATIVE] = 0.0

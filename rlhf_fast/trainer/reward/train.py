@@ -24,6 +24,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import read_feedback
+from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import Batch, in_micro_batches
 from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.fsdp import pad_to_ranks, sharded
@@ -49,9 +50,11 @@ from rlhf_fast.run.autosave import Autosave, SaveOptions
 from rlhf_fast.run.checkpoint import load_state, require_space, rng_state, seed_everything, set_rng_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.run.threads import threads
+from rlhf_fast.run.verdicts import LiveVerdict, of_reward
 
 from .config import RewardConfig
 from .losses import PREPARE, calibration, calibration_error, pair_accuracy, ranking_loss
@@ -71,7 +74,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     if (finished := finished_summary(run, config)) is not None:
         return finished
     timer = Timer()
-    rankings = read_feedback(config.feedback_file, config.strict)
+    rankings = read_feedback(config.feedback_file, config.strict, config.criterion)
     check_servers(config)
     seed_everything(config.seed)
     tune_process()
@@ -98,7 +101,10 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         mean, std = normalizer(config, model, tokenizer, shown + held_out, train_scores + held_out_scores, log)
     set_score_normalizer(model, mean, std)
     with timer("save"):
-        run.save_model(model if adapters is None else merged(adapters), tokenizer)
+        if adapters is not None:
+            save_adapters(adapters, run, head="score")
+            model = merged(adapters)
+        run.save_model(model, tokenizer)
         _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
 
     summary = {
@@ -119,7 +125,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     }
     if (accuracy := pair_accuracy(held_out, held_out_scores)) is not None:
         run.log({"eval/pair_accuracy": accuracy}, steps)
-    run.write_json("summary.json", summary)
+    run.finish(summary)
     return summary
 
 
@@ -215,6 +221,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
         set_rng_state(state["rng"])
         step = int(state["step"])
     run.truncate_metrics(step)
+    verdict = LiveVerdict(of_reward, read_jsonl(run.path / "metrics.jsonl"))
 
     def save(step: int) -> None:
         run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
@@ -235,7 +242,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             metrics = _step(config, model, optimizer, batch, pad_id)
             step += 1
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
-            bar.update(step, **metrics)
+            bar.update(step, verdict.after(metrics), **metrics)
             if autosave.after_step(step, stop.requested) and step < total:
                 raise Interrupted(f"reward model stopped at step {step} of {total}; --resume goes on from there")
         autosave.finish(step)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.feedback.schema import Ranking
+from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.fsdp import sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
@@ -223,6 +224,13 @@ def save(agent: Agent, run: RunFolder, step: int) -> None:
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
     run.save_checkpoint(step, state)
+
+
+def save_policy(agent: Agent, run: RunFolder) -> None:
+    """The policy in model/; with LoRA its adapters in adapters/ too."""
+    if agent.adapters is not None:
+        save_adapters(agent.adapters, run)
+    run.save_model(agent.merged_policy(), agent.tokenizer)
 
 
 def restore(agent: Agent, run: RunFolder) -> int:

@@ -12,7 +12,7 @@ from rlhf_fast.rollout.rollout import Sampler, SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer, notice
 
-from .agent import Agent
+from .agent import Agent, save_policy
 from .prompts import Prompts
 
 Figures = dict[str, float]
@@ -60,7 +60,7 @@ class Evaluator:
             rater=self.rater,
             sampler=self.sampler,
         )
-        figures["reward"] = self.agent.rewards.add_to(rows, self.held_out.lines)
+        figures |= self.agent.rewards.add_to(rows, self.held_out.lines)
         if when in ("before", "after"):
             run.append_jsonl(
                 "samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows)
@@ -77,7 +77,7 @@ class Evaluator:
         figures = self.at(f"step-{step}")
         if self.options.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
             self.best = step, figures["reward"]
-            self.run.save_model(self.agent.merged_policy(), self.agent.tokenizer)
+            save_policy(self.agent, self.run)
             self.run.write_json("best.json", {"step": step, "reward": figures["reward"]})
         return {f"eval/{name}": value for name, value in figures.items()}
 
@@ -109,5 +109,5 @@ def summarise(
     summary["kl_final"] = after.get("kl", metrics.get("objective/kl"))
     summary["seconds"] = timer.elapsed()
     summary["seconds_by_part"] = {part: seconds for part, seconds in timer.totals.items() if part != "step"}
-    run.write_json("summary.json", summary)
+    run.finish(summary)
     return summary

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.verdicts import LiveVerdict, Rows, of_rl_so_far
 
 from .checks import RATIO_NOTABLE
 from .experience import Experience
@@ -19,8 +21,9 @@ MANY_CLIPPED = 0.1  # share of scores
 class Watch:
     """Warns of problems that each step's metrics show and that raise no error; each warning once."""
 
-    def __init__(self) -> None:
-        """No step seen yet."""
+    def __init__(self, rows: Rows = ()) -> None:
+        """`rows`: metrics of the steps before, in a resumed run, for the verdict."""
+        self.verdict = LiveVerdict(of_rl_so_far, rows)
         self.first_entropy: float | None = None
         self.warned: set[str] = set()
 
@@ -57,8 +60,8 @@ class Watch:
         return list(new.values())
 
 
-def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions) -> dict[str, float]:
-    """Means over all samples of the step, once the update is done.
+def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions, *, critic: bool) -> dict[str, float]:
+    """Means over all samples of the step, once the update is done; `val/...` with a `critic` alone.
 
     objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL
     penalty. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
@@ -80,11 +83,18 @@ def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions) -> 
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "objective/rlhf_reward": rewards.mean(),
-        "val/explained_variance": 1 - (returns - values).var() / returns.var().clamp(min=1e-8),
-        "val/mean": values.mean(),
+        **(critic_metrics(returns, values) if critic else {}),
         "sample/length": lengths.mean(),
         "sample/ended": ended.mean(),
         "sample/learned": ranks().cat(experience.learned[mask].float()).mean(),
-        **{name: ranks().cat(numbers).mean() for name, numbers in sorted(rollout.score_parts.items())},
+        **{name: ranks().cat(numbers).nanmean() for name, numbers in sorted(rollout.score_parts.items())},
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def critic_metrics(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """How well the values (N,) predict the returns (N,) of the same tokens."""
+    return {
+        "val/explained_variance": 1 - (returns - values).var() / returns.var().clamp(min=1e-8),
+        "val/mean": values.mean(),
+    }

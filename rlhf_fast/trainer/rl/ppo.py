@@ -42,11 +42,12 @@ from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import require_space, seed_everything
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer, notice
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.run.threads import threads
 
-from .agent import Agent, encode_prompts, load_agent, restore, save
+from .agent import Agent, encode_prompts, load_agent, restore, save, save_policy
 from .checks import check_distribution
 from .config import PPOConfig
 from .evaluation import Evaluator, summarise
@@ -105,7 +106,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
         before = evaluator.at("before")
 
     metrics = run.last_metrics()  # of the step that a resumed run begins behind, should none be left
-    watch = Watch()
+    watch = Watch(read_jsonl(run.path / "metrics.jsonl"))
     autosave = Autosave(run, settings.saving, (agent.policy, agent.critic), step, partial(save, agent, run))
     pace = Pace(settings.duration, settings.sizes, timer)
     with StopFlag() as stop, Progress("ppo", max_steps) as bar, autosave:
@@ -120,14 +121,14 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
                 with timer("evaluate"):
                     metrics |= evaluator.at_step(step)
             run.log({**metrics, **timer.lap()}, step)
-            bar.update(step, **{name.partition("/")[2]: metrics[name] for name in SHOWN})
+            bar.update(step, watch.verdict.after(metrics), **{name.partition("/")[2]: metrics[name] for name in SHOWN})
             if autosave.after_step(step, stop.requested):
                 raise Interrupted(f"stopped after {step} of {max_steps} steps; --resume goes on")
 
         with timer("save"):  # inside of `stop`: a signal now waits until all is written
             autosave.finish(step)
             if evaluator.last_is_best:
-                run.save_model(agent.merged_policy(), agent.tokenizer)
+                save_policy(agent, run)
         with timer("evaluate"):
             after = evaluator.at("after")
     summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}
@@ -174,7 +175,8 @@ def train_step(
     # Metrics, now that the log-probabilities of all samples are known.
     if plain and options.score.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
-    metrics = {**rollout_metrics(samples, experience, options.update.loss.kl), **drawn, **losses}
+    critic = agent.critic is not None
+    metrics = {**rollout_metrics(samples, experience, options.update.loss.kl, critic=critic), **drawn, **losses}
     metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": lr}
     if samples.logprobs is not None:
         correction, mask = options.score.correction, experience.batch.mask

@@ -7,8 +7,9 @@ Two signatures, told apart by the names of the parameters:
     def right(prompts, completions, answer): ...         TRL's: lists over all completions, columns as well, by keyword
     def right(completions, answer, **columns): ...       TRL's too, which may leave `prompts` out
 
-Each returns one number per completion, or None for a completion it does not score, which adds 0. A function gets the
-columns of the data file that its parameters name, or all of them if it takes `**columns`.
+Each returns one number per completion, or None for a completion that it does not score: the sum is then of the other
+functions, as in TRL, and a completion that nothing scores ends the run. A function gets the columns of the data file
+that its parameters name, or all of them if it takes `**columns`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class RewardFunction:
     function: Callable[..., Any]
 
     def of_prompts(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> list[float]:
-        """(B,) rewards of `texts`: equally many completions per prompt, those of one prompt next to each other."""
+        """(B,) rewards of `texts`, NaN where it returned None; equally many per prompt, grouped by prompt."""
         samples = len(texts) // len(prompts)
         if self.takes_all:
             lines = [line for line in prompts for _ in range(samples)]
@@ -95,9 +96,17 @@ class RewardFunction:
         return [*taken, *(name for name, needed in named.items() if needed and name not in known)]
 
     def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
-        """The numbers that `call()` returns, 0 for None; RaterError unless there is one finite number per text."""
+        """The numbers that `call()` returns, NaN for None; RaterError unless there is one finite number per text."""
         shown = f"reward function {self.spec!r} on the prompt {prompt_text(line.prompt)[:80]!r} ({line.where})"
-        return finite_numbers(lambda: [0.0 if number is None else number for number in call()], texts, shown, "rewards")
+        unscored: set[int] = set()
+
+        def numbers() -> list[Any]:
+            answers = list(call())
+            unscored.update(place for place, number in enumerate(answers) if number is None)
+            return [0.0 if number is None else number for number in answers]
+
+        checked = finite_numbers(numbers, texts, shown, "rewards")
+        return [math.nan if place in unscored else number for place, number in enumerate(checked)]
 
 
 def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.feedback.raters import RaterError
 from rlhf_fast.models.batches import in_micro_batches
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import score_normalizer
@@ -70,18 +71,34 @@ class Rewards:
         return Scores(total + of_functions.total, {**parts, **of_functions.parts})
 
     def of_functions(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
-        """The weighted sum of the functions alone, and each function's own numbers."""
+        """The weighted sum of the functions alone, and each function's own numbers: NaN, which adds 0, for None.
+
+        Raises RaterError naming a completion that neither a function nor the reward model scores.
+        """
         total, parts = torch.zeros(len(texts)), {}
         for function in self.functions:
             values = torch.tensor(function.of_prompts(prompts, texts))
-            total = total + function.weight * values
+            total = total + function.weight * values.nan_to_num(0.0)
             parts[f"rewards/{function.name}"] = values
+        if self.model is None and parts:
+            unscored = torch.stack(list(parts.values())).isnan().all(0).nonzero().flatten().tolist()
+            if unscored:
+                line, names = (
+                    prompts[unscored[0] * len(prompts) // len(texts)],
+                    ", ".join(parts).replace("rewards/", ""),
+                )
+                raise RaterError(
+                    f"{names}: no reward function scores {texts[unscored[0]][:80]!r} of the prompt {line.where}, all "
+                    f"returned None ({len(unscored)} of {len(texts)} completions); return a number for each completion "
+                    "from at least one"
+                )
         return Scores(total, parts)
 
-    def add_to(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> float:
-        """Add the functions' rewards to each evaluation row's "reward" (the model's score); returns the mean.
+    def add_to(self, rows: list[dict[str, Any]], prompts: Sequence[PromptLine]) -> dict[str, float]:
+        """Add the functions' rewards to each evaluation row's "reward" (the model's score); returns the means.
 
-        With a `reader` the model's score is missing in the rows and is computed here.
+        They are "reward" and, for each function, "rewards/NAME", which a row has too. With a `reader` the model's score
+        is missing in the rows and is computed here.
         `prompts` (P,) are in the order of `rows`, each with equally many.
         """
         texts = [row["completion"] for row in rows]
@@ -89,17 +106,19 @@ class Rewards:
             scores = self.reader.scores(self.model, prompts, texts, [row["ended"] for row in rows])
             for row, score in zip(rows, scores.tolist(), strict=True):
                 row["reward"] = score
-        numbers = ranks().once(lambda: self.of_functions(prompts, texts)).total.tolist()
-        for row, number in zip(rows, numbers, strict=True):
+        found = ranks().once(lambda: self.of_functions(prompts, texts))
+        for place, (row, number) in enumerate(zip(rows, found.total.tolist(), strict=True)):
             row["reward"] = row.get("reward", 0.0) + number
-        return sum(row["reward"] for row in rows) / len(rows)
+            row |= {name: float(part[place]) for name, part in found.parts.items() if not part[place].isnan()}
+        means = {name: float(part.nanmean()) for name, part in found.parts.items() if not part.isnan().all()}
+        return {"reward": sum(row["reward"] for row in rows) / len(rows), **means}
 
 
 class Scores(NamedTuple):
     """Rewards of completions, and their terms, whose means become metrics."""
 
     total: Tensor  # (B,)
-    parts: dict[str, Tensor]  # metric -> (B,)
+    parts: dict[str, Tensor]  # metric -> (B,), NaN where a function returned None
 
     def to(self, device: torch.device) -> Scores:
         """A copy on `device`."""

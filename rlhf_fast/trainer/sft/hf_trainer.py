@@ -28,7 +28,9 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import threads
+from rlhf_fast.run.verdicts import LiveVerdict, of_sft
 
 
 class SumTrainer(Trainer):
@@ -110,6 +112,7 @@ class Bridge(TrainerCallback):
         """The bar is created when training begins."""
         self.run, self.stop, self.autosave = run, stop, autosave
         self.bar: Progress | None = None
+        self.verdict = LiveVerdict(of_sft)
 
     def close(self) -> None:
         """Close the progress bar, whatever ended the training."""
@@ -123,6 +126,7 @@ class Bridge(TrainerCallback):
         for unfinished in (self.run.path / "checkpoints").glob("checkpoint-*") if ranks().main else ():
             shutil.rmtree(unfinished)
         ranks().wait()
+        self.verdict = LiveVerdict(of_sft, read_jsonl(self.run.path / "metrics.jsonl"))
         self.bar = Progress("sft", state.max_steps).__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -134,7 +138,7 @@ class Bridge(TrainerCallback):
         row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
         self.run.log(row, state.global_step)
         if self.bar is not None:
-            self.bar.update(state.global_step, loss=logs["loss"])
+            self.bar.update(state.global_step, self.verdict.after(row), loss=logs["loss"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Decide whether to save, and stop all ranks if one was asked to."""

@@ -24,6 +24,7 @@ from rlhf_fast.data.examples import read_sft
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.loading import (
@@ -95,7 +96,9 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     with timer("evaluate"):
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
     with timer("save"):
-        model = model if adapters is None else merged(adapters)
+        if adapters is not None:
+            save_adapters(adapters, run)
+            model = merged(adapters)
         _end_with(model, end_of_turn(tokenizer), tokenizer.eos_token_id)
         run.save_model(model.to(dtype), tokenizer)
 
@@ -110,7 +113,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     }
     if eval_examples:
         run.log({"eval/nll": after}, steps)
-    run.write_json("summary.json", summary)
+    run.finish(summary)
     return summary
 
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uploading a trained model to the Hugging Face hub (or whatever HF_ENDPOINT names), by huggingface_hub.
+
+The token is the one of `hf auth login`, or of HF_TOKEN; no option takes it, so no file of a run can hold it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast.errors import UserError
+
+from .progress import notice
+
+
+def open_repository(repository: str) -> None:
+    """Make the repository, private, if it does not exist; UserError if this user cannot write to it.
+
+    Called before training, so that hours of it do not end with a wrong name or token.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+    except Exception as error:  # of the hub's client, or of the network library below it
+        raise UserError(
+            f"push_to_hub: cannot make or open the repository {repository!r} ({_first_line(error)}); log in with "
+            "`hf auth login` or set HF_TOKEN to a token that may write"
+        ) from None
+
+
+def upload(repository: str, folder: Path, inside: str = "") -> str | None:
+    """Upload a folder, as `inside` of the repository; returns the address of the commit.
+
+    A failure is printed with the command that tries again: the model is on the disk, and later phases need it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        commit: Any = HfApi().upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            path_in_repo=inside or None,
+            commit_message="Upload a model trained by rlhf_fast",
+        )
+    except Exception as error:
+        target = f" {inside}" if inside else ""
+        notice(
+            f"{folder} is saved but was not uploaded ({_first_line(error)}); to try again: hf upload {repository} "
+            f"{folder}{target}"
+        )
+        return None
+    return str(commit.commit_url)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
