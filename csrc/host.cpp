@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module `_host`: what was built. Sees no torch, so PyPI's pybind11 can compile it.
+// The module `_host`: what was built. Includes no torch, so PyPI's pybind11 suffices.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

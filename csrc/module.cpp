@@ -44,8 +44,7 @@ PyMODINIT_FUNC PyInit__C(void) {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
 #ifdef Py_GIL_DISABLED
-  // Loading it must not bring the GIL back: the kernels touch no Python object, and what is kept between calls is
-  // atomic.
+  // Loading this must not enable the GIL: the kernels use no Python objects, and state kept between calls is atomic.
   if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
 #endif
   return module;

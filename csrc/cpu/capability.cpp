@@ -49,7 +49,7 @@ Capability from_environment() {
   return name != nullptr && parse(name, &limit) ? std::min(best_capability(), limit) : best_capability();
 }
 
-// Atomic, for threads may call kernels while another caps them.
+// Atomic, since threads may call kernels while another sets the limit.
 std::atomic<Capability>& current() {
   static std::atomic<Capability> capability(from_environment());
   return capability;

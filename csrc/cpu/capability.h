@@ -15,8 +15,8 @@ bool parse(const char* name, Capability* capability);
 // The best one of this host and this build.
 Capability best_capability();
 
-// That, capped by the environment variable RLHF_FAST_CPU, which is read at the first call, or by the last `cap`. An
-// unknown name in the environment caps nothing here; the Python side refuses it.
+// The same, limited by the environment variable RLHF_FAST_CPU, which is read at the first call, or by the last `cap`.
+// An unknown name in the environment sets no limit here; the Python side raises an error for it.
 Capability capability();
 void cap(Capability limit);
 

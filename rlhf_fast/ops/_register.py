@@ -21,9 +21,9 @@ _libraries: list[torch.library.Library] = []  # registrations live only as long 
 
 
 class Derivative(NamedTuple):
-    """What autograd needs of an operator.
+    """The gradient of an operator for autograd.
 
-    backward(ops, ctx, *grads): as for an autograd.Function; calls the namespace's own `..._backward` operator.
+    backward(ops, ctx, *grads): as in an autograd.Function; calls the `..._backward` operator of the namespace `ops`.
     """
 
     setup_context: Callable[..., None]
@@ -41,8 +41,8 @@ def define(
 ) -> None:
     """Defines `name` with `schema` in every namespace.
 
-    reference: the kernel in PyTorch; one with a parameter `ops` is handed the namespace it runs in.
-    public: the public functions that call it, for messages; none = the one of its name.
+    reference: the kernel in PyTorch; if it has a parameter `ops`, it gets the namespace it runs in.
+    public: the public functions that call it, for messages; none = the function of the same name.
     """
     public = public or (name,)
 

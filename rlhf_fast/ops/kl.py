@@ -204,14 +204,14 @@ def approx_kl(
 
 
 class _PlainApproxKl(torch.autograd.Function):
-    """The operator on plain PyTorch without its layers in Python, which take as long as 64 x 1024 tokens.
+    """approx_kl on plain PyTorch without the operator's Python layers, which take as long as 64 x 1024 tokens.
 
-    It keeps the slope for the backward, for its exp is most of the work.
+    It saves the slope for the backward, since its exp is most of the work.
     """
 
     @staticmethod
     def forward(ctx: Any, ops: Any, *arguments: Any) -> Tensor:
-        """Takes the operator's arguments after the namespace that it is in."""
+        """Takes the operator's namespace and then its arguments."""
         if not any(ctx.needs_input_grad):
             return reference.approx_kl(*arguments)
         kl, value, slope = reference.approx_kl_and_slope(*arguments)
@@ -221,7 +221,8 @@ class _PlainApproxKl(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Any, ...]:
-        """By the operator where it refuses (create_graph) or vmap has to loop (a batch of gradients)."""
+        """Calls the operator for create_graph, which it refuses, and for a batch of gradients, over which vmap
+        loops."""
         logprobs, ref_logprobs, ratio, mask, value, slope = saved(ctx)
         tensors = (logprobs, ref_logprobs, ratio, mask)
         if torch.is_grad_enabled() or any_batched([grad_kl]):

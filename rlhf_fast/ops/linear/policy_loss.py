@@ -178,7 +178,8 @@ def _reference(
     op: str, estimator: str, ref_logprobs: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, kl_coef: float, head: CheckedHead,
 ) -> tuple[Tensor | None, RefTensors]:  # fmt: skip
-    """The reference as the estimator needs it: its log-probs, or its hidden states and head. All given are checked."""
+    """The inputs of the reference that the estimator needs: log-probs, or hidden states and head. Checks all that are
+    given."""
     exact = _check.choice(op, "estimator", estimator, ESTIMATORS) == EXACT
     tokens = None if ref_logprobs is None else _per_token(op, "ref_logprobs", ref_logprobs, head)
     states, nothing = {"ref_hidden": ref_hidden, "ref_weight": ref_weight}, RefTensors(None, None, None)
@@ -269,7 +270,7 @@ def _backward(ops: Any, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[An
         gradients = ops.linear_policy_loss_backward(grad_loss, *gradients)
     else:
         ctx.gradients = None
-        # 1 is what loss.backward() brings; reading it would wait for a GPU
+        # loss.backward() passes 1; reading it would wait for a GPU
         if grad_loss.device.type != "cpu" or float(grad_loss) != 1:
             for gradient in gradients:
                 gradient.mul_(grad_loss)

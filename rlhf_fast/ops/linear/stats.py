@@ -189,7 +189,7 @@ def linear_stats(
     rows: Tensor | None,
     vocab_size: int | None,
 ) -> Outputs:
-    """What `linear_token_stats` returns and saves; `op` is the public function that calls it, for messages."""
+    """The outputs of the operator linear_token_stats; `op` is the calling public function, for messages."""
     hidden = head.tensors.hidden
     row_inputs, checked, padded = select_rows(op, mask, rows, hidden)
     row_temperature, scalar, cap, columns = check_row_options(

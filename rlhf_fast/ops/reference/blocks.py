@@ -15,10 +15,10 @@ TOKEN_ENTRIES = 1 << 14  # of a block of per-token tensors (B, T), whose tempora
 
 
 def row_blocks(x: Tensor, start: int = 0, entries: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of x (..., V) in order, as views (..., V) of some rows each, and which rows of all they are.
+    """Blocks of the rows of x (..., V) in order: which rows, and a view (..., V) of them.
 
-    Depends on the shape and the device alone, so that tensors of one shape fall into the same blocks. entries: about
-    how many a block holds on a CPU, None = CPU_ENTRIES for each thread.
+    Depends only on shape and device, so that tensors of one shape have the same blocks. entries: approximate number in
+    a block on a CPU; None = CPU_ENTRIES per thread.
     """
     if x.device.type != "cpu":
         entries = DEVICE_ENTRIES

@@ -17,9 +17,10 @@ def zero_where_masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def zero_masked_(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x, 0 where masked from now on.
+    """Sets masked entries of x to 0, in place.
 
-    Its bits times 0 or 1, for NaN * 0 is NaN: on a CPU half the time of masked_fill_, a third of torch.where's.
+    Multiplies the bits by 0 or 1, since NaN * 0 is NaN: on a CPU in half the time of masked_fill_, a third of
+    torch.where's.
     """
     if mask is not None:
         x.view(torch.int64 if x.dtype == torch.float64 else torch.int32).mul_(mask)

@@ -55,7 +55,7 @@ def gae(
 
 
 def _zeroed(x: Tensor, masked: Tensor | None) -> Tensor:
-    """A dense copy in the dtype of the arithmetic, 0 where masked (by masked_fill_, which needs no temporary)."""
+    """A dense copy in the dtype of the arithmetic, 0 where masked (masked_fill_ needs no temporary)."""
     wide = x.to(accumulate_dtype(x.dtype), copy=True).contiguous()
     return wide if masked is None else wide.masked_fill_(masked, 0)
 
@@ -68,7 +68,7 @@ def _following(
     bootstrap_values: Tensor | None,
     carry: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Where an episode ends (None: nowhere), and the value that follows each token."""
+    """Where an episode ends (None: nowhere), and the next value of each token."""
     following = torch.zeros_like(v)
     if v.numel() == 0:
         return None, following
@@ -88,9 +88,9 @@ def _following(
 
 
 def _next_real(v: Tensor, real: Tensor, out: Tensor) -> None:
-    """Writes the value of the next real token to `out`, 0 where none follows.
+    """Writes the value of the next real token to `out`, 0 if there is none.
 
-    The values of the real ones stand side by side; the next one is as many places on as tokens are real so far.
+    The values of the real tokens are packed; the index of the next one is the number of real tokens so far.
     """
     width = v.shape[1]
     blocks = (row_blocks(x, 0, TOKEN_ENTRIES // 4) for x in (v, real))
@@ -108,7 +108,7 @@ def _discounted(
     ends: Tensor | None,  # (B, T)
     decay: float | Tensor,  # (B,) where given per row
 ) -> Tensor:  # (B, T)
-    """a_t = delta_t + decay a_(t + 1); masked tokens give 0, and hand a on with carry; episodes that end start anew.
+    """a_t = delta_t + decay a_(t + 1); masked tokens give 0, and with carry pass a on; a is 0 after an episode ends.
 
     One fused operator a token, on contiguous columns.
     """
@@ -130,7 +130,7 @@ def _discounted(
 
 
 def _factors(skipped: Tensor, decay: float | Tensor, like: Tensor) -> Tensor:
-    """(tokens, B): what carries a on to each token, 1 at skipped ones."""
+    """(tokens, B): the decay at each token, 1 at skipped ones."""
     decays = decay if isinstance(decay, Tensor) else torch.full((), decay, dtype=like.dtype, device=like.device)
     return torch.where(skipped.t(), 1.0, decays)
 
@@ -192,7 +192,7 @@ def ppo_advantages(
 
 
 def whiten_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of the real entries, in float64 where there is one: what ranks add up."""
+    """Count, sum and sum of squares of the real entries, in float64 if the device has it; summed over ranks."""
     dtype = wide_dtype(values.device)
     moments = torch.zeros(3, dtype=dtype, device=values.device)
     for x, real in _token_blocks(values, mask):
@@ -214,7 +214,7 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> T
 
 
 def _token_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of the same entries of each tensor, all of one shape."""
+    """Blocks of the tensors, all of one shape: views of the same entries of each."""
     if tensors[0].numel() > 0:
         for blocks in zip(*(row_blocks(torch.atleast_1d(x), 0, TOKEN_ENTRIES) for x in tensors), strict=True):
             yield tuple(block for _, block in blocks)

@@ -292,7 +292,7 @@ def approx_kl_and_slope(
     gradient: int,
     clamp: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """approx_kl; the estimate itself, before it is weighted; and its derivative in logprobs, None where that is 1.
+    """approx_kl; the estimate before weighting; and its derivative in logprobs, None if that is 1.
 
     exp is taken once for both; each is in memory of its own.
     """
@@ -331,7 +331,7 @@ def approx_kl_gradients(
     importance_ratio: Tensor | None,  # (B, T)
     mask: Tensor | None,  # (B, T)
 ) -> tuple[Tensor, Tensor]:
-    """approx_kl_backward from what `approx_kl_and_slope` returns; value None: the ratio's gradient is not wanted."""
+    """approx_kl_backward from what `approx_kl_and_slope` returns; value None: without the ratio's gradient."""
     grad = grad_kl.clone() if slope is None else slope * grad_kl
     grad_ratio = grad.new_empty(0) if value is None else zero_masked_(value * grad_kl, mask).contiguous()
     if importance_ratio is not None:
@@ -340,7 +340,7 @@ def approx_kl_gradients(
 
 
 def _estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, clamp: float | None) -> Tensor:
-    """A KL estimator, in memory of its own."""
+    """A KL estimator, in new memory."""
     dtype = accumulate_dtype(logprobs.dtype)
     logprobs, ref_logprobs = logprobs.to(dtype), ref_logprobs.to(dtype)
     if estimator == codes.K3:
@@ -353,7 +353,7 @@ def _estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, clamp: flo
 
 
 def _slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, gradient: int) -> Tensor | None:
-    """The derivative in logprobs, in memory of its own; None for 1."""
+    """The derivative in logprobs, in new memory; None for 1."""
     straight_through = gradient == codes.STRAIGHT_THROUGH
     if estimator == codes.K1 and not straight_through:
         return None
@@ -371,6 +371,6 @@ def _clamped(value: Tensor, clamp: float | None) -> Tensor:
 
 
 def _weighted(value: Tensor, importance_ratio: Tensor | None, mask: Tensor | None) -> Tensor:
-    """value * importance_ratio, 0 at masked tokens; written over value where there is no ratio."""
+    """value * importance_ratio, 0 at masked tokens; overwrites value if there is no ratio."""
     weighted = value if importance_ratio is None else value * importance_ratio
     return zero_masked_(weighted, mask).contiguous()
