@@ -12,6 +12,7 @@ from rlhf_fast.models.batches import Support
 from .rollout import SamplingParams
 
 BLOCK = 256  # ids whose probabilities are summed first
+AT_ONCE = 2**19  # logits: a CPU's cache holds what is made of them, which is read several times
 FIRST_LOOK = 1024  # ids sorted first: sorting the vocabulary is slow, and top-p rarely keeps more
 
 
@@ -24,9 +25,11 @@ def draw(
     """
     if forbidden:
         logits = logits.index_fill(1, torch.tensor(forbidden, device=logits.device), -torch.inf)
-    probabilities = (logits / params.temperature).softmax(-1)
     if not params.truncated:
-        return _invert(probabilities, uniform), None
+        rows = max(1, AT_ONCE // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+        parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+        return torch.cat([_invert((part / params.temperature).softmax(-1), point) for part, point in parts]), None
+    probabilities = (logits / params.temperature).softmax(-1)
     probabilities, ids, keep = _likeliest(probabilities, params)
     place = _invert(probabilities * keep, uniform)
     return ids.gather(1, place[:, None]).squeeze(1), Support.of_counts(ids[keep], keep.sum(-1))
@@ -38,7 +41,8 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     Sums are float64, since float32 sums of 50 000 terms would favour the last ids: first over blocks, then within the
     selected block. A column of weight 0 is never returned, whatever the rounding.
     """
-    blocks = pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    missing = -weights.shape[1] % BLOCK
+    blocks = (pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, BLOCK))  # `pad` by 0 copies
     sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (N, V / BLOCK)
     block, point = _first_above(sums, uniform[:, None] * sums[:, -1:])
     before = pad(sums, (1, 0)).gather(1, block)

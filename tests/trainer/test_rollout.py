@@ -13,7 +13,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.causal_lm import language_model_head
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
-from rlhf_fast.rollout import builtin
+from rlhf_fast.rollout import builtin, distribution
 from rlhf_fast.rollout.builtin import end_ids, generate
 from rlhf_fast.rollout.cache import take_rows
 from rlhf_fast.rollout.decoder import reads_padded_prompts
@@ -206,6 +206,18 @@ def test_draws_over_several_blocks_are_those_of_the_whole_distribution_function(
         wanted = torch.searchsorted(cumulative, uniform[:, [column]].contiguous(), right=True).squeeze(1)
         near = (cumulative.gather(1, wanted[:, None]).squeeze(1) - uniform[:, column]).abs() < 1e-6
         assert ((drawn == wanted) | near).all()
+
+
+def test_draws_of_some_rows_at_once_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for width in (1000, 1024):
+        logits = 3 * torch.randn(7, width, generator=generator)
+        uniform = torch.rand(7, generator=generator, dtype=torch.float64)
+        wanted, _ = draw(logits, uniform, SamplingParams(temperature=0.7))
+        for most in (1, 3000):  # logits: rows one by one, and by two
+            monkeypatch.setattr(distribution, "AT_ONCE", most)
+            assert torch.equal(draw(logits, uniform, SamplingParams(temperature=0.7))[0], wanted)
+        monkeypatch.undo()
 
 
 def test_nothing_ends_before_min_new_tokens_and_its_log_probabilities_know_it(lm: Any, tokenizer: Any) -> None:
