@@ -7,7 +7,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from rlhf_fast.run.progress import notice
 from .builtin import generate
 from .engine import EngineSampler
 from .rollout import Sampler
+from .vllm_in_process import VLLMInProcess
 from .vllm_process import Server, find_vllm, running, served_length
 from .vllm_server import VLLMServers
 
@@ -45,6 +46,9 @@ def open_sampler(options: SamplerOptions, policy: Served, log: Path) -> Iterator
     """
     if options.sampler == "builtin":
         yield generate
+    elif options.sampler == "vllm":
+        with closing(VLLMInProcess(*_server(policy)[:3])) as engine:
+            yield EngineSampler(engine)
     elif options.engine_url:
         yield EngineSampler(VLLMServers(options.engine_url))
     else:
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--sampler` and `--engine-url` of a command that is no phase."""
     parser.add_argument(
         "--sampler",
-        choices=["builtin", "vllm-server"],
+        choices=["builtin", "vllm-server", "vllm"],
         default="builtin",
         help="docs/engine.md (default builtin)",
     )

@@ -175,8 +175,8 @@ class SamplerOptions(Options):
 
     CHANGEABLE = frozenset({"sampler", "engine_url"})
 
-    sampler: Literal["builtin", "vllm-server"] = "builtin"
-    """The built-in sampler, or vLLM servers (docs/engine.md)."""
+    sampler: Literal["builtin", "vllm-server", "vllm"] = "builtin"
+    """The built-in sampler, vLLM servers, or vLLM in the trainer's process (docs/engine.md)."""
     engine_url: tuple[str, ...] = ()
     """Servers of the sampler vllm-server, such as http://127.0.0.1:8000; none: one is started for the phase."""
 

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from helpers.engine_policy import PROMPTS, Tokenizer, learn, policy, save
@@ -19,6 +23,7 @@ from rlhf_fast.rollout.vllm_process import Server, find_vllm, running
 from rlhf_fast.rollout.vllm_server import VLLMServers
 
 PYTHON = os.environ.get("RLHF_FAST_ENGINE_PYTHON", "")
+DRAWS: dict[str, dict[str, Any]] = {"plain": {}, "top_k": {"top_k": 7}, "top_p": {"top_p": 0.8}}  # of in_process.py
 pytestmark = pytest.mark.skipif(not PYTHON, reason="needs vLLM, in an environment of its own: make test-engine")
 
 
@@ -64,6 +69,31 @@ def test_five_syncs_and_the_gap_stays_flat(server: VLLMServers) -> None:
         texts.append(rollout.texts)
         learn(model, step)
     assert len({tuple(each) for each in texts}) == 6
+
+
+def test_vllm_in_the_process_gives_the_samples_of_the_server(server: VLLMServers, tmp_path: Path) -> None:
+    """And nothing of the trainer's process is changed by it."""
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ, "TRAINER_SITE": str(Path(accelerate.__file__).parents[1]), "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1",
+    }  # fmt: skip
+    script = str(Path(__file__).parent / "in_process.py")
+    command = [PYTHON, script, str(save(tmp_path / "model"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+    assert result["undisturbed"] and result["changed"] == []
+    unknown, long = result["refused"]
+    assert "token id 96 is not in its vocabulary" in unknown and "max_model_len 128" in long
+    sampler, model = EngineSampler(server), policy()
+    for step, options in enumerate([*DRAWS.values(), {}]):
+        params = SamplingParams(max_new_tokens=8, temperature=0.8, **options)
+        rollout = sampler(model, Tokenizer(), PROMPTS, params, seed=step, samples_per_prompt=4)
+        found = result["rounds"][step]
+        assert found["texts"] == rollout.texts and found["gap"] < 1e-5
+        assert found["kept"] == (None if rollout.support is None else rollout.support.ids.tolist())
+        learn(model, step)
 
 
 def test_the_same_seed_repeats_and_a_rank_has_its_share(server: VLLMServers) -> None:

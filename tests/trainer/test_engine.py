@@ -204,6 +204,16 @@ def test_a_connection_that_is_reset_is_tried_again(lm: Any, tokenizer: Any, stub
     assert sampler(lm, tokenizer, PROMPTS, PARAMS, seed=0).texts == wanted.texts
 
 
+def test_another_run_on_the_same_server_is_noticed(lm: Any, tokenizer: Any, stub: Stub) -> None:
+    first, second = (EngineSampler(VLLMServers([stub.url])) for _ in range(2))
+    first(lm, tokenizer, PROMPTS, PARAMS, seed=0)
+    other = copy.deepcopy(lm)
+    perturb(other)
+    second(other, tokenizer, PROMPTS, PARAMS, seed=0)
+    with pytest.raises(EngineError, match="does another run use it"):
+        first(lm, tokenizer, PROMPTS, PARAMS, seed=1)
+
+
 def test_prompts_that_an_engine_would_cut_or_not_know_are_refused(lm: Any, tokenizer: Any, stub: Stub) -> None:
     sampler = EngineSampler(VLLMServers([stub.url]))
     with pytest.raises(

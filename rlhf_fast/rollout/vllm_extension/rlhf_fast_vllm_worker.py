@@ -28,6 +28,12 @@ class Sync:
         self.rlhf_fast_weight_version = version
         return self.rlhf_fast_state()
 
+    def rlhf_fast_take(self, weights: dict[str, Any], version: int) -> dict[str, int]:
+        """Take weights of this process, where the engine is in the trainer's."""
+        self.reload_weights(weights_iterator=iter(weights.items()))
+        self.rlhf_fast_weight_version = version
+        return self.rlhf_fast_state()
+
     def rlhf_fast_state(self) -> dict[str, int]:
         """Which weights it has, and the sizes of its model, as far as its config names them."""
         config = self.vllm_config.model_config.hf_text_config
