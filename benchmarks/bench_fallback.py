@@ -244,7 +244,7 @@ def main(parts: list[str]) -> None:
     print("| op | eager | time of ours / eager's | eager's extra memory | ours / eager's |")
     print("| --- | --- | --- | --- | --- |")
     for name, build in calls.items():
-        seconds = {p: statistics.median(x) for p, x in interleaved(build(), budget=1.5).items()}
+        seconds = {p: statistics.median(x) for p, x in interleaved(build(), budget=1.0).items()}
         ours, eager = extra.get(name, (0, 0))
         memory = f"{eager / 2**20:.1f} MiB | {ours / max(eager, 1):.2f}" if eager else "- | -"
         ratio = seconds["torch"] / seconds["eager"]

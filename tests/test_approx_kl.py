@@ -231,3 +231,13 @@ def test_what_happens_where_k3_overflows(backend: str) -> None:
     assert rf.approx_kl(d, torch.zeros(2), estimator="k3").isfinite().tolist() == [True, False]
     for estimator in ("k1", "k2", "abs"):
         assert bool(rf.approx_kl(d * 1e4, torch.zeros(2), estimator=estimator).isfinite().all())
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+def test_nan_stays_nan_in_value_and_gradient(backend: str, estimator: str) -> None:
+    """sign(NaN) is 0; k1's derivative is 1 whatever the log-ratio."""
+    logprobs = torch.tensor([[1.0, float("nan"), 0.0]], requires_grad=True)
+    kl = rf.approx_kl(logprobs, torch.zeros(1, 3), estimator=estimator)
+    kl.sum().backward()
+    assert logprobs.grad is not None
+    assert torch.equal(kl.isnan(), logprobs.isnan()) and torch.equal(logprobs.grad.isnan(), logprobs.isnan())
