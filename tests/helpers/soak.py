@@ -56,7 +56,7 @@ def results(folder: Path) -> Iterator[tuple[str, object]]:
             yield f"{phase}/model/{path.name}", path.read_bytes()
         yield f"{phase}/metrics", phases.metrics(folder / phase)
     for name in ("collect/feedback.jsonl", "ppo/samples.jsonl", "ppo/eval_after.json"):
-        yield name, (folder / name).read_bytes()
+        yield name, (folder / name).read_bytes().replace(str(folder).encode(), b"")  # each line names its model
 
 
 def main(folder: Path, kills: int, seed: int) -> int:

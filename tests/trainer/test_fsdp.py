@@ -36,6 +36,6 @@ def test_one_process_is_refused() -> None:
         RewardConfig(feedback_file="x", fsdp=True).validate()
 
 
-def test_lora_is_refused() -> None:
-    with pytest.raises(UserError, match="fsdp and lora_rank exclude each other"):
-        PPOConfig(prompts_file="x", reward_model="x", fsdp=True, lora_rank=4).validate()
+def test_weights_of_4_bits_are_refused() -> None:
+    with pytest.raises(UserError, match="fsdp and dtype nf4 exclude each other"):
+        PPOConfig(prompts_file="x", reward_model="x", fsdp=True, lora_rank=4, dtype="nf4").validate()
