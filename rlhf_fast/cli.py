@@ -61,6 +61,7 @@ TOOLS = {  # modules with a function main(arguments) -> exit code
     "chat": "rlhf_fast.report.chat",
     "engine": "rlhf_fast.rollout.vllm_process",
 }
+SYNONYMS = {"--completions": "--samples-per-prompt"}  # as the feedback file calls them
 LIBRARIES = dict.fromkeys(
     ("transformers", "datasets", "accelerate", "safetensors", "rich", "tensorboard", "tyro", "yaml"), "trainer"
 )  # and the extra that brings each
@@ -170,6 +171,7 @@ def parse(cls: type[Any], arguments: list[str], program: str) -> Any:
     from rlhf_fast.run.options import load_config
 
     path, rest = _take_config(arguments)
+    rest = [SYNONYMS.get(word, word) for word in rest]
     try:
         return tyro.cli(cls, args=rest, default=load_config(cls, path), prog=program, description=cls.__doc__)
     except SystemExit as exit_:  # tyro has printed its own message, with the nearest option

@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print(f"\nwhat was answered is in {printable(output)}")
+        print(f"\nwhat was answered is in {printable(output)}; next: rlhf-fast data check {printable(output)}, then")
+        print(f"rlhf-fast reward --feedback-file {printable(output)} --model MODEL --output-dir runs/reward")
     finally:
         server.server_close()
     return 0

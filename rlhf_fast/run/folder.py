@@ -34,6 +34,7 @@ from .records import read_jsonl
 from .terminal import redacted
 from .trackers import Trackers
 
+INPUTS = "inputs.json"  # digests of the files and models that a run started with; alone, nothing has been done yet
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite empties no other; locked during a run
 
 
@@ -68,7 +69,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"the run folder {path} is a file; name another with --output-dir")
         try:
-            if not resume and path.is_dir() and {item.name for item in path.iterdir()} - {MARKER}:
+            if not resume and path.is_dir() and {item.name for item in path.iterdir()} - {MARKER, INPUTS}:
                 if not overwrite:
                     raise UserError(
                         f"the run folder {path} exists and is not empty; "

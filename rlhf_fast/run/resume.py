@@ -13,12 +13,11 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
 from .checkpoint import newest_checkpoint, write_json
-from .folder import RunFolder
+from .folder import INPUTS, RunFolder
 from .options import RunOptions, read_yaml
 from .progress import notice
 from .terminal import redacted
 
-INPUTS = "inputs.json"  # digests of the files and models that the run started with
 SAMPLE = 2**20  # bytes read at three places of a model's file; reading all would take seconds
 NEVER_COMPARED = {"output_dir", "overwrite", "resume"}
 

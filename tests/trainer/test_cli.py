@@ -15,7 +15,7 @@ import pytest
 from rlhf_fast import cli
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.report import chat
-from rlhf_fast.trainer import PPOConfig, SFTConfig
+from rlhf_fast.trainer import CollectConfig, PPOConfig, SFTConfig
 
 WITHOUT = """
 import sys
@@ -191,3 +191,8 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 1
+
+
+def test_collect_also_calls_them_completions() -> None:
+    parsed = cli.parse(CollectConfig, ["--completions", "7"], "rlhf-fast collect")
+    assert parsed.samples_per_prompt == 7

@@ -27,6 +27,7 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.trainer import SFTConfig
 
 
@@ -40,6 +41,17 @@ def test_an_existing_folder_is_refused_emptied_or_used(tmp_path: Path) -> None:
     RunFolder.create(path, overwrite=True)
     assert not (path / "rows.jsonl").exists()
     RunFolder.create(path)  # nothing but the marker: a run that failed before it wrote anything is no obstacle
+
+
+def test_a_start_that_failed_before_anything_was_done_is_no_obstacle(tmp_path: Path) -> None:
+    """A wrong data file is named after the digests of the inputs have been written."""
+    for _ in range(2):
+        run = RunFolder.create(tmp_path / "run")
+        assert finished_summary(run, SFTConfig(train_file="nowhere.jsonl")) is None
+        run.close()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        RunFolder.create(tmp_path / "run")
 
 
 def test_a_folder_that_is_no_run_folder_is_never_emptied(tmp_path: Path) -> None:
