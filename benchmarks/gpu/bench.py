@@ -25,12 +25,16 @@ from gpu.timing import Call, as_graph, limits, milliseconds, rotating  # noqa: E
 
 import rlhf_fast as rf  # noqa: E402
 
+SMALL = 50  # launches of a case that takes microseconds
 ALL_OUTPUTS = ("logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax")
 BF16 = torch.bfloat16
 
 
 class Case(NamedTuple):
-    """`moved`: bytes that any implementation must move. `target`: milliseconds we want on an H100, if any."""
+    """`moved`: bytes that any implementation must move. `target`: milliseconds we want on an H100, if any.
+
+    Small ones have `launches` > 1: that many calls in a row, and then as many in a CUDA graph.
+    """
 
     name: str
     moved: int
@@ -58,26 +62,32 @@ def peer(module: str, function: str) -> Callable[..., Any] | None:
         return None
 
 
-def logits(rows: int, width: int, copies: int = 2) -> Callable[[int], tuple[torch.Tensor, ...]]:
+def copies_of(nbytes: int) -> int:
+    """So many that none is in L2 when its turn comes again."""
+    return max(2, -(-(2**27) // nbytes))
+
+
+def logits(rows: int, width: int) -> Callable[[int], tuple[torch.Tensor, ...]]:
     def make() -> tuple[torch.Tensor, ...]:
         return (
             torch.randn(rows, width, device="cuda", dtype=BF16),
             torch.randint(width, (rows,), device="cuda"),
         )
 
-    return rotating(make, copies)
+    return rotating(make, copies_of(2 * rows * width))
 
 
 def logprob_cases() -> Iterator[Case]:
-    for rows, width, target in ((8192, 151936, 0.83), (8192, 32000, None), (64, 262144, None)):
-        inputs = logits(rows, width, 2 if rows * width > 2**28 else 6)
+    shapes = ((8192, 151936, 0.83, 1), (8192, 32000, None, 1), (64, 262144, None, 20), (64, 32000, None, SMALL))
+    for rows, width, target, launches in shapes:
+        inputs = logits(rows, width)
         moved = rows * width * 2
         providers = ours(lambda i, inputs=inputs: rf.token_stats(*inputs(i), outputs=ALL_OUTPUTS))
         if rows * width < 2**29:  # eager makes float32 copies
             providers["eager"] = lambda i, inputs=inputs: eager_logprobs_entropy(*inputs(i))
         function = compiled(eager_logprobs_entropy)
         providers["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
-        yield Case(f"token_stats forward, all outputs, {rows} x {width} bf16", moved, providers, target)
+        yield Case(f"token_stats forward, all outputs, {rows} x {width} bf16", moved, providers, target, launches)
         logprobs = ours(lambda i, inputs=inputs: rf.token_logprobs(*inputs(i)))
         if (trl := peer("trl.trainer.utils", "selective_log_softmax")) is not None:
             logprobs["TRL"] = lambda i, inputs=inputs, trl=trl: trl(*inputs(i))
@@ -85,18 +95,19 @@ def logprob_cases() -> Iterator[Case]:
             logprobs["quack"] = lambda i, inputs=inputs, quack=quack: quack(*inputs(i))
         function = compiled(eager_logprobs)
         logprobs["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
-        yield Case(f"token_logprobs forward {rows} x {width} bf16", moved, logprobs)
+        yield Case(f"token_logprobs forward {rows} x {width} bf16", moved, logprobs, None, launches)
     yield backward_case(8192, 151936, 1.75)
     yield backward_case(8192, 32000, None)
+    yield backward_case(64, 32000, None, SMALL)
 
 
-def backward_case(rows: int, width: int, target: float | None) -> Case:
+def backward_case(rows: int, width: int, target: float | None, launches: int = 1) -> Case:
     """The gradient alone, in place. It leaves garbage in the logits for the next round, which takes the same time."""
     inputs = logits(rows, width)
 
     def backward(backend: str) -> Call:
         saved = []
-        for i in range(2):
+        for i in range(copies_of(2 * rows * width)):
             x, targets = inputs(i)
             ops = torch.ops.rlhf_fast if backend == "native" else torch.ops.rlhf_fast_triton
             out = ops.token_stats(x, targets, None, None, 1.0, 1.0, 0.0, -1, 3, False)
@@ -104,7 +115,7 @@ def backward_case(rows: int, width: int, target: float | None) -> Case:
         ones = torch.ones(rows, device="cuda")
 
         def run(i: int) -> object:
-            x, targets, entropy, parts = saved[i % 2]
+            x, targets, entropy, parts = saved[i % len(saved)]
             return ops.token_stats_backward_(
                 ones, ones, None, x, targets, None, None, entropy, parts, 1.0, 1.0, 0.0, -1
             )
@@ -112,7 +123,8 @@ def backward_case(rows: int, width: int, target: float | None) -> Case:
         return run
 
     providers = {backend: backward(backend) for backend in ("native", "triton")}
-    return Case(f"token_stats backward, in place, {rows} x {width} bf16", 4 * rows * width, providers, target)
+    name = f"token_stats backward, in place, {rows} x {width} bf16"
+    return Case(name, 4 * rows * width, providers, target, launches)
 
 
 def kl_cases() -> Iterator[Case]:
@@ -138,6 +150,24 @@ def kl_cases() -> Iterator[Case]:
     providers |= {f"{name}, two steps": call for name, call in ours(step(rf.token_kl)).items()}
     providers["compile"] = step(compiled(eager_kl))
     yield Case(f"token_kl reverse, loss and gradient, {rows} x {width} bf16", 6 * rows * width, providers, 2.0)
+    yield from small_kl_cases()
+
+
+def small_kl_cases() -> Iterator[Case]:
+    rows, width = 64, 32000
+    pair = rotating(lambda: tuple(torch.randn(rows, width, device="cuda", dtype=BF16) for _ in range(2)), 16)
+    ones = torch.ones(rows, device="cuda")
+    for kind in ("reverse", "jsd"):
+        providers = ours(lambda i, kind=kind: rf.token_kl(*pair(i), kind=kind))
+        yield Case(f"token_kl {kind} forward {rows} x {width} bf16", 4 * rows * width, providers, None, SMALL)
+    providers = ours(lambda i: rf.token_kl_and_grad(*pair(i), ones))
+    name = f"token_kl reverse, loss and gradient, {rows} x {width} bf16"
+    yield Case(name, 6 * rows * width, providers, None, SMALL)
+    for tokens in ((64, 1024), (512, 8192)):
+        sampled = rotating(lambda s=tokens: tuple(torch.randn(s, device="cuda") for _ in range(2)), 2)
+        providers = ours(lambda i, sampled=sampled: rf.approx_kl(*sampled(i), estimator="k3"))
+        count = tokens[0] * tokens[1]
+        yield Case(f"approx_kl k3 {tokens[0]} x {tokens[1]} fp32", 12 * count, providers, None, SMALL)
 
 
 def gae_cases() -> Iterator[Case]:
@@ -148,10 +178,6 @@ def gae_cases() -> Iterator[Case]:
         providers = ours(call)
         moved = 16 * rows * length
         yield Case(f"gae {rows} x {length} fp32", moved, providers, target, launches)
-        if launches > 1:
-            graphs = {f"{name}, graph": as_graph(p, launches) for name, p in providers.items()}
-            replays = {name: (lambda i, g=graph: g(i)) for name, graph in graphs.items()}
-            yield Case(f"gae {rows} x {length} fp32, {launches} calls in a graph", moved * launches, replays)
     row = rotating(lambda: tuple(torch.randn(1, 131072, device="cuda") for _ in range(2)), 2)
     yield Case("gae 1 x 131072 fp32", 16 * 131072, ours(lambda i: rf.gae(*row(i))), None, 20)
     for rows, length in ((64, 1024), (512, 8192)):
@@ -160,6 +186,8 @@ def gae_cases() -> Iterator[Case]:
         three = rotating(lambda s=shape: tuple(torch.randn(s, device="cuda") for _ in range(3)), 2)
         call = lambda i, s=scores, m=mask, t=three: rf.ppo_advantages(s, *t(i), m, kl_coef=0.1)  # noqa: E731
         yield Case(f"ppo_advantages {rows} x {length} fp32", 38 * rows * length, ours(call), None, 20)
+        call = lambda i, m=mask, t=three: rf.masked_whiten(t(i)[0], m)  # noqa: E731
+        yield Case(f"masked_whiten {rows} x {length} fp32", 14 * rows * length, ours(call), None, 20)
 
 
 FAMILIES = (logprob_cases, kl_cases, gae_cases)
@@ -176,14 +204,27 @@ def measure(case: Case, copy_rate: float) -> dict[str, Any]:
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}"[:300]
     times = milliseconds(working, launches=case.launches) if working else {}
+    graphs = {}
+    if case.launches > 1:
+        for name, call in working.items():
+            try:
+                graphs[name] = as_graph(call, case.launches)
+            except Exception as error:
+                errors[f"{name}, in a graph"] = f"{type(error).__name__}: {error}"[:300]
+    in_graph = milliseconds(graphs) if graphs else {}
     return {
         "case": case.name,
         "ms": {name: t.kernel for name, t in times.items()},  # the GPU's own work
         "call_ms": {name: t.call for name, t in times.items()},  # from an idle GPU: Python and the launch count
+        "graph_ms": {name: t.kernel / case.launches for name, t in in_graph.items()},  # one of many in a CUDA graph
         "limit_ms": case.moved / copy_rate * 1e3,
         "target_ms": case.target,
         "errors": errors,
     }
+
+
+def _cell(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.3f}"
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -192,26 +233,31 @@ def markdown(report: dict[str, Any]) -> str:
         f"{facts['gpu']}, PyTorch {facts['torch']}, Triton {facts['triton']}; measured: copy "
         f"{report['limits']['copy_bytes_per_s'] / 1e12:.2f} TB/s, bf16 product "
         f"{report['limits']['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s. {report['date']}.",
-        "Times are the GPU's own; `a call` starts on an idle GPU, so that the host's time counts.",
+        "Times are the GPU's own; `a call` starts on an idle GPU, so that the host's time counts; `in a graph` is one",
+        "of many calls in a CUDA graph, for shapes that take less than their launch.",
         "",
-        "| op, shape | limit, ms | target, ms | native, ms | of limit | a call, ms | triton, ms | others, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| op, shape | limit, ms | target, ms | native, ms | of limit | a call, ms | in a graph, ms | triton, ms "
+        "| in a graph, ms | others, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in report["rows"]:
         ms = dict(row["ms"])
         first = next((name for name in ms if name.startswith("native")), None)
         second = next((name for name in ms if name.startswith("triton")), None)
         call = row["call_ms"].get(first)
+        graph, triton_graph = (row["graph_ms"].get(name) for name in (first, second))
         native, triton = ms.pop(first, None) if first else None, ms.pop(second, None) if second else None
         others = ", ".join([f"{k} {v:.3f}" for k, v in ms.items()] + [f"{k}: {v}" for k, v in row["errors"].items()])
         cells = [
             row["case"],
             f"{row['limit_ms']:.3f}",
-            "-" if row["target_ms"] is None else f"{row['target_ms']:.3f}",
-            "-" if native is None else f"{native:.3f}",
+            _cell(row["target_ms"]),
+            _cell(native),
             "-" if native is None else f"{row['limit_ms'] / native:.0%}",
-            "-" if call is None else f"{call:.3f}",
-            "-" if triton is None else f"{triton:.3f}",
+            _cell(call),
+            _cell(graph),
+            _cell(triton),
+            _cell(triton_graph),
             others.replace("|", "/").replace("\n", " "),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -233,8 +279,9 @@ def main() -> None:
         try:
             for case in family():
                 if time.monotonic() - begin > options.seconds:
-                    report["rows"].append({"case": case.name, "ms": {}, "call_ms": {}, "limit_ms": 0.0,
-                                           "target_ms": None, "errors": {"-": "no time left"}})  # fmt: skip
+                    nothing: dict[str, Any] = {"ms": {}, "call_ms": {}, "graph_ms": {}, "limit_ms": 0.0}
+                    nothing |= {"target_ms": None, "errors": {"-": "no time left"}}
+                    report["rows"].append({"case": case.name, **nothing})
                     continue
                 report["rows"].append(measure(case, report["limits"]["copy_bytes_per_s"]))
                 print(case.name, report["rows"][-1]["ms"], report["rows"][-1]["errors"], flush=True)
