@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch lint format clean
+.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton mutants lint format clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -25,6 +25,7 @@ help:
 	@echo "make measure-learning  learning curves beside TRL's, ten minutes    make measure-updates  single updates beside eager loops"
 	@echo "make gpu-check  on a machine with a GPU: build, tests, sanitizers and benchmarks in under nine minutes"
 	@echo "make check-cuda-torch  the extension beside a PyTorch with CUDA (downloads 5.5 GB), no GPU needed, two minutes"
+	@echo "make check-triton  every Triton kernel compiled for NVIDIA and AMD, by four Tritons   make mutants  break kernels, see who notices"
 	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
 	@echo "make hub-layout lay the wheel out for the Hugging Face hub's package kernels, and load it"
 	@echo "make check-aarch64   the CPU kernels under qemu   make check-macos  compiled for Apple silicon"
@@ -185,6 +186,23 @@ CUDA_TORCH ?= torch==2.14.1
 
 check-cuda-torch: $(VENV)/built .venv-cuda/installed
 	.venv-cuda/bin/python tests/cuda_torch.py
+
+# What Triton makes of its kernels for GPUs that are not here: the Triton of the environment, and those of PyTorch 2.10 and
+# 2.11 (3.6.0), 2.12 (3.7.1) and 2.14 (3.8.0), 200 MB each.
+TRITONS ?= 3.6.0 3.7.1 3.8.0
+build/triton-%/installed: $(VENV)/installed
+	$(PIP) --no-deps --target build/triton-$* triton==$*
+	touch $@
+
+check-triton: $(VENV)/installed $(TRITONS:%=build/triton-%/installed)
+	RLHF_FAST_COMPILE=everything $(BIN)/pytest -q tests/test_triton_compile.py $(ARGS)
+	@for triton in $(TRITONS); do echo "Triton $$triton"; RLHF_FAST_COMPILE=everything PYTHONPATH=build/triton-$$triton \
+	  $(BIN)/pytest -q tests/test_triton_compile.py $(ARGS) || exit 1; done
+
+# Each broken line of a kernel must be noticed; half an hour.
+mutants: $(VENV)/installed
+	$(BIN)/python tests/emulator/mutants.py
+	$(BIN)/python tests/triton_mutants.py
 
 clean:
 	rm -rf build dist *.egg-info rlhf_fast/*.so $(VENV)/built

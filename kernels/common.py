@@ -19,7 +19,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def launch(kernel: Any, programs: int, near: Tensor, *args: Any, **constants: Any) -> None:
-    """Runs `programs` programs on the device that holds `near`, whichever is the current one."""
+    """Runs `programs` programs on the device that holds `near`, whichever is the current one.
+
+    num_warps counts warps of 32 lanes: of 64, as AMD's data-centre GPUs have them, half as many are launched, so that a
+    thread's share stays 16 bytes.
+    """
+    constants["num_warps"] = max(1, constants["num_warps"] * 32 // warp_lanes(near.device))
     with _on_device(near.device):
         kernel[(programs,)](*args, enable_fp_fusion=True, **constants)
 
@@ -31,8 +36,18 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
 @functools.cache
 def processors(device: torch.device) -> int:
     """Number of streaming multiprocessors, or of the vendor's equivalent."""
-    properties = torch.get_device_module(device).get_device_properties(device)
+    properties = _properties(device)
     return getattr(properties, "multi_processor_count", None) or properties.max_compute_units
+
+
+@functools.cache
+def warp_lanes(device: torch.device) -> int:
+    """Lanes of a warp: 32 unless the device says otherwise."""
+    return 32 if device.type == "cpu" else getattr(_properties(device), "warp_size", 32)
+
+
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)
 
 
 def limit_of(limit: float | None) -> float:
