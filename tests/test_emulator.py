@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton_mutants
 from emulator import build, mutants, proof, sanitized
 
 from rlhf_fast import _dispatch
@@ -71,7 +72,15 @@ def test_every_kernel_in_a_program_of_its_own(tmp_path: Path, way: str) -> None:
 @pytest.mark.parametrize(("family", "number"), [("reduce", 0), ("gae", 0)])
 def test_the_program_sees_a_removed_barrier_and_a_block_without_a_ticket(family: str, number: int) -> None:
     """The others of mutants.py take minutes."""
-    assert mutants.caught_by(mutants.MUTANTS[family][number])
+    assert mutants.caught_by(mutants.MUTANTS[family][number], family)
+
+
+def test_every_mutant_still_finds_its_line() -> None:
+    """The lists are run by hand; a kernel that changes must not leave them behind."""
+    for folder, lists in (("csrc/cuda", mutants.MUTANTS), ("kernels", triton_mutants.MUTANTS)):
+        for mutant in (mutant for family in lists.values() for mutant in family):
+            found = (ROOT / folder / mutant.file).read_text().count(mutant.old)
+            assert found > mutant.which, f"{mutant.file} no longer has {mutant.old!r}"
 
 
 def test_the_sanitizers_see_a_read_past_the_end(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ Case = tuple[Callable[..., Any], dict[str, Any]]
 # Rows and tokens. A GPU's blocks are longer than those of the interpreter and the emulator, which are slow.
 MANY, FEW = (65, 1030 if ON_GPU else 300), (3, 3101)
 MANY_PLAIN = (66, 2100 if ON_GPU else 600)
+# As many as a GPU has multiprocessors (the emulated one has four), and a length in 16s: a block goes along a whole row.
+WALKED = (160, 4112) if ON_GPU else (5, 1552)
 
 
 def gappy_mask(rows: int, length: int, generator: torch.Generator) -> Tensor:
@@ -78,12 +80,12 @@ def packed(short: int, masked: bool) -> Case:
     return rf.gae, {"rewards": rewards, "values": values, **options}
 
 
-def infinite(bad: float, with_done: bool) -> Case:
+def infinite(bad: float, with_done: bool, shape: tuple[int, int] = (3, 2100)) -> Case:
     """Products of a thousand decays vanish, and 0 * inf would be NaN where a loop gives inf; a done stops even that."""
     g = torch.Generator().manual_seed(3)
-    rewards, values = (randn(3, 2100, generator=g) for _ in range(2))
-    rewards[0, 2090], rewards[1, 2090], values[2, 2090] = bad, bad, bad
-    dones = torch.zeros(3, 2100, dtype=torch.bool)
+    rewards, values = (randn(*shape, generator=g) for _ in range(2))
+    rewards[0, -10], rewards[1, -10], values[2, -10] = bad, bad, bad
+    dones = torch.zeros(shape, dtype=torch.bool)
     dones[:, 700] = True
     options: dict[str, Any] = {"dones": dones} if with_done else {}
     return rf.gae, {"rewards": rewards, "values": values, "gamma": 0.99, "lam": 0.9, **options}
@@ -106,11 +108,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "plain, many": lambda: plain(*MANY_PLAIN),
     "plain, few": lambda: plain(2, 6200),
     **{f"everything, {mode}, {shape}": (lambda s=shape, m=mode: everything(s, m))
-       for mode in ("carry", "zero") for shape in (MANY, FEW)},
+       for mode in ("carry", "zero") for shape in (MANY, FEW, WALKED)},
+    "plain, whole rows": lambda: plain(*WALKED),
     **{f"packed, {short} short, masked={masked}": (lambda s=short, m=masked: packed(s, m))
        for short, masked in ((5, True), (5, False), (80, True), (80, False))},
     **{f"{bad}, done={done}": (lambda b=bad, d=done: infinite(b, d))
        for bad, done in ((INF, False), (-INF, True), (NAN, False), (NAN, True))},
+    **{f"{bad}, whole rows": (lambda b=bad: infinite(b, False, WALKED)) for bad in (INF, NAN)},
     "ppo, many": lambda: ppo(*MANY),
     "ppo, few": lambda: ppo(3, 4500),
 }  # fmt: skip

@@ -54,6 +54,9 @@ __device__ __forceinline__ To bit_cast(From from) {
   return to;
 }
 
+// The compiler moves no load across: where it would take all registers for loads that could wait.
+__device__ __forceinline__ void keep_loads_apart() { asm volatile("" ::: "memory"); }
+
 #ifdef RF_EMULATE
 
 template <class... Parameters, class... Arguments>
@@ -76,6 +79,9 @@ inline uint32_t funnel_shift(uint32_t low, uint32_t high, unsigned bits) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> bits);
 }
 inline void store_16_bytes(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
+inline void store_16_bytes_for_later(uint4 value, void* to) { *static_cast<uint4*>(to) = value; }
+inline uint4 load_16_bytes_for_the_last_time(const uint4* from) { return *from; }
+inline uint4 load_16_bytes_global(const uint4* from) { return *from; }
 inline void publish(uint64_t value, uint64_t* word) { emulator::publish(value, word, kUnpublished); }
 inline uint64_t wait_for(const uint64_t* word) { return emulator::wait_for(word, kUnpublished); }
 inline unsigned take_ticket(uint64_t* counter) { return emulator::take_ticket(counter, kUnpublished); }
@@ -166,6 +172,23 @@ __device__ __forceinline__ void store_16_bytes(uint4 value, void* to) {
                :
                : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
                : "memory");
+}
+// The same for what this kernel does not read again: it leaves the L2 cache before what others wait to read there.
+__device__ __forceinline__ void store_16_bytes_for_later(uint4 value, void* to) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+               : "memory");
+}
+// And what is read for the last time leaves it first, too.
+__device__ __forceinline__ uint4 load_16_bytes_for_the_last_time(const uint4* from) { return __ldcs(from); }
+// From global memory: of an address that was made of a number the compiler does not know it.
+__device__ __forceinline__ uint4 load_16_bytes_global(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(from)));
+  return value;
 }
 // How many blocks took one before; `counter` holds kUnpublished until the first does. A block may wait for blocks of
 // lower tickets alone: they run already, so none waits for one that has no room to start. (CUDA does not promise to

@@ -26,8 +26,10 @@ struct CudaGae : Cuda {
     if (count == 0 || total == 0) return;
     const Launch launch("gae", like);
     const cuda::Sequences sequences{args.cu_seqlens, args.length, count, total};
-    const Tensor links = scratch(like, cuda::link_bytes(sequences, cuda::gae_chains(args)));
-    launch.check(cuda::gae(dtype, args, sequences, begin_of<uint64_t>(links), launch.stream()), "gae_kernel");
+    const bool walks = cuda::walks_rows(args, sequences, launch.multiprocessors());
+    const Tensor links = scratch(like, walks ? 0 : cuda::link_bytes(sequences, cuda::gae_chains(args)));
+    launch.check(cuda::gae(dtype, args, sequences, walks, begin_of<uint64_t>(links), launch.stream()),
+                 walks ? "gae_rows_kernel" : "gae_kernel");
   }
 
   static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& like) {

@@ -19,12 +19,6 @@ namespace cuda {
 // blocks of a cluster; otherwise the next launch reads them from `partial`, or from `parts` of the forward.
 enum Step : int { kFoldStep = 1, kMeansStep = 2, kFinishStep = 4, kGradientStep = 8 };
 
-#ifdef RF_SMALL_BLOCKS
-constexpr int kMaxCluster = 4;  // few, so that small tests have rows that need more
-#else
-constexpr int kMaxCluster = 8;  // the most that every GPU with clusters has
-#endif
-
 // Sums over a row, of the second read.
 struct KlMeans {
   float p = 0;         // sum p s_p: the gradient is p (s_p - sum p s_p)
@@ -129,21 +123,24 @@ __device__ __forceinline__ V value_of_row(int steps, int parts, KlPartial* parti
 // 16-byte loads in flight per thread and row; with tanh and log2 there are no registers left for a second one.
 template <bool kCap, int kKind = kReverse>
 constexpr int kLoads = kCap || kKind == kJsd ? 1 : 2;
+// And both together leave none for loads at any address: see for_each_pair.
+template <bool kCap, int kKind>
+constexpr bool kShifts = !(kCap && kKind == kJsd);
 
-template <class T, bool kCap>
+template <class T, bool kCap, int kKind>
 __device__ __forceinline__ PairFold fold_rows(const RowPair<T>& row, const RowTransform& p, const RowTransform& q) {
   PairFold fold;
-  for_each_pair<kLoads<kCap>, !kCap>(row.x, row.y, row.x, row.begin, row.end,
-                                     [&](const auto& x, const auto& y, int64_t) {
-                                       constexpr int kCount = sizeof(x) / sizeof(float);
-                                       float u[kCount], v[kCount];
+  for_each_pair<kLoads<kCap>, kShifts<kCap, kKind>, false>(row.x, row.y, row.x, row.begin, row.end,
+                                                           [&](const auto& x, const auto& y, int64_t) {
+                                                             constexpr int kCount = sizeof(x) / sizeof(float);
+                                                             float u[kCount], v[kCount];
 #pragma unroll
-                                       for (int j = 0; j < kCount; ++j) {
-                                         u[j] = p.apply<kCap>(x[j]);
-                                         v[j] = q.apply<kCap>(y[j]);
-                                       }
-                                       fold_entries(u, v, p.factor2, q.factor2, &fold);
-                                     });
+                                                             for (int j = 0; j < kCount; ++j) {
+                                                               u[j] = p.apply<kCap>(x[j]);
+                                                               v[j] = q.apply<kCap>(y[j]);
+                                                             }
+                                                             fold_entries(u, v, p.factor2, q.factor2, &fold);
+                                                           });
   return fold;
 }
 
@@ -152,7 +149,7 @@ __device__ __forceinline__ KlMeans sum_means(const TokenKlArgs& a, const RowPair
   const Side<kCap> p(a.transform, row.n, stats.max_p, stats.log_sum_p);
   const Side<kCap> q(a.ref_transform, row.n, stats.max_q, stats.log_sum_q);
   KlMeans means;
-  for_each_pair<kLoads<kCap, kKind>, !kCap>(
+  for_each_pair<kLoads<kCap, kKind>, kShifts<kCap, kKind>, false>(
       row.x, row.y, row.x, row.begin, row.end, [&](const auto& x, const auto& y, int64_t) {
 #pragma unroll
         for (int j = 0; j < static_cast<int>(sizeof(x) / sizeof(float)); ++j) {
@@ -207,7 +204,7 @@ __device__ __forceinline__ void write_gradient(const TokenKlArgs& a, const RowPa
   const Side<kCap> p(a.transform, row.n, stats.max_p, stats.log_sum_p);
   const Side<kCap> q(a.ref_transform, row.n, stats.max_q, stats.log_sum_q);
   const float grad_kl = a.grad_kl[row.n];
-  for_each_pair<kLoads<kCap, kKind>, !kCap>(
+  for_each_pair<kLoads<kCap, kKind>, kShifts<kCap, kKind>, true>(
       row.x, row.y, static_cast<const T*>(to), row.begin, row.end, [&](const auto& x, const auto& y, int64_t column) {
         constexpr int kCount = sizeof(x) / sizeof(float);
         float gradient[kCount];
@@ -241,7 +238,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   } else {
     const RowTransform p(a.transform, row.n), q(a.ref_transform, row.n);
     const PairFold fold = value_of_row<kFoldStep>(
-        steps, parts, partial, &KlPartial::fold, folds, [&] { return fold_rows<T, kCap>(row, p, q); },
+        steps, parts, partial, &KlPartial::fold, folds, [&] { return fold_rows<T, kCap, kKind>(row, p, q); },
         [&](const PairFold& f, const PairFold& g) { return merge_folds(f, g, p.factor2, q.factor2); });
     if (steps == kFoldStep) return;
     stats = stats_of(fold);

@@ -19,8 +19,8 @@ struct Count {
 // Calls add(values, others, column) for what this thread has of the columns [begin, end) of x and y: arrays of a pack's
 // floats, or of one. kLoads packs of each row are loaded before the first is used. Packs begin at the 16-byte
 // boundaries of `anchor`, a row that is written perhaps. Where x or y has others, a pack of it comes from two loads;
-// without kShifts, which takes registers, all go entry by entry there.
-template <int kLoads, bool kShifts, class T, class Add>
+// without kShifts, which takes registers, all go entry by entry there. kLast: nobody reads the rows again.
+template <int kLoads, bool kShifts, bool kLast, class T, class Add>
 __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* anchor, int64_t begin, int64_t end,
                                               const Add& add) {
   const bool together = same_phase(x, y) && same_phase(x, anchor);
@@ -34,8 +34,8 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* a
     Pack<T> packs[count.value], other_packs[count.value];
 #pragma unroll
     for (int j = 0; j < count.value; ++j) {
-      packs[j] = load_pack(x + i + j * kPairStride<T>);
-      other_packs[j] = load_pack(y + i + j * kPairStride<T>);
+      packs[j] = load_pack<kLast>(x + i + j * kPairStride<T>);
+      other_packs[j] = load_pack<kLast>(y + i + j * kPairStride<T>);
     }
 #pragma unroll
     for (int j = 0; j < count.value; ++j) {
@@ -50,6 +50,7 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* a
   for (; kShifts && !together && i < span.tail; i += kPairStride<T>) {
     float values[kPack<T>], others[kPack<T>];
     unpack(load_any_pack(x + i), values);
+    if constexpr (kLoads == 1) keep_loads_apart();
     unpack(load_any_pack(y + i), others);
     add(values, others, i);
   }
@@ -62,7 +63,7 @@ __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* a
 template <class T, int kCount>
 __device__ __forceinline__ void store_entries(const float (&values)[kCount], int64_t column, T* row) {
   if constexpr (kCount > 1) {
-    store_pack(pack_of<T>(values), row + column);
+    store_16_bytes_for_later(bit_cast<uint4>(pack_of<T>(values)), row + column);
   } else {
     from_float(values[0], row + column);
   }

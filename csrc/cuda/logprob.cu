@@ -14,7 +14,8 @@ struct CudaLogprob : Cuda {
     const Launch launch("token_stats", like);
     const int parts = row_parts("token_stats", launch, rows, args.columns, like);
     const Tensor partial = empty_of(like, {parts == 1 ? 0 : rows * parts * cuda::kFoldSize}, ScalarType::Byte);
-    launch.check(cuda::token_stats(dtype, args, rows, parts, partial.mutable_data_ptr(), launch.stream()),
+    const bool together = cuda::run_together(parts, launch.device());
+    launch.check(cuda::token_stats(dtype, args, rows, parts, together, partial.mutable_data_ptr(), launch.stream()),
                  "token_stats_kernel");
   }
 

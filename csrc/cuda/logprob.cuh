@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Row statistics of a softmax, and their gradient, on a GPU: see rlhf_fast/ops/logprob.py for the mathematics.
 //
-// A block folds a row, or a part of one where rows are few; the parts are merged by a second kernel.
+// A block folds a row, or a part of one where rows are few. Parts are merged by the first block of a cluster that has
+// the whole row, or by a second kernel.
 #pragma once
 
 #include "softmax.cuh"
@@ -21,18 +22,27 @@ __device__ __forceinline__ void write_masked_row(const TokenStatsArgs& a, int64_
   a.parts[2 * n] = a.parts[2 * n + 1] = 0;
 }
 
-template <class T, bool kCap, bool kFull>
-__device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, const RowTransform& transform,
-                                          const Fold<kFull>& fold, int thread, int threads) {
+// Target k of a row; -1 where there is none.
+__device__ __forceinline__ int64_t target_of(const TokenStatsArgs& a, int64_t n, int64_t k) {
+  return a.logprobs && k < a.k ? a.targets[n * a.k + k] : -1;
+}
+
+// u at a target; NaN where that is not of the vocabulary.
+template <bool kCap, class T>
+__device__ __forceinline__ float at_target(const TokenStatsArgs& a, const T* x, int64_t target,
+                                           const RowTransform& transform) {
+  return target < 0 || target >= a.columns ? kNan : transform.apply<kCap>(to_float(x[target]));
+}
+
+// `first` is what the thread's first target has: the kernels read it ahead.
+template <bool kCap, bool kFull, class T>
+__device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, const T* x, const RowTransform& transform,
+                                          const Fold<kFull>& fold, float first, int thread, int threads) {
   const bool dead = is_dead(fold);
   const float log_sum = dead ? 0.0f : logf(fold.sum);
-  const T* x = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
   for (int64_t k = thread; a.logprobs && k < a.k; k += threads) {
-    const int64_t target = a.targets[n * a.k + k];
-    a.logprobs[n * a.k + k] =
-        target < 0 || target >= a.columns
-            ? kNan
-            : (transform.apply<kCap>(to_float(x[target])) - safe_max(fold)) * transform.factor - log_sum;
+    const float u = k == thread ? first : at_target<kCap>(a, x, target_of(a, n, k), transform);
+    a.logprobs[n * a.k + k] = (u - safe_max(fold)) * transform.factor - log_sum;
   }
   if (thread != 0) return;
   a.parts[2 * n] = saved_max(fold.max, fold.sum);
@@ -46,10 +56,22 @@ __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, co
   }
 }
 
-// Block b has part b % parts of row b / parts.
+// Merges what the blocks left of a row; by one warp.
+template <bool kCap, bool kFull, class T>
+__device__ __forceinline__ void merge_parts(const TokenStatsArgs& a, int64_t n, const T* row,
+                                            const RowTransform& transform, int parts, const Fold<kFull>* partial,
+                                            float first) {
+  const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
+  Fold<kFull> fold;
+  for (int part = threadIdx.x; part < parts; part += kWarp) fold = merge(fold, partial[n * parts + part]);
+  fold = broadcast_warp(reduce_warp(fold, merge));
+  write_row<kCap>(a, n, row, transform, fold, first, threadIdx.x, kWarp);
+}
+
+// Block b has part b % parts of row b / parts; `together`: a row's blocks are a cluster, and the first finishes it.
 template <class T, bool kCap, bool kFull>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
-    token_stats_kernel(const __grid_constant__ TokenStatsArgs a, int parts, Fold<kFull>* partial) {
+    token_stats_kernel(const __grid_constant__ TokenStatsArgs a, int parts, bool together, Fold<kFull>* partial) {
   RF_SHARED(Fold<kFull>, scratch, kRowThreads / kWarp);
   const int64_t n = blockIdx.x / parts;
   const int part = blockIdx.x % parts, thread = threadIdx.x;
@@ -62,6 +84,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
   slice_of(a.columns, part, parts, &begin, &end);
   Fold<kFull> fold;
   const T* row = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
+  const bool finishes = parts == 1 || (together && part == 0);
+  const int64_t target = finishes ? target_of(a, n, thread) : -1;  // on its way while the row is read
   for_each_column(row, begin, end, [&](const auto& x, int64_t column) {
     constexpr int kCount = sizeof(x) / sizeof(float);
     float u[kCount];
@@ -69,6 +93,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     for (int j = 0; j < kCount; ++j) u[j] = transform.apply<kCap>(x[j]);
     fold_entries<T>(u, column, transform.factor2, &fold);
   });
+  const float first = at_target<kCap>(a, row, target, transform);  // on its way while the sums are merged
   const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
   const Fold<kFull> own = fold;
   fold = reduce_block<kRowThreads>(fold, merge, scratch);
@@ -76,11 +101,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     RF_SHARED(int32_t, columns, kRowThreads / kWarp);
     if (a.argmax) fold.index = first_column_of<T, kCap>(fold.max, own, row, end, transform, columns);
   }
-  if (parts == 1) {
-    write_row<T, kCap>(a, n, transform, fold, thread, kRowThreads);
-  } else if (thread == 0) {
-    partial[blockIdx.x] = fold;
-  }
+  if (parts == 1) return write_row<kCap>(a, n, row, transform, fold, first, thread, kRowThreads);
+  if (thread == 0) partial[blockIdx.x] = fold;
+  if (!together) return;
+  cluster_barrier();
+  if (part == 0 && thread < kWarp) merge_parts<kCap>(a, n, row, transform, parts, partial, first);
 }
 
 // One warp a row.
@@ -90,37 +115,45 @@ __global__ void __launch_bounds__(kWarp)
   const int64_t n = blockIdx.x;
   if (a.mask && !a.mask[n]) return;
   const RowTransform transform(a.transform, n);
-  const auto merge = [&](const Fold<kFull>& x, const Fold<kFull>& y) { return merge_folds(x, y, transform.factor2); };
-  Fold<kFull> fold;
-  for (int part = threadIdx.x; part < parts; part += kWarp) fold = merge(fold, partial[n * parts + part]);
-  fold = broadcast_warp(reduce_warp(fold, merge));
-  write_row<T, kCap>(a, n, transform, fold, threadIdx.x, kWarp);
+  const T* row = static_cast<const T*>(a.logits) + row_offset(a.rows, n);
+  const float first = at_target<kCap>(a, row, target_of(a, n, threadIdx.x), transform);
+  merge_parts<kCap>(a, n, row, transform, parts, partial, first);
+}
+
+// Whether the blocks of a row may run as a cluster: without a second launch, then.
+inline bool run_together(int parts, int device) {
+  const bool is_size = parts > 1 && parts <= kMaxCluster && (parts & (parts - 1)) == 0;
+  return is_size && cluster_cache(token_stats_kernel<float, false, false>, device) > 0;
 }
 
 template <class T, bool kCap, bool kFull>
-void launch_token_stats(const TokenStatsArgs& a, int64_t rows, int parts, void* partial, cudaStream_t stream) {
+void launch_token_stats(const TokenStatsArgs& a, int64_t rows, int parts, bool together, void* partial,
+                        cudaStream_t stream) {
   const auto kernel = token_stats_kernel<T, kCap, kFull>;
   Fold<kFull>* folds = static_cast<Fold<kFull>*>(partial);
-  RF_LAUNCH(kernel, rows * parts, kRowThreads, stream, a, parts, folds);
+  if (together && clusters_fit(kernel, kRowThreads, parts)) {
+    return launch_clusters(kernel, rows * parts, kRowThreads, parts, stream, a, parts, true, folds);
+  }
+  RF_LAUNCH(kernel, rows * parts, kRowThreads, stream, a, parts, false, folds);
   if (parts == 1) return;
   const auto merge = token_stats_merge_kernel<T, kCap, kFull>;
   RF_LAUNCH(merge, rows, kWarp, stream, a, parts, folds);
 }
 
-// `partial` has room for rows * parts folds of kFoldSize bytes; unused with one part.
+// `partial` has room for rows * parts folds of kFoldSize bytes; unused with one part. together: see run_together().
 constexpr int64_t kFoldSize = sizeof(Fold<true>);
 
-inline cudaError_t token_stats(Dtype dtype, const TokenStatsArgs& a, int64_t rows, int parts, void* partial,
-                               cudaStream_t stream) {
+inline cudaError_t token_stats(Dtype dtype, const TokenStatsArgs& a, int64_t rows, int parts, bool together,
+                               void* partial, cudaStream_t stream) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool full = a.entropy || a.sum_sq_probs || a.argmax;
     if (bends(a.transform)) {
-      full ? launch_token_stats<T, true, true>(a, rows, parts, partial, stream)
-           : launch_token_stats<T, true, false>(a, rows, parts, partial, stream);
+      full ? launch_token_stats<T, true, true>(a, rows, parts, together, partial, stream)
+           : launch_token_stats<T, true, false>(a, rows, parts, together, partial, stream);
     } else {
-      full ? launch_token_stats<T, false, true>(a, rows, parts, partial, stream)
-           : launch_token_stats<T, false, false>(a, rows, parts, partial, stream);
+      full ? launch_token_stats<T, false, true>(a, rows, parts, together, partial, stream)
+           : launch_token_stats<T, false, false>(a, rows, parts, together, partial, stream);
     }
   });
   return cudaGetLastError();

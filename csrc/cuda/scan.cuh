@@ -3,7 +3,7 @@
 //
 // Rows lie end to end in flat arrays, cut into tiles of kTile tokens, a block each. It is one pass over the data: a
 // tile tells the tiles to its left what it does to the state, and joins, always in the same order, what the tiles
-// between it and the end of its sequence do to theirs.
+// between it and the end of its sequence do to theirs. (Where rows are many and long, gae_rows.cuh does without.)
 #pragma once
 
 #include "reduce.cuh"
@@ -85,7 +85,9 @@ struct Sequences {
   // The sequence that contains `token`; `count` after the last one.
   __device__ __forceinline__ int64_t of(int64_t token) const {
     if (!bounds) {
-      const int64_t s = token / length;
+      // Of 32 bits where they suffice: one of 64 takes three times the instructions.
+      const bool is_short = ((token | length) >> 32) == 0;
+      const int64_t s = is_short ? static_cast<uint32_t>(token) / static_cast<uint32_t>(length) : token / length;
       return s < count ? s : count;
     }
     int64_t low = 0, high = count;
@@ -195,24 +197,32 @@ __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Str
   return join(between, end);
 }
 
-// From every thread's stretch, the state that its last token finds: a stretch that cuts.
-template <int kChains>
-__device__ __forceinline__ Stretch<kChains> scan_tile(const Stretch<kChains>& own, int64_t tile,
-                                                      const Sequences& sequences, const Links& links) {
+// From every thread's stretch, the state that its last token finds: a stretch that cuts. Of the first warp, which has
+// the stretches of all warps from its lanes to the last, `behind` wants the state behind the block's last token.
+template <int kChains, class Behind>
+__device__ __forceinline__ Stretch<kChains> scan_block(const Stretch<kChains>& own, Stretch<kChains>* warps,
+                                                       const Behind& behind) {
   constexpr int kWarps = kTileThreads / kWarp;
-  RF_SHARED(Stretch<kChains>, warps, kWarps);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Stretch<kChains> from_lane = scan_warp(own), after = after_lane(from_lane);
   if (lane == 0) warps[warp] = from_lane;
   __syncthreads();
   if (warp == 0) {
     const Stretch<kChains> from_warp = scan_warp(lane < kWarps ? warps[lane] : Stretch<kChains>::nothing());
-    const Stretch<kChains> behind = state_behind(tile, from_warp, sequences, links);
-    const Stretch<kChains> after_warp = join(after_lane(from_warp), behind);
+    const Stretch<kChains> after_warp = join(after_lane(from_warp), behind(from_warp));
     if (lane < kWarps) warps[lane] = after_warp;
   }
   __syncthreads();
   return join(after, warps[warp]);
+}
+
+// The same where tiles wait for each other.
+template <int kChains>
+__device__ __forceinline__ Stretch<kChains> scan_tile(const Stretch<kChains>& own, int64_t tile,
+                                                      const Sequences& sequences, const Links& links) {
+  RF_SHARED(Stretch<kChains>, warps, kTileThreads / kWarp);
+  return scan_block(own, warps,
+                    [&](const Stretch<kChains>& from_warp) { return state_behind(tile, from_warp, sequences, links); });
 }
 
 }  // namespace cuda

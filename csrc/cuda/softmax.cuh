@@ -16,6 +16,11 @@ constexpr int kRowThreads = 512;
 #endif
 constexpr int kRowBlocks = 2;  // blocks that should fit on a multiprocessor: leaves 64 registers a thread
 constexpr int kUnroll = 4;     // loads of 16 bytes in flight a thread
+#ifdef RF_SMALL_BLOCKS
+constexpr int kMaxCluster = 4;  // few, so that small tests have rows that need more
+#else
+constexpr int kMaxCluster = 8;  // the most that every GPU with clusters has
+#endif
 
 // z = u * factor, with u = x * in_scale, or cap * tanh(x * in_scale). The maximum is taken over u and subtracted before
 // multiplying by factor: so a common offset of the logits loses no digits, and factor > 0 keeps the order.
@@ -65,6 +70,9 @@ __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64
     add(value, i);
   };
   if (span.begin + threadIdx.x < span.head) one(span.begin + threadIdx.x);  // a head is shorter than a pack
+  const int64_t tail = span.tail + threadIdx.x;
+  T last{};
+  if (tail < span.end) last = x[tail];  // on its way while the packs are read
   constexpr int64_t kStride = int64_t{kRowThreads} * kPack<T>;
   int64_t i = span.head + static_cast<int64_t>(threadIdx.x) * kPack<T>;
   for (; i + (kLoads - 1) * kStride < span.tail; i += kLoads * kStride) {
@@ -76,12 +84,22 @@ __device__ __forceinline__ void for_each_column(const T* x, int64_t begin, int64
     for (int j = 0; j < kLoads; ++j) unpack(packs[j], floats + j * kPack<T>);
     add(floats, i);
   }
-  for (; i < span.tail; i += kStride) {
-    float floats[kPack<T>];
-    unpack(load_pack(x + i), floats);
-    add(floats, i);
+  Pack<T> rest[kLoads];  // of a last round that is not full: again all are loaded before the first is used
+#pragma unroll
+  for (int j = 0; j < kLoads - 1; ++j) {
+    if (i + j * kStride < span.tail) rest[j] = load_pack(x + i + j * kStride);
   }
-  if (span.tail + threadIdx.x < span.end) one(span.tail + threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < kLoads - 1; ++j) {
+    if (i + j * kStride >= span.tail) break;
+    float floats[kPack<T>];
+    unpack(rest[j], floats);
+    add(floats, i + j * kStride);
+  }
+  if (tail < span.end) {
+    const float value[1] = {to_float(last)};
+    add(value, tail);
+  }
 }
 
 // The same for a row that is aligned differently from `anchor`, a row to be written: one pack at a time, from two

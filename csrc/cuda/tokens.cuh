@@ -43,27 +43,36 @@ struct Eight {
 };
 
 // Loads leave conversions to the caller, so that all arrays of a tile are on their way before the first is waited for.
+// From a 16-byte boundary:
 template <class T>
-__device__ __forceinline__ Eight<T> load_tokens(const T* x, const Place& place) {
+__device__ __forceinline__ Eight<T> load_whole(const T* from) {
   Eight<T> eight;
-  if (place.packs) {
 #pragma unroll
-    for (int i = 0; i < kTokens; i += kPack<T>) {
-      const Pack<T> pack = load_pack(x + place.first + i);
+  for (int i = 0; i < kTokens; i += kPack<T>) {
+    const Pack<T> pack = load_pack(from + i);
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) eight.values[i + j] = pack.values[j];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) eight.values[j] = j < place.count ? x[place.first + j] : T{};
+    for (int j = 0; j < kPack<T>; ++j) eight.values[i + j] = pack.values[j];
   }
   return eight;
 }
 
+template <class T>
+__device__ __forceinline__ Eight<T> load_tokens(const T* x, const Place& place) {
+  if (place.packs) return load_whole(x + place.first);
+  Eight<T> eight;
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) eight.values[j] = j < place.count ? x[place.first + j] : T{};
+  return eight;
+}
+
 // A byte a token; those that do not exist are 0.
+__device__ __forceinline__ uint64_t load_whole_flags(const bool* from) {
+  return *reinterpret_cast<const uint64_t*>(from);
+}
+
 __device__ __forceinline__ uint64_t load_flags(const bool* flags, const Place& place) {
+  if (place.packs) return load_whole_flags(flags + place.first);
   const uint8_t* x = reinterpret_cast<const uint8_t*>(flags) + place.first;
-  if (place.packs) return *reinterpret_cast<const uint64_t*>(x);
   uint64_t bytes = 0;
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
@@ -87,15 +96,8 @@ __device__ __forceinline__ unsigned bits_of(uint64_t bytes) {
 __device__ __forceinline__ unsigned bits_between(int begin, int end) { return (1u << end) - (1u << begin); }
 
 // Neighbouring lanes swap halves, so that each store of a warp fills whole sectors of 32 bytes: first those of the even
-// lane, then those of the odd one.
-__device__ __forceinline__ void store_tokens(const float (&x)[kTokens], const Place& place, float* to) {
-  if (!place.packs) {
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      if (j < place.count) to[place.first + j] = x[j];
-    }
-    return;
-  }
+// lane, then those of the odd one. `to` is the thread's own, on a 16-byte boundary; of a pair both exist or none.
+__device__ __forceinline__ void store_whole(const float (&x)[kTokens], float* to, bool exists) {
   constexpr int kHalf = kTokens / 2;
   const int lane = threadIdx.x % kWarp;
   const bool odd = lane % 2 == 1;
@@ -107,9 +109,18 @@ __device__ __forceinline__ void store_tokens(const float (&x)[kTokens], const Pl
     even_lane.values[k] = odd ? got : x[k];
     odd_lane.values[k] = odd ? x[kHalf + k] : got;
   }
-  float* pair = to + place.first - (odd ? kHalf : 0);
+  if (!exists) return;
+  float* pair = to - (odd ? kHalf : 0);
   store_pack(even_lane, pair);
   store_pack(odd_lane, pair + kTokens);
+}
+
+__device__ __forceinline__ void store_tokens(const float (&x)[kTokens], const Place& place, float* to) {
+  if (place.packs) return store_whole(x, to + place.first, true);
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+    if (j < place.count) to[place.first + j] = x[j];
+  }
 }
 
 }  // namespace cuda

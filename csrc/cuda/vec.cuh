@@ -16,10 +16,15 @@ struct alignas(16) Pack {
   T values[kPack<T>];
 };
 
-template <class T>
+// kLast: nobody reads it again.
+template <bool kLast = false>
+__device__ __forceinline__ uint4 load_16_bytes(const uint4* from) {
+  return kLast ? load_16_bytes_for_the_last_time(from) : *from;  // one load; a copy of 16 bytes would be sixteen
+}
+
+template <bool kLast = false, class T>
 __device__ __forceinline__ Pack<T> load_pack(const T* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);  // one load; a copy of 16 bytes would be sixteen
-  return bit_cast<Pack<T>>(raw);
+  return bit_cast<Pack<T>>(load_16_bytes<kLast>(reinterpret_cast<const uint4*>(from)));
 }
 
 // The 16 bytes at any address, from the aligned 32 bytes around them, all of which must be readable.
@@ -28,7 +33,7 @@ __device__ __forceinline__ Pack<T> load_any_pack(const T* from) {
   const uint64_t address = reinterpret_cast<uint64_t>(from);
   const unsigned past = address % 16;
   const uint4* around = reinterpret_cast<const uint4*>(address - past);
-  const uint4 low = around[0], high = around[1];
+  const uint4 low = load_16_bytes_global(around), high = load_16_bytes_global(around + 1);
   uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
   for (int k = 0; k < 6; ++k) words[k] = past & 8 ? words[k + 2] : words[k];

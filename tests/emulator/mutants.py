@@ -11,11 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from emulator import proof  # noqa: E402
+from helpers import mutation  # noqa: E402
 
 
 class Mutant(NamedTuple):
@@ -27,7 +29,8 @@ class Mutant(NamedTuple):
     which: int = 0  # of several occurrences
 
 
-RACES = ("races",)
+RACES, MEMORY = ("races",), ("memory", "plain")
+PARTS = {"reduce": 1, "vec": 3, "logprob": 1, "kl": 2}  # of driver.cpp; all others are of tokens
 LATE = "seed=5 resident=3 start=random"
 MUTANTS: dict[str, list[Mutant]] = {
     "reduce": [
@@ -39,9 +42,9 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "vec": [
         Mutant("vec.cuh", "head + (end - head) / kPack<T> * kPack<T>,", "end,", ("memory",)),
-        Mutant("vec.cuh", "if (head > end) head = end;", "", ("memory", "plain")),
+        Mutant("vec.cuh", "if (head > end) head = end;", "", MEMORY),
         Mutant("vec.cuh", "+ 127) / 128 * 128", "+ 127) / 128 * 64"),
-        Mutant("vec.cuh", "*begin + step < count ? *begin + step : count", "*begin + step", ("memory", "plain")),
+        Mutant("vec.cuh", "*begin + step < count ? *begin + step : count", "*begin + step", MEMORY),
     ],
     "logprob": [
         Mutant("softmax.cuh", "sum *= decay;\n    squares", "squares"),
@@ -55,6 +58,24 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("logprob.cuh", "if (a.k > 0) __syncthreads();", "", ("races", "plain"), which=1),
         Mutant("logprob.cuh", "if (is_mine(target)) a.at_targets", "a.at_targets", ("memory", "races", "plain")),
         Mutant("logprob.cuh", "part < parts; part += kWarp", "part < parts - 1; part += kWarp"),
+        Mutant("logprob.cuh", "  cluster_barrier();\n", "", RACES),
+        Mutant("logprob.cuh", "part == 0 && thread < kWarp", "part == 1 && thread < kWarp"),
+        Mutant("logprob.cuh", "k == thread ? first", "true ? first"),
+        Mutant("logprob.cuh", "k == thread ? first", "false ? first"),
+        Mutant("logprob.cuh", "? kNan : transform", "? 0.0f : transform"),
+        Mutant("logprob.cuh", "a.grad_logprobs[n * a.k + k] : kNan;", "a.grad_logprobs[n * a.k + k] : 0.0f;"),
+        Mutant("logprob.cuh", "if (part == 0) write_masked_row", "if (part == 1) write_masked_row"),
+        Mutant("logprob.cuh", "(a.mask && !a.mask[n]) || row_max == -kInf", "(a.mask && !a.mask[n])"),
+        Mutant("logprob.cuh", "(fmaxf(-150.0f, logp2) * kLn2", "(logp2 * kLn2"),
+        Mutant("softmax.cuh", "if (i + j * kStride >= span.tail) break;", "", MEMORY),
+        Mutant("softmax.cuh", "- 1; ++j) {\n    if (i + j * kStride >=", "- 2; ++j) {\n    if (i + j * kStride >="),
+        Mutant("softmax.cuh", "last = x[tail];", "last = x[span.tail];"),
+        Mutant("softmax.cuh", "own.max == top && top != -kInf", "top != -kInf"),
+        Mutant("softmax.cuh", "return a < b ? a : b; }", "return a > b ? a : b; }"),
+        Mutant("softmax.cuh", "float sum) { return sum == sum ?", "float sum) { return true ?"),
+        Mutant("softmax.cuh", "fmaxf(-150.0f, s), weighted)", "s, weighted)"),
+        Mutant("softmax.cuh", "return fold.max == -kInf ? 0.0f : fold.max;", "return fold.max;"),
+        Mutant("softmax.cuh", "slope * (1.0f - capped * capped)", "slope * (1.0f - capped)"),
     ],
     "kl": [
         Mutant("kl_pair.cuh", "fold->cross += rise * fold->covered;", ""),
@@ -63,8 +84,11 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("kl.cuh", "    cluster_barrier();\n", "", RACES),
         Mutant("kl.cuh", "part < parts; part += kWarp", "part < parts - 1; part += kWarp"),
         Mutant("kl.cuh", "kLn2 * beta * (logq", "kLn2 * (1 - beta) * (logq"),
-        Mutant("kl.cuh", "if (row.last) zero_range", "if (!row.last) zero_range", ("memory", "plain")),
+        Mutant("kl.cuh", "if (row.last) zero_range", "if (!row.last) zero_range", MEMORY),
         Mutant("kl.cuh", "KlMeans{f.p + g.p, f.q + g.q,", "KlMeans{f.p + g.p, f.q,"),
+        Mutant("kl_pair.cuh", "unpack(load_any_pack(y + i), others);", "unpack(load_any_pack(y + i + 1), others);"),
+        Mutant("vec.cuh", "if (span.tail > span.head) span.tail -= kPack<T>;", "", MEMORY),
+        Mutant("vec.cuh", "past & 8 ? words[k + 2]", "past & 8 ? words[k + 1]"),
     ],
     "gae": [
         Mutant("scan.cuh", "return gridDim.x - 1 - ticket[0];", "return gridDim.x - 1 - blockIdx.x;", schedule=LATE),
@@ -74,9 +98,17 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("scan.cuh", "if (left.scale[c] == kCut) continue;", ""),
         Mutant("scan.cuh", "lane + distance < kWarp) s = join", "lane + distance < kWarp - 1) s = join"),
         Mutant("scan.cuh", "between = join(between,", "between = join(Stretch<kChains>::nothing(),"),
-        Mutant("gae.cuh", "if (cuts & 1u << j) s->constant[c] = 0.0f;", ""),
-        Mutant("gae.cuh", "tokens.cuts |= cut_off;", ""),
-        Mutant("gae.cuh", "of[1] = a.gamma *", "of[1] ="),
+        Mutant("gae_tokens.cuh", "if (cuts & 1u << j) s->constant[c] = 0.0f;", ""),
+        Mutant("gae_tokens.cuh", "tokens.cuts |= cut_off;", ""),
+        Mutant("gae_tokens.cuh", "of[1] = a.gamma *", "of[1] ="),
+        Mutant("scan.cuh", "((token | length) >> 32) == 0", "true"),
+        Mutant("gae_rows.cuh", "warps + turn % 2 * kWarps", "warps", RACES),
+        Mutant("gae_rows.cuh", "behind = join(broadcast_warp(from_warp), now);", ""),
+        Mutant("gae_rows.cuh", "join(broadcast_warp(from_warp), now)", "join(from_warp, now)"),
+        Mutant("gae_rows.cuh", "first >= begin ?", "true ?", MEMORY),
+        Mutant("gae_rows.cuh", "a.returns + place.first, place.count != 0", "a.returns + place.first, 1", MEMORY),
+        Mutant("gae_rows.cuh", "sequences.length % kPair == 0 &&", ""),
+        Mutant("gae_rows.cuh", "decays(a, blockIdx.x)", "decays(a, 0)"),
     ],
     "ppo": [
         Mutant("gae.cuh", "s->constant[1] = 0.0f;\n", "\n"),
@@ -91,7 +123,7 @@ MUTANTS: dict[str, list[Mutant]] = {
     ],
     "tokens": [
         Mutant("tokens.cuh", "const float given = odd ? x[k]", "const float given = !odd ? x[k]"),
-        Mutant("tokens.cuh", "(tile + 1) * kTile <= total", "tile * kTile <= total", ("memory", "plain")),
+        Mutant("tokens.cuh", "(tile + 1) * kTile <= total", "tile * kTile <= total", MEMORY),
         Mutant("tokens.cuh", "<< 4;\n}", "<< 3;\n}"),
         Mutant("approx_kl.cuh", "(slope * weight)", "slope"),
     ],
@@ -102,21 +134,18 @@ def broken_copy(mutant: Mutant, folder: Path) -> Path:
     shutil.copytree(proof.KERNELS, folder / "cuda")
     for header in proof.KERNELS.parent.glob("*.h"):
         shutil.copy(header, folder)
-    path = folder / "cuda" / mutant.file
-    parts = path.read_text().split(mutant.old)
-    assert len(parts) > mutant.which + 1, f"{mutant.file} no longer has {mutant.old!r}"
-    left, right = mutant.old.join(parts[: mutant.which + 1]), mutant.old.join(parts[mutant.which + 1 :])
-    path.write_text(left + mutant.new + right)
+    mutation.break_file(folder / "cuda" / mutant.file, mutant.old, mutant.new, mutant.which)
     return folder / "cuda"
 
 
-def caught_by(mutant: Mutant) -> str:
+def caught_by(mutant: Mutant, family: str) -> str:
     """The way that noticed it, or ''."""
+    parts = PARTS.get(family, 4)
     for way in mutant.ways:
         with tempfile.TemporaryDirectory() as name:
             kernels = broken_copy(mutant, Path(name))
             try:
-                done = proof.run(way, proof.build(way, Path(name), kernels), mutant.schedule)
+                done = proof.run(way, proof.build(way, Path(name), kernels, parts), mutant.schedule)
             except subprocess.TimeoutExpired:
                 return f"{way}: does not end"
             if done.returncode != 0:
@@ -124,20 +153,11 @@ def caught_by(mutant: Mutant) -> str:
     return ""
 
 
-def main() -> int:
-    families = sys.argv[1:] or list(MUTANTS)
-    tried, survivors = 0, []
+def try_all(families: list[str]) -> Iterator[tuple[str, str, str, str]]:
     for family in families:
         for mutant in MUTANTS[family]:
-            tried += 1
-            way = caught_by(mutant)
-            verdict = f"caught by {way}" if way else "SURVIVES"
-            print(f"{verdict:24} {mutant.file}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}", flush=True)
-            if not way:
-                survivors.append(mutant)
-    print(f"{tried} mutants, {len(survivors)} survive")
-    return int(bool(survivors))
+            yield mutant.file, mutant.old, mutant.new, caught_by(mutant, family)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(mutation.report(try_all(sys.argv[1:] or list(MUTANTS))))

@@ -24,11 +24,19 @@ FLAGS = {
 FIXED_ADDRESSES = ["setarch", platform.machine(), "-R"]
 
 
-def build(way: str, folder: Path, kernels: Path = KERNELS) -> Path:
-    """The program, from the kernels in `kernels` (a copy of csrc/cuda beside copies of csrc/*.h)."""
+def build(way: str, folder: Path, kernels: Path = KERNELS, parts: int = 7) -> Path:
+    """The program, from the kernels in `kernels` (a copy of csrc/cuda beside copies of csrc/*.h); parts: driver.cpp."""
     program = folder / way
     command = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DRF_EMULATE"]
-    command += [*FLAGS[way], f"-I{FOLDER}", f"-I{kernels}", str(FOLDER / "driver.cpp"), "-o", str(program)]
+    command += [
+        f"-DRF_PARTS={parts}",
+        *FLAGS[way],
+        f"-I{FOLDER}",
+        f"-I{kernels}",
+        str(FOLDER / "driver.cpp"),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return program
 

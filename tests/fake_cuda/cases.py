@@ -147,7 +147,21 @@ def test_rows_are_split_so_that_few_multiprocessors_idle(gpu: Machine, rows: int
     used = found[0].blocks / (-(-found[0].blocks // wave) * wave)
     assert used > 0.75 or parts == 9, f"{parts} parts use {used:.0%}"  # nine have four loads a thread each
     assert sum(size for _, size in workspaces(gpu)) == (20 * found[0].blocks if parts > 1 else 0)
-    assert [x.kernel.split("<")[0] for x in found[1:]] == (["token_stats_merge_kernel"] if parts > 1 else [])
+    assert found[0].cluster == (parts if parts in (2, 4, 8) else 1), "a cluster that has the whole row merges it"
+    merged = parts == 1 or found[0].cluster > 1
+    assert [x.kernel.split("<")[0] for x in found[1:]] == ([] if merged else ["token_stats_merge_kernel"])
+
+
+def test_without_room_for_clusters_parts_are_merged_by_a_second_launch(gpu: Machine) -> None:
+    x = on_device(torch.zeros(1, 151_936, dtype=torch.bfloat16).expand(64, 151_936), DEVICE)
+    rf.token_stats(x, None, outputs=("entropy",))
+    assert [x.cluster for x in launched(gpu)] == [4]
+    gpu.pretend(clusters=0)
+    rf.token_stats(x, None, outputs=("entropy",))
+    assert [(x.cluster, x.threads) for x in launched(gpu)] == [(1, 512), (1, 32)]
+    gpu.pretend(code=80)
+    rf.token_stats(x, None, outputs=("entropy",))
+    assert [x.cluster for x in launched(gpu)] == [1, 1]
 
 
 def test_short_rows_are_not_split(gpu: Machine) -> None:
@@ -164,6 +178,22 @@ def test_gae_clears_exactly_the_memory_that_its_blocks_talk_through(gpu: Machine
     assert [(to, size) for to, _, size, _ in cleared] == workspaces(gpu)
     assert all(stream == STREAM + DEVICE for *_, stream in cleared)
     assert [x.kernel.split("<")[0] for x in launches(lines)] == ["gae_kernel"]
+
+
+@pytest.mark.parametrize(("rows", "length", "walks"), [
+    (PROCESSORS, 8192, True), (256, 16_384, True), (PROCESSORS - 1, 8192, False), (PROCESSORS, 8200, False),
+    (PROCESSORS, 2048, False),  # no tile waits for another
+])  # fmt: skip
+def test_many_long_rows_of_gae_are_a_block_each_and_clear_nothing(
+    gpu: Machine, rows: int, length: int, walks: bool
+) -> None:
+    zeros = on_device(torch.zeros(1, length).expand(rows, length).contiguous(), DEVICE)
+    rf.gae(zeros, zeros)
+    lines = gpu.lines()
+    (found,) = launches(lines)
+    assert found.kernel.startswith("gae_rows_kernel" if walks else "gae_kernel")
+    if walks:
+        assert found.blocks == rows and not workspaces(gpu) and not [x for x in lines if x.startswith("memset")]
 
 
 def kl_and_grad(rows: int, width: int, kind: str = "jsd") -> None:

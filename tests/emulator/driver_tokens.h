@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// driver.cpp: the families of tokens: gae, ppo_advantages, whitening, approx_kl.
+#pragma once
+
+#include "approx_kl.cuh"
+#include "driver_common.h"
+#include "gae.cuh"
+
+namespace {
+
+// multiprocessors: of the GPU; with few of them a block goes along a whole row.
+void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors, bool walks) {
+  const int64_t total = rows * length;
+  const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
+  const Flags mask(total, 0.8), dones(total, 0.01), truncated(total, 0.01);
+  std::vector<float> advantages(total), returns(total), row_lam(rows);
+  GaeArgs a{};
+  a.rewards = rewards.data(), a.values = values.data(), a.mask = mask.data(), a.dones = dones.data();
+  a.truncated = truncated.data(), a.bootstrap_values = bootstrap.data(), a.length = length;
+  a.gamma = 0.99f, a.lam = 0.95f, a.value_lam = decoupled ? 1.0f : 0.95f, a.carry = true;
+  a.advantages = advantages.data(), a.returns = returns.data();
+  for (int64_t r = 0; r < rows; ++r) row_lam[r] = 0.9f + 0.01f * static_cast<float>(r % 10);
+  if (!decoupled) a.row_lam = a.row_value_lam = row_lam.data();
+  const cuda::Sequences sequences{nullptr, length, rows, total};
+  expect("whether rows are walked", cuda::walks_rows(a, sequences, multiprocessors), walks, 0);
+  std::vector<uint64_t> links(cuda::link_bytes(sequences, cuda::gae_chains(a)) / sizeof(uint64_t));
+  cuda::gae(kFloat32, a, sequences, walks, links.empty() ? nullptr : links.data(), nullptr);
+  for (int64_t r = 0; r < rows; ++r) {
+    double next_value = 0, advantage = 0, for_return = 0;
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const int64_t i = r * length + t;
+      if (!mask[i]) continue;
+      if (dones[i] || truncated[i]) next_value = advantage = for_return = 0;
+      if (truncated[i] && !dones[i]) next_value = bootstrap[i];
+      const double delta = rewards[i] + a.gamma * next_value - values[i];
+      advantage = delta + a.gamma * (a.row_lam ? row_lam[r] : a.lam) * advantage;
+      for_return = delta + a.gamma * (a.row_lam ? row_lam[r] : a.value_lam) * for_return;
+      next_value = values[i];
+      expect("advantage", advantages[i], advantage, 1e-4);
+      expect("return", returns[i], for_return + values[i], 1e-4);
+    }
+  }
+}
+
+// Which sequence a token is of, also where numbers take more than 32 bits.
+void check_sequences() {
+  for (const int64_t length : {int64_t{3}, int64_t{70'000}, int64_t{1} << 31, int64_t{5} << 32}) {
+    const cuda::Sequences sequences{nullptr, length, 9, 9 * length};
+    for (const int64_t token : {int64_t{0}, length - 1, length, 4 * length + 1, 9 * length - 1, 9 * length + 2}) {
+      expect("sequence", static_cast<double>(sequences.of(token)), static_cast<double>(token / length), 0);
+    }
+  }
+}
+
+void check_ppo(int64_t rows, int64_t length) {
+  const int64_t total = rows * length;
+  const std::vector<float> scores = normal(rows), logprobs = normal(total), ref = normal(total), values = normal(total);
+  const Flags mask(total, 0.8);
+  std::vector<float> kl(total), rewards(total), advantages(total), returns(total);
+  double moments[3];
+  PpoAdvantagesArgs a{};
+  a.scores = scores.data(), a.logprobs = logprobs.data(), a.ref_logprobs = ref.data(), a.values = values.data();
+  a.mask = mask.data(), a.length = length, a.kl_coef = 0.1f, a.estimator = kK1, a.gamma = 0.99f, a.lam = 0.95f;
+  a.score_clip = 1.0f, a.kl = kl.data(), a.rewards = rewards.data(), a.advantages = advantages.data();
+  a.returns = returns.data(), a.moments = moments;
+  const cuda::Sequences sequences{nullptr, length, rows, total};
+  std::vector<uint64_t> links(cuda::link_bytes(sequences, cuda::kPpoChains) / sizeof(uint64_t));
+  std::vector<cuda::Moments> partial(cuda::tiles_of(total));
+  cuda::ppo_advantages(kFloat32, a, sequences, links.empty() ? nullptr : links.data(), partial.data(), nullptr);
+  double count = 0, sum = 0, squares = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    double next_value = 0, advantage = 0, score = std::min(1.0f, std::max(-1.0f, scores[r]));
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const int64_t i = r * length + t;
+      if (!mask[i]) continue;
+      const double reward = -a.kl_coef * (logprobs[i] - ref[i]) + score;
+      score = 0;
+      advantage = reward + a.gamma * next_value - values[i] + a.gamma * a.lam * advantage;
+      next_value = values[i];
+      expect("reward", rewards[i], reward, 1e-5);
+      expect("ppo advantage", advantages[i], advantage, 1e-4);
+      count += 1, sum += advantages[i], squares += static_cast<double>(advantages[i]) * advantages[i];
+    }
+  }
+  const double wanted[] = {count, sum, squares};
+  for (int i = 0; i < 3; ++i) expect("moments", moments[i], wanted[i], 1e-9);
+}
+
+void check_whiten(int64_t total) {
+  const std::vector<float> values = normal(total);
+  const Flags mask(total, 0.7);
+  std::vector<float> whitened(total);
+  std::vector<cuda::Moments> partial(cuda::whiten_blocks(total));
+  double moments[3];
+  WhitenArgs a{};
+  a.values = values.data(), a.mask = mask.data(), a.length = total, a.moments = moments, a.shift_mean = true;
+  a.whitened = whitened.data();
+  cuda::whiten_moments(kFloat32, a, total, partial.data(), nullptr);
+  cuda::whiten(kFloat32, a, total, nullptr);
+  double count = 0, sum = 0, squares = 0;
+  for (int64_t i = 0; i < total; ++i) {
+    if (mask[i]) count += 1, sum += values[i], squares += static_cast<double>(values[i]) * values[i];
+  }
+  const double mean = sum / count, variance = (squares - count * mean * mean) / (count - 1);
+  for (int64_t i = 0; i < total; ++i) {
+    expect("whitened", whitened[i], mask[i] ? (values[i] - mean) / std::sqrt(variance + 1e-8) : 0, 1e-5);
+  }
+}
+
+void check_approx_kl(int64_t count) {
+  const std::vector<float> p = normal(count), q = normal(count), ratio = normal(count), grad_kl = normal(count);
+  std::vector<float> kl(count), grad(count), grad_ratio(count);
+  ApproxKlArgs a{};
+  a.logprobs = p.data(), a.ref_logprobs = q.data(), a.importance_ratio = ratio.data(), a.estimator = kK3;
+  a.clamp = 100.0f, a.kl = kl.data(), a.grad_kl = grad_kl.data(), a.grad_logprobs = grad.data();
+  a.grad_ratio = grad_ratio.data();
+  cuda::approx_kl(kFloat32, a, count, nullptr);
+  cuda::approx_kl_backward(kFloat32, a, count, nullptr);
+  for (int64_t i = 0; i < count; ++i) {
+    const double d = static_cast<double>(p[i]) - q[i], value = std::min(100.0, std::expm1(-d) + d);
+    expect("approx_kl", kl[i], value * ratio[i], 1e-5);
+    expect("its gradient", grad[i], -std::expm1(-d) * ratio[i] * grad_kl[i], 1e-5);
+    expect("its ratio's gradient", grad_ratio[i], value * grad_kl[i], 1e-5);
+  }
+}
+
+void check_tokens() {
+  constexpr int kMany = 1 << 20;
+  for (const bool decoupled : {false, true}) {
+    check_gae(2, 5 * cuda::kTile + 3, decoupled, 1, false);
+    check_gae(3, 3 * cuda::kTile, decoupled, kMany, false);
+    check_gae(5, cuda::kTile / 2 + 1, decoupled, 1, false);
+    check_gae(40, 7, decoupled, 1, false);
+    check_gae(3, 3 * cuda::kTile + 8, decoupled, 1, false);  // half a pair of lanes
+    check_gae(3, 3 * cuda::kTile + 16, decoupled, 3, true);
+    check_gae(2, cuda::kTile - 48, decoupled, 2, true);
+  }
+  check_sequences();
+  check_ppo(2, 3 * cuda::kTile + 5);
+  check_ppo(9, 100);
+  check_whiten(3 * cuda::kTile + 5);
+  check_approx_kl(2 * cuda::kTile + 3);
+}
+
+}  // namespace
