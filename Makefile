@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton mutants lint format clean
+.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton mutants lint format docs screenshots notebook clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -29,6 +29,8 @@ help:
 	@echo "make wheels     what is uploaded to an index, into dist/, checked      make try-wheels  each in an environment of its own"
 	@echo "make hub-layout lay the wheel out for the Hugging Face hub's package kernels, and load it"
 	@echo "make check-aarch64   the CPU kernels under qemu   make check-macos  compiled for Apple silicon"
+	@echo "make docs       the documentation as a site, into build/site, with its links checked; no PyTorch needed"
+	@echo "make screenshots  the pictures of docs/images anew       make notebook  run examples/notebooks anew"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -176,6 +178,28 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The site needs neither PyTorch nor the package: an environment of its own, some 100 MB.
+DOCS_VENV := .venv-docs
+$(DOCS_VENV)/installed: pyproject.toml constraints.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt \
+	  $$($(DOCS_VENV)/bin/python -c '$(call EXTRA,docs)')
+	touch $@
+
+docs: $(DOCS_VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --clean --strict --config-file website/mkdocs.yml
+	@echo "The site: build/site/index.html"
+
+$(VENV)/pictures: $(VENV)/installed pyproject.toml
+	$(PIP) $$($(BIN)/python -c '$(call EXTRA,pictures)')
+	touch $@
+
+screenshots: $(VENV)/built $(VENV)/pictures
+	$(BIN)/python website/screenshots.py docs/images $(ARGS)
+
+notebook: $(VENV)/built $(VENV)/pictures
+	$(BIN)/jupyter-execute --inplace examples/notebooks/three_phases.ipynb
 
 # Beside a PyTorch with CUDA, of its own (5.5 GB) and kept apart: what a machine without a GPU can show of the two together.
 CUDA_TORCH ?= torch==2.14.1

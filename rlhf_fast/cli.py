@@ -25,6 +25,7 @@ from rlhf_fast.run.terminal import printable
 USAGE = """\
 usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
 
+  init     write a folder to start from: configuration, sample data, reward function
   run      all phases, one after the other, from one YAML file
   sft      fine-tune a language model on demonstrations
   collect  sample several completions of each prompt and have them rated
@@ -52,6 +53,7 @@ DISK_ERRORS = (
 )
 PHASES = ("sft", "collect", "reward", "ppo", "run")
 TOOLS = {  # modules with a function main(arguments) -> exit code
+    "init": "rlhf_fast.starter.init",
     "data": "rlhf_fast.feedback.check",
     "label": "rlhf_fast.feedback.label",
     "report": "rlhf_fast.report.runs",

@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("feedback",),
     ("models",),
+    ("starter",),
     ("rollout",),
     ("trainer.sft", "trainer.collection", "trainer.reward", "trainer.rl"),
     ("report",),

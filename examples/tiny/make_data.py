@@ -18,9 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # raters.py is next to this file, and there is no package
 from raters import ANSWER_WORDS, TOPICS
 
+from rlhf_fast.models.tiny import write_tiny_model
+
 NAMES = ["ann", "ben", "cleo", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "leo"]
 VERBS = ["wants", "likes", "needs"]
-SPECIAL = ["<pad>", "<eos>", "<unk>"]
 ON_TOPIC = 0.25  # plus a quarter of the rest by chance: 0.44 of a demonstration's words are on the topic
 
 
@@ -37,7 +38,8 @@ def make_tiny(
     _write_jsonl(folder / "sft.jsonl", [{"prompt": p, "completion": _demonstration(p, rng)} for p in chosen])
     _write_jsonl(folder / "feedback_prompts.jsonl", [{"prompt": rng.choice(seen)} for _ in range(rankings)])
     _write_jsonl(folder / "heldout.jsonl", [{"prompt": p, "completion": _demonstration(p, rng)} for p in unseen])
-    _write_model(folder / "model", seed)
+    words = [*NAMES, *VERBS, *TOPICS, *(word for topic in TOPICS.values() for word in topic)]
+    write_tiny_model(folder / "model", words, seed=seed)
 
 
 def _demonstration(prompt: str, rng: random.Random) -> str:
@@ -48,40 +50,6 @@ def _demonstration(prompt: str, rng: random.Random) -> str:
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_model(folder: Path, seed: int) -> None:
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    words = SPECIAL + NAMES + VERBS + list(TOPICS) + [word for topic in TOPICS.values() for word in topic]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-    )
-    fast.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=fast.pad_token_id,
-        eos_token_id=fast.eos_token_id,
-        bos_token_id=None,
-    )
-    logging.disable_progress_bar()
-    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":

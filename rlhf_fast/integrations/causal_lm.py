@@ -84,7 +84,7 @@ def token_stats(
 
     Args:
         outputs: as for `rf.token_stats`.
-        Others as for `token_logprobs`.
+        others: as for `token_logprobs`.
 
     Raises:
         ValueError, TypeError: as `token_logprobs`.

@@ -89,7 +89,7 @@ def token_kl_and_grad(
 
     Args:
         grad_kl: `(...)` float, the gradient of the loss in each token's KL, in this example `kl_coef / mask.sum()`.
-        Others as for `token_kl`.
+        others: as for `token_kl`.
 
     Returns:
         `(kl, grad_logits)`: kl as from `token_kl`, and the gradient that its backward would give for `grad_kl`,

@@ -94,7 +94,7 @@ def token_stats(
         outputs: any of "logprobs", "entropy", "logsumexp", "sum_sq_probs", "argmax"; the first three are
             differentiable. Outputs not listed are None in the result.
         targets: may be None when "logprobs" is not in `outputs`.
-        Others as for `token_logprobs`.
+        others: as for `token_logprobs`.
 
     Returns:
         `TokenStats`, all float32 (float64 for float64 logits) except argmax (int64). A row that is all -inf has

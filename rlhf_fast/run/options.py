@@ -2,7 +2,7 @@
 """Options as dataclasses: ranges in the annotations, values from a YAML file, and the options all phases share.
 
 The docstring under a field is its help on the command line. File names in a configuration file are relative to that
-file; on the command line, to the current folder.
+file, and so is a model that lies there; on the command line, to the current folder.
 """
 
 from __future__ import annotations
@@ -284,6 +284,8 @@ def _relative(name: str, value: Any, folder: Path | None) -> Any:
         return value
     if name.endswith("_file"):
         return str(folder / value)
+    if name in ("model", "reward_model") and (folder / value / "config.json").is_file():
+        return str(folder / value)  # a model beside the file; otherwise an id, or a folder seen from the current one
     if name == "rater" and value.partition(":")[0].endswith(".py"):
         weight, star, spec = value.rpartition("*")
         return f"{weight}{star}{folder / spec.strip()}"

@@ -87,22 +87,29 @@ def _pip(arguments: list[str]) -> None:
             assert set(group.split(",")) <= extras.keys(), f"no such extra: {group}"
 
 
+def _only(parse: Any) -> Any:
+    """`parse`, after which nothing else is done."""
+
+    def only_parse(*given: Any, **named: Any) -> None:
+        parse(*given, **named)
+        raise _Parsed
+
+    return only_parse
+
+
 def _rlhf_fast(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse the arguments as the command does, without starting it."""
+    import tyro
+
     from rlhf_fast import cli, trainer
 
     command, rest = arguments[0], [word for word in arguments[1:] if word != "..."]
     if command in ("info", "--help"):
         return
     if command in cli.TOOLS:
-        parse = argparse.ArgumentParser.parse_args
-
-        def only_parse(self: Any, *given: Any, **named: Any) -> None:
-            parse(self, *given, **named)
-            raise _Parsed
-
         with monkeypatch.context() as patched, pytest.raises(_Parsed):
-            patched.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+            for home, name in ((argparse.ArgumentParser, "parse_args"), (tyro, "cli")):
+                patched.setattr(home, name, _only(getattr(home, name)))
             cli.main([command, *rest])
         return
     classes = {

@@ -39,7 +39,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"]):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(f"\n  {name} " in text for name in ("run", "sft", "collect", "reward", "ppo", "chat", "info"))
+        assert all(
+            f"\n  {name} " in text for name in ("init", "run", "sft", "collect", "reward", "ppo", "chat", "info")
+        )
 
 
 def test_info_needs_torch_alone() -> None:
