@@ -102,9 +102,10 @@ struct RowTruth {
 void check_odd_rows(const LogitTransform& transform, int parts, bool together = false) {
   constexpr int64_t kWidth = OddRows::kWidth;
   const OddRows rows(transform.softcap == 0);
-  std::vector<float> logprobs(kOddities), entropy(kOddities), squares(kOddities), saved(2 * kOddities);
-  std::vector<float> gradient(kOddities * kWidth), at_targets(kOddities);
-  std::vector<int64_t> argmax(kOddities);
+  const std::vector<float> unwritten(kOddities, NAN);
+  std::vector<float> logprobs = unwritten, entropy = unwritten, squares = unwritten, saved(2 * kOddities);
+  std::vector<float> gradient(kOddities * kWidth, NAN), at_targets(kOddities);
+  std::vector<int64_t> argmax(kOddities, -1);
   std::vector<char> partial(kOddities * parts * cuda::kFoldSize);
   TokenStatsArgs a{};
   a.logits = rows.x.data(), a.rows.dims = 1, a.rows.sizes[0] = kOddities, a.rows.strides[0] = kWidth;
