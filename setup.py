@@ -12,6 +12,7 @@ RLHF_FAST_ABI3  1: a wheel for every Python from 3.11 and glibc 2.28; no `_host`
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,9 @@ class CMakeBuild(build_ext):
         else:
             leave_out("extension", f"The kernels do not compile: {reason}")
         write_note(target / "rlhf_fast")
+        if self.inplace:
+            built_from = runpy.run_path(str(ROOT / "rlhf_fast" / "_built_from.py"))
+            (ROOT / "rlhf_fast" / built_from["NOTE"]).write_text(built_from["checksum"](ROOT))
 
 
 def run_cmake(build: Path, target: Path, cuda: str) -> None:

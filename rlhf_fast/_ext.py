@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from . import _built_from
 
 NAMESPACE = "rlhf_fast"
 OLDEST_GPU = (8, 0)  # compute capability; the first with bfloat16
@@ -32,8 +35,13 @@ def _left_out() -> dict[str, str]:
 LEFT_OUT = _left_out()
 
 
+STALE = _built_from.stale(Path(__file__).parent)
+
+
 def _load(name: str) -> tuple[ModuleType | None, str]:
     """The module, or why there is none."""
+    if STALE and importlib.util.find_spec(f"rlhf_fast.{name}") is not None:
+        return None, STALE
     try:
         return importlib.import_module(f"rlhf_fast.{name}"), ""
     except ModuleNotFoundError:
@@ -45,6 +53,8 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 _C, why_not = _load("_C")
 _host, _ = _load("_host")
+if why_not == STALE != "":
+    warnings.warn(f"rlhf_fast works without its compiled kernels: {STALE}", stacklevel=2)
 
 
 def has_kernel(op: str, device_type: str) -> bool:
