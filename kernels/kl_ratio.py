@@ -112,7 +112,7 @@ def _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost):
     dead = (top_a == float("-inf")) & (sum_a == 0)
     safe_sum = tl.where(dead, 1.0, sum_a)
     mean = cross / safe_sum + (bits_b - bits_a) - lost / safe_sum * (bits_b + LOG_FLOOR)
-    mean = tl.where(dead, 0.0, mean * LN2)
+    mean = tl.where(dead, 0.0 * sum_b, mean * LN2)  # 0 without a, but NaN if b holds a NaN
     top_a += 0.0 * bits_a  # NaN if the row holds a NaN: the maximum passes NaN over, the sum does not
     top_b += 0.0 * bits_b
     return top_a, top_b, bits_a, bits_b, mean, tl.where((lost > 0) & (mean == mean), float("inf"), mean)

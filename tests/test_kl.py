@@ -247,6 +247,23 @@ def test_rows_of_minus_infinity_and_nan_stay_alone(backend: str, kind: str, gene
         assert bool((grad[1] == 0).all()), "a row without probability takes no gradient"
 
 
+@pytest.mark.parametrize("nans", ["one", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_beside_a_row_without_probability_is_nan(
+    backend: str, kind: str, nans: str, generator: torch.Generator
+) -> None:
+    """A side that is all -inf takes part in no product, which must not hide the other side's NaN."""
+    logits, ref_logits = (randn(3, 1037, generator=generator) for _ in range(2))
+    columns = slice(None) if nans == "all" else slice(500, 501)
+    logits[0], ref_logits[0, columns] = -INF, NAN
+    logits[1, columns], ref_logits[1] = NAN, -INF
+    got, grads = with_gradients(
+        lambda **x: rf.token_kl(**x, **KINDS[kind]), {"logits": logits, "ref_logits": ref_logits}
+    )
+    assert got["out"].isnan().tolist() == [True, True, False]
+    assert all(bool(grad[2].isfinite().all()) for grad in grads.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_and_one_and_all_masked(backend: str, dtype: torch.dtype, kind: str) -> None:
     for shape in [(0,), (0, 4), (3, 0)]:

@@ -208,6 +208,11 @@ void token_kl(const TokenKlArgs& a, int64_t begin, int64_t end) {
     with_kind(a, [&](auto kind, auto cap) {
       kl_row<kind.value, cap.value>(x, y, a.columns, policy, ref, a.beta, a.kl + n, parts + 4, parts + 5);
     });
+    if (std::isnan(parts[0]) || std::isnan(parts[2])) {  // kl_row passes over a NaN where the other side is 0
+      a.kl[n] = __builtin_nanf("");
+      if (!forward) parts[4] = a.kl[n];
+      if (a.kind != kReverse) parts[5] = a.kl[n];
+    }
   }
 }
 

@@ -170,7 +170,7 @@ __device__ __forceinline__ KlStats stats_of(const PairFold& fold) {
   const float mean =
       kLn2 * (fold.cross / sum_p) + logf(sum_q / sum_p) - fold.forbidden / sum_p * (log_sum_q + kLogFloor);
   return {saved_max(fold.max, sum), logf(sum_p), saved_max(fold.other_max, fold.other_sum), log_sum_q,
-          no_p ? 0.0f : mean,       0.0f};
+          no_p ? 0.0f * fold.other_sum : mean, 0.0f};  // 0 without p, but NaN if q holds a NaN
 }
 
 // Positions of the two sides in `parts`.

@@ -224,7 +224,7 @@ __device__ __forceinline__ void write_gradients(const T* x, T* grad, int64_t beg
 }
 
 // Block b has part b % parts of row b / parts. `grad_logits` may be `logits`: every entry is read before it is written,
-// and those at targets are computed before the pass and written after it.
+// and those at targets are computed before the pass and written after it (equal targets of a row write the same value).
 template <class T, bool kCap, bool kEntropy>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     token_stats_backward_kernel(const __grid_constant__ TokenStatsBackwardArgs a, int parts) {

@@ -14,7 +14,10 @@ void check_stats(int64_t n, int64_t width, int64_t stride, int parts, bool toget
   constexpr int64_t kTargets = cuda::kRowThreads + 3;  // more than one a thread
   Logits<T> x(n, width, stride);
   std::vector<int64_t> targets(n * kTargets), argmax(n);
-  for (int64_t& target : targets) target = static_cast<int64_t>(engine() % width);
+  for (int64_t r = 0; r < n; ++r) {  // those of a row differ: equal ones are a race, in which all write the same value
+    const int64_t first = static_cast<int64_t>(engine() % width);
+    for (int64_t k = 0; k < kTargets; ++k) targets[r * kTargets + k] = (first + k) % width;
+  }
   std::vector<float> logprobs(n * kTargets), entropy(n), logsumexp(n), squares(n), saved(2 * n);
   std::vector<char> partial(n * parts * cuda::kFoldSize);
   TokenStatsArgs a{};

@@ -114,7 +114,7 @@ def outcome(model: Any) -> str:
 def reason(message: str) -> str:
     """The kind of refusal, in the table's words."""
     kinds = {
-        "not known here": "layers between trunk and head, or another arithmetic",
+        "its logits differ by": "layers between trunk and head, or another arithmetic",
         "must be a plain nn.Linear": "the head is not one nn.Linear",
         "no output embeddings": "no output embeddings",
         "must return last_hidden_state": "the trunk returns no last_hidden_state",

@@ -73,7 +73,7 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
         config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1
     )
     rewards, kept = iter([0.0, 1.0, 3.0, 2.0, 0.5]), []
-    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: next(rewards))
+    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: {"reward": next(rewards)})
     step = ppo.train_step
 
     def recorded(agent: Agent, *args: Any) -> dict[str, float]:

@@ -12,7 +12,9 @@ from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.settings import Settings
 
 # Read by `train_ppo` itself, or by the run's folder.
-READ_ELSEWHERE = {"output_dir", "overwrite", "resume", "save_total_limit", "trackers", "rater", "prompt_epochs"}
+READ_ELSEWHERE = {"output_dir", "overwrite", "resume", "save_total_limit", "trackers", "rater", "prompt_epochs"} | {
+    "push_to_hub"
+}
 OTHER: dict[str, Any] = {
     "objective": "dapo", "kl_estimator": "k3", "kl_in": "loss", "importance_ratio": "sequence", "dpo_loss": "ipo",
     "dpo_pairs": "all", "lr_schedule": "cosine", "sampler": "vllm-server", "sampler_correction": "mask",
