@@ -14,13 +14,13 @@ namespace cuda {
 
 // ------------------------------------------------------------------------------------------- gae
 
-// The decays of a sequence; behind the last one those of the last.
+// The decays of a sequence; past the last sequence, those of the last.
 template <int kChains>
 __device__ __forceinline__ Decays<kChains> decays_of(const GaeArgs& a, const Sequences& sequences, int64_t sequence) {
   return {a, sequence < sequences.count ? sequence : sequences.count - 1};
 }
 
-// From a thread's last token to its first, over the sequences that they are of. Returns whether one ends among them.
+// Walks from a thread's last token to its first, through all sequences among them. Returns whether one ends there.
 template <bool kWrite, int kChains>
 __device__ __forceinline__ bool gae_back(const GaeArgs& a, const Sequences& sequences, int64_t first, int64_t behind,
                                          Tokens* tokens, Stretch<kChains>* s) {
@@ -63,7 +63,7 @@ cudaError_t launch_gae(const GaeArgs& a, const Sequences& sequences, uint64_t* l
   return cudaGetLastError();
 }
 
-// Of at least one sequence and one token. walks: what walks_rows() said. Without, `links` has
+// At least one sequence and one token. walks: the result of walks_rows(). If false, `links` has
 // link_bytes(sequences, gae_chains(a)), or is null where that is 0.
 inline cudaError_t gae(Dtype dtype, const GaeArgs& a, const Sequences& sequences, bool walks, uint64_t* links,
                        cudaStream_t stream) {

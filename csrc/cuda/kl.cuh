@@ -32,7 +32,7 @@ struct KlPartial {
   KlMeans means;
 };
 
-// The values of a row in TokenKlArgs::parts, p's side first.
+// A row's values in TokenKlArgs::parts, p's side first.
 struct KlStats {
   float max_p, log_sum_p, max_q, log_sum_q, mean_p, mean_q;
 };
@@ -123,7 +123,7 @@ __device__ __forceinline__ V value_of_row(int steps, int parts, KlPartial* parti
 // 16-byte loads in flight per thread and row; with tanh and log2 there are no registers left for a second one.
 template <bool kCap, int kKind = kReverse>
 constexpr int kLoads = kCap || kKind == kJsd ? 1 : 2;
-// And both together leave none for loads at any address: see for_each_pair.
+// Both together leave none for shifted loads either: see for_each_pair.
 template <bool kCap, int kKind>
 constexpr bool kShifts = !(kCap && kKind == kJsd);
 
@@ -169,8 +169,8 @@ __device__ __forceinline__ KlStats stats_of(const PairFold& fold) {
   const float sum_p = no_p ? 1.0f : sum, sum_q = no_q ? 1.0f : fold.other_sum, log_sum_q = logf(sum_q);
   const float mean =
       kLn2 * (fold.cross / sum_p) + logf(sum_q / sum_p) - fold.forbidden / sum_p * (log_sum_q + kLogFloor);
-  return {saved_max(fold.max, sum), logf(sum_p), saved_max(fold.other_max, fold.other_sum), log_sum_q,
-          no_p ? 0.0f * fold.other_sum : mean, 0.0f};  // 0 without p, but NaN if q holds a NaN
+  const float value = no_p ? 0.0f * fold.other_sum : mean;  // 0 without p, but NaN if q holds a NaN
+  return {saved_max(fold.max, sum), logf(sum_p), saved_max(fold.other_max, fold.other_sum), log_sum_q, value, 0.0f};
 }
 
 // Positions of the two sides in `parts`.

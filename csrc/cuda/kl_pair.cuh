@@ -18,8 +18,8 @@ struct Count {
 
 // Calls add(values, others, column) for what this thread has of the columns [begin, end) of x and y: arrays of a pack's
 // floats, or of one. kLoads packs of each row are loaded before the first is used. Packs begin at the 16-byte
-// boundaries of `anchor`, a row that is written perhaps. Where x or y has others, a pack of it comes from two loads;
-// without kShifts, which takes registers, all go entry by entry there. kLast: nobody reads the rows again.
+// boundaries of `anchor`, which may be a row that is written. If x or y is aligned differently, its packs are put
+// together from two loads; without kShifts, which takes registers, such rows go entry by entry. kLast: no later read.
 template <int kLoads, bool kShifts, bool kLast, class T, class Add>
 __device__ __forceinline__ void for_each_pair(const T* x, const T* y, const T* anchor, int64_t begin, int64_t end,
                                               const Add& add) {

@@ -27,14 +27,14 @@ __device__ __forceinline__ int64_t target_of(const TokenStatsArgs& a, int64_t n,
   return a.logprobs && k < a.k ? a.targets[n * a.k + k] : -1;
 }
 
-// u at a target; NaN where that is not of the vocabulary.
+// u at a target; NaN if the target is outside of the vocabulary.
 template <bool kCap, class T>
 __device__ __forceinline__ float at_target(const TokenStatsArgs& a, const T* x, int64_t target,
                                            const RowTransform& transform) {
   return target < 0 || target >= a.columns ? kNan : transform.apply<kCap>(to_float(x[target]));
 }
 
-// `first` is what the thread's first target has: the kernels read it ahead.
+// `first` is u at the thread's first target, which the kernels load early.
 template <bool kCap, bool kFull, class T>
 __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, const T* x, const RowTransform& transform,
                                           const Fold<kFull>& fold, float first, int thread, int threads) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ void write_row(const TokenStatsArgs& a, int64_t n, co
   }
 }
 
-// Merges what the blocks left of a row; by one warp.
+// Merges the blocks' partial results of a row; by one warp.
 template <bool kCap, bool kFull, class T>
 __device__ __forceinline__ void merge_parts(const TokenStatsArgs& a, int64_t n, const T* row,
                                             const RowTransform& transform, int parts, const Fold<kFull>* partial,

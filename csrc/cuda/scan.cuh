@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // First-order recurrences from right to left as an associative scan: over a thread's tokens, a warp, a tile, all tiles.
 //
-// Rows lie end to end in flat arrays, cut into tiles of kTile tokens, a block each. It is one pass over the data: a
-// tile tells the tiles to its left what it does to the state, and joins, always in the same order, what the tiles
-// between it and the end of its sequence do to theirs. (Where rows are many and long, gae_rows.cuh does without.)
+// Rows lie end to end in flat arrays, divided into tiles of kTile tokens, one block each. It is one pass over the data:
+// a tile publishes its map for the tiles to its left, and combines, always in the same order, the maps of the tiles
+// between it and the end of its sequence. (Where rows are many and long, gae_rows.cuh does without.)
 #pragma once
 
 #include "reduce.cuh"
@@ -15,7 +15,7 @@ namespace cuda {
 // As a scale: the state to the right is ignored, even if it is infinite.
 constexpr float kCut = -1.0f;
 
-// The affine map of a stretch of tokens, for each of kChains recurrences: constant + scale * (state to its right).
+// The affine map that consecutive tokens apply to each of kChains recurrences: constant + scale * (state to the right).
 template <int kChains>
 struct Stretch {
   float constant[kChains];
@@ -197,8 +197,8 @@ __device__ __forceinline__ Stretch<kChains> state_behind(int64_t tile, const Str
   return join(between, end);
 }
 
-// From every thread's stretch, the state that its last token finds: a stretch that cuts. Of the first warp, which has
-// the stretches of all warps from its lanes to the last, `behind` wants the state behind the block's last token.
+// Block-wide suffix scan: from each thread's map, the recurrence state entering its last token. The first warp calls
+// `behind` with the map of warps l to the last in lane l; it returns the state to the right of the block's last token.
 template <int kChains, class Behind>
 __device__ __forceinline__ Stretch<kChains> scan_block(const Stretch<kChains>& own, Stretch<kChains>* warps,
                                                        const Behind& behind) {
@@ -216,7 +216,7 @@ __device__ __forceinline__ Stretch<kChains> scan_block(const Stretch<kChains>& o
   return join(after, warps[warp]);
 }
 
-// The same where tiles wait for each other.
+// The same scan where tiles wait for the tiles to their right.
 template <int kChains>
 __device__ __forceinline__ Stretch<kChains> scan_tile(const Stretch<kChains>& own, int64_t tile,
                                                       const Sequences& sequences, const Links& links) {
