@@ -138,7 +138,7 @@ def _phase(command: str, arguments: list[str]) -> int:
     import transformers  # noqa: F401  (its absence is reported before a run folder is made)
 
     from rlhf_fast import trainer
-    from rlhf_fast.run.folder import RunFolder
+    from rlhf_fast.run.folder import RunFolder, is_restart
 
     classes: dict[str, Any] = {
         "sft": trainer.SFTConfig,
@@ -148,7 +148,7 @@ def _phase(command: str, arguments: list[str]) -> int:
         "run": trainer.PipelineConfig,
     }
     config = parse(classes[command], arguments, f"rlhf-fast {command}")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # torchrun --max-restarts started all processes again
+    if ranks().once(lambda: is_restart(config.output_dir)):  # torchrun --max-restarts started all processes again
         config = dataclasses.replace(config, resume=True, overwrite=False)
     config.validate()
     if command == "run":

@@ -130,7 +130,8 @@ def _rejoin() -> None:
     from torch._C._distributed_c10d import PrefixStore, TCPStore  # what torch.distributed has them from
 
     restarts, count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), int(os.environ.get("WORLD_SIZE", "1"))
-    if restarts == "0" or count == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # each node counts its own restarts
+    if restarts == "0" or count == 1 or not alone or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(*address, count, is_master=False)

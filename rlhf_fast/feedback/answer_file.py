@@ -9,6 +9,7 @@ under a lock, and synced: annotators in several processes can share one file, an
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -57,8 +58,8 @@ class AnswerFile:
         self.path = Path(answers)
         if self.path.resolve() == Path(source).resolve():
             raise UserError(f"answers cannot be written to {source} itself, which is being labelled: name another file")
-        with self._locked():
-            pass
+        with self._locked() as file:
+            self._repair_last_line(file)
 
     def best(self, place: int) -> int:
         """The largest number a completion of an item may get: 7 when rating, else the number of its completions."""
@@ -150,7 +151,10 @@ class AnswerFile:
         line = json.dumps({**item.row(), "annotator": annotator, **answer}, ensure_ascii=False) + "\n"
         with self._locked() as file:
             self._repair_last_line(file)
-            os.write(file, line.encode())
+            size, data = os.fstat(file).st_size, line.encode()
+            if os.write(file, data) < len(data):
+                os.ftruncate(file, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
 
     @staticmethod

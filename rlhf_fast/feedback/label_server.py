@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from rlhf_fast.data.examples import Prompt, prompt_text
+from rlhf_fast.errors import UserError
 
 from .answer_file import BEST_RATING, AnswerFile
 
@@ -114,6 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         actions = {"/api/answer": _answer, "/api/skip": _skip, "/api/undo": _undo}
         action = actions.get(self.path)
         if action is None:
+            self.close_connection = True  # its body is not read
             return self._error(HTTPStatus.NOT_FOUND, "there is no such page")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > LARGEST_BODY:
@@ -131,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
                 result = work()
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             return self._error(HTTPStatus.BAD_REQUEST, f"{type(error).__name__}: {error}")
+        except UserError as error:  # the file of answers cannot be read or opened
+            return self._error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
         except OSError as error:  # a full disk, say
             return self._error(HTTPStatus.INTERNAL_SERVER_ERROR, f"the answer could not be written: {error.strerror}")
         self._json(HTTPStatus.OK, result)

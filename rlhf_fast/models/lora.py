@@ -80,8 +80,13 @@ def _gathered(model: Any) -> Any:
         weights = {name: x.to("cpu", copy=True) for name, x in merged_weights(model)} if ranks().main else {}
     with torch.device("meta"):
         plain = type(model)(model.config)
+    for name, buffer in model.named_buffers():
+        if ranks().main and name in plain.state_dict():  # a persistent one
+            weights.setdefault(name, buffer.to("cpu", copy=True))
     plain.load_state_dict(weights, strict=False, assign=True)
     plain.tie_weights()
+    if ranks().main and (missing := [name for name, x in plain.state_dict().items() if x.is_meta]):
+        raise UserError(f"the merged model lacks {', '.join(missing[:3])}; train without fsdp, or without lora_rank")
     plain.generation_config = getattr(model, "generation_config", None)
     keep_rates(model, plain)
     return plain

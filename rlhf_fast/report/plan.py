@@ -112,8 +112,12 @@ def memory(options: PlanOptions, models: Models, setup: Setup) -> Memory:
         if models.reward is not None:
             always["reward model weights"] = _weights(models.reward, options, setup._replace(nf4=False))
     moments: Memory = {}
+    if setup.fsdp:  # loaded whole, in float32 by SFT, before it is sharded
+        whole = policy.weights * (4.0 if options.phase == "sft" and not setup.lora_rank else policy.width)
+        others = {name: size for name, size in always.items() if not name.startswith("policy")}
+        moments["load"] = {**others, "policy weights": whole}
     if options.phase == "ppo":
-        gathered = (policy.weights * policy.width - always["policy weights"]) if setup.fsdp and not setup.nf4 else 0.0
+        gathered = float(policy.weights * policy.width) if setup.fsdp and not setup.nf4 else 0.0
         moments["sample"] = {**always, "KV cache": float(policy.cache_per_token * length * rows), "gathered": gathered}
     name = {"sft": "update", "reward": "update"}.get(options.phase, "update policy")
     moments[name] = {**always, **_update(policy, options, setup, length)}
@@ -148,11 +152,15 @@ def _shares(options: PlanOptions, setup: Setup) -> int:
 def _update(model: Footprint, options: PlanOptions, setup: Setup, length: int) -> dict[str, float]:
     """What the update of one model adds. Gradients of one process' single micro-batch stay in the weights' dtype."""
     several = options.gpus > 1 or options.batch_size > setup.micro_batch
-    layers = 2.0 * model.largest_layer * model.width if setup.fsdp else 0.0  # one in use, one on its way
+    full_sft = options.phase == "sft" and not setup.lora_rank
+    width = 4.0 if full_sft else float(model.width)
+    layers = 2.0 * model.largest_layer * width if setup.fsdp else 0.0  # one in use, one on its way
+    buckets = 4.0 * model.trained if options.phase == "sft" and options.gpus > 1 and not setup.fsdp else 0.0
     return {
         "gradients": model.trained * (4.0 if several else float(model.width)) / _shares(options, setup),
+        "buckets of DistributedDataParallel": buckets,
         "activations": float(model.saved(setup.micro_batch, length, setup.gradient_checkpointing)),
-        "gathered": layers + (model.head * model.width if setup.fsdp else 0.0),
+        "gathered": layers + (model.head * width if setup.fsdp else 0.0),
     }
 
 
@@ -191,15 +199,17 @@ def seconds(options: PlanOptions, models: Models, setup: Setup) -> dict[str, flo
     update = (FORWARD + BACKWARD + (FORWARD if setup.gradient_checkpointing else 0)) * forward
     if not ppo:
         return {"update": update}
-    read = (_weights(policy, options, Setup(nf4=setup.nf4)) + policy.cache_per_token * length / 2 * rows) / bytes_
+    context = options.prompt_length + options.max_new_tokens / 2  # in the mean, while a completion grows
+    read = (_weights(policy, options, Setup(nf4=setup.nf4)) + policy.cache_per_token * context * rows) / bytes_
     token = max(read, policy.flops_per_token(length) * rows / operations)
     parts = {"sample": options.max_new_tokens * token + forward * options.prompt_length / length}
-    parts["old and reference log-probabilities"] = forward * (1 if options.epochs == 1 else 2)
+    critic = OBJECTIVES[options.objective].critic
+    parts["old and reference log-probabilities"] = forward * (1 if options.epochs == 1 and not critic else 2)
+    score = (models.reward or policy).flops_per_token(length) * length * rows / operations
     if models.reward is not None:
-        score = models.reward.flops_per_token(length) * length * rows / operations
         parts["scores"] = score
-        if OBJECTIVES[options.objective].critic:
-            parts["values and critic"] = score * (1 + 3 * options.epochs)
+    if critic:
+        parts["values and critic"] = score * (1 + 3 * options.epochs)
     parts["update"] = update * options.epochs
     return parts
 
@@ -250,7 +260,17 @@ def show(options: PlanOptions, models: Models, setup: Setup) -> None:
     )
     launch = f"torchrun --nproc-per-node {options.gpus} -m rlhf_fast" if options.gpus > 1 else "rlhf-fast"
     objective = f" --objective {options.objective}" if options.phase == "ppo" and options.objective != "ppo" else ""
-    console.print(f"{launch} {options.phase} --model {options.model}{objective} {setup.flags()}", soft_wrap=True)
+    flags = f"{objective} {setup.flags()}{_sizes(options, setup)}"
+    console.print(f"{launch} {options.phase} --model {options.model}{flags}", soft_wrap=True)
+
+
+def _sizes(options: PlanOptions, setup: Setup) -> str:
+    """The planned lengths and batches as options of the phase."""
+    dtype = "" if setup.nf4 else f" --dtype {options.dtype}"
+    if options.phase == "ppo":
+        length = options.prompt_length + options.max_new_tokens
+        return f"{dtype} --max-length {length} --max-new-tokens {options.max_new_tokens} --epochs {options.epochs}"
+    return f"{dtype} --max-length {options.prompt_length}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,11 +183,11 @@ def _last_lines(log: Path | None) -> str:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End the server and its workers."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(30)
-    except subprocess.TimeoutExpired:
+    with suppress(ProcessLookupError):  # workers that outlived the server, too
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 def served_length(model: str, wanted: int = 0) -> int:

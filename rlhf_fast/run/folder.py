@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -85,6 +86,8 @@ class RunFolder:
             lock(path / MARKER)
             if overwrite:
                 _empty(path)
+            with (path / MARKER).open("a", encoding="utf-8") as file:
+                file.write(_launch() + "\n")
         except OSError as error:
             raise UserError(
                 f"the run folder {path} cannot be written ({error.strerror}); name another with --output-dir"
@@ -237,6 +240,20 @@ class _NoBoard:
 
     def close(self) -> None:
         """Nothing to flush."""
+
+
+def is_restart(path: str | Path) -> bool:
+    """Whether this launch of torchrun has used the run folder before: it restarts all processes if one ends."""
+    try:
+        return bool(_launch()) and _launch() in (Path(path) / MARKER).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _launch() -> str:
+    """A name of this launch by torchrun, the same after a restart; empty without torchrun."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"launched by torchrun {run} {os.getppid()}" if run else ""
 
 
 def _empty(path: Path) -> None:

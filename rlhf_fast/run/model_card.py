@@ -89,7 +89,7 @@ def base_model(name: str) -> str | None:
 
         try:
             base = ModelCard.load(Path(name) / "README.md", ignore_metadata_errors=True).data.base_model
-        except (OSError, ValueError):
+        except Exception:  # whatever its README holds: a card must not cost a model
             return None
         return base if isinstance(base, str) else None
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None

@@ -90,7 +90,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
         model=sft_model,
         reward_model=config.ppo.reward_model or reward_model,
         rater=config.ppo.rater or config.collect.rater,
-    )
+    ).resolved()  # as train_ppo stores it: else options that are None would seem to change at each resume
     phases["ppo"] = _phase("ppo", train_ppo, ppo, run)
 
     summary = summarise(config, phases, timer.elapsed())

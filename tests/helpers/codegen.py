@@ -145,7 +145,7 @@ class Case(NamedTuple):
     entries: int  # or pairs of them, or tokens
     entries_of_a_turn: int  # of a thread
     bytes_of_an_entry: int
-    before: int  # instructions of a turn, in the build of issue 17
+    before: int  # instructions of a turn, in the build before these counts were lowered
 
 
 ROWS, LONG_ROWS = 8192 * 151_936, 4096 * 131_072
@@ -199,7 +199,7 @@ No time was measured. Predicted is the larger of two: the time that an H100 (132
 1.755 GHz, four instructions of a warp a cycle) takes to issue the loop's instructions, and the time to
 move the bytes at 3.0 TB/s. Neither counts the ends of rows. A turn is four loads of 16 bytes; of gae a
 thread's eight tokens, with all branches, taken or not. Second reads of `token_kl` with its gradient are
-taken to hit the L2 cache. Before: when issue 17 was written, the argmax was looked up in the loop and
+taken to hit the L2 cache. Before: in an earlier build, where the argmax was looked up in the loop and
 bfloat16 converted entry by entry.
 
 {predictions}

@@ -30,7 +30,7 @@ from rlhf_fast.trainer.reward.train import train_reward
 from rlhf_fast.trainer.rl.ppo import train_ppo
 from rlhf_fast.trainer.sft.train import train_sft
 
-CUT = ("sft", "lora", "reward", "ppo", "grpo", "ppo-lora", "ranked", "scarce")  # also done with fsdp
+CUT = ("sft", "lora", "reward", "reward-lora", "ppo", "grpo", "ppo-lora", "ranked", "scarce")  # also done with fsdp
 RATER = f"{Path(__file__).parents[2] / 'examples' / 'tiny' / 'raters.py'}:topic_share"
 
 
@@ -77,6 +77,16 @@ def jobs(data: Path) -> dict[str, Any]:
         samples_per_prompt=4, micro_batch_size=4, max_steps=3, lr=1e-3, critic_lr=1e-3, missing_eos_penalty=0.5,
         epochs=2,
     )  # fmt: skip
+    reward = RewardConfig(
+        **common,
+        feedback_file=str(data / "feedback.jsonl"),
+        batch_size=7,
+        micro_batch_size=8,
+        epochs=0.8,
+        lr=1e-3,
+        head_lr=1e-2,
+        centering=0.01,
+    )
     four_bit: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "max_steps": 3}
     quantised = {"sft-4bit": replace(sft, **four_bit), "grpo-4bit": replace(ppo, objective="grpo", **four_bit)}
     return {
@@ -92,18 +102,10 @@ def jobs(data: Path) -> dict[str, Any]:
             max_new_tokens=8,
             micro_batch_size=6,
         ),  # fmt: skip
-        "reward": RewardConfig(
-            **common,
-            feedback_file=str(data / "feedback.jsonl"),
-            batch_size=7,
-            micro_batch_size=8,
-            epochs=0.8,
-            lr=1e-3,
-            head_lr=1e-2,
-            centering=0.01,
-        ),  # fmt: skip
+        "reward": reward,
         "ppo": ppo,
         "grpo": replace(ppo, objective="grpo", kl_in="loss", kl_estimator="k3", top_k=20),
+        "reward-lora": replace(reward, lora_rank=4),
         "ppo-lora": replace(ppo, lora_rank=4),
         # A reward that many prompts' samples agree on, so that each step takes a round or two more.
         "dynamic": replace(

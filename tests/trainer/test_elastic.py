@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import phases
 
+from rlhf_fast.errors import UserError
+from rlhf_fast.run.folder import RunFolder, is_restart
+
 KILLER = """
 import os, signal, sys
 import rlhf_fast.run.folder as folder
@@ -31,14 +34,14 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def run(data: Path, folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
-    script = folder.with_suffix(".py")
+def run(data: Path, output: Path, kind: str) -> subprocess.CompletedProcess[str]:
+    script = output.with_suffix(".py")
     script.write_text(KILLER)
     options = [
         "ppo", "--model", str(data / "model"), "--objective", "grpo", "--dtype", "float32", "--max-length", "32",
         "--max-new-tokens", "4", "--prompts-file", str(data / "few.jsonl"), "--lr", "1e-3", "--save-steps", "1",
         "--reward-functions", f"{phases.__file__}:often_short", "--max-steps", "4", "--prompts-per-step", "4",
-        "--samples-per-prompt", "4", "--output-dir", str(folder),
+        "--samples-per-prompt", "4", "--output-dir", str(output),
     ]  # fmt: skip
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     return subprocess.run(
@@ -57,11 +60,17 @@ def test_three_killed_processes_change_nothing(job_data: Path, tmp_path: Path) -
     assert json.loads((other / "summary.json").read_text())["steps"] == 4
 
 
-def test_without_a_restart_nothing_is_resumed(job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is in use stays an error in a run that torchrun started for the first time."""
-    from rlhf_fast import cli
-
-    (tmp_path / "some.txt").write_text("")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    options = ["--model", str(job_data / "model"), "--train-file", str(job_data / "demos.jsonl")]
-    assert cli.main(["sft", *options, "--output-dir", str(tmp_path)]) == 2
+def test_only_a_folder_of_this_launch_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun restarts after any error, so one that refused a folder must refuse it again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    RunFolder.create(tmp_path / "own").close()
+    assert is_restart(tmp_path / "own")
+    assert not is_restart(tmp_path) and not is_restart(tmp_path / "none")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    assert not is_restart(tmp_path / "own")
+    (tmp_path / "own" / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        RunFolder.create(tmp_path / "own")
+    assert not is_restart(tmp_path / "own")  # it was refused
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    assert not is_restart(tmp_path / "own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,28 @@ def test_a_line_cut_short_by_a_crash_is_taken_away_and_a_whole_one_is_kept(sourc
     answer_file.skip("ann", 2)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["prompt"] for row in rows[1:]] == ["prompt 1", "prompt 2"] and answer_file.next("ann") is None
+
+
+def test_a_line_cut_within_a_character_is_taken_away_at_the_start(source: str, tmp_path: Path) -> None:
+    """A full disk cuts anywhere; a file that is no UTF-8 could not be read, so nothing would ever be appended to it."""
+    answers = tmp_path / "answers.jsonl"
+    AnswerFile(source, answers).skip("ann", 0)
+    whole = answers.read_bytes()
+    answers.write_bytes(whole + '{"prompt": "日本'.encode()[:-1])
+    assert AnswerFile(source, answers).progress("ann") == (1, 3)
+    assert answers.read_bytes() == whole
+
+
+def test_an_answer_that_is_written_in_part_is_an_error_and_leaves_nothing(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    answer_file = AnswerFile(source, answers)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:9]))
+    with pytest.raises(OSError, match="No space left"):
+        answer_file.skip("ann", 0)
+    assert answers.read_bytes() == b""
 
 
 def _skip_often(source: str, answers: str, name: str) -> None:

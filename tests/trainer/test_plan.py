@@ -95,6 +95,14 @@ def test_full_ppo_of_7b_needs_shards_and_one_gpu_needs_adapters(tmp_path: Path) 
     assert small is None or small.nf4
 
 
+def test_a_model_is_loaded_whole_before_it_is_sharded(tmp_path: Path) -> None:
+    options = options_of(tmp_path, gpus=64, phase="sft")
+    models = plan.load(options)
+    moments = plan.memory(options, models, plan.Setup(fsdp=True))
+    assert moments["load"]["policy weights"] == 4 * models.policy.weights  # in float32
+    assert plan.peak(moments) >= 4 * models.policy.weights
+
+
 def test_a_plan_never_exceeds_the_memory_and_the_next_micro_batch_would(tmp_path: Path) -> None:
     options = options_of(tmp_path, gpus=8, objective="grpo", reward_model="none", batch_size=1024)
     models = plan.load(options)
@@ -124,7 +132,8 @@ def test_the_launch_line_is_one_that_the_phase_understands(
     from rlhf_fast import trainer
 
     cls = {"sft": trainer.SFTConfig, "reward": trainer.RewardConfig, "ppo": trainer.PPOConfig}[phase]
-    assert cli.parse(cls, words, "test").micro_batch_size == 4
+    parsed = cli.parse(cls, words, "test")
+    assert parsed.micro_batch_size == 4 and parsed.max_length == (1024 if phase == "ppo" else 512)
 
 
 def test_what_never_fits_says_how_much_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

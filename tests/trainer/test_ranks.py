@@ -22,6 +22,7 @@ JOBS = (
     "sft-packed",
     "collect",
     "reward",
+    "reward-lora",
     "ppo",
     "grpo",
     "ppo-lora",

@@ -237,6 +237,7 @@ def test_rewards_come_over_http(server: Any, monkeypatch: pytest.MonkeyPatch) ->
         (404, {}, "answered 404"),
         (200, {"scores": [1]}, "wanted"),
         (200, {"rewards": [1]}, "returned 1 rewards for 4 completions"),
+        (200, {"rewards": [1, None, 3, 4]}, "answered null for completion 1"),
         (200, {"rewards": [1, 2, float("nan"), 4]}, "must be finite"),
     ):
         answers[:] = [(code, answer)]

@@ -38,6 +38,7 @@ function button(text, key, act, properties = {}) {
   const made = make("button", { type: "button", ...properties }, text);
   if (key) made.append(" ", make("kbd", {}, key));
   made.addEventListener("click", event => {
+    if (event.detail > 1) return;  // a double click would answer the next prompt too
     if (event.detail) made.blur();  // a click leaves the keys to the page
     act();
   });
@@ -246,6 +247,7 @@ function pressed(event) {
 
 document.addEventListener("keydown", event => {
   const at = event.target;
+  if (event.repeat && !["ArrowUp", "ArrowDown"].includes(event.key)) return;  // a held key answers one prompt
   if (event.ctrlKey || event.metaKey || event.altKey || !task || !("done" in task) || at.matches("input, textarea")) return;
   if (at.matches("button") && (event.key === "Enter" || event.key === " ")) return;  // presses that button
   if (pressed(event)) event.preventDefault();

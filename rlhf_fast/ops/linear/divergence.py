@@ -130,7 +130,7 @@ def linear_token_kl(
         kind, beta, temperature, ref_temperature, vocab_size: as for `token_kl`.
         ref_logit_scale, ref_softcap: of the reference, None = the policy's; ref_softcap=0.0 = none.
         memory_budget: bytes of logits (of both) kept for the backward. One more pair of tiles is always needed, on CPU
-            of at least 256 rows if the budget allows, on CUDA of at most 256 MiB or one row.
+            of at least 1024 rows if the budget allows, on CUDA of at most 256 MiB or one row.
 
     Returns:
         `(...)` float32 (float64 for float64). Differentiable in hidden, weight, bias and lora, and in the reference's

@@ -107,7 +107,7 @@ def linear_policy_loss(
             estimate by the ratio, and differentiates it too (DeepSeek-V3.2, arXiv 2512.02556).
         normalizer: number or tensor, broadcast to the tokens, that each token's loss is divided by, such as the number
             of real tokens over all ranks and accumulation steps. None = the real tokens of this call.
-        memory_budget: bytes of logits at a time, None = 512 MiB on CPU (of which 48 MiB are used, or 256 rows where
+        memory_budget: bytes of logits at a time, None = 512 MiB on CPU (of which 48 MiB are used, or 1024 rows where
             they are more), 2 GiB on CUDA. Nothing is kept.
 
     Returns:

@@ -25,7 +25,7 @@ GPU_ROWS = 4096
 # Tiles of ops that need whole rows (a KL, a policy loss): about so many bytes, and at least so many rows if the budget
 # allows: with fewer rows, reading the weight would take as long as multiplying by it.
 CPU_ROW_TILE = 48 * 2**20
-CPU_MIN_ROWS = 256
+CPU_MIN_ROWS = 1024
 
 
 def budget_of(memory_budget: int | None, device: torch.device) -> int:

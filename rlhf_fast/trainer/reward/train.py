@@ -100,6 +100,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         log = run.path / SERVER_LOG
         mean, std = normalizer(config, model, tokenizer, shown + held_out, train_scores + held_out_scores, log)
     set_score_normalizer(model, mean, std)
+    gap = read_position_gap(model, (held_out or train)[0], tokenizer.pad_token_id)
     with timer("save"):
         if adapters is not None:
             save_adapters(adapters, run, head="score")
@@ -117,7 +118,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         "heldout_pair_accuracy": pair_accuracy(held_out, held_out_scores),
         "calibration": (bins := calibration(held_out, held_out_scores)),
         "calibration_error": calibration_error(bins),
-        "read_position_gap": read_position_gap(model, (held_out or train)[0], tokenizer.pad_token_id),
+        "read_position_gap": gap,
         "score_mean": mean,
         "score_std": std,
         "seconds": timer.elapsed(),

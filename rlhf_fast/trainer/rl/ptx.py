@@ -69,4 +69,4 @@ def encode_demonstrations(
     starts = torch.tensor([max(1, one.prompt_length) for one in fitting], device=device)
     columns = torch.arange(input_ids.shape[1], device=device)
     mask = attention.bool() & (columns >= starts[:, None])
-    return Demonstrations(Batch(input_ids, attention.bool(), mask), options)
+    return Demonstrations(Batch(input_ids, attention.bool(), mask).with_copy(), options)

@@ -45,6 +45,8 @@ class RemoteReward:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
             raise ValueError(f'{self.url} answered {str(answer)[:200]!r}, wanted {{"rewards": [...]}}')
+        if None in rewards:  # of a function it means no opinion; servers write a NaN so
+            raise ValueError(f"{self.url} answered null for completion {rewards.index(None)}, wanted a number")
         return rewards
 
     def _post(self, body: bytes) -> Any:
