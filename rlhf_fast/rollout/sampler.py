@@ -7,7 +7,7 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from rlhf_fast.run.progress import notice
 from .builtin import generate
 from .engine import EngineSampler
 from .rollout import Sampler
-from .vllm_in_process import VLLMInProcess
-from .vllm_process import Server, find_vllm, running, served_length
+from .vllm_in_process import SHARE_OF_GPU, VLLMInProcess
+from .vllm_process import Running, Server, find_vllm, running, served_length
 from .vllm_server import VLLMServers
 
 SERVER_LOG = "engine.log"  # in a run's folder
@@ -53,9 +53,16 @@ def open_sampler(options: SamplerOptions, policy: Served, log: Path) -> Iterator
         yield EngineSampler(VLLMServers(options.engine_url))
     else:
         with ExitStack() as stack:
-            url = ranks().once(lambda: stack.enter_context(running(find_vllm(), _server(policy), log)).url)
+            url = ranks().once(lambda: stack.enter_context(_started(policy, log)).url)
             notice(f"vLLM samples at {url}, and writes to {log}")
             yield EngineSampler(VLLMServers([url]))
+
+
+def _started(policy: Served, log: Path) -> AbstractContextManager[Running]:
+    vllm, server = find_vllm(), _server(policy)
+    if not vllm.cpu:  # it would take nine tenths of the GPU, where the trainer's models are loaded next
+        server = server._replace(more=("--gpu-memory-utilization", str(SHARE_OF_GPU)))
+    return running(vllm, server, log)
 
 
 def _server(policy: Served) -> Server:

@@ -50,13 +50,14 @@ def spawn(data: Path, folder: Path) -> int:
 
 
 def results(folder: Path) -> Iterator[tuple[str, object]]:
-    """Name and content of everything that the pipeline leaves, without times."""
+    """Name and content of everything that the pipeline leaves, without times and the folder's own name."""
+    own = str(folder).encode()
     for phase in ("sft", "reward", "ppo"):
         for path in sorted((folder / phase / "model").iterdir()):
-            yield f"{phase}/model/{path.name}", path.read_bytes()
+            yield f"{phase}/model/{path.name}", path.read_bytes().replace(own, b"")
         yield f"{phase}/metrics", phases.metrics(folder / phase)
     for name in ("collect/feedback.jsonl", "ppo/samples.jsonl", "ppo/eval_after.json"):
-        yield name, (folder / name).read_bytes().replace(str(folder).encode(), b"")  # each line names its model
+        yield name, (folder / name).read_bytes().replace(own, b"")
 
 
 def main(folder: Path, kills: int, seed: int) -> int:
