@@ -24,6 +24,8 @@ import rlhf_fast.trainer.sft.hf_trainer  # noqa: F401
 from helpers import phases
 from rlhf_fast.run.folder import RunFolder
 
+CALLS = 20_000  # of Python functions: about a step of the tiny task
+
 
 def spawn(config: Any, folder: Path, prepare: Callable[[], None] | None = None) -> int:
     """A child that does the job, resuming where there is something to resume."""
@@ -58,6 +60,34 @@ def kill_after(child: int, file: Path, lines: int, delay: float) -> str:
     return ending(child)
 
 
+def die_after(name: str, lines: int, calls: int) -> Callable[[], None]:
+    """Die `calls` calls of Python functions after file `name` got so many lines, before it gets another.
+
+    Counted in calls and not in seconds: a machine that is faster or busier than another dies at the same place.
+    """
+
+    def prepare() -> None:
+        append, left = RunFolder.append_jsonl, [lines, calls]
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            left[1] -= event == "call"
+            if left[1] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def counted(run: RunFolder, file: str, *args: Any, **options: Any) -> None:
+            if file == name and not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(run, file, *args, **options)
+            if file == name:
+                left[0] -= 1
+                if not left[0]:
+                    sys.setprofile(count)
+
+        RunFolder.append_jsonl = counted  # type: ignore[method-assign]
+
+    return prepare
+
+
 def die_while_saving() -> None:
     """The next checkpoint has half its tensors when the end comes."""
     save_file = safetensors.torch.save_file
@@ -90,12 +120,11 @@ if __name__ == "__main__":
     for name in names:
         config, cut = phases.jobs(data)[name], folder / "cut" / name
         ends[name] = [ending(spawn(config, folder / "whole" / name))]
-        file = cut / ("feedback.jsonl" if name == "collect" else "metrics.jsonl")
+        file = "feedback.jsonl" if name == "collect" else "metrics.jsonl"
         # when the second step is logged the first one's checkpoint is there
         lines = luck.randint(1, 9) if name == "collect" else 3 if name in ("sft", "lora") else 2
-        ends[name].append(ending(spawn(config, cut, die_within_a_line)))
-        ends[name].append(kill_after(spawn(config, cut), file, lines, luck.uniform(0, 0.05)))
-        for prepare in (die_within_a_line,) if name == "collect" else (die_while_saving, die_within_a_line):
+        deaths = [die_within_a_line, die_after(file, lines, luck.randint(0, CALLS))]
+        for prepare in (*deaths, *((die_while_saving,) if name != "collect" else ()), die_within_a_line):
             ends[name].append(ending(spawn(config, cut, prepare)))
         ends[name].append(ending(spawn(config, cut)))
     print(json.dumps(ends))
