@@ -19,7 +19,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import read_yaml
 from rlhf_fast.run.records import read_json, read_jsonl
 from rlhf_fast.run.terminal import printable
-from rlhf_fast.run.verdicts import Level, graded, of_rl
+from rlhf_fast.run.verdicts import Level, column, graded, of_rl
 
 from .page import PHASES, Phase
 
@@ -120,8 +120,8 @@ def _ppo(phase: Phase) -> Iterator[tuple[Level, str]]:
 def _engine(phase: Phase) -> Iterator[tuple[Level, str]]:
     """How far the log-probabilities of an engine are from the policy's. Rounding is the same from the first to the last
     step; 0.04 nats were measured in bfloat16."""
-    gaps = phase.line("engine/logprob_diff_mean").y
-    if not gaps:
+    rows = [row for row in phase.metrics if not row.get("engine/steps_behind")]  # else the policy has moved, too
+    if not (gaps := column(rows, "engine/logprob_diff_mean")):
         return
     first, last = (mean(part) for part in (gaps[: max(1, len(gaps) // 4)], gaps[-max(1, len(gaps) // 4) :]))
     text = f"the engine's log-probabilities are {last:.2g} nats per token from the policy's"

@@ -20,6 +20,7 @@ from rlhf_fast.run.records import read_json, read_jsonl
 from . import plots
 from .elements import PAGE, STYLE, card, escaped, grid, section, tile
 from .plots import BLUE, GREEN, GREY, ORANGE, Line
+from .timeline import timeline
 
 PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}
 SHOWN_SAMPLES = 12
@@ -202,6 +203,7 @@ def _ppo(phase: Phase) -> str:
         cards.append(
             card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
         )
+    cards.append(timeline(phase.metrics))
     rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if "reward" in row]
     return grid(*cards) + _extremes(rows) + _samples(rows)
 

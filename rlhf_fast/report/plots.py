@@ -7,7 +7,7 @@ dark pages.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#10b981", "#8b93a1"
@@ -80,6 +80,29 @@ def scatter(
             axes.scatter(x, y, s=22, c=color_by, cmap=colors, linewidths=0, zorder=3)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
+
+    return _svg(draw)
+
+
+class Span(NamedTuple):
+    """From `start` to `end`, in seconds, with a label above."""
+
+    start: float
+    end: float
+    color: str
+    label: str = ""
+
+
+def spans(rows: Mapping[str, Sequence[Span]]) -> str:
+    """What each of several did over a common time; the first on top."""
+
+    def draw(axes: Any) -> None:
+        for place, row in enumerate(rows.values()):
+            for span in row:
+                axes.barh(-place, span.end - span.start, left=span.start, height=0.6, color=span.color, zorder=3)
+                axes.text((span.start + span.end) / 2, -place + 0.42, span.label, ha="center", fontsize=8)
+        axes.set_yticks([-place for place in range(len(rows))], list(rows))
+        axes.set_xlabel("seconds; the numbers are the steps that samples are for")
 
     return _svg(draw)
 

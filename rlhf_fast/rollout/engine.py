@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +41,7 @@ class Completion(NamedTuple):
 class Request:
     """A request to an engine: `samples` completions of each prompt, sample k with seed + k."""
 
-    prompts: Sequence[list[int]]
+    prompts: list[list[int]]
     seeds: Sequence[int]
     samples: int
     params: SamplingParams
@@ -48,6 +50,8 @@ class Request:
 
 class Engine(Protocol):
     """An inference engine, in this process or a server. Every call raises EngineError if it fails."""
+
+    elsewhere: bool  # works while this process does something else
 
     def check(self, config: Any) -> None:
         """Refuse a policy of this transformers config if the engine has another architecture."""
@@ -60,6 +64,35 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine."""
+
+
+class Timed(NamedTuple):
+    """The completions of each prompt, and when an engine began and ended to sample them (`time.perf_counter`)."""
+
+    groups: list[list[Completion]]
+    began: float
+    ended: float
+
+
+class Pending:
+    """Completions that an engine is sampling; `EngineSampler.start` returns it."""
+
+    def __init__(self, work: Future[Timed], tokenizer: Any, request: Request, version: int) -> None:
+        """`work` is done by another thread; `version` is that of the weights it must be done with."""
+        self._work, self._tokenizer, self._request, self._version = work, tokenizer, request, version
+
+    def wait(self) -> None:
+        """Wait until the engine has ended or failed."""
+        wait([self._work])
+
+    def result(self) -> tuple[Rollout, Timed]:
+        """The samples, on the CPU, and when they were sampled. All ranks must call this.
+
+        Raises:
+            EngineError: the engine failed on a rank.
+        """
+        timed = ranks().all_or_none(self._work.result)
+        return _rollout(self._tokenizer, self._request, timed.groups, self._version), timed
 
 
 class EngineSampler:
@@ -75,6 +108,8 @@ class EngineSampler:
         self.engine = engine
         self.version = 0  # of the weights that the engine has; 0: none of ours
         self._sent: list[int] = []
+        self._pending: Pending | None = None  # the last one that was started
+        self._background = ThreadPoolExecutor(1, "engine")
 
     def __call__(
         self,
@@ -90,25 +125,28 @@ class EngineSampler:
     ) -> Rollout:
         """Sample; see `Sampler`. The same seed gives the same samples whatever the number of ranks and servers."""
         self.sync(model)
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        # An engine draws sample k of a prompt with the prompt's seed + k, so seeds are samples_per_prompt apart.
-        base = int(torch.randint(2**48, (), generator=generator))
-        seeds = [base + (first_prompt + i) * samples_per_prompt for i in range(len(prompts))]
-        ends = end_ids(model, tokenizer)
-        groups = ranks().all_or_none(
-            lambda: self.engine.complete(Request(prompts, seeds, samples_per_prompt, params, ends))
-        )
-        completions = [one for group in groups for one in group]
-        stale = {one.weight_version for one in completions} - {self.version}
-        if stale:
-            raise EngineError(
-                f"the engine sampled with weights {sorted(stale)}, wanted {self.version}: does another run use it? "
-                "Give each run an engine of its own"
-            )
-        return assemble(tokenizer, prompts, _as_tensors(completions), params.stop).to(model.device)
+        more: dict[str, Any] = {"seed": seed, "samples_per_prompt": samples_per_prompt, "first_prompt": first_prompt}
+        request = _request(model, tokenizer, prompts, params, **more)
+        groups = ranks().all_or_none(lambda: self.engine.complete(request))
+        return _rollout(tokenizer, request, groups, self.version).to(model.device)
+
+    def start(
+        self, model: Any, tokenizer: Any, prompts: list[list[int]], params: SamplingParams, **more: Any
+    ) -> Pending:
+        """Begin to sample from the weights that the model has now, while it goes on to learn; arguments as above."""
+        self.sync(model)
+        request = _request(model, tokenizer, prompts, params, **more)
+        self._pending = Pending(self._background.submit(self._timed, request), tokenizer, request, self.version)
+        return self._pending
+
+    def _timed(self, request: Request) -> Timed:
+        began = time.perf_counter()
+        return Timed(self.engine.complete(request), began, time.perf_counter())
 
     def sync(self, model: Any) -> None:
         """Send the weights if they differ from the engine's. All ranks must call this; the first one sends."""
+        if self._pending is not None:
+            self._pending.wait()  # each rank for its own requests, before the first rank sends
         now = _digest(model)
         if not ranks().any(now != self._sent):  # a sharded weight may have changed on another rank only
             return
@@ -122,6 +160,36 @@ class EngineSampler:
     def _load(self, model: Any) -> None:
         self.engine.check(model.config)
         self.engine.load(policy_weights(model), self.version)
+
+
+def _request(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    *,
+    seed: int | None = None,
+    samples_per_prompt: int = 1,
+    first_prompt: int = 0,
+    total_prompts: int | None = None,  # of all ranks; seeds do not depend on it
+) -> Request:
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    # An engine draws sample k of a prompt with the prompt's seed + k, so seeds are samples_per_prompt apart.
+    base = int(torch.randint(2**48, (), generator=generator))
+    seeds = [base + (first_prompt + i) * samples_per_prompt for i in range(len(prompts))]
+    return Request(prompts, seeds, samples_per_prompt, params, end_ids(model, tokenizer))
+
+
+def _rollout(tokenizer: Any, request: Request, groups: list[list[Completion]], version: int) -> Rollout:
+    """The rollout on the CPU; EngineError if the completions are of other weights than `version`."""
+    completions = [one for group in groups for one in group]
+    stale = {one.weight_version for one in completions} - {version}
+    if stale:
+        raise EngineError(
+            f"the engine sampled with weights {sorted(stale)}, wanted {version}: does another run use it? "
+            "Give each run an engine of its own"
+        )
+    return assemble(tokenizer, request.prompts, _as_tensors(completions), request.params.stop)
 
 
 @torch.no_grad()

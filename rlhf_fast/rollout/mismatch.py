@@ -28,6 +28,7 @@ Kind = Literal["none", "truncate", "mask", "sequence-mask"]
 # float32 and 0.04 in bfloat16 with the same weights, at least 0.2 with the head of the step before.
 OTHER_WEIGHTS = {torch.float32: 1e-3}
 OTHER_WEIGHTS_16 = 0.15
+MOST_A_STEP = 1.0  # with samples of the weights one update ago: then a weight of 2 is no correction any more
 
 
 class Correction(NamedTuple):
@@ -78,15 +79,25 @@ def mismatch_metrics(
     }
 
 
-def check_engine(logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
+def check_engine(
+    logprobs: Tensor, engine_logprobs: Tensor, mask: Tensor, dtype: torch.dtype, steps_behind: int = 0
+) -> None:
     """Stop if the engine's log-probabilities differ from the trainer's by more than rounding in `dtype`.
+
+    If they are of the weights `steps_behind` updates ago, they may differ by as much as a policy can change.
 
     Raises:
         UserError: the engine samples from a different model than the policy.
     """
     total, count = ranks().total([float(((logprobs - engine_logprobs).abs() * mask).sum()), float(mask.sum())])
     mean, most = total / max(count, 1), OTHER_WEIGHTS.get(dtype, OTHER_WEIGHTS_16)
-    if not mean <= most:
+    if steps_behind:
+        if not mean <= MOST_A_STEP:
+            raise UserError(
+                f"the policy is {mean:.3g} nats a token from the weights that sampled, one update ago (at most "
+                f"{MOST_A_STEP}): lower lr, or leave one_step_ahead out"
+            )
+    elif not mean <= most:
         raise UserError(
             f"the engine's log-probabilities are {mean:.3g} nats a token from the policy's (at most {most} is rounding "
             f"in {dtype}): it has other weights, another temperature, or gives raw log-probabilities. Restart it as "

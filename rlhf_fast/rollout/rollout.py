@@ -79,6 +79,7 @@ class Rollout:
     scores: Tensor | None = None  # (B,) if the completions are scored or rated
     logprobs: Tensor | None = None  # (B, T) the engine's, of the completions' tokens; else 0
     score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,): the terms of the scores
+    steps_behind: int = 0  # updates of the policy since the weights that it was sampled from
 
     @property
     def batch(self) -> Batch:
@@ -98,6 +99,7 @@ class Rollout:
             scores=None if self.scores is None else self.scores[index],
             logprobs=None if self.logprobs is None else self.logprobs[index, : batch.input_ids.shape[1]],
             score_parts={name: part[index] for name, part in self.score_parts.items()},
+            steps_behind=self.steps_behind,
         )
 
     def to(self, device: torch.device | str) -> Rollout:
@@ -135,6 +137,7 @@ class Rollout:
             score_parts={
                 name: torch.cat([one.score_parts[name] for one in rollouts]) for name in rollouts[0].score_parts
             },
+            steps_behind=rollouts[0].steps_behind,
         )
 
 

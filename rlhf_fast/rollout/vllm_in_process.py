@@ -30,6 +30,8 @@ SHARE_OF_GPU = 0.4  # of its memory, for the engine: weights and KV cache
 class VLLMInProcess:
     """An engine with weights of its own; on a GPU it leaves its memory to the trainer between calls."""
 
+    elsewhere = False
+
     def __init__(self, model: str, dtype: str, longest: int, **options: Any) -> None:
         """Start it with the folder or id `model`; `longest` tokens of prompt and completion. `options` are vLLM's.
 

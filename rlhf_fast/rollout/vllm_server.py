@@ -35,6 +35,8 @@ CUT = -9000.0  # logprobs below are -inf: JSON has none, so vLLM writes -9999
 class VLLMServers:
     """vLLM servers with the same weights: rank r uses server r modulo their number."""
 
+    elsewhere = True
+
     def __init__(self, urls: Sequence[str], timeout: float = 600.0, folder: str | None = None) -> None:
         """Check the servers; `folder` is one that they and this process share (None: /dev/shm).
 

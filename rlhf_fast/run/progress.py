@@ -58,7 +58,7 @@ class Timer:
         self.totals: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self._lap: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self.start = time.perf_counter()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Timer:
 
     def elapsed(self) -> float:
         """Seconds since the timer was created."""
-        return time.perf_counter() - self._start
+        return time.perf_counter() - self.start
 
 
 class Progress:

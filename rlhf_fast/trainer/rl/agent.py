@@ -35,6 +35,7 @@ from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import notice
 
+from .ahead import OneStepAhead
 from .kl_controller import KLController
 from .prompts import PromptOptions, Prompts, encode_lines
 from .ptx import Demonstrations
@@ -57,6 +58,7 @@ class Agent:
     critic_optimizer: AdamW | None
     kl_controller: KLController
     demonstrations: Demonstrations | None = None  # PPO-ptx: also trained on
+    ahead: OneStepAhead | None = None  # has the next step's completions sampled meanwhile
     prompts_drawn: int = 0  # so far: index of the next step's first prompt
     largest_gap: float = 0.0  # of the last step, between old and new log-probabilities, which should be equal
 
@@ -214,7 +216,8 @@ def encode_prompts(lines: Sequence[PromptLine | Ranking], agent: Agent, options:
 
 
 def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of the trained models, kl_coef, the position among the prompts."""
+    """A checkpoint: float32 weights and moments of the trained models, kl_coef, the position among the prompts, and the
+    samples that were drawn ahead."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
@@ -223,6 +226,8 @@ def save(agent: Agent, run: RunFolder, step: int) -> None:
     }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
+    if agent.ahead is not None:
+        state["ahead"] = agent.ahead.state(step)
     run.save_checkpoint(step, state)
 
 
@@ -246,6 +251,8 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if agent.kl_controller.target and "kl_coef" not in run.changed:  # a fixed coefficient comes from the options
         agent.kl_controller.coef = float(state["kl_coef"])
     agent.prompts_drawn = int(state["prompts_drawn"])
+    if agent.ahead is not None:
+        agent.ahead.load(state.get("ahead"), int(state["step"]))
     run.truncate_metrics(state["step"])
     notice(f"going on from {checkpoint}")
     return int(state["step"])

@@ -190,6 +190,8 @@ class EngineOptions(SamplerOptions):
     """Weights of an engine's tokens by p_trainer / p_engine: limited to sampler_cap, or 0 outside of a band."""
     sampler_cap: Annotated[float, POSITIVE] = 2.0
     """Largest weight of a token by truncate, of a sequence by sequence-mask."""
+    one_step_ahead: bool = False
+    """A server samples each step's completions while the step before learns, by the weights before that update."""
 
 
 @dataclass
@@ -311,7 +313,18 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
             self.keep_best and not (self.eval_steps and self.eval_prompts_file),
             "keep_best compares evaluations: set eval_steps and eval_prompts_file",
         )
+        yield from self._not_ahead()
         yield 0 < self.dual_clip <= 1, f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}"
+
+    def _not_ahead(self) -> Iterator[tuple[bool, str]]:
+        """(whether it is set, message) for options that one_step_ahead does not go with."""
+        for wrong, message in (
+            (self.sampler != "vllm-server", "needs sampler vllm-server, which works while this process learns"),
+            (bool(self.dynamic_sampling), "excludes dynamic_sampling, which samples more once the scores are known"),
+            (self.max_seconds > 0, "excludes max_seconds, which makes steps smaller when the next is sampled already"),
+            (OBJECTIVES[self.objective].pairs, f"is not for {self.objective!r}: no correction weights its pairs"),
+        ):
+            yield self.one_step_ahead and wrong, f"one_step_ahead {message}"
 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) for options that the objective does not use."""

@@ -48,6 +48,7 @@ from rlhf_fast.run.runtime import tune_process
 from rlhf_fast.run.threads import threads
 
 from .agent import Agent, encode_prompts, load_agent, restore, save, save_policy
+from .ahead import one_step_ahead
 from .checks import check_distribution
 from .config import PPOConfig
 from .evaluation import Evaluator, summarise
@@ -98,6 +99,8 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
         steps = math.ceil(config.prompt_epochs * len(prompts.ids) / config.prompts_per_step)
         settings = Settings(replace(config, max_steps=steps))
     max_steps = settings.duration.max_steps
+    # If one can go on from the last step, also that one samples ahead.
+    agent.ahead = one_step_ahead(settings.one_step_ahead, sampler, max_steps + settings.saving.last)
     require_space(run.path, agent.parameter_count(), settings.saving.steps)
     step = restore(agent, run)
     evaluator = Evaluator(agent, held_out, settings.evaluation, run, rater, sampler)
@@ -149,6 +152,7 @@ def train_step(
 ) -> dict[str, float]:
     """One step of the algorithm; returns its metrics."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step + 500_000)
+    began = timer.elapsed()
 
     # Collect: completions and their scores, each rank for its share of the prompts.
     rollout, drawn = collect(agent, prompts, options.sample, sizes, step, timer, sampler)
@@ -158,8 +162,9 @@ def train_step(
     options = options.at(agent.kl_controller.coef, agent.rewards.rounding, unit)
     plans = plan_minibatches(samples.batch, unit, sizes, agent.policy, generator)
     experience = score(agent, samples, plans, options.score, timer, calibrate=step == 0)
-    # Whether these are all samples, drawn from the full distribution, not selected by reward.
-    plain = samples.support is None and prompts.pairs is None and unit == 1 and not drawn.get("sample/dropped")
+    # Whether these are all samples, drawn from the full distribution of this policy, not selected by reward.
+    selected = prompts.pairs is not None or unit > 1 or bool(drawn.get("sample/dropped"))
+    plain = samples.support is None and not selected and not samples.steps_behind
     if plain and not options.score.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
 
@@ -181,6 +186,9 @@ def train_step(
     if samples.logprobs is not None:
         correction, mask = options.score.correction, experience.batch.mask
         metrics |= mismatch_metrics(experience.old_logprobs, samples.logprobs, mask, correction)
+        metrics["engine/steps_behind"] = float(samples.steps_behind)
+    if agent.ahead is not None:
+        metrics |= {"time/step_began": began, **agent.ahead.times(timer.start)}
     metrics["policy/ratio_gap"] = agent.largest_gap
     if not warming_up:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])

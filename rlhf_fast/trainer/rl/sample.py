@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.rollout.rollout import Rollout, Sampler, SamplingParams
 from rlhf_fast.run.progress import Timer
 
 from .agent import Agent
+from .ahead import Key
 from .checks import check_rollout
 from .dynamic_sampling import refill
 from .prompts import Prompts
 from .rewards import LengthRules
 from .sizes import Sizes
+
+T = TypeVar("T")
 
 
 class SampleOptions(NamedTuple):
@@ -59,21 +64,16 @@ def sample(
     A score is one number, by the reward model (read at the last token), by functions, by both, or by people.
     """
     with timer("generate"):
-        drawn = prompts.draw(agent.prompts_drawn + extra * sizes.prompts, sizes.prompts, options.seed)
-        mine = ranks().share(len(drawn), "prompts_per_step")
-        own = drawn[mine]
+        place = agent.prompts_drawn + extra * sizes.prompts
+        own, _ = share(prompts, options, sizes, place)
         rollout = prompts.ranked(own)
         if rollout is None:
-            rollout = sampler(
-                agent.policy,
-                agent.tokenizer,
-                [prompts.ids[i] for i in own],
-                options.params,
-                seed=options.seed * 1_000_003 + step + extra * 10_000_019,
-                samples_per_prompt=sizes.samples,
-                first_prompt=mine.start,
-                total_prompts=len(drawn),
-            )
+            of_step = partial(call, agent, prompts, options, sizes)
+            if agent.ahead is None:
+                rollout = of_step(sampler, step + extra * 10_000_019, place)
+            else:
+                key = Key(step, place, sizes.prompts * sizes.samples)
+                rollout = agent.ahead.take(key, of_step, sizes.prompts).to(agent.policy.device)
             check_rollout(rollout, options.params, len(own) * sizes.samples)
     with timer("reward"):
         if rollout.scores is None:
@@ -82,3 +82,33 @@ def sample(
             scores = ranks().all_or_none(lambda: agent.rewards(rollout, plan, lines))
             rollout.scores, rollout.score_parts = scores.total, scores.parts
     return rollout
+
+
+def share(prompts: Prompts, options: SampleOptions, sizes: Sizes, place: int) -> tuple[list[int], int]:
+    """This rank's of a step's prompts, which begin at `place`, and the number of its first one among them."""
+    drawn = prompts.draw(place, sizes.prompts, options.seed)
+    mine = ranks().share(len(drawn), "prompts_per_step")
+    return drawn[mine], mine.start
+
+
+def call(
+    agent: Agent,
+    prompts: Prompts,
+    options: SampleOptions,
+    sizes: Sizes,
+    sampler: Callable[..., T],
+    step: int,
+    place: int,
+) -> T:
+    """What `sampler`, or a method with its arguments, returns for this rank's prompts of a step."""
+    own, first = share(prompts, options, sizes, place)
+    return sampler(
+        agent.policy,
+        agent.tokenizer,
+        [prompts.ids[i] for i in own],
+        options.params,
+        seed=options.seed * 1_000_003 + step,
+        samples_per_prompt=sizes.samples,
+        first_prompt=first,
+        total_prompts=sizes.prompts,
+    )

@@ -110,7 +110,7 @@ def policy_logprobs(policy: Any, rollout: Rollout, plan: list[Tensor], options: 
         old_logprobs, entropy = logprobs_and_entropy(policy, batch, plan, options.temperature)
         check_logprobs("old_logprobs", old_logprobs, batch.mask)
     if rollout.logprobs is not None:
-        check_engine(old_logprobs, rollout.logprobs, batch.mask, policy.dtype)
+        check_engine(old_logprobs, rollout.logprobs, batch.mask, policy.dtype, rollout.steps_behind)
     return old_logprobs, entropy
 
 

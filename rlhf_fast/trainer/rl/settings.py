@@ -49,6 +49,7 @@ class Settings:
         self.data = _data(config)
         self.sampler = SamplerOptions(config.sampler, config.engine_url)
         self.served = Served(config.model, config.dtype, config.max_length)
+        self.one_step_ahead = config.one_step_ahead
         self.prompts = PromptOptions(
             limits=Limits(config.max_length, config.overlong, config.strict),
             max_new_tokens=config.max_new_tokens,
