@@ -19,11 +19,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.data.files import read_rows
+from rlhf_fast.data.files import RowAndPlace, read_rows
 from rlhf_fast.errors import UserError
 
 from .agreement import Agreement, agreement
-from .schema import Ranking, each_ranking, latest_lines
+from .schema import Ranking, each_ranking, latest_lines, rankings_of
 
 BEST_RATING = 7
 
@@ -58,6 +58,7 @@ class AnswerFile:
         self.path = Path(answers)
         if self.path.resolve() == Path(source).resolve():
             raise UserError(f"answers cannot be written to {source} itself, which is being labelled: name another file")
+        self._read: tuple[tuple[int, int], list[RowAndPlace]] = (0, 0), []  # size and time of change; rows
         with self._locked() as file:
             self._repair_last_line(file)
 
@@ -130,14 +131,14 @@ class AnswerFile:
 
     def agreement(self) -> Agreement | None:
         """How far all annotators of the file agree so far; None if no two have answered the same prompt."""
-        rankings = [ranking for ranking in each_ranking(self.path) if isinstance(ranking, Ranking)]
+        rankings = [ranking for ranking in rankings_of(self._rows()) if isinstance(ranking, Ranking)]
         return agreement([ranking for ranking in latest_lines(rankings) if ranking.goodness])
 
     def _done(self, annotator: str) -> dict[str, dict[str, Any]]:
         """The lines of answered or skipped items by item key, oldest first."""
         keys = {item.key() for item in self.items}
         done: dict[str, dict[str, Any]] = {}
-        for row, _ in read_rows(self.path):
+        for row, _ in self._rows():
             if isinstance(row, UserError) or row.get("annotator") != annotator:
                 continue  # a line truncated by a kill is not an answer
             key = json.dumps([row.get("prompt"), row.get("completions")])
@@ -145,6 +146,13 @@ class AnswerFile:
             if key in keys and not row.get("undone"):
                 done[key] = row
         return done
+
+    def _rows(self) -> list[RowAndPlace]:
+        """The file's rows, read again if anyone has written since."""
+        found = self.path.stat()
+        if self._read[0] != (state := (found.st_size, found.st_mtime_ns)):
+            self._read = state, list(read_rows(self.path))
+        return self._read[1]
 
     def _append(self, annotator: str, place: int, **answer: Any) -> None:
         item = self.items[place]

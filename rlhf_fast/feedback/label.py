@@ -17,6 +17,8 @@ from rlhf_fast.run.terminal import printable
 from .answer_file import AnswerFile
 from .label_server import LabelServer
 
+LAST_PORT = 65535
+
 
 def main(arguments: Sequence[str]) -> int:
     """Parse the options of the subcommand and serve the page until Ctrl-C."""
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--annotator", default="", help="initial name; it can be changed on the page")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on, 0: any free one (default 7860)")
+    parser.add_argument("--port", type=_port, default=7860, help="port to listen on, 0: any free one (default 7860)")
     options = parser.parse_args(list(arguments))
     output = options.output or str(Path(options.file).with_suffix(".labels.jsonl"))
     answer_file = AnswerFile(options.file, output, rate=options.rate, pairs=options.pairs, criteria=options.criteria)
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         server = LabelServer(answer_file, (options.host, options.port), options.annotator)
     except OSError as error:
         raise UserError(
-            f"cannot serve the page on {options.host}:{options.port}: {error.strerror}; --port 0 takes any free port"
+            f"cannot serve the page on --host {options.host} --port {options.port}: {error.strerror}; --port 0 takes "
+            "any free port"
         ) from None
     print(f"{len(answer_file.items)} prompts of {printable(options.file)}; answers go to {printable(output)}")
     print(f"open {server.address}", flush=True)
@@ -53,3 +56,9 @@ def main(arguments: Sequence[str]) -> int:
     finally:
         server.server_close()
     return 0
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(f"wanted a port from 0 (any free one) to {LAST_PORT}, got {text}")
+    return int(text)

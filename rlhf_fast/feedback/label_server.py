@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,8 +51,9 @@ class LabelServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, answer_file: AnswerFile, address: tuple[str, int], annotator: str = "") -> None:
-        """Listen on `address` (host, port); port 0 takes any free one. OSError if it cannot."""
-        super().__init__(address, _Handler)
+        """Listen on `address` (host, port), of IPv4 or IPv6; port 0 takes any free one. OSError if it cannot."""
+        self.address_family, *_, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        super().__init__(place, _Handler)  # type: ignore[arg-type]  # of IPv6 it has four parts
         self.answer_file, self.annotator = answer_file, annotator
         self.token = secrets.token_urlsafe(24)
         self.lock = Lock()  # one request at a time reads and writes the answers

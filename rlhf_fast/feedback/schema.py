@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.dropped import Dropped
-from rlhf_fast.data.files import read_rows
+from rlhf_fast.data.files import RowAndPlace, read_rows
 from rlhf_fast.data.messages import Chat, Completion, Prompt, check_completion, check_prompt, completion_text
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
@@ -134,7 +134,12 @@ def holds_feedback(path: str | Path) -> bool:
 
 def each_ranking(path: str | Path) -> Iterator[Ranking | UserError]:
     """Every line, rated or not; a malformed one gives its error instead."""
-    for row, where in read_rows(path):
+    return rankings_of(read_rows(path))
+
+
+def rankings_of(rows: Iterable[RowAndPlace]) -> Iterator[Ranking | UserError]:
+    """The same for rows that have been read."""
+    for row, where in rows:
         try:
             if isinstance(row, UserError):
                 raise row

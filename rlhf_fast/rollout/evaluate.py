@@ -35,15 +35,18 @@ def evaluate(
     *,
     samples: int,
     micro_batch_size: int,
+    total: int | None = None,
     rater: Rater | None = None,
     sampler: Sampler = generate,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Figures and one row for each sample: prompt, completion, reward, gold (if a rater is given), kl, tokens, ended.
+    """Figures and one row for each sample: prompt, completion, reward, gold (if a rater is given), kl, entropy, tokens,
+    ended; a row's kl and entropy are sums over its tokens.
 
     reward: mean normalised score (where there is a reward model). gold: mean of the simulated rater. kl: nats per
     sequence, log p - log p_ref summed over the tokens the policy sampled. entropy: nats per token. distinct: share of
     different texts among the samples. distinct_2: different word pairs by all word pairs. ended: share that ended by
-    themselves. With several ranks each samples its share of the prompts, and all get all rows.
+    themselves. With several ranks each samples its share of the prompts, and all get all rows. With `total` the prompts
+    are the first of so many, and their random numbers those of an evaluation of all.
     """
     own: dict[int, list[dict[str, Any]]] = {}
     size = max(1, SAMPLES_AT_ONCE // samples)
@@ -54,7 +57,10 @@ def evaluate(
             break
         start = starts[place] if has_work else 0
         part = encoded[start : start + size]
-        rollout = sampler(policy, tokenizer, part, params, seed=EVAL_SEED + start, samples_per_prompt=samples)
+        numbers: dict[str, int] = {"seed": EVAL_SEED + start, "samples_per_prompt": samples}
+        if total is not None:
+            numbers["total_prompts"] = min(size, total - start)
+        rollout = sampler(policy, tokenizer, part, params, **numbers)
         measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch_size)
         if has_work:
             own[start] = measured
@@ -67,9 +73,19 @@ def evaluate(
         ratings = ranks().once(lambda: [rater(*group) for group in zip(prompts, groups, strict=True)])
         for row, rating in zip(rows, (x for group in ratings for x in group), strict=True):
             row["gold"] = rating
-    figures = {shown: _mean(rows, name) for name, shown in SHOWN_AS.items() if name in rows[0]}
-    figures["entropy"] = sum(row.pop("entropy") for row in rows) / sum(row["tokens"] for row in rows)
-    return {**figures, **variety([row["completion"] for row in rows])}, rows
+    return figures_of(rows), rows
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The figures of an evaluation from its rows, or of a part of its prompts from theirs."""
+    functions = dict.fromkeys(name for row in rows for name in row if name.startswith("rewards/"))
+    figures = {}
+    for name, shown in {**SHOWN_AS, **{name: name for name in functions}}.items():
+        if values := [row[name] for row in rows if name in row]:  # a function may have no opinion of a sample
+            figures[shown] = sum(values) / len(values)
+    if all("entropy" in row for row in rows):  # not so in samples.jsonl of earlier versions
+        figures["entropy"] = sum(row["entropy"] for row in rows) / sum(row["tokens"] for row in rows)
+    return {**figures, **variety([row["completion"] for row in rows])}
 
 
 SAMPLES_AT_ONCE = 128  # limits the memory of the KV cache
@@ -99,10 +115,6 @@ def _measure(
     if reward is not None:
         columns["reward"] = in_micro_batches(lambda part: sequence_scores(reward, part), batch, plan).tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _mean(rows: list[dict[str, Any]], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
 
 
 def variety(texts: list[str]) -> dict[str, float]:

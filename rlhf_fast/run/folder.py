@@ -35,6 +35,7 @@ from .records import read_jsonl
 from .terminal import redacted
 from .trackers import Trackers
 
+UPLOADED = "uploaded.json"  # place in a repository -> address of the commit that brought the model there
 INPUTS = "inputs.json"  # digests of the files and models that a run started with; alone, nothing has been done yet
 MARKER = ".rlhf_fast"  # in every run folder, so that --overwrite empties no other; locked during a run
 
@@ -49,6 +50,7 @@ class RunFolder:
         """Wrap an existing folder; use `create` instead."""
         self.path = path
         self.resume = resume
+        self.part = False  # of a pipeline, which uploads the models of all phases at its end
         self.keep = 2  # checkpoints
         self.changed: frozenset[str] = frozenset()  # options that differ from those the run started with
         self._resume_from: Path | None = None
@@ -95,7 +97,9 @@ class RunFolder:
 
     def child(self, name: str) -> RunFolder:
         """The folder of one phase of a pipeline."""
-        return RunFolder.create(self.path / name, resume=self.resume)
+        child = RunFolder.create(self.path / name, resume=self.resume)
+        child.part = True
+        return child
 
     def save_config(self, config: Any, tracked: bool = True) -> None:
         """Write a dataclass as config.yaml; if the folder's metrics are `tracked`, open its trackers and repository."""
@@ -193,17 +197,34 @@ class RunFolder:
                 self._write_card(folder, {})
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and the figures in the cards; upload what was asked for. All ranks wait."""
+        """Write summary.json and the figures in the cards, for which all ranks wait; then upload what was asked for."""
         self.write_json("summary.json", summary)
         if ranks().main:
-            for name, inside in (("model", ""), ("adapters", "adapters")):
-                folder = self.path / name
+            for folder in (self.path / "model", self.path / "adapters"):
                 if folder.is_dir():
                     self._write_card(folder, summary)
-                    if self._config is not None and self._config.push_to_hub:
-                        address = upload(self._config.push_to_hub, folder, inside)
-                        notice(f"{folder} is at {address}") if address else None
         ranks().wait()
+        if self._config is not None and not self.part:
+            self.upload(self._config.push_to_hub)
+
+    def upload(self, repository: str) -> None:
+        """Upload model/ and adapters/ to the repository, unless they are there; "" uploads nothing.
+
+        The main process alone does it. A large upload takes longer than other processes may wait for one that is to
+        communicate, so call it where nothing is left for them to do.
+        """
+        if not ranks().main or not repository:
+            return
+        path = self.path / UPLOADED
+        done: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        for name, inside in (("model", ""), ("adapters", "adapters")):
+            folder, place = self.path / name, f"{repository}/{inside}".rstrip("/")
+            if not folder.is_dir() or place in done:
+                continue
+            stale = () if inside or (self.path / "adapters").is_dir() else ("adapters/adapter_*",)
+            if address := upload(repository, folder, inside, stale):
+                notice(f"{folder} is at {address}")
+                write_json(path, done := {**done, place: address})
 
     def _write_card(self, folder: Path, summary: Mapping[str, Any]) -> None:
         kind = type(self._config).__name__

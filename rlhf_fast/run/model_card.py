@@ -171,8 +171,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """One line of text as a code span in a table."""
-    line = " ".join(printable(text).split()).replace("|", "\\|")
+    """One line of text as code in a table.
+
+    Readers disagree on which bars end a cell after a backslash, so such a line has none: HTML entities are no markup.
+    """
+    line = " ".join(printable(text).split())
+    if "|" in line:
+        entities = re.sub(r"[^\w ]", lambda match: f"&#{ord(match[0])};", line)
+        return f"<code>{entities}</code>"
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
 

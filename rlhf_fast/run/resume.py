@@ -13,7 +13,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
 from .checkpoint import newest_checkpoint, write_json
-from .folder import INPUTS, RunFolder
+from .folder import INPUTS, UPLOADED, RunFolder
 from .options import RunOptions, read_yaml
 from .progress import notice
 from .terminal import redacted
@@ -30,6 +30,8 @@ def finished_summary(run: RunFolder, config: RunOptions, may_extend: bool = True
     `may_extend`.
     """
     summary, run.changed = ranks().once(lambda: _finished_summary(run, config, may_extend))
+    if summary is not None and not run.part:
+        run.upload(config.push_to_hub)  # which may have failed, or is wanted now
     return summary
 
 
@@ -48,7 +50,8 @@ def _finished_summary(
     if extended:
         _check_extension(run, config, may_extend)
     elif finished:
-        effect = f"so {_listed(changes)} changes nothing" if changes else "nothing is left to do"
+        changes.pop("push_to_hub", None)  # a finished model can be uploaded
+        effect = f"so {_listed(changes)} changes nothing" if changes else "nothing is left to train"
         notice(f"{run.path} is finished, {effect}")
         summary: dict[str, Any] = run.read_json("summary.json")
         return summary, frozenset()
@@ -57,7 +60,7 @@ def _finished_summary(
     run.save_config(config, tracked=False)
     write_json(run.path / INPUTS, _digests(config))
     if extended:
-        for name in ("summary.json", "eval_after.json"):
+        for name in ("summary.json", "eval_after.json", UPLOADED):
             (run.path / name).unlink(missing_ok=True)
     return None, frozenset(changes)
 

@@ -76,7 +76,8 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     feedback = config.reward.feedback_file or str(folder / "collect" / "feedback.jsonl")
 
     phases: dict[str, dict[str, Any]] = {}
-    phases["sft"] = _phase("sft", train_sft, _config(SFTConfig, config, config.sft), run)
+    sft = _config(SFTConfig, config, config.sft)
+    phases["sft"] = _phase("sft", train_sft, sft, run)
     if not config.reward.feedback_file:
         phases["collect"] = _phase(
             "collect", collect, _config(CollectConfig, config, config.collect, model=sft_model), run
@@ -96,6 +97,8 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     summary = summarise(config, phases, timer.elapsed())
     run.write_json("summary.json", summary)
     notice(f"report: {write_report(folder)}")
+    for name, part in (("sft", sft), ("reward", reward), ("ppo", ppo)):
+        RunFolder(folder / name).upload(part.push_to_hub)
     return summary
 
 

@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from urllib.parse import quote
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.feedback import answer_file as answer_file_module
 from rlhf_fast.feedback.answer_file import AnswerFile
 from rlhf_fast.feedback.label_server import LabelServer
 from rlhf_fast.feedback.schema import read_feedback
@@ -155,7 +157,45 @@ def test_tasks_answers_and_agreement_over_http(ask: Client, tmp_path: Path) -> N
 
 def test_an_address_that_is_taken_is_named(source: str, ask: Client, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["label", source, "--port", str(ask.address[1])]) == 2
-    assert re.search(r"cannot serve the page on 127.0.0.1:\d+: .*in use; --port 0 takes", capsys.readouterr().err)
+    assert re.search(r"the page on --host 127.0.0.1 --port \d+: .*in use; --port 0 takes", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "x"])
+def test_a_port_that_cannot_be_is_named(source: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["label", source, f"--port={port}"])
+    assert f"argument --port: wanted a port from 0 (any free one) to 65535, got {port}" in capsys.readouterr().err
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here")
+def test_the_page_is_served_over_ipv6(source: str, tmp_path: Path) -> None:
+    with serving(source, "--host", "::1", "--output", str(tmp_path / "answers.jsonl")) as address:
+        found = re.fullmatch(r"http://\[::1\]:(\d+)/#token=(.+)", address)
+        assert found is not None
+        connection = http.client.HTTPConnection("::1", int(found[1]), timeout=60)
+        connection.request("GET", "/api/task?annotator=a", headers={"Authorization": f"Bearer {found[2]}"})
+        assert json.loads(connection.getresponse().read())["place"] == 0
+        connection.close()
+
+
+def test_a_request_reads_the_answers_once(ask: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    really_read = answer_file_module.read_rows
+    monkeypatch.setattr(answer_file_module, "read_rows", lambda path: reads.append(path) or really_read(path))
+    assert ask("/api/skip", {"annotator": "a", "place": 0})[1]["done"] == 1 and len(reads) == 1
+    assert ask("/api/task?annotator=b")[1]["done"] == 0 and len(reads) == 1
+    other = AnswerFile(tmp_path / "completions.jsonl", tmp_path / "answers.jsonl")  # another process, say
+    other.skip("b", 0)
+    assert ask("/api/task?annotator=b")[1]["done"] == 1 and len(reads) == 2
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import sys
@@ -20,8 +21,11 @@ import torch
 from helpers import phases
 from safetensors.torch import load_file
 
+from rlhf_fast.distributed.ranks import Ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.loading import load_causal_lm, load_reward_model, load_tokenizer
+from rlhf_fast.run import folder as folder_module
+from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.model_card import Trained, base_model, write_card
 from rlhf_fast.trainer import CollectConfig
 from rlhf_fast.trainer.pipeline import PipelineConfig, _config
@@ -64,6 +68,19 @@ def test_nothing_of_a_model_or_a_file_becomes_markup(tmp_path: Path) -> None:
     assert Tags(page).seen <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre"}
     assert page.count("<table>") == 4 and "alert(1)" in page  # shown, as text
     assert not re.search(r"<td></td>\s*</tr>\s*<tr>\s*<td>h", page)  # no row was broken by a line break or a bar
+
+
+@pytest.mark.parametrize("value", [r"a\|b", "a|b", "\\\\|| \\", "|`|``", "&#124;|<b>"])
+def test_a_bar_ends_no_cell_whatever_stands_before_it(value: str, tmp_path: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    write_card(tmp_path, Trained("PPOConfig", {"model": "m", "rater": value}, {}, []))
+    text = card_of(tmp_path)[1]
+    (row,) = [line for line in text.splitlines() if line.startswith("| rater")]
+    assert row.count("|") == 3  # no bar that a reader could take for the end of a cell
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    (shown,) = re.findall(r"<td>rater</td>\s*<td><code>(.*)</code></td>", page)
+    assert html.unescape(shown) == value.strip()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +168,9 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.cards: list[str] = []
         self.tokens: set[str | None] = set()
-        self.fails = ""  # a part of the paths that are answered by 500
+        self.checked: list[str] = []
+        self.commits = 0
+        self.fails = ""  # a part of the paths that are refused
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -166,6 +185,15 @@ class _Hub(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
+        hub = self.server
+        if hub.fails and hub.fails in self.path:
+            return self._reply({"error": "broken"}, 403)
+        if "/tree/" in self.path:
+            repository = self.path.split("/api/models/")[1].partition("/tree/")[0] + "/"
+            names = [name.removeprefix(repository) for name in hub.files if name.startswith(repository)]
+            return self._reply([{"type": "file", "path": name, "size": 1, "oid": "abc"} for name in names])
+        if "/auth-check" in self.path:
+            hub.checked.append(self.path)
         self._reply({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
 
     def do_POST(self) -> None:
@@ -187,10 +215,13 @@ class _Hub(BaseHTTPRequestHandler):
             )
         if "/commit/" in self.path:
             repository = self.path.split("/api/models/")[1].partition("/commit/")[0]
+            hub.commits += 1
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     hub.files[f"{repository}/{line['value']['path']}"] = content
+                elif line["key"] == "deletedFile":
+                    del hub.files[f"{repository}/{line['value']['path']}"]
             return self._reply(
                 {"commitUrl": f"http://{self.headers['Host']}/{repository}/commit/abc", "commitOid": "abc"}
             )
@@ -215,40 +246,87 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread.join()
 
 
+def uploading(job_data: Path) -> Any:
+    return replace(phases.jobs(job_data)["sft"], max_steps=1, push_to_hub="me/tiny", save_steps=0)
+
+
 def test_the_model_its_card_and_its_adapters_are_uploaded(
     hub: Hub, job_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = replace(phases.jobs(job_data)["sft"], max_steps=1, lora_rank=2, push_to_hub="me/tiny", save_steps=0)
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.md", "onnx/model.safetensors")
+    hub.files |= {f"me/tiny/{name}": b"of an earlier upload" for name in old}
+    job = replace(uploading(job_data), lora_rank=2)
     phases.run(job, tmp_path / "run")
-    (made,) = hub.created
+    made = hub.created[0]
     assert made["name"] == "tiny" and (made.get("visibility") == "private" or made.get("private"))
-    assert hub.tokens == {f"Bearer {SECRET}"}
+    assert hub.tokens == {f"Bearer {SECRET}"} and hub.checked == ["/api/models/me/tiny/auth-check/write"]
     for local, remote in (("model", "me/tiny"), ("adapters", "me/tiny/adapters")):
         for path in (tmp_path / "run" / local).iterdir():
             assert hub.files.pop(f"{remote}/{path.name}") == path.read_bytes()
-    assert not hub.files
+    # transformers would read the old shards, had they stayed; the rest of the repository is its owner's
+    assert set(hub.files) == {"me/tiny/notes.md", "me/tiny/onnx/model.safetensors"}
     assert re.search(r"is at http://127.0.0.1:\d+/me/tiny/commit/abc", capsys.readouterr().err)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
 
 
-def test_a_repository_that_cannot_be_made_is_known_before_training(hub: Hub, job_data: Path, tmp_path: Path) -> None:
-    hub.fails = "create"
-    job = replace(phases.jobs(job_data)["sft"], push_to_hub="me/tiny")
-    with pytest.raises(UserError, match=r"push_to_hub: cannot make or open the repository 'me/tiny' \(.*hf auth login"):
-        phases.run(job, tmp_path / "run")
+@pytest.mark.parametrize("fails", ["create", "auth-check/write"])
+def test_a_repository_that_cannot_be_written_is_known_before_training(
+    fails: str, hub: Hub, job_data: Path, tmp_path: Path
+) -> None:
+    hub.fails = fails
+    with pytest.raises(UserError, match=r"push_to_hub: cannot make the repository 'me/tiny' or write .*hf auth login"):
+        phases.run(uploading(job_data), tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_failed_upload_keeps_the_model_and_says_how_to_try_again(
+def test_a_failed_upload_keeps_the_model_and_resume_tries_again(
     hub: Hub, job_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.fails = "commit"
-    phases.run(replace(phases.jobs(job_data)["sft"], max_steps=1, push_to_hub="me/tiny"), tmp_path / "run")
-    assert (tmp_path / "run" / "summary.json").exists()
+    job, folder = uploading(job_data), tmp_path / "run"
+    phases.run(job, folder)
+    assert (folder / "summary.json").exists() and not hub.files
     shown = capsys.readouterr().err
-    assert "was not uploaded (" in shown and f"hf upload me/tiny {tmp_path / 'run' / 'model'}" in shown
+    assert "was not uploaded (" in shown and f"hf upload me/tiny {folder / 'model'}" in shown and "--resume" in shown
     assert SECRET not in shown
+    hub.fails = ""
+    hub.files["me/tiny/adapters/adapter_model.safetensors"] = b"of an earlier upload"
+    phases.run(job, folder, resume=True)
+    assert hub.commits == 1 and set(hub.files) == {f"me/tiny/{path.name}" for path in (folder / "model").iterdir()}
+    phases.run(job, folder, resume=True)
+    assert hub.commits == 1  # it is there
+    capsys.readouterr()
+    phases.run(replace(job, push_to_hub="me/other"), folder, resume=True)
+    assert hub.commits == 2 and "me/other/model.safetensors" in hub.files
+    assert "nothing is left to train" in capsys.readouterr().err
+
+
+def test_other_processes_do_not_wait_for_an_upload(
+    hub: Hub, job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may wait for another's message for some minutes only, less than a large upload takes."""
+    events: list[str] = []
+    for name in ("wait", "every"):
+        real = getattr(Ranks, name)
+
+        def noted(self: Ranks, *args: Any, real: Any = real) -> Any:
+            events.append("message")
+            return real(self, *args)
+
+        monkeypatch.setattr(Ranks, name, noted)
+    real_upload = folder_module.upload
+    monkeypatch.setattr(folder_module, "upload", lambda *args: events.append("upload") or real_upload(*args))
+    phases.run(uploading(job_data), tmp_path / "run")
+    assert events.count("upload") == 1 and events[-1] == "upload" and events.count("message") > 3
+    part = RunFolder(tmp_path / "run")
+    part.part = True
+    assert hub.commits == 1
+    part._config = replace(uploading(job_data), push_to_hub="me/part")
+    part.finish({})  # of a pipeline, whose next phase has messages: it uploads at its end
+    assert hub.commits == 1
+    part.upload("me/part")
+    assert hub.commits == 2
 
 
 def test_a_pipeline_names_the_repository_of_each_phase() -> None:

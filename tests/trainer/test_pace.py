@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers import phases
 
+from rlhf_fast.rollout.evaluate import figures_of
 from rlhf_fast.run import threads as threads_module
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import Threads
 from rlhf_fast.trainer.rl.config import PPOConfig
 from rlhf_fast.trainer.rl.pace import Pace
@@ -65,6 +71,71 @@ def test_a_burst_of_load_is_made_up_for() -> None:
         clock.now += clock.each * prompts[-1]
         clock.timer.totals["step"] += clock.each * prompts[-1]
     assert len(prompts) == 16 and prompts[-1] == 8
+
+
+def test_the_last_evaluation_gets_smaller_with_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """The evaluation before took ten seconds; 48 prompts, as the demo has."""
+    for each, limit in ((1.6, 400), (15.8, 0)):  # all is well; no limit
+        clock = Clock(each, max_seconds=limit)
+        clock.run(16)
+        assert clock.pace.held_out(48) == 48
+    assert "held-out" not in capsys.readouterr().err
+    slow = Clock(15.8, max_seconds=400)
+    slow.run(16)
+    assert slow.pace.held_out(48) == 12  # the time is up, so a fourth
+    slow.now = 393.9  # six seconds for what takes ten, and a fifth more
+    assert slow.pace.held_out(48) == 24 and slow.pace.held_out(1) == 1
+    assert "6 s are left of max_seconds 400: the last evaluation takes 24 of 48 held-out prompts" in (
+        capsys.readouterr().err
+    )
+    slow.each *= 4  # from now on everything takes four times as long
+    slow.timer.totals["step"] += slow.each * slow.pace.sizes.prompts
+    slow.pace.ended(11)
+    slow.now = 375.9
+    assert slow.pace.held_out(48) == 24
+    resumed = Clock(15.8, max_seconds=400)
+    resumed.timer.totals["evaluate"] = 0.0  # read back from the run's folder
+    resumed.run(16)
+    assert resumed.pace.held_out(48) == 48  # how long that takes is not known
+
+
+def test_a_smaller_last_evaluation_leaves_more_to_the_steps() -> None:
+    """Of 100 s, a whole evaluation of 60 would leave the least to each step, two prompts."""
+    clock = Clock(2.0, max_seconds=100, max_steps=5, min_steps=1)
+    clock.timer.totals["evaluate"], clock.timer.totals["load"] = 60.0, 5.0
+    assert clock.run(5) == [8, 3, 3, 4, 4]
+
+
+def test_before_and_after_are_of_the_same_prompts(
+    job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(phases.jobs(job_data)["grpo"], max_steps=1, save_steps=0)
+    phases.run(config, tmp_path / "all")
+    monkeypatch.setattr(Pace, "held_out", lambda pace, prompts: prompts - 4)
+    phases.run(config, tmp_path / "two")
+    (whole, rows), (cut, fewer) = (
+        (json.loads((folder / "summary.json").read_text()), read_jsonl(folder / "samples.jsonl"))
+        for folder in (tmp_path / "all", tmp_path / "two")
+    )
+    samples, names = config.eval_samples, ("reward", "gold", "kl", "entropy", "length", "ended", "distinct")
+    assert len(rows) == 12 * samples and len(fewer) == 4 * samples
+    for when in ("before", "after"):
+        of_all = [row for row in rows if row["when"] == when]
+        same = [row for row in fewer if row["when"] == when]
+        assert [row["completion"] for row in same] == [row["completion"] for row in of_all[: 2 * samples]]
+        figures = figures_of(same)
+        stored = json.loads((tmp_path / "two" / f"eval_{when}.json").read_text())
+        for name in names:
+            assert cut[f"{name}_{when}"] == stored[name] == pytest.approx(figures[name])
+            assert whole[f"{name}_{when}"] == pytest.approx(figures_of(of_all)[name])
+    assert cut["reward_before"] != pytest.approx(whole["reward_before"])
+    # Killed between the two files of the evaluation: the prompts that are left count.
+    shutil.copy(tmp_path / "all" / "eval_before.json", tmp_path / "two")
+    (tmp_path / "two" / "summary.json").unlink()
+    monkeypatch.undo()
+    phases.run(config, tmp_path / "two", resume=True)
+    again = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert {name: again[f"{name}_before"] for name in names} == {name: cut[f"{name}_before"] for name in names}
 
 
 @pytest.mark.parametrize(("samples", "minibatches", "smallest"), [(1, 4, 4), (3, 3, 3), (4, 8, 4)])

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlhf_fast.rollout.builtin import generate
-from rlhf_fast.rollout.evaluate import Rater, evaluate
+from rlhf_fast.rollout.evaluate import Rater, evaluate, figures_of
 from rlhf_fast.rollout.rollout import Sampler, SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer, notice
+from rlhf_fast.run.records import read_jsonl
 
 from .agent import Agent, save_policy
 from .prompts import Prompts
@@ -40,8 +42,11 @@ class Evaluator:
     sampler: Sampler = generate
     best: tuple[int, float] | None = None  # step and reward of the best evaluation during the run
 
-    def at(self, when: str) -> Figures:
-        """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads them back."""
+    def at(self, when: str, count: int | None = None) -> Figures:
+        """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads them back.
+
+        `count`: of the first prompts alone, with the random numbers that they have among all.
+        """
         if self.held_out is None:
             return {}
         name, run, options = f"eval_{when}.json", self.run, self.options
@@ -52,21 +57,36 @@ class Evaluator:
             self.agent.reference,
             None if self.agent.rewards.reader is not None else self.agent.rewards.model,
             self.agent.tokenizer,
-            [line.prompt for line in self.held_out.lines],
-            self.held_out.ids,
+            [line.prompt for line in self.held_out.lines[:count]],
+            self.held_out.ids[:count],
             options.params,
             samples=options.samples,
             micro_batch_size=options.micro_batch,
+            total=None if count is None else len(self.held_out.lines),
             rater=self.rater,
             sampler=self.sampler,
         )
-        figures |= self.agent.rewards.add_to(rows, self.held_out.lines)
+        figures |= self.agent.rewards.add_to(rows, self.held_out.lines[:count])
         if when in ("before", "after"):
             run.append_jsonl(
                 "samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows)
             )
         run.write_json(name, figures)
         return figures
+
+    def at_end(self, before: Figures, fitting: Callable[[int], int]) -> tuple[Figures, Figures]:
+        """Figures before and after, of the same prompts: those of all that `fitting` says there is time for."""
+        if self.held_out is None:
+            return before, {}
+        before_rows = [row for row in read_jsonl(self.run.path / "samples.jsonl") if row.get("when") == "before"]
+        # A run that was killed here may have kept fewer.
+        known = len(before_rows) // self.options.samples or len(self.held_out.lines)
+        count = min(fitting(len(self.held_out.lines)), known)
+        after = self.at("after", count if count < len(self.held_out.lines) else None)
+        if count < len(self.held_out.lines) and before_rows:
+            before = figures_of(before_rows[: count * self.options.samples])
+            self.run.write_json("eval_before.json", before)
+        return before, after
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""

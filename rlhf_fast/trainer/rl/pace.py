@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Estimating when the phase ends, and fitting the prompts per step into `max_seconds`."""
+"""Estimating when the phase ends, and fitting the prompts per step and the last evaluation into `max_seconds`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_fast.run.progress import Timer, notice
 
 from .sizes import Sizes
 
-LEAST = 4  # a step never has fewer than a fourth of its prompts
+LEAST = 4  # neither a step nor the last evaluation has fewer than a fourth of its prompts
 MARGIN = 1.2  # steps vary: samples differ in length
 WORTH_SAYING = 60.0  # seconds that a phase must take before its end is announced
 
@@ -27,6 +27,8 @@ class Duration(NamedTuple):
 class Pace:
     """If time is short, steps get smaller before they get fewer: many small steps teach more than a few large ones.
 
+    The last evaluation gets smaller with them.
+
     with timer("step"):
         train_step(..., pace.sizes, step, ...)
     """
@@ -37,29 +39,57 @@ class Pace:
         self.duration, self.timer = duration, timer
         self._first: int | None = None
         self._seconds = 0.0  # total of all steps at the end of the last one
+        self._evaluation = 0.0  # seconds of the evaluation before; none in a run that resumes
+        self._each: list[float] = []  # seconds per prompt of the first step and of the last one
         self._notified = False
 
     def ended(self, step: int) -> bool:
         """Whether no further step fits after `step` of them; the same on every rank. Sets `sizes` for the next one."""
         if self._first is None:
-            self._first = step
+            self._first, self._evaluation = step, self.timer.totals["evaluate"]
         if step == self._first:
             return False
         last = self.timer.totals["step"] - self._seconds
         self._seconds = self.timer.totals["step"]
+        self._each = [*self._each[:1], last / self.sizes.prompts]
         # the main process decides for all, as clocks differ
-        prompts, stop = ranks().once(lambda: self._plan(step, last))
+        prompts, stop = ranks().once(lambda: self._plan(step))
         if not stop:
             self.sizes = self.full._replace(prompts=prompts)
         return stop
 
-    def _plan(self, step: int, last: float) -> tuple[int, bool]:
-        """(prompts of the next step, whether to stop instead); `last` is the duration of the last step."""
+    def held_out(self, prompts: int) -> int:
+        """How many of the held-out prompts the evaluation at the end takes: all, or those that there is time for.
+
+        At least a fourth; the same on every rank.
+        """
+        return ranks().once(lambda: self._fitting(prompts))
+
+    def _fitting(self, prompts: int) -> int:
+        limit, whole = self.duration.max_seconds, MARGIN * self._last_evaluation()
+        room = limit - self.timer.elapsed() if limit else float("inf")
+        if room >= whole or not whole:
+            return prompts
+        taken = max(-(-prompts // LEAST), min(prompts, int(prompts * room / whole)))
+        notice(
+            f"{max(room, 0):.0f} s are left of max_seconds {limit:.0f}: the last evaluation takes {taken} of {prompts} "
+            "held-out prompts, and the figures before training are those of the same prompts"
+        )
+        return taken
+
+    def _last_evaluation(self) -> float:
+        """Seconds that it will take with all prompts: as the one before, or longer if steps take longer by now."""
+        return self._evaluation * max(1.0, self._each[-1] / self._each[0]) if self._each else self._evaluation
+
+    def _plan(self, step: int) -> tuple[int, bool]:
+        """(prompts of the next step, whether to stop instead)."""
         max_steps, min_steps, limit = self.duration
-        full, left = self.full.prompts, max_steps - step
-        each = last / self.sizes.prompts  # seconds per prompt
-        after = self.timer.totals["evaluate"] + self.timer.totals["load"]  # evaluation and saving take about as long
-        room = limit - self.timer.elapsed() - after if limit else float("inf")
+        full, left, each = self.full.prompts, max_steps - step, self._each[-1]
+        after, saving = self._last_evaluation(), self.timer.totals["load"]  # saving takes about as long as loading
+        room = limit - self.timer.elapsed() - saving if limit else float("inf")
+        share = room / (MARGIN * each * full * left + after)  # of the work that is left
+        after *= min(1.0, max(1 / LEAST, share))
+        room -= after
         prompts = self._valid(int(min(full, room / max(left, 1) / (MARGIN * each))))
         done = step - (self._first or 0)
         if done >= min(min_steps, max_steps) and left and room < MARGIN * each * prompts:
@@ -71,7 +101,7 @@ class Pace:
                 f"a step takes {each * full:.0f} s, too long for {left} more within max_seconds {limit:.0f}: "
                 f"{prompts} of {full} prompts a step from now on"
             )
-        expected = left * each * prompts + after
+        expected = left * each * prompts + after + saving
         if done == 1 and expected > WORTH_SAYING:
             end = time.strftime("%H:%M", time.localtime(time.time() + expected))
             notice(f"{left} more steps of {each * prompts:.1f} s: the phase ends at about {end}")

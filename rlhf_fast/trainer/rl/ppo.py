@@ -133,7 +133,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
             if evaluator.last_is_best:
                 save_policy(agent, run)
         with timer("evaluate"):
-            after = evaluator.at("after")
+            before, after = evaluator.at_end(before, pace.held_out)
     summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}
     return summarise(summary, run, timer, before, after, metrics)
 
