@@ -2,6 +2,7 @@
 // Compiled once per instruction set (CMakeLists.txt defines RF_ISA as the namespace): one table of kernels each.
 #include "kernels.h"
 
+#include "decode_attention_kernel.h"
 #include "gae_kernel.h"
 #include "kl_kernel.h"
 #include "logprob_kernel.h"
@@ -24,6 +25,7 @@ const KernelTable kTable = {
     RF_FOR_DTYPES(ppo_advantages),
     RF_FOR_DTYPES(whiten_moments),
     RF_FOR_DTYPES(whiten),
+    RF_FOR_DTYPES(decode_attention),
 };
 
 }  // namespace RF_ISA

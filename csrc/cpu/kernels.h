@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../args.h"
+#include "decode_attention_args.h"
 
 namespace rlhf_fast {
 
@@ -22,6 +23,7 @@ struct KernelTable {
   Kernel<PpoAdvantagesArgs> ppo_advantages[kDtypes];
   Kernel<WhitenArgs> whiten_moments[kDtypes];
   Kernel<WhitenArgs> whiten[kDtypes];
+  Kernel<DecodeAttentionArgs> decode_attention[kDtypes];
 };
 
 }  // namespace rlhf_fast

@@ -3,7 +3,7 @@
 
 Known to transformers as the attention implementation "rlhf_fast". With a `packed_row` (`prefix_sharing.py`) among the
 trunk's arguments there is one row of tokens, and its blocks (or, on GPUs, a mask for `flex.py`) say which queries see
-which keys; without one, it is the same as "sdpa".
+which keys. Without one it is "sdpa", but for one new token per row on a CPU, which a kernel of ours reads.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rlhf_fast.ops.decode_attention import decode_attention, has_decode_kernel
+
 NAME = "rlhf_fast"
 LONGEST_PLAIN, MOST_SCORES = 1024, 2**26  # for packed rows: keys, and scores of all heads (2 bytes each)
 LONGEST_EAGER = 192  # keys, for padded rows
-UNKNOWN = ("softcap", "s_aux", "position_bias")  # arguments of some models' attention that ours does not support
+UNKNOWN = (
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "cache",
+)  # arguments of some models' attention that ours does not support
 
 
 @cache
@@ -39,16 +46,23 @@ def choose_attention(model: Any, length: int | None = None) -> None:
 
     In bfloat16 on a CPU, short rows use matmuls and a softmax ("eager"), since the fused kernel's backward is slow.
     Measured on two Zen 4 cores, forward and backward of 1024 tokens, 9 heads of 64: 6 ms against 42 at length 16, 25
-    against 49 at 128, equal at 512. Generation of 128 tokens takes 13 s with the fused kernel and 18 without. The
-    choice depends on the length alone, so that all passes over the same rows use the same kernel.
+    against 49 at 128, equal at 512. The choice depends on the length alone, so that all passes over the same rows use
+    the same kernel. Generation uses `attend`.
     """
     current = model.config._attn_implementation
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or current not in ("sdpa", "eager", NAME):
+    if model.device.type != "cpu" or current not in ("sdpa", "eager", NAME):
         return
-    wanted = "eager" if length is not None and length <= LONGEST_EAGER else "sdpa"
-    # "rlhf_fast" is "sdpa" here; some models support only "eager"
-    if wanted != current and (wanted == "eager" or (current == "eager" and getattr(model, "_supports_sdpa", False))):
+    short = length is not None and length <= LONGEST_EAGER
+    if model.dtype != torch.bfloat16:
+        wanted = NAME if length is None and current == "sdpa" else current
+    else:
+        wanted = "eager" if short else NAME
+    if current == wanted or (wanted == NAME and length is not None and current == "sdpa"):
+        return  # they are the same where each row has several tokens
+    if wanted == "eager":
         model.set_attn_implementation(wanted)
+    elif getattr(model, "_supports_sdpa", False):  # some models support only "eager"
+        model.set_attn_implementation(registered())
 
 
 class AttentionBlock(NamedTuple):
@@ -104,6 +118,10 @@ def attend(
     """(1, N, heads, D') attention of each token over those it sees; the signature is transformers'."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if packed_row is None and _is_one_token(query, key, attention_mask, dropout, options):
+        mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(query), -1)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return decode_attention(query[:, :, 0], key, value, mask, scaling).unsqueeze(1), None
     if packed_row is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -133,6 +151,20 @@ def attend(
             )
         outputs.append(out.flatten(0, 1).index_select(0, block.real))
     return torch.cat(outputs).unsqueeze(0), None
+
+
+def _is_one_token(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]) -> bool:
+    """Whether a kernel of ours serves this call: one new token per row, without a gradient."""
+    return (
+        query.shape[2] == 1
+        and not (torch.is_grad_enabled() and query.requires_grad)
+        and has_decode_kernel(query)
+        and query.dtype == key.dtype
+        and len(query) == len(key)
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, 1, key.shape[2])))
+        and not dropout
+        and all(options.get(name) is None for name in UNKNOWN)
+    )
 
 
 class _Take(torch.autograd.Function):

@@ -294,8 +294,58 @@ void check_sequence(int64_t length) {
   for (size_t t = 0; t < size; ++t) expect(label + "k3", kl[t], std::expm1(v[t] - r[t]) - (v[t] - r[t]), 2e-6, 2e-6);
 }
 
+// Six query heads on two key heads; the keys lie apart, and the first is masked.
+template <class T>
+void check_decode_attention(int64_t length, int64_t size) {
+  const std::string label =
+      std::string(Kind<T>::name) + ", " + std::to_string(length) + " keys of " + std::to_string(size) + ": ";
+  const int64_t key_heads = 2, shared = 3, stride = size + 1, head_stride = stride * (length + 2);
+  Row q, k, v;
+  const std::vector<T> query = numbers<T>(key_heads * shared * size, 1, &q);
+  const std::vector<T> keys = numbers<T>(key_heads * head_stride, 1, &k);
+  const std::vector<T> values = numbers<T>(key_heads * head_stride, 1, &v);
+  std::vector<char> seen(static_cast<size_t>(length), 1);
+  if (length > 1) seen[0] = 0;
+  std::vector<T> output(query.size());
+  DecodeAttentionArgs args{};
+  args.query = query.data();
+  args.key = keys.data();
+  args.value = values.data();
+  args.mask = reinterpret_cast<const bool*>(seen.data());
+  args.key_strides[1] = args.value_strides[1] = head_stride;
+  args.key_strides[2] = args.value_strides[2] = stride;
+  args.key_heads = key_heads;
+  args.shared = shared;
+  args.length = length;
+  args.size = args.value_size = size;
+  args.scale = 0.25f;
+  args.output = output.data();
+  decode_attention<T>(args, 0, key_heads);
+  const auto at = [&](const Row& x, int64_t head, int64_t j, int64_t d) {
+    return x[static_cast<size_t>(head / shared * head_stride + j * stride + d)];
+  };
+  for (int64_t head = 0; head < key_heads * shared; ++head) {
+    Row weights(static_cast<size_t>(length), 0.0);
+    double sum = 0;
+    for (int64_t j = length > 1 ? 1 : 0; j < length; ++j) {
+      double score = 0;
+      for (int64_t d = 0; d < size; ++d) score += q[static_cast<size_t>(head * size + d)] * at(k, head, j, d);
+      sum += weights[static_cast<size_t>(j)] = std::exp(0.25 * score);
+    }
+    for (int64_t d = 0; d < size; ++d) {
+      double want = 0;
+      for (int64_t j = 0; j < length; ++j) want += weights[static_cast<size_t>(j)] / sum * at(v, head, j, d);
+      expect(label + "attention", to_float(output[static_cast<size_t>(head * size + d)]), want, 4e-6,
+             Kind<T>::rounding + 1e-6);
+    }
+  }
+}
+
 template <class T>
 void check_dtype() {
+  for (int64_t length : {1, 2, 3, 15, 16, 17, 33}) {
+    for (int64_t size : {1, 8, 17, 64, 80}) check_decode_attention<T>(length, size);
+  }
   for (int64_t columns : {1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 1024, 1025, 4099}) check_row<T>(columns);
   for (int64_t length : {1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 257}) check_sequence<T>(length);
 }
