@@ -13,7 +13,8 @@ from .rollout import SamplingParams
 
 BLOCK = 256  # ids whose probabilities are summed first
 AT_ONCE = 2**19  # logits: a CPU's cache holds what is made of them, which is read several times
-FIRST_LOOK = 1024  # ids sorted first: sorting the vocabulary is slow, and top-p rarely keeps more
+FIRST_LOOK = 256  # ids sorted first: sorting the vocabulary is slow, and top-p rarely keeps more
+MORE = 16  # times as many in each further look, at the rows that may keep more
 
 
 def draw(
@@ -64,18 +65,50 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
     """Probabilities (N, K) in descending order, their ids, and which of them are kept: those of at least `min_p` times
     the largest, of these the `top_k` likeliest, of these the fewest that have `top_p` of their mass (at least one).
     The order is vLLM's."""
-    size = probabilities.shape[1]
-    count = min(params.top_k or FIRST_LOOK, size)
+    if not params.top_k:
+        return _look(probabilities, _mass(probabilities, params), params, FIRST_LOOK)
+    values, ids = probabilities.topk(min(params.top_k, probabilities.shape[1]))
+    return values, ids, _kept(values, _mass(values, params), params)
+
+
+def _look(probabilities: Tensor, mass: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`_likeliest` without top-k from the `count` likeliest ids, and from more of them in the rows where all are kept.
+
+    Each row's result depends on that row alone.
+    """
+    count = min(count, probabilities.shape[1])
     values, ids = probabilities.topk(count)
-    least = params.min_p * values[:, :1]
-    if params.top_k:
-        mass = (values * (values >= least)).sum(-1, keepdim=True)
-    else:
-        mass = (probabilities * (probabilities >= least)).sum(-1, keepdim=True)
-        enough = (values.sum(-1, keepdim=True) >= params.top_p * mass) if params.top_p < 1 else values[:, -1:] < least
-        if count < size and not bool((enough | (values[:, -1:] < least)).all()):
-            values, ids = probabilities.sort(descending=True)
+    keep = _kept(values, mass, params)
+    rows = keep[:, -1].nonzero().squeeze(1)
+    if count == probabilities.shape[1] or not len(rows):
+        most = int(keep.sum(-1).max())
+        return values[:, :most], ids[:, :most], keep[:, :most]
+    further = _look(probabilities[rows], mass[rows], params, MORE * count)
+    missing = max(0, further[0].shape[1] - count)
+    parts = []
+    for part, more in zip((values, ids, keep), further, strict=True):
+        wide = pad(part, (0, missing))
+        wide[rows] = pad(more, (0, wide.shape[1] - more.shape[1]))
+        parts.append(wide)
+    return parts[0], parts[1], parts[2]
+
+
+def _mass(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """(N, 1) sums of those that min-p keeps, of which top-p is a share; infinite without top-p."""
+    if params.top_p == 1:
+        return probabilities.new_full((len(probabilities), 1), torch.inf)
+    kept = probabilities if params.min_p == 0 else probabilities * (probabilities >= _least(probabilities, params))
+    return kept.sum(-1, keepdim=True)
+
+
+def _least(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    return params.min_p * probabilities.amax(-1, keepdim=True)
+
+
+def _kept(values: Tensor, mass: Tensor, params: SamplingParams) -> Tensor:
+    """Which of the likeliest probabilities (N, K), in descending order, are kept, if those that may be sum to `mass`.
+    If one is not, none after it is."""
     before = values.cumsum(-1, dtype=torch.float64) - values
-    keep = (before < params.top_p * mass) & (values > 0) & (values >= least)
+    keep = (before < params.top_p * mass) & (values > 0) & (values >= _least(values, params))
     keep[:, 0] = True
-    return values, ids, keep
+    return keep

@@ -83,6 +83,41 @@ def test_top_p_looks_at_the_whole_vocabulary_where_it_must() -> None:
     assert support is not None and 2300 < int(support.offsets[1]) < 2500
 
 
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"min_p": 1e-3}, {"min_p": 2e-4, "top_p": 0.97}])
+def test_a_row_looks_as_far_as_it_must_whatever_the_others_keep(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that keep a few, hundreds and thousands of ids: those that a sort of the vocabulary keeps."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9000, generator=generator) * torch.tensor([9.0, 0.5, 2.0, 5.0, 0.1, 3.0])[:, None]
+    uniform = torch.rand(6, generator=generator, dtype=torch.float64)
+    params = SamplingParams(**options)
+    sorted_rows: list[tuple[int, int]] = []
+    topk = torch.Tensor.topk
+
+    def look(self: torch.Tensor, k: int) -> Any:
+        sorted_rows.append((len(self), k))
+        return topk(self, k)
+
+    monkeypatch.setattr(torch.Tensor, "topk", look)
+    drawn, support = draw(logits, uniform, params)
+    assert support is not None
+    assert sorted_rows[0] == (6, 256) and all(rows < 6 for rows, _ in sorted_rows[1:]), "peaked rows are done"
+    counts = support.offsets.diff().tolist()
+    assert min(counts) < 256 and max(counts) > 4096
+    for row, probabilities in enumerate(logits.softmax(-1)):
+        values, ids = probabilities.sort(descending=True)
+        values = values * (values >= params.min_p * values[0])
+        before = values.double().cumsum(0) - values
+        kept = ids[(before < params.top_p * values.sum()) & (values > 0)]
+        assert abs(len(kept) - counts[row]) <= 1  # the sum of the mass rounds in another order
+        got = support.take(torch.tensor([row])).ids
+        least = min(len(kept), len(got))
+        assert len(got.unique()) == len(got) and torch.equal(probabilities[got[:least]], values[:least])  # but for ties
+        alone, own = draw(logits[row : row + 1], uniform[row : row + 1], params)
+        assert own is not None and torch.equal(alone, drawn[row : row + 1]) and torch.equal(own.ids, got)
+
+
 def test_kept_ids_follow_their_tokens_and_make_the_log_probabilities(lm: Any, tokenizer: Any) -> None:
     rollout = generate(
         lm,
