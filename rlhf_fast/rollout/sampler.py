@@ -50,7 +50,7 @@ def open_sampler(options: SamplerOptions, policy: Served, log: Path) -> Iterator
         with closing(VLLMInProcess(*_server(policy)[:3])) as engine:
             yield EngineSampler(engine)
     elif options.engine_url:
-        yield EngineSampler(VLLMServers(options.engine_url))
+        yield EngineSampler(VLLMServers(options.engine_url, transfer=options.engine_weights))
     else:
         with ExitStack() as stack:
             url = ranks().once(lambda: stack.enter_context(_started(policy, log)).url)
@@ -91,10 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="docs/engine.md (default builtin)",
     )
     parser.add_argument("--engine-url", nargs="+", default=[], help="its servers; none: one is started")
+    parser.add_argument(
+        "--engine-weights", choices=["file", "broadcast"], default="file", help="how they get weights (default file)"
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> SamplerOptions:
     """The options of what `add_arguments` has added."""
-    options = SamplerOptions(sampler=arguments.sampler, engine_url=tuple(arguments.engine_url))
+    options = SamplerOptions(arguments.sampler, tuple(arguments.engine_url), arguments.engine_weights)
     options.validate()
     return options

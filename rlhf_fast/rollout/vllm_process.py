@@ -7,6 +7,7 @@ vLLM has an environment of its own (`make engine-venv`), so it is started by tha
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import signal
 import socket
@@ -168,7 +169,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path | None, patience
         try:
             with DIRECT.open(f"{url}/health", timeout=5):
                 return
-        except OSError:  # URLError is one
+        except (OSError, http.client.HTTPException):  # URLError is an OSError
             time.sleep(0.2)
     raise EngineError(f"the engine at {url} was not ready after {patience:.0f} s{_last_lines(log)}")
 

@@ -7,6 +7,7 @@ log-probabilities. Who reaches its port can run methods of its workers: keep it 
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import tempfile
@@ -15,7 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from rlhf_fast.distributed.ranks import ranks
 
 from .engine import Completion, EngineError, Request
 from .rollout import SamplingParams
+from .weight_broadcast import Broadcast
 
 MODEL = "policy"  # the served model name
 START = "start it by `rlhf-fast engine MODEL`, which sets all that is needed"
@@ -32,19 +34,30 @@ LARGEST_FULL = 4096  # largest vocabulary for top-p or min-p without top-k: the 
 CUT = -9000.0  # logprobs below are -inf: JSON has none, so vLLM writes -9999
 
 
+Transfer = Literal["file", "broadcast"]
+
+
 class VLLMServers:
     """vLLM servers with the same weights: rank r uses server r modulo their number."""
 
     elsewhere = True
 
-    def __init__(self, urls: Sequence[str], timeout: float = 600.0, folder: str | None = None) -> None:
-        """Check the servers; `folder` is one that they and this process share (None: /dev/shm).
+    def __init__(
+        self,
+        urls: Sequence[str],
+        timeout: float = 600.0,
+        folder: str | None = None,
+        transfer: Transfer = "file",
+    ) -> None:
+        """Check the servers. Weights go to them by a file in `folder`, which they and this process share (None:
+        /dev/shm), or by `transfer` "broadcast".
 
         Raises:
             EngineError: a server does not answer, or was not started as is needed.
         """
         self.urls = [url.rstrip("/") for url in urls]
-        self.timeout = timeout
+        self.timeout, self.transfer = timeout, transfer
+        self._group: Broadcast | None = None
         self.folder = folder or ("/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir())
         settings = [self._check(url) for url in self.urls]
         self.longest, self.vocabulary, self.dtype = settings[0]
@@ -60,31 +73,54 @@ class VLLMServers:
             check_sizes(url, self._state(url), config)
 
     def load(self, weights: dict[str, Tensor], version: int) -> None:
-        """Write the weights once and make every server load them, between requests, and reset its prefix cache."""
-        from safetensors.torch import save_file
-
+        """Make every server load the weights, between requests, and reset its prefix cache."""
         dtype = str(next(iter(weights.values())).dtype)
         if dtype != self.dtype:
             raise EngineError(
                 f"{self.urls[0]} works in {self.dtype}, the policy in {dtype}: start it with that --dtype"
             )
+        for url in self.urls:
+            self._post(url, "/pause?mode=wait")
+        (self._broadcast if self.transfer == "broadcast" else self._by_file)(weights, version)
+        for url in self.urls:
+            if self._post(url, "/reset_prefix_cache") != {"success": True}:
+                raise EngineError(f"{url} did not empty its prefix cache: it would go on with the old weights' keys")
+            self._post(url, "/resume")
+            if self._version(url) != version:
+                raise EngineError(f"{url} has not taken the new weights; restart it, then --resume")
+
+    def _by_file(self, weights: dict[str, Tensor], version: int) -> None:
+        """Write the weights once, for all servers."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
         path = Path(self.folder) / f"rlhf_fast-{os.getpid()}-{version}.safetensors"  # a new name: old ones are cached
         try:
             save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, str(path))
             for url in self.urls:
-                self._post(url, "/pause?mode=wait")
                 self._rpc(url, "rlhf_fast_load", [str(path), version])
-                if self._post(url, "/reset_prefix_cache") != {"success": True}:
-                    raise EngineError(
-                        f"{url} did not empty its prefix cache: it would go on with the old weights' keys"
-                    )
-                self._post(url, "/resume")
-                if self._version(url) != version:
-                    raise EngineError(f"{url} has not taken the new weights; restart it, then --resume")
-        except OSError as error:
-            raise EngineError(f"cannot write the policy's weights to {self.folder}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"cannot write the policy's weights for {self.urls[0]} to {self.folder}: {error}. Free space there, or "
+                "give VLLMServers another `folder`; then --resume"
+            ) from error
         finally:
             path.unlink(missing_ok=True)
+
+    def _broadcast(self, weights: dict[str, Tensor], version: int) -> None:
+        """Send the weights over the network."""
+        group, self._group = self._group, None  # one that has failed is of no use
+        try:
+            if group is None:
+                workers = {url: len(self._rpc(url, "rlhf_fast_state", [])) for url in self.urls}
+                group = Broadcast(workers, self._rpc, self.timeout)
+            group.send(weights, version)
+        except (RuntimeError, OSError) as error:  # of torch.distributed
+            raise EngineError(
+                f"{', '.join(self.urls)} did not get the weights by broadcast ({error}): see that the server reaches "
+                "this host, and that both sides have the same PyTorch; then --resume"
+            ) from error
+        self._group = group
 
     def complete(self, request: Request) -> list[list[Completion]]:
         """One HTTP request per prompt; a retry gives the same samples, because of the seed."""
@@ -214,6 +250,12 @@ class VLLMServers:
                 reason = getattr(error, "reason", error)
                 if isinstance(reason, TimeoutError) or not isinstance(reason, ConnectionError) or last:
                     raise EngineError(f"{url} cannot be reached ({reason}): {START}, then --resume") from error
+            except http.client.HTTPException as error:  # an answer that breaks off, or is not HTTP
+                if last:
+                    raise EngineError(
+                        f"{url}{route} does not answer as vLLM does ({error!r}): it died, or something else is on that "
+                        f"port; {START}, then --resume"
+                    ) from error
         raise AssertionError("not reached")
 
     def _refused(self, url: str, route: str, error: urllib.error.HTTPError) -> str:

@@ -173,18 +173,22 @@ class SamplingOptions(Options):
 class SamplerOptions(Options):
     """What samples completions."""
 
-    CHANGEABLE = frozenset({"sampler", "engine_url"})
+    CHANGEABLE = frozenset({"sampler", "engine_url", "engine_weights"})
 
     sampler: Literal["builtin", "vllm-server", "vllm"] = "builtin"
     """The built-in sampler, vLLM servers, or vLLM in the trainer's process (docs/engine.md)."""
     engine_url: tuple[str, ...] = ()
     """Servers of the sampler vllm-server, such as http://127.0.0.1:8000; none: one is started for the phase."""
+    engine_weights: Literal["file", "broadcast"] = "file"
+    """Servers get the weights in a file in /dev/shm, on this host, or by broadcast over the network, on any host."""
 
     def validate(self) -> None:
         """Raise UserError if the options do not go together."""
         super().validate()
         if self.sampler != "vllm-server" and self.engine_url:
             raise UserError("engine_url is for sampler vllm-server: set that too")
+        if self.engine_weights == "broadcast" and not self.engine_url:
+            raise UserError("engine_weights broadcast is for servers of other hosts: name them by engine_url")
 
 
 def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:

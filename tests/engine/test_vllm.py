@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -69,6 +70,38 @@ def test_five_syncs_and_the_gap_stays_flat(server: VLLMServers) -> None:
         texts.append(rollout.texts)
         learn(model, step)
     assert len({tuple(each) for each in texts}) == 6
+
+
+def test_what_was_started_before_an_update_is_of_the_weights_before_it(server: VLLMServers) -> None:
+    model, sampler = policy(), EngineSampler(server)
+    params = SamplingParams(max_new_tokens=40, temperature=0.8)
+    wanted = sampler(model, Tokenizer(), PROMPTS, params, seed=1, samples_per_prompt=4)
+    before = copy.deepcopy(model)
+    pending = sampler.start(model, Tokenizer(), PROMPTS, params, seed=1, samples_per_prompt=4)
+    learn(model, 1)
+    rollout, timed = pending.result()
+    assert rollout.texts == wanted.texts and gaps(before, rollout, 0.8) < 1e-5 < gaps(model, rollout, 0.8)
+    assert timed.ended > timed.began
+    after = sampler(model, Tokenizer(), PROMPTS, params, seed=1, samples_per_prompt=4)
+    assert gaps(model, after, 0.8) < 1e-5 and after.texts != wanted.texts
+
+
+def test_weights_by_broadcast_give_the_samples_of_weights_by_files(server: VLLMServers) -> None:
+    broadcast, file, model = (
+        EngineSampler(VLLMServers(server.urls, 120, transfer="broadcast")),
+        EngineSampler(server),
+        policy(),
+    )
+    params = SamplingParams(max_new_tokens=8, temperature=0.8)
+    for step in range(3):
+        learn(model, step)
+        found, wanted = (
+            sampler(model, Tokenizer(), PROMPTS, params, seed=step, samples_per_prompt=4)
+            for sampler in (broadcast, file)
+        )
+        assert gaps(model, found, 0.8) < 1e-5 and found.texts == wanted.texts
+        with pytest.raises(EngineError, match="does another run use it"):  # `file` has sent its own
+            broadcast(model, Tokenizer(), PROMPTS, params, seed=step)
 
 
 def test_vllm_in_the_process_gives_the_samples_of_the_server(server: VLLMServers, tmp_path: Path) -> None:

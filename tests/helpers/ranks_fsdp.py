@@ -7,6 +7,7 @@ test_fsdp.py starts it. Each rank learns from sequences of its own, the second o
 from __future__ import annotations
 
 import copy
+import json
 import os
 import sys
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.engine import EngineSampler
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.vllm_server import VLLMServers
+from rlhf_fast.trainer.rl.ahead import Key, OneStepAhead
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -203,12 +205,34 @@ def engine() -> None:
         loss_of(cut_policy, batches()[ranks().index].rows(torch.arange(3)), critic=False).backward()
         optimizer.step(1.0)
     assert texts[0] != texts[1]
+    texts.append(_ahead(sampler, cut_policy, prompts, mine, params))
     ranks().wait()
     ranks().leave()  # from here on this is one process: the last case
     if stub is not None:
         alone = EngineSampler(VLLMServers([url]))
         assert alone(whole_policy, Tokenizer(), prompts, params, seed=3, samples_per_prompt=2).texts == texts[0]
+        state = json.loads(texts[2])
+        assert len(state["texts"]) == 8 and state["steps_behind"] == 1
         stub.stop()
+
+
+def _ahead(sampler: EngineSampler, policy: Any, prompts: Any, mine: slice, params: SamplingParams) -> str:
+    """Step 0 and 1 by two processes; what a checkpoint holds after step 0 gives each its share of step 1 again."""
+
+    def call(method: Any, step: int, place: int) -> Any:
+        return method(
+            policy, Tokenizer(), prompts[mine], params, seed=step, samples_per_prompt=2, first_prompt=mine.start
+        )
+
+    ahead, resumed = OneStepAhead(sampler, 2), OneStepAhead(sampler, 2)
+    ahead.take(Key(0, 0, 8), call, 4)
+    state = ahead.state(1)
+    rollout = ahead.take(Key(1, 4, 8), call, 4)
+    resumed.load(state, 1)
+    again = resumed.take(Key(1, 4, 8), call, 4)
+    assert again.texts == rollout.texts == call(sampler, 1, 4).texts
+    assert torch.equal(again.input_ids, rollout.input_ids) and torch.equal(again.logprobs, rollout.logprobs)
+    return json.dumps({name: state[name] for name in ("texts", "steps_behind")})
 
 
 def refused() -> None:

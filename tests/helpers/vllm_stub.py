@@ -64,16 +64,25 @@ class Stub:
             self.faults.pop("reset")
             handler.connection.close()
             return
+        if route == self.faults.get("babble"):
+            handler.wfile.write(b"220 mail.example ready\r\n")
+            handler.connection.close()
+            return
         if route == self.faults.get("hang"):
             self.stopped.wait(30)
         status = self.faults.get("status", {}).get(route, 200)
         result: Any = {"error": "as the test wants it"}
         if status == 200:
             with self.lock:
-                result = self.route(route, body)
+                try:
+                    result = self.route(route, body)
+                except RuntimeError as error:  # of a worker
+                    status, result = 500, {"error": str(error)}
         text = b"hello" if route == self.faults.get("garbage") else json.dumps(result).encode()
         with contextlib.suppress(ConnectionError):  # the client may have gone
             handler.send_response(status)
+            if route == self.faults.get("broken"):
+                handler.send_header("Content-Length", str(len(text) + 1))
             handler.end_headers()
             handler.wfile.write(text)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.ppo_runs import metrics
 from helpers.vllm_stub import Stub
@@ -20,6 +21,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads, loading
 from rlhf_fast.models.lora import add_lora, merged_copy
 from rlhf_fast.rollout import mismatch
+from rlhf_fast.rollout.builtin import end_ids
 from rlhf_fast.rollout.engine import EngineError, EngineSampler
 from rlhf_fast.rollout.engine_weights import policy_weights
 from rlhf_fast.rollout.mismatch import Correction
@@ -72,6 +74,7 @@ def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(
     lm: Any, tokenizer: Any, stub: Stub, tmp_path: Path
 ) -> None:
     sampler, versions = EngineSampler(VLLMServers([stub.url], folder=str(tmp_path))), list[int]()
+    ends, ended = set(end_ids(lm, tokenizer)), list[bool]()
     for step in range(3):
         rollout = sampler(lm, tokenizer, PROMPTS, PARAMS, seed=step, samples_per_prompt=3)
         assert gap(lm, rollout) < 1e-5
@@ -79,6 +82,9 @@ def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(
             decode_completion(tokenizer, PROMPTS[row // 3], rollout.input_ids[row][rollout.response_mask[row]].tolist())
             for row in range(12)
         ]
+        last = rollout.attention_mask.sum(1) - 1
+        ended += rollout.ended.tolist()
+        assert rollout.ended.tolist() == [token in ends for token in rollout.input_ids[range(12), last].tolist()]
         versions.append(stub.version)
         again = sampler(lm, tokenizer, PROMPTS, PARAMS, seed=step, samples_per_prompt=3)
         assert stub.version == versions[0] + step  # the same policy is not sent again
@@ -87,7 +93,7 @@ def test_every_sync_brings_the_weights_and_what_is_recorded_is_exact(
     route = [name for name in stub.log if name in ("/pause", "/collective_rpc", "/reset_prefix_cache", "/resume")]
     start = route.index("/pause")
     assert route[start : start + 4] == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and set(ended) == {True, False}
 
 
 def test_prompts_have_seeds_of_their_own_and_the_share_of_a_rank_changes_no_sample(
@@ -174,6 +180,8 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"status": {"/v1/completions": 500}}, "/v1/completions failed .*restart it, then --resume"),
     ({"status": {"/v1/completions": 400}}, r"refused the request \(400\): .*as the test wants it"),
     ({"garbage": "/v1/models"}, "does not answer as vLLM does: is something else on that port"),
+    ({"broken": "/v1/completions"}, r"/v1/completions does not answer as vLLM does .IncompleteRead.*then --resume"),
+    ({"babble": "/health"}, "/health does not answer as vLLM does .BadStatusLine.*something else is on that port"),
     ({"hang": "/v1/completions"}, "did not answer in 1 s: the engine hangs"),
 ]
 
@@ -202,6 +210,20 @@ def test_a_connection_that_is_reset_is_tried_again(lm: Any, tokenizer: Any, stub
     wanted = sampler(lm, tokenizer, PROMPTS, PARAMS, seed=0)
     stub.faults["reset"] = "/v1/completions"
     assert sampler(lm, tokenizer, PROMPTS, PARAMS, seed=0).texts == wanted.texts
+
+
+def test_a_file_that_cannot_be_written_is_said_with_the_server_and_the_folder(
+    lm: Any, tokenizer: Any, stub: Stub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """safetensors has an error of its own for a full disk."""
+
+    def full(*args: Any, **more: Any) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    sampler = EngineSampler(VLLMServers([stub.url], folder=str(tmp_path)))
+    with pytest.raises(EngineError, match=f"weights for {stub.url} to {tmp_path}: .*No space left.*then --resume"):
+        sampler(lm, tokenizer, PROMPTS, PARAMS, seed=0)
 
 
 def test_another_run_on_the_same_server_is_noticed(lm: Any, tokenizer: Any, stub: Stub) -> None:
@@ -337,3 +359,5 @@ def test_an_engine_of_other_weights_stops_the_run(
 def test_options_of_engines_that_contradict_one_another_are_refused(config: PPOConfig) -> None:
     with pytest.raises(UserError, match="engine_url is for sampler vllm-server"):
         dataclasses.replace(config, engine_url=("http://127.0.0.1:1",)).validate()
+    with pytest.raises(UserError, match="engine_weights broadcast is for servers of other hosts: name them"):
+        dataclasses.replace(config, sampler="vllm-server", engine_weights="broadcast").validate()

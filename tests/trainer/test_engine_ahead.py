@@ -212,7 +212,7 @@ def test_the_server_samples_while_the_update_runs_and_when_it_answers_changes_no
 
 def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, tiny: Path, tmp_path: Path) -> None:
     """Bit for bit: one that SIGKILL ended within a step, while the server sampled the next one's batch, and a finished
-    one that gets more steps. By rounding: three steps of two processes, and a fourth of one."""
+    one that gets more steps."""
     held_out = tmp_path / "heldout.jsonl"
     held_out.write_text("".join(f"{line}\n" for line in (tiny / "heldout.jsonl").read_text().splitlines()[:2]))
     ahead = dataclasses.replace(
@@ -228,31 +228,24 @@ def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, 
         "import sys; from helpers.killer import die_after; die_after('metrics.jsonl', 2, 3000)(); "
         "from rlhf_fast import cli; sys.exit(cli.main(sys.argv[1:]))"
     )
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlhf_fast"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    for name, start, code in (("cut", ["-c", killed], -signal.SIGKILL), ("two", two, 0)):
-        last = ["--output-dir", str(tmp_path / name), *(["--max-steps", "3"] if name == "two" else [])]
-        command = [sys.executable, *start, "ppo", "--one-step-ahead", *words, *last]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == code, done.stderr
+    command = [sys.executable, "-c", killed, "ppo", "--one-step-ahead", *words, "--output-dir", str(tmp_path / "cut")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(metrics(tmp_path / "cut")) == 2
     ppo.train_ppo(dataclasses.replace(ahead, max_steps=2), RunFolder.create(tmp_path / "short"))
-    for name in ("cut", "short", "two"):
-        ppo.train_ppo(ahead, RunFolder.create(tmp_path / name, resume=True))
-    whole, rows = weights(tmp_path / "whole"), metrics(tmp_path / "whole")
+    whole = weights(tmp_path / "whole")
     for name in ("cut", "short"):
-        assert metrics(tmp_path / name) == rows
+        ppo.train_ppo(ahead, RunFolder.create(tmp_path / name, resume=True))
+        assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
         assert all(torch.equal(whole[key], weight) for key, weight in weights(tmp_path / name).items())
-    for found, row in zip(metrics(tmp_path / "two"), rows, strict=True):
-        assert found["objective/scores"] == pytest.approx(row["objective/scores"], abs=1e-4)
-        assert found["engine/logprob_diff_mean"] == pytest.approx(row["engine/logprob_diff_mean"], rel=1e-3, abs=1e-6)
 
 
 def test_a_lost_server_is_named_and_the_run_goes_on_from_the_weights_it_has(
     ahead: PPOConfig, served: Any, updates: Updates, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def die(batch: int) -> None:
-        if batch == 2:
+        if batch >= 2:  # requests that were reset are tried again, and count
             raise ConnectionResetError("the engine is dead")
 
     with (

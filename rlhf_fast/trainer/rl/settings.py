@@ -47,7 +47,7 @@ class Settings:
         """Options of `config` that are None get their defaults first."""
         config = config.resolved()
         self.data = _data(config)
-        self.sampler = SamplerOptions(config.sampler, config.engine_url)
+        self.sampler = SamplerOptions(config.sampler, config.engine_url, config.engine_weights)
         self.served = Served(config.model, config.dtype, config.max_length)
         self.one_step_ahead = config.one_step_ahead
         self.prompts = PromptOptions(
