@@ -77,8 +77,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     name, _, instruction_set = name.partition(":")
     if name == "native" and not native_is_built():
         pytest.skip("extension not built; tests/test_dispatch.py::test_native_backend_is_built says so once")
-    if name == "triton" and not device and not interpreter.usable:
-        pytest.skip(interpreter.why_not)
+    if name == "triton" and not device:
+        if not interpreter.usable:
+            pytest.skip(interpreter.why_not)
+        interpreter.quicken()
     if name == "emulated":
         emulator.load()
     if device:

@@ -223,6 +223,8 @@ def test_half_precision_equals_its_float32(backend: str, half: torch.dtype, name
 def test_one_thread_and_two_agree(backend: str, name: str) -> None:
     before = torch.get_num_threads()
     rows = (64, 33)
+    if backend in ("triton", "emulated"):  # slow, and one thread each: only what PyTorch adds is shared
+        rows = (8, 33)
     if backend == "native" and not name.startswith("linear"):  # its threads share no less than 524288 logits or tokens
         rows = (128, 130) if name.startswith("token") else (1024, 520)
     sample = build(name, torch.float32, rows=rows)
