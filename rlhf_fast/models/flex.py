@@ -26,15 +26,19 @@ def block_mask(segments: Tensor, prefixes: Tensor, device: torch.device) -> Bloc
         prefixes: (N,) int64 on the CPU: the segment of the prefix that the token continues; its own in a prefix.
         device: Where the attention runs. Nothing here waits for it.
     """
-    own, prefix = segments.to(device, non_blocking=True), prefixes.to(device, non_blocking=True)
+    own, prefix, *blocks = (_there(x, device) for x in (segments, prefixes, *_blocks(segments, prefixes)))
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & ((own[key] == own[query]) | (own[key] == prefix[query]))
 
-    partial, full = _blocks(segments, prefixes)
     count = len(segments)
-    mask = BlockMask.from_kv_blocks(*_listed(partial), *_listed(full), BLOCK, sees, (count, count))
-    return mask.to(device)
+    partial, full = (_listed(x) for x in blocks)  # on the device: BlockMask.to would wait for it
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK, sees, (count, count))
+
+
+def _there(x: Tensor, device: torch.device) -> Tensor:
+    """A copy to a GPU waits for nothing only from pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def _blocks(segments: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ real tokens only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -168,15 +170,42 @@ def packing_kernel(model: Any) -> str | None:
     return _known[model]
 
 
+@contextmanager
+def _backward_after(model: Any) -> Iterator[Callable[[Tensor], bool]]:
+    """Inside, a pass remembers what a gradient needs; yields what takes it back from the states to the embeddings and
+    says whether it arrives there. FlexAttention's backward is a kernel of its own, which may be missing where the
+    forward is there."""
+    embedded: list[Tensor] = []
+
+    def keep(module: Any, given: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    def backward(states: Tensor) -> bool:
+        (gradient,) = torch.autograd.grad(states.square().sum(), embedded[-1:])
+        return bool(gradient.isfinite().all() and gradient.any())
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield backward
+    finally:
+        hook.remove()
+
+
 def _agrees(model: Any, kernel: str) -> bool:
-    """Whether packed states are close on the median row: rounding alone may move the states of unusual tokens far."""
+    """Whether packed states are close on the median row: rounding alone may move the states of unusual tokens far; and
+    whether a gradient comes through FlexAttention."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(60) * 7919 + 1009).view(10, 6) % vocabulary
     ids[1::2, :3] = ids[0::2, :3]
     try:
         separate = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state.float()
         pairs = [PrefixGroup([i, i + 1], 3) for i in range(0, 6, 2)] + [PrefixGroup([i], 6) for i in range(6, 10)]
-        packed = packed_states(model, _pack(model, ids, [6] * 10, pairs, kernel)).float()
+        with nullcontext() if kernel == "blocks" else _backward_after(model) as backward:
+            packed = packed_states(model, _pack(model, ids, [6] * 10, pairs, kernel)).float()
+            if backward is not None and not backward(packed):
+                return False
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     error = (packed - separate).flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)

@@ -142,7 +142,10 @@ def test_a_model_without_flex_attention_falls_back_to_blocks(monkeypatch: pytest
         raise RuntimeError("no kernel of this shape")
 
     monkeypatch.setattr(prefix_sharing, "KERNELS_OF", {"cpu": ("flex", "blocks")})
+    assert prefix_sharing.packing_kernel(model_of("llama")) == "blocks"  # a CPU has its forward and no backward
+    monkeypatch.setattr(sys.modules["torch.nn.attention.flex_attention"], "_validate_device", lambda *args: None)
     assert prefix_sharing.packing_kernel(model) == "flex"
+    assert not any(parameter.grad is not None for parameter in model.parameters())
     monkeypatch.setattr(flex, "attend", broken)
     assert prefix_sharing.packing_kernel(model_of("llama")) == "blocks"
 
