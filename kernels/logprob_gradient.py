@@ -85,19 +85,20 @@ def token_stats_gradient(
         slope = -factors
     if SHAPE == CAPPED:
         slope = factors * in_scale * cap
-    column = tl.arange(0, BLOCK)[None, :]
-    pointers = logits_ptr + row_offsets(rows, inner, outer_stride, stride)[:, None] + column
-    out_pointers = out_ptr + row_offsets(rows, inner, out_outer_stride, out_stride)[:, None] + column
+    column = tl.arange(0, BLOCK)[None, :]  # added to the block's begin first: sums of 64 bits take more registers
+    pointers = logits_ptr + row_offsets(rows, inner, outer_stride, stride)[:, None]
+    out_pointers = out_ptr + row_offsets(rows, inner, out_outer_stride, out_stride)[:, None]
     begin = split * blocks * BLOCK
     end = tl.minimum(begin + blocks * BLOCK, width)
 
     in_range = keep[:, None] & (column < readable - begin)
-    x = load_logits(pointers + begin, in_range, SHAPE)
+    x = load_logits(pointers + (column + begin), in_range, SHAPE)
     for start in range(begin, end, BLOCK):
         counts = in_range & (column < columns - start)
         u = shaped(x, counts, in_scale, cap, SHAPE, PADDED)
         in_range = keep[:, None] & (column < tl.minimum(end, readable) - start - BLOCK)
-        x = load_logits(pointers + start + BLOCK, in_range, SHAPE)  # prefetched while this block is computed
+        # prefetched while this block is computed
+        x = load_logits(pointers + (column + (start + BLOCK)), in_range, SHAPE)
         exponent = (u - top[:, None]) * (factors * LOG2E)[:, None]
         p = tl.exp2(exponent - (log_sum * LOG2E)[:, None])
         dz = p * constant[:, None]
@@ -116,4 +117,4 @@ def token_stats_gradient(
         if PADDED:
             dx = tl.where(column < columns - start, dx, 0.0)
         inside = exists[:, None] & (column < width - start)
-        tl.store(out_pointers + start, narrow(dx, out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_pointers + (column + start), narrow(dx, out_ptr.dtype.element_ty), mask=inside)
