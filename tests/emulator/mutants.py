@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Breaks the CUDA kernels on purpose, one line at a time, and sees whether the emulator notices.
 
-`python tests/emulator/mutants.py [families]`; some minutes. A mutant is caught by wrong numbers, an abort, a data race
-or a sanitizer. Prints the list, the count and the survivors.
+`python tests/emulator/mutants.py [families]`; some minutes, and a run that was stopped goes on where it was. A mutant
+is caught by wrong numbers, an abort, a data race or a sanitizer. Prints the list, the count and the survivors.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -142,19 +143,19 @@ def caught_by(mutant: Mutant, family: str) -> str:
     for way in mutant.ways:
         with tempfile.TemporaryDirectory() as name:
             kernels = broken_copy(mutant, Path(name))
-            try:
-                done = proof.run(way, proof.build(way, Path(name), kernels, parts), mutant.schedule)
-            except subprocess.TimeoutExpired:
-                return f"{way}: does not end"
+            done = proof.run(way, proof.build(way, Path(name), kernels, parts), mutant.schedule)
             if done.returncode != 0:
-                return way
+                return f"{way}: does not end" if done.returncode == -signal.SIGKILL else way
     return ""
 
 
-def try_all(families: list[str]) -> Iterator[tuple[str, str, str, str]]:
+def try_all(families: list[str]) -> Iterator[mutation.Tried]:
+    kernels = [*proof.KERNELS.glob("*.cuh"), *proof.KERNELS.parent.glob("*.h")]
+    found = mutation.Found("cuda", [*kernels, *proof.FOLDER.glob("*.h"), proof.FOLDER / "driver.cpp"])
     for family in families:
         for mutant in MUTANTS[family]:
-            yield mutant.file, mutant.old, mutant.new, caught_by(mutant, family)
+            way = found.by(mutant, functools.partial(caught_by, mutant, family))
+            yield mutation.Tried(mutant.file, mutant.old, mutant.new, way)
 
 
 if __name__ == "__main__":

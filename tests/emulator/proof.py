@@ -12,6 +12,8 @@ import platform
 import subprocess
 from pathlib import Path
 
+from helpers import mutation
+
 FOLDER = Path(__file__).resolve().parent
 KERNELS = FOLDER.parents[1] / "csrc" / "cuda"
 FLAGS = {
@@ -41,9 +43,9 @@ def build(way: str, folder: Path, kernels: Path = KERNELS, parts: int = 7) -> Pa
     return program
 
 
-def run(way: str, program: Path, schedule: str = "", seconds: float = 300) -> subprocess.CompletedProcess[str]:
-    """schedule: see schedule.h."""
+def run(way: str, program: Path, schedule: str = "") -> subprocess.CompletedProcess[str]:
+    """schedule: see schedule.h. Killed after mutation.CPU_SECONDS of work."""
     prefix = FIXED_ADDRESSES if way == "races" else []
     environment = {**os.environ, "RLHF_FAST_SCHEDULE": schedule, "ASAN_OPTIONS": "detect_leaks=0"}
     command = [*prefix, str(program)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=mutation.limit_work)

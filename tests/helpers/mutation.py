@@ -1,10 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lists of mutants share: a line of source broken on purpose, and the report of who noticed."""
+"""What the lists of mutants share: a line of source broken on purpose, who noticed, and what earlier runs found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import json
+import resource
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+FOUND = Path(__file__).resolve().parents[2] / "build" / "mutants"
+# Of a test run on a broken kernel, which may go round for ever: seconds of work, not of the clock, so that a busy
+# machine kills nothing. Whole kernels take about a tenth of it.
+CPU_SECONDS = 600
+
+
+class Tried(NamedTuple):
+    file: str
+    old: str
+    new: str
+    noticed_by: str  # '' if nobody
 
 
 def break_file(path: Path, old: str, new: str, which: int = 0) -> None:
@@ -14,8 +30,39 @@ def break_file(path: Path, old: str, new: str, which: int = 0) -> None:
     path.write_text(old.join(parts[: which + 1]) + new + old.join(parts[which + 1 :]))
 
 
-def report(tried: Iterable[tuple[str, str, str, str]]) -> int:
-    """Prints (file, old, new, who noticed or ''), the count and the survivors' number; 1 if there are any."""
+def limit_work() -> None:
+    """Ends this process once it has worked for CPU_SECONDS."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+
+
+class Found:
+    """What was found with the same sources, a line each in a file of build/, so that a run that was stopped goes on.
+
+    Processes may share the file: each takes the mutants that no line names when it comes to them.
+    """
+
+    def __init__(self, name: str, sources: Iterable[Path]) -> None:
+        digest = hashlib.sha256()
+        for path in sorted(sources):
+            digest.update(path.name.encode() + path.read_bytes())
+        self.path = FOUND / f"{name}-{digest.hexdigest()[:16]}.jsonl"
+
+    def by(self, mutant: Iterable[object], find: Callable[[], str]) -> str:
+        """Who notices this mutant: remembered, or found now and remembered."""
+        key = [str(part) for part in mutant]
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            known, way = json.loads(line)
+            if known == key:
+                return str(way)
+        way = find()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps([key, way]) + "\n")
+        return way
+
+
+def report(tried: Iterable[Tried]) -> int:
+    """Prints the list as it grows, the count and the survivors' number; 1 if there are any."""
     count = survivors = 0
     for file, old, new, way in tried:
         count += 1
