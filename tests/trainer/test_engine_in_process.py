@@ -113,7 +113,7 @@ def test_what_it_samples_is_recorded_with_the_policys_weights(
         with torch.no_grad():
             own = heads.token_logprobs(lm, rollout.batch, temperature=0.8)
         assert rollout.logprobs is not None and float((own - rollout.logprobs).abs().max()) < 1e-5
-        assert (rollout.support is not None) == bool(options)
+        assert (rollout.support is not None) == bool(options) and len(set(llm.stub.seeds)) == len(PROMPTS) * 3
         assert llm.log.index("rlhf_fast_take") + 1 == llm.log.index("reset_prefix_cache")
     assert llm.closed
 

@@ -109,7 +109,7 @@ def test_two_ranks_collect_a_number_of_prompts_that_is_no_multiple(tiny: Path, t
         "--output-dir", str(tmp_path / "run"), *by_engine(stub),
     ]  # fmt: skip
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "feedback.jsonl").read_text().splitlines()) == 7 and completions_asked(stub) == 8
