@@ -5,7 +5,8 @@
 
 Eight prompts of 34 to 37 tokens, one sample and eight samples of each, temperature 0.8. A figure is the median of
 `--repeats` calls, the prompts' reading included, after one call to warm up; the samplers take turns. With `--engine` a
-server is started (RLHF_FAST_ENGINE_PYTHON or .venv-engine); its weights are sent once, before.
+server is started (RLHF_FAST_ENGINE_PYTHON or .venv-engine); its weights are sent once, before. The memory limit is what
+reading the weights and the cache once a token allows, at the bandwidth measured before; the prompts' pass is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import machine
+from machine import bandwidth, machine
 
 from rlhf_fast.models.loading import load_causal_lm, load_tokenizer
 from rlhf_fast.rollout.builtin import generate
@@ -47,6 +48,21 @@ def speed(sampler: Sampler, model: Any, tokenizer: Any, each: int, most: int, se
     return int(rollout.response_mask.sum()) / (time.perf_counter() - start)
 
 
+def memory_limit(model: Any, each: int, most: int, bytes_per_second: float) -> float:
+    """Tokens per second if a step takes as long as reading the weights, and the cache at half of its growth."""
+    rows, config, size = PROMPTS * each, model.config.get_text_config(), model.dtype.itemsize
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = (
+        2
+        * config.num_hidden_layers
+        * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+        * head
+        * size
+    )
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}  # a tied head counts once
+    return rows * bytes_per_second / (sum(weights.values()) + rows * (36 + most / 2) * token)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +80,9 @@ def main() -> None:
             samplers["vllm-server"] = servers.enter_context(open_sampler(wanted, served, Path(folder) / "log"))
         model, tokenizer = load_causal_lm(options.model, options.dtype), load_tokenizer(options.model)
         print(machine())
-        print("| rows | new tokens | sampler | tokens/s, median | of the runs |\n| --- | --- | --- | --- | --- |")
+        speed_of_memory = bandwidth()["read"]
+        print(f"reads {speed_of_memory / 1e9:.1f} GB/s")
+        print("| rows | new tokens | sampler | tokens/s, median | memory limit | of the runs |\n|" + " --- |" * 6)
         for each, most in SHAPES:
             found: dict[str, list[float]] = {name: [] for name in samplers}
             for run in range(options.repeats + 1):
@@ -72,7 +90,10 @@ def main() -> None:
                     found[name].append(speed(sampler, model, tokenizer, each, most, seed=run))
             for name, (_, *speeds) in found.items():
                 runs = ", ".join(f"{value:.0f}" for value in sorted(speeds))
-                print(f"| {PROMPTS * each} | {most} | {name} | {median(speeds):.0f} | {runs} |", flush=True)
+                limit = memory_limit(model, each, most, speed_of_memory)
+                print(
+                    f"| {PROMPTS * each} | {most} | {name} | {median(speeds):.0f} | {limit:.0f} | {runs} |", flush=True
+                )
 
 
 if __name__ == "__main__":
