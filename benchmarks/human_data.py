@@ -71,6 +71,7 @@ def encoded_pairs(path: Path, tokenizer: Any, model: Any, max_length: int) -> li
 
 
 def train_ours(options: argparse.Namespace, train: Path, held_out: Path) -> dict[str, Any]:
+    from rlhf_fast.models.batches import MicroBatch
     from rlhf_fast.models.loading import load_reward_model, load_tokenizer
     from rlhf_fast.trainer.reward.train import score_all
 
@@ -85,7 +86,7 @@ def train_ours(options: argparse.Namespace, train: Path, held_out: Path) -> dict
     model = load_reward_model(str(folder / "model"), "auto", tokenizer, new_head=False)
     std = float(model.config.score_std)
     pairs = encoded_pairs(held_out, tokenizer, model, options.max_length)
-    scores = score_all(model, pairs, tokenizer.pad_token_id, 32)
+    scores = score_all(model, pairs, tokenizer.pad_token_id, MicroBatch(32))
     summary = json.loads((folder / "summary.json").read_text())
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not options.keep:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from rlhf_fast._spin import bounded_spinning as _bounded_spinning
+
 try:
-    import torch as _torch  # noqa: F401
+    with _bounded_spinning():
+        import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "rlhf_fast needs PyTorch 2.10 or newer, which is not installed.\n"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lowest first. A module may import from its own layer and from those before it. `parallel` layers hold rooms that must
 # not know one another, such as the phases.
 LAYERS: list[tuple[str, ...]] = [
-    ("errors", "_version", "_built_from", "_ext", "_dispatch", "_triton", "_pages"),
+    ("errors", "_version", "_built_from", "_ext", "_dispatch", "_triton", "_pages", "_spin"),
     ("ops", "kernels"),
     (
         "integrations.lm_head",

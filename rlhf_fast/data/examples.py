@@ -10,7 +10,7 @@ Prompts are text or chat messages; demonstrations come in three forms:
 
 Text is used unchanged: prompt and completion are concatenated, so a completion begins with its own space.
 Unusable rows are dropped and listed, or raise with `strict` (`dropped.py`). See `files.py` for file formats,
-`messages.py` for messages, `encoding.py` for token ids.
+`formats.py` for rows of ShareGPT and Alpaca, `messages.py` for messages, `encoding.py` for token ids.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rlhf_fast.errors import UserError
 
 from .encoding import decode_completion, encode_answer, encode_completion, encode_example, encode_prompt
 from .files import read_lines
+from .formats import usual_keys
 from .messages import (
     Chat,
     Completion,
@@ -92,6 +93,7 @@ def read_sft(path: str | Path, strict: bool = False) -> list[Demonstration]:
 
 def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
     """Parse and check a row with a prompt. The prompt of a conversation is everything before its last answer."""
+    row = usual_keys(row)
     if "prompt" not in row and "messages" in row:
         messages = as_chat(check_prompt(row["messages"], where, "messages", row))
         last = len(messages) - (messages[-1]["role"] == "assistant")
@@ -102,7 +104,8 @@ def prompt_line(row: dict[str, Any], where: str) -> PromptLine:
 
 
 def demonstration(row: dict[str, Any], where: str) -> Demonstration:
-    """Parse and check a row with a demonstration in any of the three forms."""
+    """Parse and check a row with a demonstration in any of the three forms, or of ShareGPT or Alpaca."""
+    row = usual_keys(row)
     if "messages" in row:
         return _conversation(check_prompt(row["messages"], where, "messages", row), where)
     if "text" in row:

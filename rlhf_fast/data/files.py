@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from rlhf_fast.errors import UserError
 
 from .dropped import Dropped
-from .messages import is_messages
+from .messages import filled_in_removed, is_messages
 
 Row = dict[str, Any]
 RowAndPlace = tuple[Row | UserError, str]  # a row or its error, and where it was read
@@ -167,7 +167,7 @@ def _parquet(path: Path) -> Iterator[RowAndPlace]:
                     raise _expands(path)
                 for row in batch.to_pylist():
                     number += 1
-                    yield {name: value for name, value in row.items() if value is not None}, f"{path}, row {number}"
+                    yield filled_in_removed(row), f"{path}, row {number}"
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"cannot read the data file {path}: {error}") from None
 
@@ -181,7 +181,7 @@ def _hub(source: str) -> Iterator[RowAndPlace]:
     except Exception as error:
         raise UserError(f"cannot load the data set {source!r}: {str(error).strip().splitlines()[0]}") from None
     for number, row in enumerate(rows, start=1):
-        yield {key: value for key, value in row.items() if value is not None}, f"{source}, row {number}"
+        yield filled_in_removed(row), f"{source}, row {number}"
 
 
 def _text(path: Path) -> str:

@@ -2,17 +2,21 @@
 """Prompts and completions in a data file: text, or chat messages in the form of transformers' templates.
 
 A message keeps all its keys, as the template may read them: `tool_calls`, `reasoning_content`, `name` and others.
-Null values are removed, because Parquet fills them in. Content parts are concatenated if all of them are text.
+A key of a message that is null counts as missing; nulls deeper inside, as of a tool's argument, are kept, except in
+formats whose rows have one schema and so fill them in (`filled_in_removed`). Content parts are concatenated if all of
+them are text.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rlhf_fast.errors import UserError
 
+NESTED = ("tools", "chat_template_kwargs", "completions")  # columns of messages and tools, beside lists of messages
 BESIDES_CONTENT = ("tool_calls", "reasoning_content", "thinking", "function_call")
 
 Message = dict[str, Any]  # {"role": text, "content": text, ...}
@@ -106,7 +110,7 @@ def _is_message(value: Any) -> bool:
 def _messages(values: list[Any], where: str) -> list[Message]:
     messages = []
     for value in values:
-        message = without_nulls(value)
+        message = {key: copy.deepcopy(item) for key, item in value.items() if item is not None}
         message["content"] = _content(value.get("content"), where)
         for call in message.get("tool_calls") or ():
             _parse_arguments(call)
@@ -140,6 +144,15 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
+def filled_in_removed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Parquet or `datasets` without the nulls that fill its messages and tools up to the common schema."""
+    return {
+        name: without_nulls(value) if name in NESTED or is_messages(value) or is_messages([value]) else value
+        for name, value in row.items()
+        if value is not None
+    }
+
+
 def without_nulls(value: Any) -> Any:
     """A copy of JSON data without keys whose value is null."""
     if isinstance(value, dict):
@@ -159,14 +172,14 @@ def _tools(value: Any, where: str) -> list[Any] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise UserError(f'{where}: "tools" must be a list of tools, got {repr(value)[:60]}')
-    return [without_nulls(tool) for tool in value]
+    return value
 
 
 def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     value = row.get("chat_template_kwargs") or {}
     if not isinstance(value, dict):
         raise UserError(f'{where}: "chat_template_kwargs" must be an object, got {repr(value)[:60]}')
-    return without_nulls(value)
+    return value
 
 
 def as_chat(prompt: Prompt) -> Chat:

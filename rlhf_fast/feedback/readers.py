@@ -2,7 +2,7 @@
 """Feedback in the formats of other tools, turned into rows of our schema (schema.py).
 
     TRL           {"chosen", "rejected"}, text or messages; the prompt is in "prompt", or both begin with it, or both;
-                  HH-RLHF is text that begins with it
+                  HH-RLHF is text that begins with it; ShareGPT and Alpaca have it in their own keys (data/formats.py)
     NeMo          {"context" or "prompt", "completions": [{"rank": 0, "completion": text or messages}, ...]}
     Argilla       records with a ranking question over fields: version 1 rows and version 2 `to_json` records
     Label Studio  JSON exports of a Ranker over "items", or of a Pairwise
@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rlhf_fast.data.formats import usual_keys
 from rlhf_fast.data.messages import as_chat, is_messages
 from rlhf_fast.errors import UserError
 
@@ -28,6 +29,7 @@ PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "text")
 
 def to_schema(row: Row, where: str) -> list[Row]:
     """`row` as rows of the schema; a row of no known other format is returned unchanged."""
+    row = usual_keys(row)
     for name, (fits, convert) in FORMATS.items():
         if fits(row):
             try:

@@ -15,6 +15,27 @@ from torch import Tensor
 NO_ROWS = torch.empty(0, dtype=torch.int64)  # an empty micro-batch
 
 
+class MicroBatch(NamedTuple):
+    """The largest micro-batch: a forward pass of one process."""
+
+    rows: int
+    tokens: int = 0  # pads included, unless it is a single row; 0: no limit
+
+
+def in_groups(units: Sequence[tuple[int, int]], most: MicroBatch) -> list[range]:
+    """Indices of consecutive units, each (rows, longest row), in groups within `most`; a unit alone may exceed it."""
+    groups: list[range] = []
+    rows = width = 0
+    for i, (count, longest) in enumerate(units):
+        rows, width = rows + count, max(width, longest)
+        if groups and rows <= most.rows and (not most.tokens or rows * width <= most.tokens):
+            groups[-1] = range(groups[-1].start, i + 1)
+        else:
+            groups.append(range(i, i + 1))
+            rows, width = count, longest
+    return groups
+
+
 class Support(NamedTuple):
     """The ids that top-k or top-p sampling kept for each sampled token, tokens in row-major order of the mask."""
 

@@ -118,7 +118,7 @@ def load_reward_model(
     loaded, info = _from_pretrained(AutoModelForSequenceClassification, source, num_labels=1)
     if not isinstance(getattr(loaded, "score", None), nn.Linear):
         raise UserError(
-            f"{type(loaded).__name__} has no linear head named `score`; such a model cannot score completions"
+            f"{type(loaded).__name__} has no linear head named `score`: call such a model in a reward function"
         )
     missing = sorted(key for key in info["missing_keys"] if not (new_head and key == "score.weight"))
     other = sorted(key for key in info["unexpected_keys"] if key.startswith(SCORE_HEADS))
@@ -174,10 +174,36 @@ def _from_pretrained(auto: Any, source: Source, **options: Any) -> tuple[Any, di
 def _ready(model: Any) -> Any:
     """Eval mode, no dropout, on `device()`; a quantised model is already there and must not be moved."""
     switch_off_dropout(model)
+    _make_generation_storable(model)
     if not is_quantised(model):
         return model.eval().to(device())
     keep_gradients(model)
     return model.eval()
+
+
+def _make_generation_storable(model: Any) -> None:
+    """Sample by default if the generation config has settings of sampling, as some published ones have without saying.
+
+    transformers reads such a config but refuses to write it, which would end a run when it saves.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None or _is_valid(generation):
+        return
+    generation.do_sample = True
+    if not _is_valid(generation):
+        ends = {name: getattr(generation, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        notice(
+            f"the generation config of {model.config._name_or_path!r} is not valid: only its special tokens are kept"
+        )
+        model.generation_config = type(generation)(**{f"{name}_token_id": value for name, value in ends.items()})
+
+
+def _is_valid(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _restore_head(model: Any, folder: Path) -> None:
@@ -245,6 +271,20 @@ def parameter_count(model: Any) -> int:
         getattr(p, "quant_state", p).shape for p in model.parameters()
     ]  # one stored entry holds two 4-bit weights
     return sum(map(math.prod, shapes))
+
+
+def reward_parameter_count(model: str, trust_remote_code: bool = False) -> int:
+    """Number of weights of the reward model that starts from `model`, from the configuration alone."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(resolve_model(model), num_labels=1, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
+    return parameter_count(empty)
 
 
 def _first_line(error: Exception) -> str:

@@ -195,7 +195,11 @@ def _backward_after(model: Any) -> Iterator[Callable[[Tensor], bool]]:
 
 def _agrees(model: Any, kernel: str) -> bool:
     """Whether packed states are close on the median row: rounding alone may move the states of unusual tokens far; and
-    whether a gradient comes through FlexAttention."""
+    whether a gradient comes through FlexAttention.
+
+    And whether a change of one completion leaves all others as they are, to the last bits: some recurrent layers carry
+    so little from row to row that it is less than rounding in 16 bits.
+    """
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(60) * 7919 + 1009).view(10, 6) % vocabulary
     ids[1::2, :3] = ids[0::2, :3]
@@ -206,7 +210,10 @@ def _agrees(model: Any, kernel: str) -> bool:
             packed = packed_states(model, _pack(model, ids, [6] * 10, pairs, kernel)).float()
             if backward is not None and not backward(packed):
                 return False
+        other = ids.clone()
+        other[0, 3:] = (5 * other[0, 3:] + 3) % vocabulary
+        moved = packed_states(model, _pack(model, other, [6] * 10, pairs, kernel)).float() - packed
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
-    error = (packed - separate).flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)
-    return bool(error.median() < (1e-3 if model.dtype == torch.float32 else 0.08))
+    error, leak = ((x.flatten(1).norm(dim=1) / separate.flatten(1).norm(dim=1)) for x in (packed - separate, moved))
+    return bool(error.median() < (1e-3 if model.dtype == torch.float32 else 0.08)) and bool(leak[1:].max() < 1e-3)

@@ -15,6 +15,7 @@ import torch
 from rlhf_fast.data.examples import encode_prompt, read_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.raters import load_rater
+from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.models.loading import context_length, find_model, load_causal_lm, load_reward_model, load_tokenizer
 from rlhf_fast.rollout.evaluate import evaluate
 from rlhf_fast.rollout.rollout import Sampler, SamplingParams
@@ -51,10 +52,11 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
         raise UserError(f"{names['a']} and {names['b']} have different vocabularies, so there is no KL between them")
     reference = load_causal_lm(find_model(options.reference or options.a), options.dtype)
     reward = reader = None
+    micro_batch = MicroBatch(options.micro_batch_size, options.micro_batch_tokens)
     if options.reward_model:
         source = find_reward(options.reward_model)
         reward = load_reward_model(source, options.dtype, tokenizer, new_head=False)
-        reader = reader_of(reward, source, tokenizer, reference, options.micro_batch_size)
+        reader = reader_of(reward, source, tokenizer, reference, micro_batch)
     figures: dict[str, dict[str, float]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for key, name in names.items():
@@ -70,7 +72,7 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
             encoded,
             SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature),
             samples=options.samples,
-            micro_batch_size=options.micro_batch_size,
+            micro_batch=micro_batch,
             rater=rater,
             sampler=sampler,
         )
@@ -105,7 +107,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--limit", type=int, default=None, help="use the first prompts only")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--micro-batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=32, help="sequences in one pass (default 32)")
+    parser.add_argument("--micro-batch-tokens", type=int, default=0, help="most tokens in one pass; 0: no limit")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--output", help="also write everything, samples included, to this JSON file")
     add_arguments(parser)

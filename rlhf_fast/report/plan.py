@@ -12,6 +12,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.loading import resolve_dtype
 from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, Options
+from rlhf_fast.trainer.rl.config import COMMON_DEFAULTS
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
 GIB = 2**30
@@ -39,6 +40,8 @@ class PlanOptions(Options):
     """The phase to plan."""
     objective: str = "ppo"
     """For ppo: its objective; without a critic it takes less."""
+    kl_coef: Annotated[float | None, NOT_NEGATIVE] = None
+    """For ppo: with 0 no reference model is needed. None: the objective's."""
     reward_model: str = ""
     """For ppo: the reward model, also the critic's start; empty: as large as the model. "none": reward functions."""
     gpus: Annotated[int, POSITIVE] = 1
@@ -107,7 +110,7 @@ def memory(options: PlanOptions, models: Models, setup: Setup) -> Memory:
     if critic is not None:
         always |= _trained("critic", critic, options, setup)
     if options.phase == "ppo":
-        if not setup.lora_rank:
+        if not setup.lora_rank and has_reference(options):
             always["reference weights"] = _weights(policy, options, setup._replace(nf4=False))
         if models.reward is not None:
             always["reward model weights"] = _weights(models.reward, options, setup._replace(nf4=False))
@@ -126,6 +129,13 @@ def memory(options: PlanOptions, models: Models, setup: Setup) -> Memory:
     if critic is not None:
         moments["update critic"] = {**always, **_update(critic, options, setup, length)}
     return moments
+
+
+def has_reference(options: PlanOptions) -> bool:
+    """Whether the steps read a reference model."""
+    objective = OBJECTIVES[options.objective]
+    usual = objective.defaults.get("kl_coef", COMMON_DEFAULTS["kl_coef"])
+    return objective.pairs or (usual if options.kl_coef is None else options.kl_coef) > 0
 
 
 def _weights(model: Footprint, options: PlanOptions, setup: Setup) -> float:
@@ -204,7 +214,8 @@ def seconds(options: PlanOptions, models: Models, setup: Setup) -> dict[str, flo
     token = max(read, policy.flops_per_token(length) * rows / operations)
     parts = {"sample": options.max_new_tokens * token + forward * options.prompt_length / length}
     critic = OBJECTIVES[options.objective].critic
-    parts["old and reference log-probabilities"] = forward * (1 if options.epochs == 1 and not critic else 2)
+    passes = has_reference(options) + (options.epochs > 1 or critic)
+    parts["old and reference log-probabilities"] = forward * passes
     score = (models.reward or policy).flops_per_token(length) * length * rows / operations
     if models.reward is not None:
         parts["scores"] = score
@@ -260,6 +271,7 @@ def show(options: PlanOptions, models: Models, setup: Setup) -> None:
     )
     launch = f"torchrun --nproc-per-node {options.gpus} -m rlhf_fast" if options.gpus > 1 else "rlhf-fast"
     objective = f" --objective {options.objective}" if options.phase == "ppo" and options.objective != "ppo" else ""
+    objective += "" if options.kl_coef is None or options.phase != "ppo" else f" --kl-coef {options.kl_coef:g}"
     flags = f"{objective} {setup.flags()}{_sizes(options, setup)}"
     console.print(f"{launch} {options.phase} --model {options.model}{flags}", soft_wrap=True)
 

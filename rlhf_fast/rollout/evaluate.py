@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
+from rlhf_fast.models.batches import NO_ROWS, Batch, MicroBatch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
 
@@ -34,7 +34,7 @@ def evaluate(
     params: SamplingParams,
     *,
     samples: int,
-    micro_batch_size: int,
+    micro_batch: MicroBatch,
     total: int | None = None,
     rater: Rater | None = None,
     sampler: Sampler = generate,
@@ -61,7 +61,7 @@ def evaluate(
         if total is not None:
             numbers["total_prompts"] = min(size, total - start)
         rollout = sampler(policy, tokenizer, part, params, **numbers)
-        measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch_size)
+        measured = _measure(policy, reference, reward, rollout, params.temperature, micro_batch)
         if has_work:
             own[start] = measured
     parts = {start: part for rank in ranks().every(own) for start, part in rank.items()}
@@ -93,11 +93,11 @@ SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", 
 
 
 def _measure(
-    policy: Any, reference: Reference, reward: Any, rollout: Rollout, temperature: float, micro_batch_size: int
+    policy: Any, reference: Reference, reward: Any, rollout: Rollout, temperature: float, micro_batch: MicroBatch
 ) -> list[dict[str, Any]]:
     """One row for each sample; its entropy is the sum over its tokens."""
     batch = rollout.batch
-    plan = pad_to_ranks(batch.plan(micro_batch_size), policy, NO_ROWS)
+    plan = pad_to_ranks(batch.plan(micro_batch.rows, tokens=micro_batch.tokens), policy, NO_ROWS)
 
     def with_entropy(part: Batch) -> Tensor:
         return torch.stack(token_logprobs_entropy(policy, part, temperature), -1)

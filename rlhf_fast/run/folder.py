@@ -31,7 +31,7 @@ from .hub_upload import open_repository, upload
 from .lock import lock, unlock
 from .model_card import KINDS, Trained, write_card
 from .progress import notice
-from .records import read_jsonl
+from .records import read_jsonl, whole_lines
 from .terminal import redacted
 from .trackers import Trackers
 
@@ -131,22 +131,21 @@ class RunFolder:
         if keep_lines is None:
             with path.open("a", encoding="utf-8", errors=SURROGATES) as file:
                 file.write(text)
-        else:  # not splitlines, which also splits at line separators inside of texts
-            old_lines = path.read_text(encoding="utf-8").split("\n")[:keep_lines] if keep_lines else []
+        else:
+            old_lines = whole_lines(path)[:keep_lines] if keep_lines else []
             write_text(path, "".join(line + "\n" for line in old_lines if line) + text)
 
     def truncate_metrics(self, step: int) -> None:
         """Remove metrics after `step`, which a resumed run will log again."""
         path = self.path / "metrics.jsonl"
         if ranks().main and path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            rows = [line for line in whole_lines(path) if _step_of(line) <= step]
             write_text(path, "".join(line + "\n" for line in rows))
 
     def last_metrics(self) -> dict[str, float]:
         """Those of the last step that was logged; none if nothing was."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return dict(json.loads(lines[-1])) if lines else {}
+        rows = read_jsonl(self.path / "metrics.jsonl")
+        return rows[-1] if rows else {}
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file of the folder atomically."""

@@ -73,8 +73,8 @@ class RunOptions(Options):
     """Options of every phase."""
 
     CHANGEABLE = frozenset(
-        {"micro_batch_size", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes", "save_total_limit"}
-        | {"save_last", "trackers", "trust_remote_code", "dtype", "push_to_hub"}
+        {"micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes"}
+        | {"save_total_limit", "save_last", "trackers", "trust_remote_code", "dtype", "push_to_hub"}
     )
 
     model: Annotated[str, NAME] = "smollm2"
@@ -93,6 +93,8 @@ class RunOptions(Options):
     """End the run at the first unusable row of a data file. Off: such rows are dropped and listed."""
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
+    micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
+    """Most tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward instead of storing them: less memory, about a third more time."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.errors import UserError
 
+from .progress import notice
 from .terminal import redacted
 
 
@@ -35,14 +36,23 @@ class Trackers:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log the metrics of one step."""
-        for tracker in self._open:
-            tracker.log({name: float(value) for name, value in metrics.items()}, step=step)
+        self._each(lambda tracker: tracker.log({name: float(value) for name, value in metrics.items()}, step=step))
 
     def close(self) -> None:
         """Write what is still in memory."""
-        for tracker in self._open:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
         self._open = []
+
+    def _each(self, call: Callable[[Any], Any]) -> None:
+        """`call(tracker)` for each; one that fails is left out from then on, as metrics.jsonl has everything."""
+        for tracker in list(self._open):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._open.remove(tracker)
+                notice(
+                    f"the tracker {tracker.name} failed and is left out from now on: {type(error).__name__}: {error}"
+                )
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from rlhf_fast.run.checkpoint import write_text
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import FILE, RunOptions, SamplerOptions, SamplingOptions
 from rlhf_fast.run.progress import Progress, StopFlag, Timer
+from rlhf_fast.run.records import whole_lines
 from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.run.threads import threads
 
@@ -131,10 +132,10 @@ def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:
     path = run.path / FEEDBACK_FILE
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    complete_lines = text[: text.rfind("\n") + 1]
+    complete_lines = "".join(line + "\n" for line in whole_lines(path))
+    size = path.stat().st_size
     ranks().wait()
-    if complete_lines != text and ranks().main:
+    if len(complete_lines.encode()) != size and ranks().main:
         write_text(path, complete_lines)
     ranks().wait()
     return read_lines(path, lambda row, where: (row["prompt"], where), strict=True) if complete_lines else []

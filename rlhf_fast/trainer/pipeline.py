@@ -62,7 +62,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     from rlhf_fast.report.page import write_report
 
     from .collection import collect
-    from .reward.train import train_reward
+    from .reward.train import resolved, train_reward
     from .rl.ppo import train_ppo
     from .sft.train import train_sft
 
@@ -83,7 +83,7 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
             "collect", collect, _config(CollectConfig, config, config.collect, model=sft_model), run
         )
     reward = _config(RewardConfig, config, config.reward, model=sft_model, feedback_file=feedback)
-    phases["reward"] = _phase("reward", train_reward, reward, run)
+    phases["reward"] = _phase("reward", train_reward, resolved(reward), run)
     ppo = _config(
         PPOConfig,
         config,

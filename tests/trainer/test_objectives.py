@@ -155,6 +155,16 @@ def test_small_differences_are_still_differences() -> None:
     assert equal_up_to_rounding(groups, rounding=2.0**-6).tolist() == [True, True, True, False]
 
 
+@pytest.mark.parametrize("rewards", [[1.0, 1.00001, 1.0], [1.0, 1.001, 0.999], [0.0, 1.0, 0.5]])
+def test_groups_of_little_spread_are_those_of_the_formula(rewards: list[float]) -> None:
+    """In float64, with the documented 1e-4 beside the deviation: rounding of float32 adds nothing (verl #6348)."""
+    stats = random_batch(rewards=torch.tensor([*rewards, *rewards]))
+    exact = stats.rewards[:3].double()
+    wanted = (exact - exact.mean()) / (exact.std() + 1e-4)
+    found = OBJECTIVES["grpo"].advantages(stats, options(place="loss")).advantages
+    torch.testing.assert_close(found[:3, 0].double(), wanted, atol=1e-6, rtol=2e-4)
+
+
 def test_the_value_loss_takes_the_larger_error() -> None:
     values, old, returns = torch.tensor([[1.0, 0.1, 5.0]]), torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
     mask = torch.tensor([[True, True, False]])

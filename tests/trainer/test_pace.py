@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import pytest
 import torch
 from helpers import phases
 
+from rlhf_fast import _spin
 from rlhf_fast.rollout.evaluate import figures_of
 from rlhf_fast.run import threads as threads_module
 from rlhf_fast.run.records import read_jsonl
@@ -41,6 +45,19 @@ class Clock:
             self.now += self.each * prompts[-1]
             self.timer.totals["step"] += self.each * prompts[-1]
         return prompts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has GNU's OpenMP on Linux alone")
+def test_the_wait_policy_is_set_before_torch_is_loaded() -> None:
+    """In every phase, as all begin with an import of rlhf_fast; OpenMP prints what it read."""
+    code = "from rlhf_fast.trainer import PPOConfig; import os; print('left', os.environ.get('GOMP_SPINCOUNT'))"
+    unset = {name: value for name, value in os.environ.items() if name not in _spin.POLICIES}
+    for given, spins, left in (({}, _spin.SPINS, None), ({"GOMP_SPINCOUNT": "77"}, "77", "77")):
+        shown = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**unset, **given, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert f"GOMP_SPINCOUNT = '{spins}'" in shown.stderr and f"left {left}" in shown.stdout
 
 
 def test_steps_get_smaller_before_they_get_fewer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,23 @@ def test_objectives_without_a_critic_take_less(tmp_path: Path) -> None:
     assert plan.peak(plan.memory(options, models, setup)) < 0.75 * ppo
 
 
+@pytest.mark.parametrize(
+    ("objective", "kl_coef", "wanted"),
+    [("grpo", None, True), ("dapo", None, False), ("dapo", 0.1, True), ("grpo", 0.0, False), ("dpo", 0.0, True)],
+)
+def test_without_a_kl_no_reference_is_counted(
+    objective: str, kl_coef: float | None, wanted: bool, tmp_path: Path
+) -> None:
+    options = options_of(tmp_path, objective=objective, kl_coef=kl_coef, epochs=2)
+    models = plan.load(options)
+    moments = plan.memory(options, models, plan.Setup())
+    assert all(("reference weights" in parts) == wanted for parts in moments.values())
+    times = plan.seconds(options, models, plan.Setup())["old and reference log-probabilities"]
+    options.objective, options.kl_coef = "grpo", 1.0
+    whole = plan.seconds(options, models, plan.Setup())["old and reference log-probabilities"]
+    assert times == pytest.approx(whole if wanted else whole / 2)
+
+
 @pytest.mark.parametrize("phase", ["sft", "reward", "ppo"])
 def test_the_launch_line_is_one_that_the_phase_understands(
     phase: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

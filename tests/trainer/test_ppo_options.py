@@ -14,14 +14,15 @@ import torch
 from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step, weights
 
 from rlhf_fast.data.examples import read_sft
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.batches import Batch
 from rlhf_fast.models.heads import token_logprobs
+from rlhf_fast.rollout import evaluate as evaluation
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import checks, ppo
+from rlhf_fast.trainer.rl import checks, ppo, settings
 from rlhf_fast.trainer.rl.agent import Agent
 from rlhf_fast.trainer.rl.prompts import draw
 from rlhf_fast.trainer.rl.ptx import encode_demonstrations
@@ -136,6 +137,74 @@ def test_a_budget_of_tokens_bounds_the_micro_batches(config: PPOConfig) -> None:
         for agent, tokens in ((load_agent(config), 0), (load_agent(config), 30))
     )
     assert cut == pytest.approx(whole, abs=2e-4, rel=2e-3)
+
+
+def test_a_budget_of_tokens_bounds_evaluations_too(
+    config: PPOConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shapes: list[tuple[int, int]] = []
+    config = replace(config, eval_prompts_file=str(tiny / "heldout.jsonl"), max_steps=0)
+
+    def watched(function: Any) -> Any:
+        def call(model: Any, batch: Batch, *rest: Any) -> Any:
+            shapes.append(tuple(batch.input_ids.shape))
+            return function(model, batch, *rest)
+
+        return call
+
+    for name in ("token_logprobs_entropy", "token_logprobs", "sequence_scores"):
+        monkeypatch.setattr(evaluation, name, watched(getattr(evaluation, name)))
+    whole = ppo.train_ppo(config, RunFolder.create(tmp_path / "whole"))
+    assert max(rows * width for rows, width in shapes) > 100
+    shapes.clear()
+    cut = ppo.train_ppo(replace(config, micro_batch_tokens=100), RunFolder.create(tmp_path / "cut"))
+    assert max(rows * width for rows, width in shapes) <= 100 and any(rows > 1 for rows, _ in shapes)
+    for name in ("reward_before", "kl_before", "entropy_before"):
+        assert cut[name] == pytest.approx(whole[name], abs=1e-5)
+
+
+def test_without_a_kl_there_is_no_reference(
+    config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is loaded for evaluations alone, and the update is that of a run that has it."""
+    config = replace(config, objective="grpo", kl_coef=0.0, num_minibatches=2)
+    agent, other = load_agent(config), load_agent(config)
+    assert agent.frozen is None and load_agent(replace(config, kl_coef=1.0)).frozen is not None
+    assert other.load_reference is not None
+    other.frozen = other.load_reference()
+    figures = train_step(agent, prompts_of(config, agent), config, 0)
+    assert "objective/kl" not in figures and figures["policy/grad_norm"] > 0
+    monkeypatch.setattr(settings, "needs_reference", lambda config: True)
+    same = train_step(other, prompts_of(config, other), config, 0)
+    assert same.pop("objective/kl") == pytest.approx(0, abs=1e-4) and same == figures
+    monkeypatch.undo()
+
+    agents: list[Agent] = []
+    load = ppo.load_agent
+    monkeypatch.setattr(ppo, "load_agent", lambda options: agents.append(load(options)) or agents[-1])
+    more: dict[str, Any] = {"eval_prompts_file": str(tiny / "heldout.jsonl"), "eval_samples": 1, "max_steps": 2}
+    run = RunFolder.create(tmp_path / "run")
+    summary = ppo.train_ppo(replace(config, **more), run)
+    assert summary["kl_before"] == pytest.approx(0, abs=1e-4) and abs(summary["kl_after"]) > 1e-3
+    assert agents[0].frozen is None and all("objective/kl" not in row for row in metrics(run.path))
+
+
+def test_files_of_evaluations_after_the_checkpoint_are_not_read(
+    config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Any
+) -> None:
+    config = replace(
+        config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1, max_steps=2
+    )
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ppo, "StopFlag", stop_at(1))
+        ppo.train_ppo(config, RunFolder.create(tmp_path / "run"))
+    (tmp_path / "run" / "eval_step-2.json").write_text('{"reward": 99.0}')  # as a run left it that was killed later
+    (tmp_path / "run" / "eval_after.json").write_text('{"reward": 98.0}')
+    (tmp_path / "run" / "best.json").write_text('{"step": 2, "reward": 99.0}')
+    run = RunFolder.create(tmp_path / "run", resume=True)
+    summary = ppo.train_ppo(config, run)
+    assert metrics(run.path)[1]["eval/reward"] < 50 and summary["reward_after"] < 50
+    assert json.loads((run.path / "best.json").read_text())["reward"] < 50
 
 
 def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:

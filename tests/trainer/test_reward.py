@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf_fast.data.examples import encode_completion, pad_right
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.schema import Ranking, read_feedback
-from rlhf_fast.models.batches import Batch
+from rlhf_fast.models.batches import Batch, MicroBatch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
 from rlhf_fast.rollout import sampler
@@ -88,9 +89,39 @@ def test_of_many_training_rankings_some_are_scored_from_beginning_to_end() -> No
 
 def test_micro_batches_keep_rankings_whole() -> None:
     rankings = [ranked([1.0] * size) for size in (4, 4, 2, 9, 1)]
-    sizes = [[len(r.sequences) for r in batch] for batch in reward.micro_batches(rankings, 8)]
+    sizes = [[len(r.sequences) for r in batch] for batch in reward.micro_batches(rankings, MicroBatch(8))]
     assert sizes == [[4, 4], [2], [9], [1]]
-    assert reward.micro_batches([], 8) == []
+    assert reward.micro_batches([], MicroBatch(8)) == []
+
+
+def test_a_budget_of_tokens_bounds_every_pass(
+    feedback: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, int]] = []
+    scores = reward.sequence_scores
+
+    def watched(model: Any, batch: Any) -> torch.Tensor:
+        shapes.append(tuple(batch.input_ids.shape))
+        return scores(model, batch)
+
+    monkeypatch.setattr(reward, "sequence_scores", watched)
+    whole = train(tiny, tmp_path / "whole", feedback, epochs=1)
+    assert max(rows * width for rows, width in shapes) > 90
+    shapes.clear()
+    cut = train(tiny, tmp_path / "cut", feedback, epochs=1, micro_batch_tokens=90)
+    assert all(rows == 4 or rows * width <= 90 for rows, width in shapes)  # a ranking stays whole
+    assert any(rows > 4 for rows, _ in shapes)
+    for name in ("heldout_pair_accuracy", "score_mean", "score_std"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-3)
+
+
+def test_the_learning_rate_that_is_used_is_in_the_configuration(feedback: str, tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path / "run", feedback, epochs=0.1, lr=None)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"]
+    model = reward.load(RewardConfig(model=str(tiny / "model"), dtype="float32"))[1]
+    assert written == pytest.approx(reward.usual_lr(sum(p.numel() for p in model.parameters())), rel=1e-6)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["lr"] == pytest.approx(written)
 
 
 @pytest.fixture
@@ -135,7 +166,9 @@ def test_it_learns_and_its_scores_are_normalised_wherever_it_is_loaded(
     folder = str(tmp_path / "run" / "model")
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, getattr(torch, dtype), tokenizer)
-    scores = torch.cat(reward.score_all(model, reward.encode_all(tokenizer, read_feedback(feedback), Limits(64)), 0, 8))
+    scores = torch.cat(
+        reward.score_all(model, reward.encode_all(tokenizer, read_feedback(feedback), Limits(64)), 0, MicroBatch(8))
+    )
     assert float(scores.mean()) == pytest.approx(0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1, abs=1e-4)
 

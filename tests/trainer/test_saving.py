@@ -19,7 +19,9 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.run import autosave
 from rlhf_fast.run.checkpoint import checkpoints, newest_intact_checkpoint
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.resume import finished_summary
+from rlhf_fast.trainer.collection import FEEDBACK_FILE, _rows_done
 from rlhf_fast.trainer.reward import train as reward_train
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.sft.hf_trainer import SumTrainer
@@ -265,6 +267,26 @@ def test_lines_are_kept_whatever_the_texts_hold(tmp_path: Path) -> None:
     run.append_jsonl("samples.jsonl", [{"text": "end"}], len(rows))
     lines = (run.path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [*rows, {"text": "end"}]
+
+
+def test_a_line_cut_within_a_character_is_left_out_and_a_damaged_one_named(tmp_path: Path) -> None:
+    run, file = RunFolder.create(tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    run.log({"loss": 1.0}, 1)
+    whole = file.read_bytes()
+    file.write_bytes(whole + '{"step": 2, "rewards/é'.encode()[:-1])  # killed between two bytes of one character
+    assert read_jsonl(file) == [{"step": 1, "loss": 1.0}] and run.last_metrics() == {"step": 1, "loss": 1.0}
+    run.truncate_metrics(1)
+    assert file.read_bytes() == whole
+    file.write_bytes(whole[:-1])  # as a person writes it, without a line break at the end
+    assert read_jsonl(file) == [{"step": 1, "loss": 1.0}]
+    for damaged, reason in ((b'{"step": \xff1}\n', "not UTF-8"), (b'{"step": \n', "not valid JSON")):
+        file.write_bytes(whole + damaged + whole)
+        with pytest.raises(UserError, match=rf"metrics.jsonl:2: {reason}"):
+            read_jsonl(file)
+    feedback = tmp_path / "run" / FEEDBACK_FILE
+    line = json.dumps({"prompt": "é", "completions": ["a", "b"]}, ensure_ascii=False).encode()
+    feedback.write_bytes(line + b"\n" + line[: line.index("é".encode()) + 1])
+    assert [prompt for prompt, _ in _rows_done(run)] == ["é"] and feedback.read_bytes() == line + b"\n"
 
 
 def test_a_clock_set_back_changes_nothing(job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.adapters import save_adapters
-from rlhf_fast.models.batches import Batch, in_micro_batches
+from rlhf_fast.models.batches import Batch, MicroBatch, in_groups, in_micro_batches
 from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.fsdp import pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
@@ -40,6 +40,7 @@ from rlhf_fast.models.loading import (
     parameter_count,
     reading_limits,
     resolve_dtype,
+    reward_parameter_count,
     set_score_normalizer,
 )
 from rlhf_fast.models.lora import add_lora, merged
@@ -71,6 +72,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     Raises UserError for bad data, Interrupted after a Ctrl-C that was saved.
     """
     config.validate()
+    config = resolved(config)
     if (finished := finished_summary(run, config)) is not None:
         return finished
     timer = Timer()
@@ -94,8 +96,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         steps = _train(config, run, model, tokenizer.pad_token_id, train)
     with timer("evaluate"):
         shown = train if mostly_of(config.model, train + held_out) else spread(train, TRAIN_SHOWN)
-        train_scores = score_all(model, shown, tokenizer.pad_token_id, config.micro_batch_size)
-        held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, config.micro_batch_size)
+        train_scores = score_all(model, shown, tokenizer.pad_token_id, largest(config))
+        held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, largest(config))
     with timer("normalise"):
         log = run.path / SERVER_LOG
         mean, std = normalizer(config, model, tokenizer, shown + held_out, train_scores + held_out_scores, log)
@@ -169,31 +171,37 @@ def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) 
     return list(scores.split([len(ranking.sequences) for ranking in rankings]))
 
 
-def micro_batches(rankings: Sequence[EncodedRanking], size: int) -> list[list[EncodedRanking]]:
-    """Split into groups of at most `size` sequences (at least one ranking)."""
-    batches: list[list[EncodedRanking]] = [[]]
-    count = 0
-    for ranking in rankings:
-        if batches[-1] and count + len(ranking.sequences) > size:
-            batches.append([])
-            count = 0
-        batches[-1].append(ranking)
-        count += len(ranking.sequences)
-    return batches if batches[0] else []
+def largest(config: RewardConfig) -> MicroBatch:
+    """The largest micro-batch."""
+    return MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
+
+
+def micro_batches(rankings: Sequence[EncodedRanking], most: MicroBatch) -> list[list[EncodedRanking]]:
+    """Split into micro-batches within `most` (at least one ranking)."""
+    units = [(len(ranking.sequences), max(map(len, ranking.sequences))) for ranking in rankings]
+    return [[rankings[i] for i in group] for group in in_groups(units, most)]
 
 
 @torch.no_grad()
-def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, size: int) -> list[Tensor]:
+def score_all(model: Any, rankings: Sequence[EncodedRanking], pad_id: int, most: MicroBatch) -> list[Tensor]:
     """Scores (K,) of every ranking, on the CPU. Each rank computes its share and gets the scores of all."""
     model.eval()
     own: list[Tensor] = []
-    for part in pad_to_ranks(micro_batches(rankings[ranks().index :: ranks().count], size), model, []):
+    for part in pad_to_ranks(micro_batches(rankings[ranks().index :: ranks().count], most), model, []):
         shown = part or rankings[:1]  # a rank without rankings still runs: the others need its shards
         own += [score.cpu() for score in forward_scores(model, shown, pad_id)][: len(part)]
     scores: list[Tensor] = [torch.empty(0)] * len(rankings)
     for rank, rank_scores in enumerate(ranks().every(own)):
         scores[rank :: ranks().count] = rank_scores
     return scores
+
+
+def resolved(config: RewardConfig) -> RewardConfig:
+    """A copy in which `lr` is a number, as config.yaml shows it and resuming compares it."""
+    if config.lr is not None:
+        return config
+    count = reward_parameter_count(config.model, config.trust_remote_code)
+    return replace(config, lr=usual_lr(count, config.lora_rank > 0))
 
 
 def usual_lr(parameters: int, adapters: bool = False) -> float:
@@ -210,8 +218,8 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     """Train `model` in place; returns the number of steps."""
     head = list(model.score.parameters())
     trunk = [p for p in model.parameters() if all(p is not h for h in head)]
-    lr = config.lr or usual_lr(parameter_count(model), config.lora_rank > 0)
-    optimizer = AdamW([{"params": trunk, "lr": lr}, {"params": head, "lr": config.head_lr}], lr=lr)
+    assert config.lr is not None  # `resolved`
+    optimizer = AdamW([{"params": trunk, "lr": config.lr}, {"params": head, "lr": config.head_lr}], lr=config.lr)
     peaks = [group["lr"] for group in optimizer.param_groups]
     per_epoch = math.ceil(len(rankings) / config.batch_size)
     total = max(1, round(config.epochs * per_epoch))
@@ -255,7 +263,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], config.micro_batch_size), model, []):
+    for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], largest(config)), model, []):
         shown = part or batch[:1]  # a rank without rankings still runs: the others need its shards
         scores = forward_scores(model, shown, pad_id)
         part_loss = ranking_loss(scores, shown, config.loss, config.centering) * bool(part) / len(batch)
@@ -303,7 +311,7 @@ def normalizer(
                 samples_per_prompt=2,
             )
         batch = rollout.batch
-        plan = batch.plan(config.micro_batch_size)
+        plan = batch.plan(config.micro_batch_size, tokens=config.micro_batch_tokens)
         own = [in_micro_batches(lambda part: sequence_scores(model, part), batch, plan).cpu()]
     every = torch.cat(list(own))
     return float(every.mean()), max(float(every.std(correction=0)), 1e-6)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.feedback.schema import Ranking
 from rlhf_fast.models.adapters import save_adapters
+from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.models.fsdp import sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
@@ -51,7 +52,7 @@ class Agent:
     tokenizer: Any
     policy: Any
     adapters: Any | None  # the PeftModel around the policy, with LoRA
-    frozen: Any | None  # the reference; None if it is the policy with its adapters off
+    frozen: Any | None  # the reference; None if it is the policy with its adapters off, or no step needs it
     rewards: Rewards
     critic: Any | None
     policy_optimizer: AdamW
@@ -61,15 +62,29 @@ class Agent:
     ahead: OneStepAhead | None = None  # has the next step's completions sampled meanwhile
     prompts_drawn: int = 0  # so far: index of the next step's first prompt
     largest_gap: float = 0.0  # of the last step, between old and new log-probabilities, which should be equal
+    load_reference: Callable[[], Any] | None = None  # for evaluations, if no step needs it
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
         """The policy as it was when RL began, also in a resumed run."""
         if self.adapters is None:
-            yield self.frozen
+            with self.keep_reference():
+                yield self.frozen
         else:
             with adapters_off(self.adapters):
                 yield self.policy
+
+    @contextmanager
+    def keep_reference(self) -> Iterator[None]:
+        """Within it the reference is in memory. Outside it is not, if no step needs it. All ranks must enter."""
+        if self.frozen is not None or self.load_reference is None:
+            yield
+            return
+        self.frozen = self.load_reference()
+        try:
+            yield
+        finally:
+            self.frozen = None
 
     def train(self, mode: bool) -> None:
         """Switch the trained models' training mode on or off."""
@@ -123,9 +138,10 @@ class AgentOptions(NamedTuple):
     adam: AdamOptions
     reward_functions: tuple[str, ...]
     score_clip: float
-    micro_batch: int  # for a reward model with another vocabulary
+    micro_batch: MicroBatch  # for a reward model with another vocabulary
     kl_coef: float
     kl_target: float
+    reference: bool  # whether a step needs it; otherwise it is loaded for evaluations alone
 
 
 def load_agent(options: AgentOptions) -> Agent:
@@ -139,9 +155,11 @@ def load_agent(options: AgentOptions) -> Agent:
     tokenizer = load_tokenizer(models.model, trust)
     policy = sharded(load_causal_lm(models.model, dtype, trust, models.load_in_4bit), models.fsdp)
     fit_padding(tokenizer, policy)
-    frozen = None
-    if not models.lora_rank:
-        frozen = sharded(load_causal_lm(models.model, dtype, trust).requires_grad_(False), models.fsdp)
+
+    def load_reference() -> Any:
+        return sharded(load_causal_lm(models.model, dtype, trust).requires_grad_(False), models.fsdp)
+
+    full = not models.lora_rank
     adapters = add_lora(policy, models.lora_rank) if models.lora_rank else None
     reward = reader = None
     if models.reward_model:
@@ -161,7 +179,8 @@ def load_agent(options: AgentOptions) -> Agent:
         tokenizer=tokenizer,
         policy=policy,
         adapters=adapters,
-        frozen=frozen,
+        frozen=load_reference() if full and options.reference else None,
+        load_reference=load_reference if full and not options.reference else None,
         rewards=rewards,
         critic=critic,
         policy_optimizer=optimizer_of(policy, adam.lr, adam),

@@ -200,7 +200,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
 
     CHANGEABLE = frozenset(
         {"epochs", "num_minibatches", "prompts_per_step", "samples_per_prompt", "dynamic_sampling", "eval_steps"}
-        | {"micro_batch_tokens", "ptx_coef"}
+        | {"ptx_coef"}
     )
     EXTENDS = frozenset({"max_steps", "prompt_epochs", "max_seconds"})
 
@@ -236,8 +236,6 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     """Passes over the samples of a step."""
     num_minibatches: Annotated[int | None, POSITIVE] = None
     """Minibatches (optimizer steps) in one such pass. None: the objective's."""
-    micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """Most tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
 
     def resolved(self) -> Self:
         """A copy in which every option that is None has the objective's default."""

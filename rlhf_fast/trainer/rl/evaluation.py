@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.evaluate import Rater, evaluate, figures_of
 from rlhf_fast.rollout.rollout import Sampler, SamplingParams
@@ -25,7 +27,7 @@ class EvalOptions(NamedTuple):
 
     params: SamplingParams
     samples: int  # of each prompt
-    micro_batch: int
+    micro_batch: MicroBatch
     every: int  # steps; 0: only before and after
     keep_best: bool  # save the best model instead of the last
 
@@ -43,29 +45,30 @@ class Evaluator:
     best: tuple[int, float] | None = None  # step and reward of the best evaluation during the run
 
     def at(self, when: str, count: int | None = None) -> Figures:
-        """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads them back.
+        """Figures, stored in eval_<when>.json and samples.jsonl; a resumed run reads back those before training.
 
         `count`: of the first prompts alone, with the random numbers that they have among all.
         """
         if self.held_out is None:
             return {}
         name, run, options = f"eval_{when}.json", self.run, self.options
-        if run.resume and (run.path / name).exists():
+        if when == "before" and run.resume and (run.path / name).exists():
             return run.read_json(name)
-        figures, rows = evaluate(
-            self.agent.policy,
-            self.agent.reference,
-            None if self.agent.rewards.reader is not None else self.agent.rewards.model,
-            self.agent.tokenizer,
-            [line.prompt for line in self.held_out.lines[:count]],
-            self.held_out.ids[:count],
-            options.params,
-            samples=options.samples,
-            micro_batch_size=options.micro_batch,
-            total=None if count is None else len(self.held_out.lines),
-            rater=self.rater,
-            sampler=self.sampler,
-        )
+        with self.agent.keep_reference():
+            figures, rows = evaluate(
+                self.agent.policy,
+                self.agent.reference,
+                None if self.agent.rewards.reader is not None else self.agent.rewards.model,
+                self.agent.tokenizer,
+                [line.prompt for line in self.held_out.lines[:count]],
+                self.held_out.ids[:count],
+                options.params,
+                samples=options.samples,
+                micro_batch=options.micro_batch,
+                total=None if count is None else len(self.held_out.lines),
+                rater=self.rater,
+                sampler=self.sampler,
+            )
         figures |= self.agent.rewards.add_to(rows, self.held_out.lines[:count])
         if when in ("before", "after"):
             run.append_jsonl(
@@ -102,11 +105,24 @@ class Evaluator:
         return {f"eval/{name}": value for name, value in figures.items()}
 
     def resume(self, step: int) -> None:
-        """Restore the best evaluation before the step that a run resumes from."""
-        path = self.run.path / "best.json"
-        if self.options.keep_best and step and path.exists():
+        """Restore the best evaluation up to the step that a run resumes from, and remove the files of later ones.
+
+        Steps after the checkpoint are repeated, maybe with changed options, so what they left says nothing any more.
+        """
+        if ranks().main:
+            for path in self.run.path.glob("eval_step-[0-9]*.json"):
+                if int(path.stem.rpartition("-")[2]) > step:
+                    path.unlink()
+        if self.options.keep_best and (self.run.path / "best.json").exists():
             best = self.run.read_json("best.json")
-            self.best = int(best["step"]), float(best["reward"])
+            if int(best["step"]) <= step:
+                self.best = int(best["step"]), float(best["reward"])
+            else:
+                notice(
+                    f"the best model so far was that of step {best['step']}, after the checkpoint of step {step}: the "
+                    "best is sought anew from here"
+                )
+        ranks().wait()
 
     @property
     def last_is_best(self) -> bool:

@@ -60,17 +60,21 @@ class Watch:
         return list(new.values())
 
 
-def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions, *, critic: bool) -> dict[str, float]:
+def rollout_metrics(
+    rollout: Rollout, experience: Experience, kl: KLOptions | None, *, critic: bool
+) -> dict[str, float]:
     """Means over all samples of the step, once the update is done; `val/...` with a `critic` alone.
 
-    objective/kl: nats per sequence. objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL
-    penalty. val/explained_variance: 1 - Var(returns - values) / Var(returns), over tokens.
+    objective/kl: nats per sequence, left out without `kl`, where nothing is known of the reference.
+    objective/entropy: nats per token. objective/rlhf_reward: reward minus the KL penalty. val/explained_variance:
+    1 - Var(returns - values) / Var(returns), over tokens.
     """
     mask = experience.batch.mask
-    nats = rf.approx_kl(
-        experience.old_logprobs, experience.ref_logprobs, estimator=sampled_estimator(kl), mask=mask
-    ).sum(1)
-    by_sample = torch.stack([nats, experience.rewards - kl.reward_coef * nats], 1)
+    nats, coef = torch.zeros_like(experience.rewards), 0.0
+    if kl is not None:
+        coef, estimator = kl.reward_coef, sampled_estimator(kl)
+        nats = rf.approx_kl(experience.old_logprobs, experience.ref_logprobs, estimator=estimator, mask=mask).sum(1)
+    by_sample = torch.stack([nats, experience.rewards - coef * nats], 1)
     assert rollout.scores is not None
     by_completion = torch.stack([rollout.scores, rollout.response_mask.sum(1).float(), rollout.ended.float()], 1)
     by_token = torch.stack([experience.entropy[mask], experience.returns[mask], experience.values[mask]], 1)
@@ -78,7 +82,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience, kl: KLOptions, *, 
     scores, lengths, ended = ranks().cat(by_completion).unbind(1)
     entropies, returns, values = ranks().cat(by_token).unbind(1)
     figures = {
-        "objective/kl": kls.mean(),
+        **({} if kl is None else {"objective/kl": kls.mean()}),
         "objective/entropy": entropies.mean(),
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),

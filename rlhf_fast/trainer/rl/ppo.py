@@ -124,7 +124,8 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
                 with timer("evaluate"):
                     metrics |= evaluator.at_step(step)
             run.log({**metrics, **timer.lap()}, step)
-            bar.update(step, watch.verdict.after(metrics), **{name.partition("/")[2]: metrics[name] for name in SHOWN})
+            shown = {name.partition("/")[2]: metrics[name] for name in SHOWN if name in metrics}
+            bar.update(step, watch.verdict.after(metrics), **shown)
             if autosave.after_step(step, stop.requested):
                 raise Interrupted(f"stopped after {step} of {max_steps} steps; --resume goes on")
 
@@ -180,8 +181,8 @@ def train_step(
     # Metrics, now that the log-probabilities of all samples are known.
     if plain and options.score.on_policy:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
-    critic = agent.critic is not None
-    metrics = {**rollout_metrics(samples, experience, options.update.loss.kl, critic=critic), **drawn, **losses}
+    kl = options.update.loss.kl if options.score.reference else None
+    metrics = {**rollout_metrics(samples, experience, kl, critic=agent.critic is not None), **drawn, **losses}
     metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": lr}
     if samples.logprobs is not None:
         correction, mask = options.score.correction, experience.batch.mask
@@ -190,6 +191,6 @@ def train_step(
     if agent.ahead is not None:
         metrics |= {"time/step_began": began, **agent.ahead.times(timer.start)}
     metrics["policy/ratio_gap"] = agent.largest_gap
-    if not warming_up:  # before, the policy does not learn, so kl_coef has no effect
+    if kl is not None and not warming_up:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
     return metrics

@@ -18,7 +18,7 @@ from rlhf_fast.data.encoding import encode_example
 from rlhf_fast.data.examples import Demonstration, pad_right
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.batches import NO_ROWS, Batch
+from rlhf_fast.models.batches import NO_ROWS, Batch, MicroBatch
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import token_logprobs
 
@@ -31,7 +31,7 @@ class PtxOptions(NamedTuple):
     coef: float
     size: int  # demonstrations in an optimizer step, over all ranks
     max_length: int
-    micro_batch: int
+    micro_batch: MicroBatch
     seed: int
 
 
@@ -49,7 +49,8 @@ class Demonstrations:
         rows = torch.tensor(order)[ranks().index :: ranks().count]
         tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
         loss = torch.zeros((), device=self.batch.mask.device)
-        for part in pad_to_ranks(self.batch.plan(options.micro_batch, rows), policy, NO_ROWS):
+        plan = self.batch.plan(options.micro_batch.rows, rows, tokens=options.micro_batch.tokens)
+        for part in pad_to_ranks(plan, policy, NO_ROWS):
             mean = -token_logprobs(policy, self.batch.rows(part)).sum() / tokens
             (options.coef * mean).backward()
             loss += mean.detach()

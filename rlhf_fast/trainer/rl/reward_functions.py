@@ -14,6 +14,7 @@ that its parameters name, or all of them if it takes `**columns`.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -101,12 +102,19 @@ class RewardFunction:
         unscored: set[int] = set()
 
         def numbers() -> list[Any]:
-            answers = list(call())
+            answers = call()
+            if inspect.isawaitable(answers):  # of an `async def`, as TRL takes them
+                answers = asyncio.run(_awaited(answers))
+            answers = list(answers)
             unscored.update(place for place, number in enumerate(answers) if number is None)
             return [0.0 if number is None else number for number in answers]
 
         checked = finite_numbers(numbers, texts, shown, "rewards")
         return [math.nan if place in unscored else number for place, number in enumerate(checked)]
+
+
+async def _awaited(answers: Any) -> Any:
+    return await answers
 
 
 def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_fast.data.encoding import encode_texts, reads_ids_of
 from rlhf_fast.data.examples import PromptLine, pad_right
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
+from rlhf_fast.models.batches import NO_ROWS, Batch, MicroBatch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import context_length, load_tokenizer
@@ -25,7 +25,7 @@ class Reader:
 
     tokenizer: Any
     max_length: int
-    micro_batch_size: int
+    micro_batch: MicroBatch
 
     def scores(self, model: Any, prompts: Sequence[PromptLine], texts: Sequence[str], ended: Sequence[bool]) -> Tensor:
         """(B,) scores of the completions `texts`; completions of one prompt are next to each other."""
@@ -35,12 +35,12 @@ class Reader:
         device = next(model.parameters()).device
         ids, attention = (x.to(device) for x in pad_right(rows, self.tokenizer.pad_token_id))
         batch = Batch(ids, attention.bool(), attention.bool())
-        plan = pad_to_ranks(batch.plan(self.micro_batch_size), model, NO_ROWS)
+        plan = pad_to_ranks(batch.plan(self.micro_batch.rows, tokens=self.micro_batch.tokens), model, NO_ROWS)
         return in_micro_batches(lambda part: sequence_scores(model, part), batch, plan)
 
 
 def reader_of(
-    reward: Any, source: str, tokenizer: Any, policy: Any, micro_batch_size: int, trust_remote_code: bool = False
+    reward: Any, source: str, tokenizer: Any, policy: Any, micro_batch: MicroBatch, trust_remote_code: bool = False
 ) -> Reader | None:
     """None if the reward model, loaded from `source`, reads the token ids that the policy writes with `tokenizer`.
 
@@ -65,4 +65,4 @@ def reader_of(
         "text, by its own tokenizer and chat template, and a critic starts from the policy"
     )
     reward.config.pad_token_id = own.pad_token_id
-    return Reader(own, min(context_length(reward), 2**20), micro_batch_size)
+    return Reader(own, min(context_length(reward), 2**20), micro_batch)

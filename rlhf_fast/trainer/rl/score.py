@@ -37,6 +37,7 @@ class ScoreOptions(NamedTuple):
     bootstrap_truncated: bool
     overlong_filter: bool
     on_policy: bool  # no pass for the old log-probabilities: the update has them, as every ratio is 1
+    reference: bool  # without it there is no pass for the reference's log-probabilities: nothing reads them
 
 
 def choose_samples(rollout: Rollout, options: ScoreOptions, prompts: int) -> tuple[Rollout, int]:
@@ -71,7 +72,9 @@ def score(
     with timer("old_logprobs"):
         old_logprobs, entropy = policy_logprobs(agent.policy, rollout, plan, options)
     with timer("reference"):
-        ref_logprobs = reference_logprobs(agent, batch, plan, old_logprobs, options)
+        ref_logprobs = old_logprobs  # a KL of 0, if no KL counts
+        if options.reference:
+            ref_logprobs = reference_logprobs(agent, batch, plan, old_logprobs, options)
     with timer("critic"):
         values, final_values = torch.zeros_like(old_logprobs), None
         if agent.critic is not None:

@@ -13,6 +13,7 @@ import torch
 
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.ops.token_losses import Clip
 from rlhf_fast.rollout.mismatch import Correction
 from rlhf_fast.rollout.rollout import SamplingParams
@@ -61,13 +62,13 @@ class Settings:
             coef=config.ptx_coef,
             size=self.sizes.prompts * self.sizes.samples // self.sizes.minibatches,
             max_length=config.max_length,
-            micro_batch=config.micro_batch_size,
+            micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
             seed=config.seed,
         )
         self.evaluation = EvalOptions(
             params=SamplingParams.of(config),
             samples=config.eval_samples,
-            micro_batch=config.micro_batch_size,
+            micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
             every=config.eval_steps,
             keep_best=config.keep_best,
         )
@@ -143,9 +144,10 @@ def _agent(config: PPOConfig) -> AgentOptions:
         adam=adam,
         reward_functions=config.reward_functions,
         score_clip=_given(config.score_clip),
-        micro_batch=config.micro_batch_size,
+        micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
         kl_coef=_given(config.kl_coef),
         kl_target=config.kl_target,
+        reference=needs_reference(config),
     )
 
 
@@ -154,8 +156,7 @@ def _sizes(config: PPOConfig) -> Sizes:
         prompts=config.prompts_per_step,
         samples=config.samples_per_prompt,
         minibatches=_given(config.num_minibatches),
-        micro_batch=config.micro_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
     )
 
 
@@ -214,6 +215,7 @@ def _score(config: PPOConfig) -> ScoreOptions:
         bootstrap_truncated=config.bootstrap_truncated,
         overlong_filter=bool(config.overlong_filter),
         on_policy=learned_from_once(config),
+        reference=needs_reference(config),
     )
 
 
@@ -237,6 +239,11 @@ def _update(config: PPOConfig) -> UpdateOptions:
         max_grad_norm=config.max_grad_norm or None,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+
+
+def needs_reference(config: PPOConfig) -> bool:
+    """True if a step reads log-probabilities of the reference: for a KL that counts, or for pairs."""
+    return _given(config.kl_coef) > 0 or OBJECTIVES[config.objective].pairs
 
 
 def learned_from_once(config: PPOConfig) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rlhf_fast.models.batches import NO_ROWS, Batch
+from rlhf_fast.models.batches import NO_ROWS, Batch, MicroBatch
 from rlhf_fast.models.fsdp import pad_to_ranks
 
 
@@ -17,10 +17,9 @@ class Sizes(NamedTuple):
     prompts: int
     samples: int  # of each prompt
     minibatches: int
-    micro_batch: int  # sequences of one rank in one forward pass
-    micro_batch_tokens: int  # limit on their tokens, pads included; 0: none
+    micro_batch: MicroBatch
 
     def micro_batches(self, batch: Batch, model: Any, rows: Tensor | None = None, unit: int = 1) -> list[Tensor]:
         """The row indices of each forward pass over `batch` (or its `rows`); `unit` consecutive rows stay together."""
-        plan = batch.plan(self.micro_batch, rows, unit, tokens=self.micro_batch_tokens)
+        plan = batch.plan(self.micro_batch.rows, rows, unit, tokens=self.micro_batch.tokens)
         return pad_to_ranks(plan, model, NO_ROWS)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict, is_dtensor, shard_like
+from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict, shard_like
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fsdp import is_sharded, sharded
@@ -54,15 +54,8 @@ class SumTrainer(Trainer):
         # We sum gradients over ranks; the Trainer logs the average of what the ranks return here.
         return loss + (count - 1) * loss.detach() if is_sharded(model) else loss * count
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward; FSDP sums the gradients of what it shards, and this those of adapters."""
-        loss = super().training_step(model, *args, **kwargs)
-        if is_sharded(model) and self.accelerator.sync_gradients:
-            ranks().sum_(p.grad for p in model.parameters() if p.grad is not None and not is_dtensor(p))
-        return loss
-
     def create_optimizer(self, model: Any = None) -> Any:
-        """Shard the model first if `fsdp`; accelerate then leaves it unchanged."""
+        """Shard the model first if `fsdp`, with its adapters, and FSDP sums all gradients; accelerate leaves it so."""
         if self.fsdp and not is_sharded(self.model):
             sharded(self.model, True)._is_accelerate_prepared = True
         return super().create_optimizer()

@@ -25,6 +25,7 @@ from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.adapters import save_adapters
+from rlhf_fast.models.batches import MicroBatch, in_groups
 from rlhf_fast.models.dropout import switch_on_dropout
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.loading import (
@@ -87,14 +88,15 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     run.save_config(config)
 
     with timer("evaluate"):
-        before = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
+        most = MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
+        before = evaluate(model, eval_examples, tokenizer.pad_token_id, most, dtype)
     if run.latest_checkpoint() is None and eval_examples:
         run.truncate_metrics(-1)
         run.log({"eval/nll": before}, 0)
     with timer("train"):
         steps = _train(config, run, model, tokenizer, Data(examples, eval_examples), dtype)
     with timer("evaluate"):
-        after = evaluate(model, eval_examples, tokenizer.pad_token_id, config.micro_batch_size, dtype)
+        after = evaluate(model, eval_examples, tokenizer.pad_token_id, most, dtype)
     with timer("save"):
         if adapters is not None:
             save_adapters(adapters, run)
@@ -126,11 +128,12 @@ def _end_with(model: Any, *ends: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Sequence[Example], pad_id: int, batch_size: int, dtype: torch.dtype) -> float:
+def evaluate(model: Any, examples: Sequence[Example], pad_id: int, most: MicroBatch, dtype: torch.dtype) -> float:
     """Mean negative log-likelihood, in nats per completion token; NaN without examples. Ranks share the work."""
     model.eval()
     total, tokens = 0.0, 0.0
-    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
+    groups = in_groups([(1, len(example["input_ids"])) for example in examples], most)
+    batches = [[examples[i] for i in group] for group in groups]
     for part in pad_to_ranks(batches[ranks().index :: ranks().count], model, []):
         batch = to_device(collate(part or examples[:1], pad_id))  # other ranks may need this rank's shards
         with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
@@ -171,7 +174,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
         with as_adapted(model):
             trainer = SumTrainer(
                 model=model,
-                args=_arguments(config, run, dtype),
+                args=_arguments(config, run, model, dtype, max(len(example["input_ids"]) for example in data.train)),
                 train_dataset=data.train,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
                 data_collator=gather,
             )
@@ -189,7 +192,8 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
         autosave = Autosave(run, SaveOptions.of(config), [model], 0, save)
         trainer.add_callback(bridge := Bridge(run, stop, autosave))
         if config.eval_steps and data.held_out:
-            held_out = partial(evaluate, model, data.held_out, pad_id, config.micro_batch_size, dtype)
+            most = MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
+            held_out = partial(evaluate, model, data.held_out, pad_id, most, dtype)
             trainer.add_callback(Evaluation(run, config.eval_steps, held_out))
         checkpoint = run.latest_checkpoint()
         try:
@@ -208,13 +212,17 @@ def negative_log_likelihood(model: Any, **inputs: Tensor) -> dict[str, Tensor]:
     return {"loss": -completion_logprobs(model, inputs).sum()}
 
 
-def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
-    """Our options as TrainingArguments; the Trainer's own printing, progress bar and uploads are off."""
+def _arguments(config: SFTConfig, run: RunFolder, model: Any, dtype: torch.dtype, longest: int) -> Any:
+    """Our options as TrainingArguments; the Trainer's own printing, progress bar and uploads are off.
+
+    Its micro-batches have equally many rows, so a budget of tokens is kept for examples of the `longest` length.
+    """
     from transformers import TrainingArguments
 
     share = ranks().share(config.batch_size, "batch_size")
     own = share.stop - share.start
-    micro = max(n for n in range(1, own + 1) if own % n == 0 and n <= config.micro_batch_size)
+    most = min(config.micro_batch_size, (config.micro_batch_tokens or own * longest) // longest)
+    micro = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(1, most))
     return TrainingArguments(
         output_dir=str(run.path / "checkpoints"),
         per_device_train_batch_size=micro,
@@ -238,4 +246,5 @@ def _arguments(config: SFTConfig, run: RunFolder, dtype: torch.dtype) -> Any:
         remove_unused_columns=False,
         dataloader_pin_memory=device().type == "cuda",
         use_cpu=device().type == "cpu",
+        use_cache=getattr(model.config, "use_cache", True),  # the Trainer writes it into the model's configuration
     )
