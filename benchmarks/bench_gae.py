@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gae and ppo_advantages against the loops over tokens. Bytes: rewards, values, mask in; advantages, returns out.
+"""gae, vtrace and ppo_advantages against the loops over tokens.
+
+Bytes: rewards, values, mask in; advantages, returns out.
 
 torch.compile unrolls the loop over tokens, minutes of compilation at 1024 of them: it is timed at 32 tokens alone.
 """
@@ -12,7 +14,7 @@ from functools import partial
 import peers
 import pytest
 import torch
-from common import Call, Case, eager_gae, eager_ppo_advantages, on, versus
+from common import Call, Case, eager_gae, eager_ppo_advantages, eager_vtrace, on, versus
 from torch import Tensor
 
 import rlhf_fast as rf
@@ -39,6 +41,22 @@ def gae(rows: int, length: int) -> Case:
     return Case(f"gae {rows} x {length} float32", providers, build, 17 * elements, elements)
 
 
+def vtrace(rows: int, length: int) -> Case:
+    """Reads the log-ratios besides."""
+
+    def ours(rewards: Tensor, values: Tensor, log_ratios: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return rf.vtrace(rewards, values, log_ratios, mask=mask)
+
+    def build() -> dict[str, Call]:
+        rewards, values, mask = inputs(rows, length)
+        calls = versus(ours, eager_vtrace, rewards, values, 0.1 * values, mask)
+        del calls["compile"], calls["torch"]
+        return calls
+
+    elements = rows * length
+    return Case(f"vtrace {rows} x {length} float32", ("native", "eager"), build, 21 * elements, elements)
+
+
 def ppo_advantages(rows: int, length: int) -> Case:
     def build() -> dict[str, Call]:
         logprobs, values, mask = inputs(rows, length)
@@ -53,7 +71,7 @@ def ppo_advantages(rows: int, length: int) -> Case:
     return Case(f"ppo_advantages {rows} x {length} float32", ("native", "eager"), build, 29 * elements, elements)
 
 
-CASES = [gae(64, 1024), gae(256, 1024), gae(16, 8192), gae(8, 32), ppo_advantages(64, 1024)]
+CASES = [gae(64, 1024), gae(256, 1024), gae(16, 8192), gae(8, 32), vtrace(64, 1024), ppo_advantages(64, 1024)]
 
 
 def test_gae(compare: Callable[[Case, str], None], case: Case, provider: str) -> None:

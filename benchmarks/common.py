@@ -144,6 +144,19 @@ def eager_gae(
     return advantages, advantages + values
 
 
+def eager_vtrace(rewards: Tensor, values: Tensor, log_ratios: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """IMPALA's loop with both limits and lambda 1, (B, T) each; masked tokens are carried over."""
+    gain = next_values = torch.zeros_like(rewards[:, 0])
+    ratios, real = log_ratios.exp().clamp(max=1), mask.to(rewards.dtype)
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for t in reversed(range(rewards.shape[1])):
+        now = ratios[:, t] * (rewards[:, t] + next_values - values[:, t] + gain)
+        advantages[:, t], returns[:, t] = now * real[:, t], (now + values[:, t]) * real[:, t]
+        next_values = values[:, t] * real[:, t] + (1 - real[:, t]) * next_values
+        gain = now * real[:, t] + (1 - real[:, t]) * gain
+    return advantages, returns
+
+
 def eager_ppo_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, kl_coef: float = 0.1
 ) -> tuple[Tensor, Tensor]:

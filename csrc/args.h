@@ -117,6 +117,26 @@ struct GaeArgs {
   float* returns;
 };
 
+// As GaeArgs; the ratios are limited by their logarithm, before the exponential.
+struct VtraceArgs {
+  const void* rewards;
+  const void* values;
+  const void* log_ratios;
+  const bool* mask;  // each of the next five may be null
+  const bool* dones;
+  const bool* truncated;
+  const void* bootstrap_values;
+  const int64_t* cu_seqlens;  // (S + 1,)
+  int64_t length;             // T where cu_seqlens is null
+  float gamma;
+  float decay;          // gamma lam
+  float log_rho_limit;  // rho_clip's
+  float c_clip;
+  bool carry;
+  float* advantages;
+  float* returns;
+};
+
 struct PpoAdvantagesArgs {
   const void* scores;  // (B,)
   const void* logprobs;

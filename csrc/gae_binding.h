@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Binding of the family gae: gae, ppo_advantages and the two steps of whitening.
+// Binding of the family gae: gae, vtrace, ppo_advantages and the two steps of whitening.
 //
 // The device has a function for each op, with the op's name and arguments (dtype, args, rows, like); scratch memory is
 // allocated like the tensor `like`. Functions that compute moments also sum those of all rows, in an order that does
 // not depend on threads.
 #pragma once
 
+#include <cmath>
 #include <tuple>
 
 #include "binding.h"
@@ -18,6 +19,14 @@ inline int64_t row_count(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel(
 
 template <class Device>
 struct GaeBinding {
+  // A GPU's memory is not looked at: its kernels stay within the tensors whatever the bounds are.
+  static void check_bounds(const char* op, const OptionalTensor& bounds, int64_t sequences, int64_t total) {
+    if (!Device::kHostMemory || !bounds) return;
+    const int64_t* b = data_of<int64_t>(bounds);
+    RF_CHECK(b[0] == 0 && b[sequences] == total, op, ": cu_seqlens must rise from 0 to ", total);
+    for (int64_t s = 0; s < sequences; ++s) RF_CHECK(b[s] <= b[s + 1], op, ": cu_seqlens must not fall");
+  }
+
   static std::tuple<Tensor, Tensor> gae(const Tensor& rewards,  // (B, T) or (total,)
                                         const Tensor& values, const OptionalTensor& mask, const OptionalTensor& dones,
                                         const OptionalTensor& truncated, const OptionalTensor& bootstrap_values,
@@ -42,11 +51,7 @@ struct GaeBinding {
     const OptionalTensor bounds = row_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Long, sequences + 1, rewards);
     const OptionalTensor lams = row_tensor(op, "lam", row_lam, ScalarType::Float, sequences, rewards);
     const OptionalTensor value_lams = row_tensor(op, "value_lam", row_value_lam, ScalarType::Float, sequences, rewards);
-    if (Device::kHostMemory && bounds) {
-      const int64_t* b = data_of<int64_t>(bounds);
-      RF_CHECK(b[0] == 0 && b[sequences] == total, op, ": cu_seqlens must rise from 0 to ", total);
-      for (int64_t s = 0; s < sequences; ++s) RF_CHECK(b[s] <= b[s + 1], op, ": cu_seqlens must not fall");
-    }
+    check_bounds(op, bounds, sequences, total);
     const Tensor advantages = empty_of(rewards, shape_of(rewards), ScalarType::Float);
     const Tensor returns = empty_of(rewards, shape_of(rewards), ScalarType::Float);
 
@@ -68,6 +73,51 @@ struct GaeBinding {
     args.advantages = mutable_data_of<float>(advantages);
     args.returns = mutable_data_of<float>(returns);
     Device::gae(dtype, args, sequences, total, rewards);
+    return {advantages, returns};
+  }
+
+  static std::tuple<Tensor, Tensor> vtrace(const Tensor& rewards,  // (B, T) or (total,)
+                                           const Tensor& values, const Tensor& log_ratios, const OptionalTensor& mask,
+                                           const OptionalTensor& dones, const OptionalTensor& truncated,
+                                           const OptionalTensor& bootstrap_values,
+                                           const OptionalTensor& cu_seqlens,  // (S + 1,)
+                                           double gamma, double lam, double rho_clip, double c_clip, bool carry) {
+    constexpr const char* op = "vtrace";
+    on_device<Device>(op, "rewards", rewards);
+    RF_CHECK(rewards.dim() == (cu_seqlens ? 1 : 2), op, ": rewards must be (B, T), or (total,) with cu_seqlens");
+    RF_CHECK(!truncated || bootstrap_values, op, ": truncated needs bootstrap_values");
+    const ScalarType type = rewards.scalar_type();
+    const int64_t total = rewards.numel(), sequences = cu_seqlens ? cu_seqlens->numel() - 1 : rewards.size(0);
+    const Tensor inputs[] = {row_tensor(op, "rewards", rewards, type, total, rewards),
+                             row_tensor(op, "values", values, type, total, rewards),
+                             row_tensor(op, "log_ratios", log_ratios, type, total, rewards)};
+    const OptionalTensor flags[] = {row_tensor(op, "mask", mask, ScalarType::Bool, total, rewards),
+                                    row_tensor(op, "dones", dones, ScalarType::Bool, total, rewards),
+                                    row_tensor(op, "truncated", truncated, ScalarType::Bool, total, rewards)};
+    const OptionalTensor bootstrap = row_tensor(op, "bootstrap_values", bootstrap_values, type, total, rewards);
+    const OptionalTensor bounds = row_tensor(op, "cu_seqlens", cu_seqlens, ScalarType::Long, sequences + 1, rewards);
+    check_bounds(op, bounds, sequences, total);
+    const Tensor advantages = empty_of(rewards, shape_of(rewards), ScalarType::Float);
+    const Tensor returns = empty_of(rewards, shape_of(rewards), ScalarType::Float);
+
+    VtraceArgs args{};
+    args.rewards = inputs[0].const_data_ptr();
+    args.values = inputs[1].const_data_ptr();
+    args.log_ratios = inputs[2].const_data_ptr();
+    args.mask = data_of<bool>(flags[0]);
+    args.dones = data_of<bool>(flags[1]);
+    args.truncated = data_of<bool>(flags[2]);
+    args.bootstrap_values = data_of<void>(bootstrap);
+    args.cu_seqlens = data_of<int64_t>(bounds);
+    args.length = cu_seqlens ? 0 : rewards.size(1);
+    args.gamma = static_cast<float>(gamma);
+    args.decay = static_cast<float>(gamma * lam);
+    args.log_rho_limit = static_cast<float>(std::log(rho_clip));
+    args.c_clip = static_cast<float>(c_clip);
+    args.carry = carry;
+    args.advantages = mutable_data_of<float>(advantages);
+    args.returns = mutable_data_of<float>(returns);
+    Device::vtrace(dtype_of(op, rewards), args, sequences, total, rewards);
     return {advantages, returns};
   }
 
@@ -151,6 +201,7 @@ struct GaeBinding {
   template <class Library>
   static void register_in(Library& m) {
     m.impl("gae", TORCH_BOX(&gae));
+    m.impl("vtrace", TORCH_BOX(&vtrace));
     m.impl("ppo_advantages", TORCH_BOX(&ppo_advantages));
     m.impl("whiten_moments", TORCH_BOX(&whiten_moments));
     m.impl("whiten", TORCH_BOX(&whiten));

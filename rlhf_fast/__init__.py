@@ -31,6 +31,7 @@ from rlhf_fast.ops.linear import (
 )
 from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
 from rlhf_fast.ops.token_losses import LOG_RATIO_LIMIT
+from rlhf_fast.ops.vtrace import VTrace, vtrace
 
 find_native_kernels()
 _triton.register()
@@ -41,6 +42,7 @@ __all__ = [
     "Advantages",
     "PolicyLoss",
     "TokenStats",
+    "VTrace",
     "__version__",
     "approx_kl",
     "backends",
@@ -58,4 +60,5 @@ __all__ = [
     "token_logprobs",
     "token_stats",
     "use_backend",
+    "vtrace",
 ]

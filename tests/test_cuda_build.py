@@ -30,6 +30,7 @@ HOT = {
     "approx_kl_backward_kernel": {"LDG.E.128": 3, "STG.E.128": 2},
     "gae_kernel": {"LDG.E.128": 2, "STG.E.128": 4},
     "gae_rows_kernel": {"LDG.E.128": 4, "STG.E.128": 4},
+    "vtrace_kernel": {"LDG.E.128": 3, "STG.E.128": 4},
     "ppo_advantages_kernel": {"LDG.E.128": 3, "STG.E.128": 8},
     "whiten_kernel": {"LDG.E.128": 1, "STG.E.128": 2},
     "whiten_moments_kernel": {"LDG.E.128": 1},

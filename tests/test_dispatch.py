@@ -31,6 +31,7 @@ PUBLIC_OPS = {
     "token_kl_and_grad",
     "approx_kl",
     "gae",
+    "vtrace",
     "ppo_advantages",
     "masked_whiten",
     "linear_token_logprobs",

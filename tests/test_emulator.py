@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import triton_mutants
 from emulator import build, mutants, proof, sanitized
+from helpers import mutation
 
 from rlhf_fast import _dispatch
 
@@ -28,6 +29,7 @@ WATCHED = {
     "kl": ("tests/test_kl.py", "values_and_gradients or mask or layouts"),
     "approx_kl": ("tests/test_approx_kl.py", ""),
     "gae": ("tests/test_gae.py", "mask or flags or packed or layouts or row"),
+    "vtrace": ("tests/test_vtrace.py", "mask or packed or layouts or row"),
     "ppo_advantages": ("tests/test_ppo_advantages.py", ""),
 }
 
@@ -81,6 +83,22 @@ def test_every_mutant_still_finds_its_line() -> None:
         for mutant in (mutant for family in lists.values() for mutant in family):
             found = (ROOT / folder / mutant.file).read_text().count(mutant.old)
             assert found > mutant.which, f"{mutant.file} no longer has {mutant.old!r}"
+
+
+def test_a_run_of_mutants_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the same sources gave is remembered; other sources begin anew."""
+    monkeypatch.setattr(mutation, "FOUND", tmp_path / "found")
+    source = tmp_path / "kernel.py"
+    runs: list[str] = []
+
+    def find() -> str:
+        runs.append(source.read_text())
+        return "test_a"
+
+    for text in ("one", "one", "two"):
+        source.write_text(text)
+        mutation.Found("family", [source]).by(("kernel.py", "a", "b", 0), find)
+    assert runs == ["one", "two"]
 
 
 def test_the_sanitizers_see_a_read_past_the_end(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def calls(device: str = "cuda") -> dict[str, Callable[[], Tensor]]:
         "token_stats": lambda: rf.token_stats(x, targets).logprobs,
         "token_kl_and_grad": lambda: rf.token_kl_and_grad(x, y, ones, kind="jsd")[1],
         "gae": lambda: rf.gae(rewards, values, mask=mask).advantages,
+        "vtrace": lambda: rf.vtrace(rewards, values, values, mask=mask).advantages,
         "masked_whiten": lambda: rf.masked_whiten(values, mask),
     }
 

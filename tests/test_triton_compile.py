@@ -118,6 +118,13 @@ def gae(
     return call
 
 
+def vtrace(shape: Shape = (256, 8192), sequences: int | None = None) -> Callable[[Any, torch.dtype], object]:
+    tokens = [torch.empty(shape) for _ in range(4)]
+    flags = [torch.empty(shape, dtype=torch.bool) for _ in range(3)]
+    ends = None if sequences is None else torch.empty(sequences + 1, dtype=torch.int64)
+    return lambda op, _: op.vtrace(*tokens[:3], *flags, tokens[3], ends, 0.99, 0.95, 1.0, 1.0, True)
+
+
 def ppo(shape: Shape = (256, 8192), estimator: int = 2) -> Callable[[Any, torch.dtype], object]:
     tokens = [torch.empty(shape) for _ in range(3)]
     real = torch.empty(shape, dtype=torch.bool)
@@ -173,6 +180,9 @@ CASES = {
     "gae_few_rows": Case(gae((2, V)), "gae", {"gae_rows": 8}, {"gae_rows": 4}),
     "gae_packed": Case(gae((V,), sequences=256), "gae", {}),
     "gae_packed_few": Case(gae((V,), sequences=3), "gae", {"gae_rows": 4}, {"gae_rows": 2}),
+    "vtrace": Case(vtrace(), "vtrace", {"vtrace_rows": 3}, {"vtrace_rows": 2}, main=True),
+    "vtrace_short": Case(vtrace((4096, 128)), "vtrace", {"vtrace_rows": 3}, {"vtrace_rows": 2}),
+    "vtrace_packed": Case(vtrace((V,), sequences=256), "vtrace", {}),
     "ppo": Case(ppo(), "ppo", {"ppo_rows": 6}, {"ppo_rows": 4}, main=True),
     "ppo_few_rows": Case(ppo((2, V), estimator=0), "ppo", {"ppo_rows": 6}, {"ppo_rows": 4}),
     "whiten": Case(whiten, "whiten", {"block_moments": 4, "whiten_block": 4}, {"whiten_block": 4}, main=True),

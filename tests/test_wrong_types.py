@@ -22,6 +22,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "token_kl_and_grad": {"logits": X, "ref_logits": X, "grad_kl": R},
     "approx_kl": {"logprobs": R, "ref_logprobs": R},
     "gae": {"rewards": R, "values": R, "truncated": FLAGS, "bootstrap_values": R},
+    "vtrace": {"rewards": R, "values": R, "log_ratios": R, "truncated": FLAGS, "bootstrap_values": R},
     "ppo_advantages": {
         "scores": S, "logprobs": R, "ref_logprobs": R, "values": R, "mask": M, "kl_coef": 0.1,
     },

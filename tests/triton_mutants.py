@@ -43,6 +43,7 @@ TESTS = {
     "kl": ("test_kl.py", "test_row_edges.py"),
     "approx_kl": ("test_approx_kl.py",),
     "gae": ("test_gae.py", "test_gae_long.py"),
+    "vtrace": ("test_vtrace.py",),
     "ppo": ("test_ppo_advantages.py", "test_gae_long.py"),
 }
 MUTANTS: dict[str, list[Mutant]] = {
@@ -135,6 +136,21 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("gae.py", "_decay(lams[1], sequence", "_decay(lams[0], sequence"),
         Mutant("gae.py", "(bound <= token)", "(bound < token)"),
         Mutant("gae.py", "row, parts, part, 2, value_part_decay,", "row, parts, part, 2, part_decay,"),
+    ],
+    "vtrace": [
+        Mutant("vtrace.py", "real if CARRY else inside", "real"),
+        Mutant("vtrace.py", "start, end, lane + 2, CARRY", "start, end, lane + 1, CARRY"),
+        Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.maximum(factor1, TINY)"),
+        Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.where(cut1, 0.0, factor1)"),
+        Mutant("vtrace.py", "tl.where(counts1, factor1, 1.0)", "factor1"),
+        Mutant("vtrace.py", "tl.where(counts1, value1, next_value1)", "value1"),
+        Mutant("vtrace.py", "tl.where(log_ratio > log_rho_limit, log_rho_limit, log_ratio)", "log_ratio"),
+        Mutant("vtrace.py", "tl.where(ratio > c_clip, c_clip, ratio)", "ratio"),
+        Mutant("vtrace.py", "ALIGNED) != 0) & ~cut", "ALIGNED) != 0)"),
+        Mutant("vtrace.py", "tl.where(cut, 0.0, next_value)", "next_value"),
+        Mutant("vtrace.py", "tl.where(cut, 0.0, gain)", "gain"),
+        Mutant("vtrace.py", "(lane < left) & (row < rows)", "lane < left"),
+        Mutant("vtrace.py", "tl.maximum(later_decay * decay, least)", "later_decay * decay"),
     ],
     "ppo": [
         Mutant("ppo.py", "kl = 0.5 * kl * kl", "kl = kl * kl"),

@@ -178,6 +178,10 @@ def gae_cases() -> Iterator[Case]:
         providers = ours(call)
         moved = 16 * rows * length
         yield Case(f"gae {rows} x {length} fp32", moved, providers, target, launches)
+    for rows, length in ((256, 131072), (8192, 2048)):
+        three = rotating(lambda s=(rows, length): tuple(torch.randn(s, device="cuda") for _ in range(3)), 2)
+        providers = ours(lambda i, three=three: rf.vtrace(*three(i)))
+        yield Case(f"vtrace {rows} x {length} fp32", 20 * rows * length, providers, None, 1)
     row = rotating(lambda: tuple(torch.randn(1, 131072, device="cuda") for _ in range(2)), 2)
     yield Case("gae 1 x 131072 fp32", 16 * 131072, ours(lambda i: rf.gae(*row(i))), None, 20)
     for rows, length in ((64, 1024), (512, 8192)):

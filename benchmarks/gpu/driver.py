@@ -62,9 +62,12 @@ def token_ops(rows: int, length: int) -> None:
     for mode in ("carry", "zero"):
         options = {"dones": flags(0.1), "truncated": flags(0.1), "bootstrap_values": random(), "value_lam": 1.0}
         rf.gae(random(), random(), mask=mask, mask_mode=mode, **options)
+        del options["value_lam"]
+        rf.vtrace(random(), random(), random(), mask=mask, mask_mode=mode, **options)
     total = rows * length
     cu_seqlens = torch.tensor([0, total // 3, total // 3, total // 2, total], device=DEVICE)
     rf.gae(random().view(-1), random().view(-1), cu_seqlens=cu_seqlens)
+    rf.vtrace(*(random().view(-1) for _ in range(3)), cu_seqlens=cu_seqlens)
     rf.ppo_advantages(torch.randn(rows, device=DEVICE), random(), random(), random(), mask, kl_coef=0.1)
     rf.masked_whiten(random(), mask)
     for estimator in ("k1", "k2", "k3", "abs"):

@@ -43,6 +43,7 @@ def families() -> None:
         "token_kl": lambda: rf.token_kl(x, y),
         "approx_kl": lambda: rf.approx_kl(rewards, values, estimator="k3"),
         "gae": lambda: rf.gae(rewards, values).advantages,
+        "vtrace": lambda: rf.vtrace(rewards, values, rewards).advantages,
         "masked_whiten": lambda: rf.masked_whiten(rewards, values > 0),
     }
     for name, call in calls.items():

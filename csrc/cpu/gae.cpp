@@ -20,6 +20,9 @@ struct CpuGae : Cpu {
     const int64_t token = args.dones || args.truncated ? 6 : 2;  // with flags the scan is not used
     run_rows(kernels().gae[dtype], args, sequences, sequences > 0 ? token * total / sequences : 1);
   }
+  static void vtrace(Dtype dtype, const VtraceArgs& args, int64_t sequences, int64_t total, const Tensor& /*like*/) {
+    run_rows(kernels().vtrace[dtype], args, sequences, sequences > 0 ? 8 * total / sequences : 1);
+  }
   static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& /*like*/) {
     run_rows(kernels().ppo_advantages[dtype], args, rows, 4 * args.length);
     add_moments(args.row_moments, rows, args.moments);

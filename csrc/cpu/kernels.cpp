@@ -6,6 +6,7 @@
 #include "gae_kernel.h"
 #include "kl_kernel.h"
 #include "logprob_kernel.h"
+#include "vtrace_kernel.h"
 
 namespace rlhf_fast {
 namespace RF_ISA {
@@ -22,6 +23,7 @@ const KernelTable kTable = {
     RF_FOR_DTYPES(approx_kl),
     RF_FOR_DTYPES(approx_kl_backward),
     RF_FOR_DTYPES(gae),
+    RF_FOR_DTYPES(vtrace),
     RF_FOR_DTYPES(ppo_advantages),
     RF_FOR_DTYPES(whiten_moments),
     RF_FOR_DTYPES(whiten),

@@ -20,6 +20,7 @@ struct KernelTable {
   Kernel<ApproxKlArgs> approx_kl[kDtypes];
   Kernel<ApproxKlArgs> approx_kl_backward[kDtypes];
   Kernel<GaeArgs> gae[kDtypes];
+  Kernel<VtraceArgs> vtrace[kDtypes];
   Kernel<PpoAdvantagesArgs> ppo_advantages[kDtypes];
   Kernel<WhitenArgs> whiten_moments[kDtypes];
   Kernel<WhitenArgs> whiten[kDtypes];

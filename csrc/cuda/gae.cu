@@ -4,6 +4,7 @@
 
 #include "../gae_binding.h"
 #include "device.h"
+#include "vtrace.cuh"
 
 namespace rlhf_fast {
 
@@ -30,6 +31,14 @@ struct CudaGae : Cuda {
     const Tensor links = scratch(like, walks ? 0 : cuda::link_bytes(sequences, cuda::gae_chains(args)));
     launch.check(cuda::gae(dtype, args, sequences, walks, begin_of<uint64_t>(links), launch.stream()),
                  walks ? "gae_rows_kernel" : "gae_kernel");
+  }
+
+  static void vtrace(Dtype dtype, const VtraceArgs& args, int64_t count, int64_t total, const Tensor& like) {
+    if (count == 0 || total == 0) return;
+    RF_CHECK(count <= 0x7fffffff, "vtrace: more than 2^31 - 1 sequences");  // a block each
+    const Launch launch("vtrace", like);
+    const cuda::Sequences sequences{args.cu_seqlens, args.length, count, total};
+    launch.check(cuda::vtrace(dtype, args, sequences, launch.stream()), "vtrace_kernel");
   }
 
   static void ppo_advantages(Dtype dtype, const PpoAdvantagesArgs& args, int64_t rows, const Tensor& like) {

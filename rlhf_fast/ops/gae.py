@@ -80,24 +80,14 @@ def gae(
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "gae"
-    _check.is_float(op, "rewards", rewards)
-    packed = cu_seqlens is not None
-    if rewards.dim() != (1 if packed else 2):
-        wanted = "(total,) with cu_seqlens" if packed else "(B, T)"
-        raise ValueError(f"rlhf_fast.{op}: rewards must be {wanted}, got shape {tuple(rewards.shape)}")
-    _check_like(op, "values", values, rewards)
-    _check.is_mask(op, "mask", mask, rewards.shape, "rewards", rewards)
+    cu_seqlens = checked_layout(op, rewards, values, mask, cu_seqlens)
     carry = bool(_check.choice(op, "mask_mode", mask_mode, MASK_MODES))
-    if (truncated is None) != (bootstrap_values is None):
-        raise ValueError(f"rlhf_fast.{op}: truncated and bootstrap_values must be given together, got one of them")
-    if cu_seqlens is not None:
-        cu_seqlens = _checked_cu_seqlens(op, cu_seqlens, rewards)
-    rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = _rows_of(rewards, cu_seqlens)
     row_lam, lam_float = _row_lam(op, "lam", lam, rows, rewards)
     row_value_lam, value_lam_float = (
         (row_lam, lam_float) if value_lam is None else _row_lam(op, "value_lam", value_lam, rows, rewards)
     )
-    flags = _token_flags(op, rewards, rows, mask, cu_seqlens, dones, truncated, bootstrap_values)
+    flags = token_flags(op, rewards, mask, cu_seqlens, dones, truncated, bootstrap_values)
     advantages, returns = _dispatch.call(
         _dispatch.select(op, rewards).gae.default, rewards, values, mask, *flags, cu_seqlens, row_lam, row_value_lam,
         _check.in_unit_interval(op, "gamma", gamma), lam_float, value_lam_float, carry,
@@ -147,8 +137,8 @@ def ppo_advantages(
     _check.is_float(op, "logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"rlhf_fast.{op}: logprobs must be (B, T), got shape {tuple(logprobs.shape)}")
-    _check_like(op, "ref_logprobs", ref_logprobs, logprobs, "logprobs")
-    _check_like(op, "values", values, logprobs, "logprobs")
+    check_like(op, "ref_logprobs", ref_logprobs, logprobs, "logprobs")
+    check_like(op, "values", values, logprobs, "logprobs")
     _check.same_dtype(op, "scores", scores, "logprobs", logprobs)
     _check.shape_is(op, "scores", scores, logprobs.shape[:1], "the batch")
     _check.on_device(op, "scores", scores, "logprobs", logprobs)
@@ -203,10 +193,29 @@ def _over_ranks(moments: Tensor, process_group: Any) -> Tensor:
     return moments
 
 
-def _check_like(op: str, name: str, x: Tensor, first: Tensor, first_name: str = "rewards") -> None:
+def check_like(op: str, name: str, x: Tensor, first: Tensor, first_name: str = "rewards") -> None:
+    """Raises unless x has the dtype, shape and device of the first tensor."""
     _check.same_dtype(op, name, x, first_name, first)
     _check.shape_is(op, name, x, first.shape, first_name)
     _check.on_device(op, name, x, first_name, first)
+
+
+def checked_layout(
+    op: str, rewards: Tensor, values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """Checks the tensors that every op over episodes has; cu_seqlens as the operators take it."""
+    _check.is_float(op, "rewards", rewards)
+    packed = cu_seqlens is not None
+    if rewards.dim() != (1 if packed else 2):
+        wanted = "(total,) with cu_seqlens" if packed else "(B, T)"
+        raise ValueError(f"rlhf_fast.{op}: rewards must be {wanted}, got shape {tuple(rewards.shape)}")
+    check_like(op, "values", values, rewards)
+    _check.is_mask(op, "mask", mask, rewards.shape, "rewards", rewards)
+    return None if cu_seqlens is None else _checked_cu_seqlens(op, cu_seqlens, rewards)
+
+
+def _rows_of(rewards: Tensor, cu_seqlens: Tensor | None) -> int:
+    return int(rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) -> tuple[Tensor | None, float]:
@@ -242,10 +251,14 @@ def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
     return cu_seqlens.to(torch.int64).contiguous()
 
 
-def _token_flags(
+def _check_given_together(op: str, truncated: Tensor | None, bootstrap_values: Tensor | None) -> None:
+    if (truncated is None) != (bootstrap_values is None):
+        raise ValueError(f"rlhf_fast.{op}: truncated and bootstrap_values must be given together, got one of them")
+
+
+def token_flags(
     op: str,
     rewards: Tensor,
-    rows: int,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     dones: Tensor | None,
@@ -253,6 +266,8 @@ def _token_flags(
     bootstrap_values: Tensor | None,
 ) -> list[Tensor | None]:
     """dones, truncated, bootstrap_values with an entry for each token; those given per row go to the last real one."""
+    _check_given_together(op, truncated, bootstrap_values)
+    rows = _rows_of(rewards, cu_seqlens)
     flags: list[Tensor | None] = []
     given = (("dones", dones), ("truncated", truncated), ("bootstrap_values", bootstrap_values))
     for name, x in given:
@@ -312,13 +327,14 @@ def _is_last_real(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
 # ----------------------------------------------------------------------------------------------- registration
 
 
-def _two_like(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def two_like(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Empty advantages and returns."""
     dtype = reference.accumulate_dtype(rewards.dtype)
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
 def _fake_ppo_advantages(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (*_two_like(logprobs), *_two_like(logprobs), _fake_moments(logprobs, logprobs))
+    return (*two_like(logprobs), *two_like(logprobs), _fake_moments(logprobs, logprobs))
 
 
 def _fake_moments(values: Tensor, mask: Tensor) -> Tensor:
@@ -334,7 +350,7 @@ define(
     "(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? truncated, Tensor? bootstrap_values, "
     "Tensor? cu_seqlens, Tensor? row_lam, Tensor? row_value_lam, float gamma, float lam, float value_lam, bool carry) "
     "-> (Tensor advantages, Tensor returns)",
-    reference=reference.gae, fake=_two_like, derivative=CONSTANT,
+    reference=reference.gae, fake=two_like, derivative=CONSTANT,
 )  # fmt: skip
 define(
     "ppo_advantages",

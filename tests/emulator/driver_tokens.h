@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// driver.cpp: the families of tokens: gae, ppo_advantages, whitening, approx_kl.
+// driver.cpp: the families of tokens: gae, vtrace, ppo_advantages, whitening, approx_kl.
 #pragma once
 
 #include "approx_kl.cuh"
 #include "driver_common.h"
 #include "gae.cuh"
+#include "vtrace.cuh"
 
 namespace {
 
@@ -38,6 +39,40 @@ void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors
       next_value = values[i];
       expect("advantage", advantages[i], advantage, 1e-4);
       expect("return", returns[i], for_return + values[i], 1e-4);
+    }
+  }
+}
+
+// Sequences of `length` tokens; packed: the last of them is one token shorter, so that no bound is on a boundary of
+// eight.
+void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry) {
+  const int64_t total = rows * length - packed;
+  const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
+  const std::vector<float> log_ratios = normal(total);
+  const Flags mask(total, 0.8), dones(total, 0.01), truncated(total, 0.01);
+  std::vector<float> advantages(total), returns(total);
+  std::vector<int64_t> bounds;
+  for (int64_t r = 0; r <= rows; ++r) bounds.push_back(r == rows ? total : r * length - (packed && r == 1));
+  VtraceArgs a{};
+  a.rewards = rewards.data(), a.values = values.data(), a.log_ratios = log_ratios.data(), a.mask = mask.data();
+  a.dones = dones.data(), a.truncated = truncated.data(), a.bootstrap_values = bootstrap.data(), a.length = length;
+  a.gamma = 0.99f, a.decay = 0.99f * 0.95f, a.log_rho_limit = std::log(1.5f), a.c_clip = 0.9f, a.carry = carry;
+  a.advantages = advantages.data(), a.returns = returns.data();
+  cuda::vtrace(kFloat32, a, {packed ? bounds.data() : nullptr, length, rows, total}, nullptr);
+  for (int64_t r = 0; r < rows; ++r) {
+    double next_value = 0, gain = 0;
+    for (int64_t i = bounds[r + 1] - 1; i >= bounds[r]; --i) {
+      if (!mask[i] && carry) continue;
+      const double ratio = mask[i] ? std::min(1.5, std::exp(static_cast<double>(log_ratios[i]))) : 1;
+      const double value = mask[i] ? values[i] : 0, reward = mask[i] ? rewards[i] : 0;
+      if (mask[i] && (dones[i] || truncated[i])) next_value = gain = 0;
+      if (mask[i] && truncated[i] && !dones[i]) next_value = bootstrap[i];
+      const double error = reward + a.gamma * next_value - value;
+      const double advantage = ratio * (error + a.gamma * gain);
+      gain = ratio * error + a.decay * std::min(0.9, ratio) * gain;
+      next_value = value;
+      expect("vtrace advantage", advantages[i], mask[i] ? advantage : 0, 1e-4);
+      expect("vtrace return", returns[i], mask[i] ? value + gain : 0, 1e-4);
     }
   }
 }
@@ -134,6 +169,11 @@ void check_tokens() {
     check_gae(3, 3 * cuda::kTile + 8, decoupled, 1, false);  // half a pair of lanes
     check_gae(3, 3 * cuda::kTile + 16, decoupled, 3, true);
     check_gae(2, cuda::kTile - 48, decoupled, 2, true);
+  }
+  for (const bool packed : {false, true}) {
+    check_vtrace(3, 3 * cuda::kTile, packed, true);
+    check_vtrace(2, 2 * cuda::kTile + 13, packed, false);
+    check_vtrace(9, 7, packed, true);
   }
   check_sequences();
   check_ppo(2, 3 * cuda::kTile + 5);

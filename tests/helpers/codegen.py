@@ -157,6 +157,7 @@ CASES = (
     Case("token_kl reverse, 4096 x 131072", "token_kl_kernel<BFloat16, false, 0>", (0,), LONG_ROWS, 16, 4, 424),
     Case("the same with its gradient", "token_kl_kernel<BFloat16, false, 0>", (0, 1), LONG_ROWS, 16, 6, 0),
     Case("gae fp32, 256 x 131072", "gae_rows_kernel<float, 1>", (0,), 256 * 131_072, 8, 16, 0),
+    Case("vtrace fp32, 256 x 131072", "vtrace_kernel<float>", (0,), 256 * 131_072, 8, 20, 0),
 )
 LANES_A_SECOND = 132 * 4 * 32 * 1.755e9  # of an H100: multiprocessors, warps' instructions a cycle, lanes, clock
 BYTES_A_SECOND = 3.0e12
@@ -197,8 +198,8 @@ either side. `tests/test_cuda_build.py` keeps the counts from rising.
 
 No time was measured. Predicted is the larger of two: the time that an H100 (132 multiprocessors,
 1.755 GHz, four instructions of a warp a cycle) takes to issue the loop's instructions, and the time to
-move the bytes at 3.0 TB/s. Neither counts the ends of rows. A turn is four loads of 16 bytes; of gae a
-thread's eight tokens, with all branches, taken or not. Second reads of `token_kl` with its gradient are
+move the bytes at 3.0 TB/s. Neither counts the ends of rows. A turn is four loads of 16 bytes; of gae and
+vtrace a thread's eight tokens, with all branches, taken or not. Second reads of `token_kl` with its gradient are
 taken to hit the L2 cache. Before: in an earlier build, where the argmax was looked up in the loop and
 bfloat16 converted entry by entry.
 
@@ -214,8 +215,16 @@ What these counts do not show, estimated:
 - `gae` of as many long rows as there are multiprocessors: a block goes along a whole row, and reads a
   tile while it works on the one behind. No block waits for another, and nothing is cleared before. That
   kernel has {gae_rows} instructions; the other, for few rows and packed sequences, {gae}.
+- `vtrace` gives a block to every sequence, scans twice a tile (the next value, then the gain) and reads a tile
+  only when it comes to it; a single long row is one block's.
 - `token_kl` with its gradient reads the rows for the last time, and writes, as what leaves the L2 cache
   first, so that the rows that are read again find more room there.
+
+Left out: bulk copies (TMA) into a ring in shared memory, on sm_90 and later. In every line of the table the
+memory takes longer than the issue slots, and of a turn's 324 instructions (`token_stats`) a bulk copy would
+take the place of four loads and some twenty that compute addresses and bounds. What it could buy
+is the wait at a row's end, an estimated 1 to 2 of 27 us, by reading the next row's begin meanwhile. The
+emulator does not show the order of asynchronous copies, so it could not be proven without a GPU.
 
 ## Every kernel
 

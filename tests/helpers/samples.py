@@ -128,6 +128,16 @@ def _gae_packed(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -
     return Sample("gae", inputs, lambda **x: rf.gae(**x, cu_seqlens=cu_seqlens, mask_mode="zero"), differentiable=False)
 
 
+def _vtrace(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    mask, dones, truncated = (random_mask(*rows, generator=g) for _ in range(3))
+    inputs = {
+        k: randn(*rows, generator=g, dtype=dtype) for k in ("rewards", "values", "log_ratios", "bootstrap_values")
+    }
+    return Sample(
+        "vtrace", inputs, lambda **x: rf.vtrace(**x, mask=mask, dones=dones, truncated=truncated), differentiable=False
+    )
+
+
 def _ppo_advantages(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
     mask = random_mask(*rows, generator=g)
     inputs = {k: randn(*rows, generator=g, dtype=dtype) for k in ("logprobs", "ref_logprobs", "values")}
@@ -231,6 +241,7 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "gae": _gae,
     "gae_row_flags": _gae_row_flags,
     "gae_packed": _gae_packed,
+    "vtrace": _vtrace,
     "ppo_advantages": _ppo_advantages,
     "masked_whiten": _masked_whiten,
     "linear_token_logprobs": _linear(masked=False),

@@ -7,6 +7,7 @@ in the same dtype". Nothing here is imported from rlhf_fast, so a mistake cannot
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -141,6 +142,63 @@ def gae(
             advantages[b, t] = next_advantage
             returns[b, t] = next_value_advantage + value
     return advantages, returns
+
+
+def vtrace(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,
+    log_ratios: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    mask_mode: str = "carry",
+) -> tuple[Tensor, Tensor]:
+    """V-trace by the sum of arXiv 1802.01561, eq. 1, not by its recurrence: v_s = V_s + sum over the episode's t >= s
+    of gamma^(t - s) (c_s ... c_(t-1)) rho_t (r_t + gamma V_(t+1) - V_t); of every token the whole, in Python floats."""
+    rows, length = rewards.shape
+    advantages, returns = torch.zeros(rows, length).double(), torch.zeros(rows, length).double()
+    for b in range(rows):
+        real = [mask is None or bool(mask[b, t]) for t in range(length)]
+        last = max((t for t in range(length) if real[t]), default=-1)
+        steps = [t for t in range(length) if real[t] or mask_mode == "zero"]
+        number = lambda x, t: x[b, t].item() if real[t] else 0.0  # noqa: B023, E731
+        v: dict[int, float] = {}
+        following: dict[int, tuple[float, bool]] = {}  # the next value, and whether the episode goes on
+        errors: dict[int, float] = {}  # rho_t delta_t
+        for i, t in enumerate(steps):
+            after = steps[i + 1] if i + 1 < len(steps) else None
+            following[t] = (0.0, False) if after is None else (number(values, after), True)
+            if real[t] and _flag(truncated, b, t, last):
+                following[t] = _flag_value(bootstrap_values, b, t), False
+            if real[t] and _flag(dones, b, t, last):
+                following[t] = 0.0, False
+            rho = min(rho_clip, _exp(number(log_ratios, t)))
+            errors[t] = rho * (number(rewards, t) + gamma * following[t][0] - number(values, t))
+        for i, s in enumerate(steps):
+            total, weight = number(values, s), 1.0
+            for t in steps[i:]:
+                total += weight * errors[t]
+                weight *= gamma * lam * min(c_clip, _exp(number(log_ratios, t)))
+                if not following[t][1]:
+                    break
+            v[s] = total
+        for i, t in enumerate(steps):
+            if real[t]:
+                next_v = v[steps[i + 1]] if following[t][1] else following[t][0]
+                rho = min(rho_clip, _exp(number(log_ratios, t)))
+                advantages[b, t] = rho * (number(rewards, t) + gamma * next_v - number(values, t))
+                returns[b, t] = v[t]
+    return advantages, returns
+
+
+def _exp(x: float) -> float:
+    return math.inf if x > 700 else math.exp(x)
 
 
 def _row(x: float | Tensor, b: int) -> float:

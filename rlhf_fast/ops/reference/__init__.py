@@ -21,6 +21,7 @@ from rlhf_fast.ops.reference.kl import (
     token_kl_backward,
 )
 from rlhf_fast.ops.reference.logprob import token_stats, token_stats_backward, token_stats_backward_into
+from rlhf_fast.ops.reference.vtrace import vtrace
 
 __all__ = [
     "accumulate_dtype",
@@ -36,6 +37,7 @@ __all__ = [
     "token_stats",
     "token_stats_backward",
     "token_stats_backward_into",
+    "vtrace",
     "whiten",
     "whiten_moments",
     "wide_dtype",

@@ -39,9 +39,9 @@ def gae(
         )  # fmt: skip
     real = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     masked = None if mask is None else ~mask
-    v = _zeroed(values, masked)
-    ends, following = _following(v, real, dones, truncated, bootstrap_values, carry)
-    deltas = _zeroed(rewards, masked).add_(following, alpha=gamma).sub_(v)
+    v = zeroed(values, masked)
+    ends, following = following_values(v, real, dones, truncated, bootstrap_values, carry)
+    deltas = zeroed(rewards, masked).add_(following, alpha=gamma).sub_(v)
     del following
     columns = deltas.t().contiguous()
     del deltas  # at the peak there are three tensors of this size
@@ -54,13 +54,13 @@ def gae(
     return advantages, v.add_(_discounted(columns, masked, carry, ends, value_decay))
 
 
-def _zeroed(x: Tensor, masked: Tensor | None) -> Tensor:
+def zeroed(x: Tensor, masked: Tensor | None) -> Tensor:
     """A dense copy in the dtype of the arithmetic, 0 where masked (masked_fill_ needs no temporary)."""
     wide = x.to(accumulate_dtype(x.dtype), copy=True).contiguous()
     return wide if masked is None else wide.masked_fill_(masked, 0)
 
 
-def _following(
+def following_values(
     v: Tensor,  # (B, T), 0 at masked tokens
     real: Tensor,
     dones: Tensor | None,
@@ -146,23 +146,27 @@ def _gae_packed(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences as rows, masked beyond the end of each."""
+    packed = in_rows(cu_seqlens, rewards, values, mask, dones, truncated, bootstrap_values)
+    if packed is None:
+        empty = torch.zeros(rewards.shape, dtype=accumulate_dtype(rewards.dtype), device=rewards.device)
+        return empty, empty.clone()
+    inside, (rewards, values, mask, dones, truncated, bootstrap_values) = packed
+    real = inside if mask is None else inside & mask
+    of_rows = gae(rewards, values, real, dones, truncated, bootstrap_values, None, *options)
+    advantages, returns = (x[inside] for x in of_rows)
+    return advantages, returns
+
+
+def in_rows(cu_seqlens: Tensor, *tensors: Tensor | None) -> tuple[Tensor, list[Any]] | None:
+    """Packed sequences as the rows of (S, longest): which slots are theirs, and the tensors; None without a token."""
     starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
     longest = int(lengths.max()) if lengths.numel() > 0 else 0
     if longest == 0:
-        empty = torch.zeros(rewards.shape, dtype=accumulate_dtype(rewards.dtype), device=rewards.device)
-        return empty, empty.clone()
-    steps = torch.arange(longest, device=rewards.device)
-    inside = steps < lengths.unsqueeze(-1)  # (S, longest)
+        return None
+    steps = torch.arange(longest, device=cu_seqlens.device)
+    inside = steps < lengths.unsqueeze(-1)
     index = torch.where(inside, starts.unsqueeze(-1) + steps, 0)
-
-    def padded(x: Any) -> Any:
-        return None if x is None else x[index]
-
-    flags = padded(dones), padded(truncated), padded(bootstrap_values)
-    real = inside if mask is None else inside & padded(mask)
-    of_rows = gae(padded(rewards), padded(values), real, *flags, None, *options)
-    advantages, returns = (x[inside] for x in of_rows)
-    return advantages, returns
+    return inside, [None if x is None else x[index] for x in tensors]
 
 
 def ppo_advantages(

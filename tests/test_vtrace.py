@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vtrace: every mask mode, flag, limit and layout against the paper's sum in double precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import truths
+from helpers.tolerances import assert_values
+from helpers.tools import INF, NAN, randn, random_mask, upcast
+from torch import Tensor
+
+import rlhf_fast as rf
+
+MODES = ("carry", "zero")
+SHAPES = [(1, 1), (1, 2), (3, 1), (2, 17), (5, 128), (17, 33), (33, 5), (1, 1037)]
+
+
+def check_vtrace(rewards: Tensor, values: Tensor, log_ratios: Tensor, **options: Any) -> None:
+    got = rf.vtrace(rewards, values, log_ratios, **options)
+    wide = {k: upcast(v) for k, v in options.items()}
+    true = truths.vtrace(upcast(rewards), upcast(values), upcast(log_ratios), **wide)
+    for name, ours, wanted in zip(("advantages", "returns"), got, true, strict=True):
+        assert ours.dtype == (torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+        assert not ours.requires_grad
+        if options.get("mask") is not None:
+            assert bool((ours[~options["mask"]] == 0).all()), f"{name} must be 0 at masked tokens"
+        assert_values(ours, wanted, dtype=rewards.dtype, what=name)
+
+
+def batch(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> list[Tensor]:
+    return [randn(*shape, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+def holes(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Padding at both sides and holes, one full row and one empty one."""
+    mask = random_mask(rows, length, generator=generator, share=0.7)
+    for b in range(rows):
+        start, stop = sorted(torch.randint(length + 1, (2,), generator=generator).tolist())
+        mask[b, :start], mask[b, stop:] = False, False
+    mask[0] = True
+    if rows > 1:
+        mask[1] = False
+    return mask
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plain(backend: str, dtype: torch.dtype, shape: tuple[int, int], generator: torch.Generator) -> None:
+    check_vtrace(*batch(generator, dtype, *shape), gamma=0.97, lam=0.9)
+
+
+@pytest.mark.parametrize("limits", [(1.0, 1.0), (2.5, 0.8), (0.5, 0.5), (1e30, 1.0), (1.0, 0.01)], ids=str)
+def test_limits(backend: str, limits: tuple[float, float], generator: torch.Generator) -> None:
+    rewards, values, log_ratios = (x / 2 for x in batch(generator, torch.float32, 5, 41))
+    mask = holes(5, 41, generator)
+    for mode in MODES:
+        check_vtrace(
+            rewards, values, log_ratios, rho_clip=limits[0], c_clip=limits[1], gamma=0.97, mask=mask, mask_mode=mode
+        )
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (1.0, 0.0), (0.0, 0.5), (0.99, 0.95)])
+def test_ends_of_the_range(backend: str, gamma: float, lam: float, generator: torch.Generator) -> None:
+    check_vtrace(*batch(generator, torch.float32, 3, 33), gamma=gamma, lam=lam)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_masks_and_flags(
+    backend: str, dtype: torch.dtype, mode: str, per_row: bool, generator: torch.Generator
+) -> None:
+    """Masked slots hold NaN and are not read; flags at masked tokens are ignored; a done wins over a truncation."""
+    shape = (5, 131)
+    mask = holes(*shape, generator)
+    tokens = [x.masked_fill(~mask, NAN) for x in batch(generator, dtype, *shape)]
+    of = shape[:1] if per_row else shape
+    share = 0.5 if per_row else 0.1
+    dones, truncated = (random_mask(*of, generator=generator, share=share) for _ in range(2))
+    read = truncated if per_row else truncated & mask
+    bootstrap = randn(*of, generator=generator, dtype=dtype).masked_fill(~read, NAN)
+    options: dict[str, Any] = {"mask": mask, "mask_mode": mode, "gamma": 0.97, "lam": 0.9, "rho_clip": 1.5}
+    check_vtrace(*tokens, dones=dones, **options)
+    check_vtrace(*tokens, dones=dones, truncated=truncated, bootstrap_values=bootstrap, **options)
+
+
+def test_a_case_worked_by_hand(backend: str) -> None:
+    """Ratios 1/2, (masked), 2 with both limits 1; gamma = 1/2. v_2 = 8; v_0 = 2 + (4 + 2 - 2) / 2 + (8 - 4) / 4 = 5."""
+    rewards = torch.tensor([[4.0, NAN, 8.0]])
+    values = torch.tensor([[2.0, NAN, 4.0]])
+    log_ratios = torch.tensor([[0.5, 1.0, 2.0]]).log()
+    mask = torch.tensor([[True, False, True]])
+    got = rf.vtrace(rewards, values, log_ratios, mask=mask, gamma=0.5)
+    assert_values(got.returns, torch.tensor([[5.0, 0.0, 8.0]]).double(), dtype=torch.float32)
+    assert_values(got.advantages, torch.tensor([[3.0, 0.0, 4.0]]).double(), dtype=torch.float32)
+
+
+def test_on_policy_it_is_gae(backend: str, generator: torch.Generator) -> None:
+    """IMPALA's remark: with equal policies the targets are the n-step returns."""
+    rewards, values, log_ratios = batch(generator, torch.float32, 7, 65)
+    mask = holes(7, 65, generator)
+    options: dict[str, Any] = {"mask": mask, "gamma": 0.97}
+    wanted = truths.gae(rewards.double(), values.double(), lam=0.9, **options)
+    got = rf.vtrace(rewards, values, torch.zeros_like(log_ratios), lam=0.9, **options)
+    assert_values(got.returns, wanted[1], dtype=torch.float32)
+    wanted = truths.gae(rewards.double(), values.double(), lam=1.0, **options)
+    got = rf.vtrace(rewards, values, torch.full_like(log_ratios, 3.0), **options)  # limited to 1
+    assert_values(got.advantages, wanted[0], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("rho_clip", [1.0, 8.0])
+def test_log_ratios_without_bound(
+    backend: str, dtype: torch.dtype, rho_clip: float, generator: torch.Generator
+) -> None:
+    """A ratio that overflows is limited, one that underflows is 0, and a NaN stays in its row."""
+    rewards, values, _ = batch(generator, dtype, 4, 70)
+    log_ratios = torch.zeros(4, 70, dtype=dtype)
+    log_ratios[0, 5], log_ratios[0, 30], log_ratios[1, 7], log_ratios[1, 8] = 200.0, -200.0, INF, -INF
+    check_vtrace(rewards, values, log_ratios, rho_clip=rho_clip)
+    log_ratios[2, 60] = NAN
+    got = rf.vtrace(rewards, values, log_ratios, rho_clip=rho_clip)
+    for x in got:
+        assert bool(x[2, :61].isnan().all()) and bool(x[2, 61:].isfinite().all())
+        assert bool(x[[0, 1, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_equals_padded(backend: str, dtype: torch.dtype, mode: str, generator: torch.Generator) -> None:
+    lengths = [5, 1, 0, 37, 128, 2, 0, 131]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    total = sum(lengths)
+    mask = random_mask(total, generator=generator, share=0.8)
+    tokens = [x.masked_fill(~mask, NAN) for x in batch(generator, dtype, total)]
+    dones, truncated = (random_mask(total, generator=generator, share=0.1) for _ in range(2))
+    bootstrap = randn(total, generator=generator, dtype=dtype)
+    options: dict[str, Any] = {"gamma": 0.97, "lam": 0.9, "c_clip": 0.7, "mask_mode": mode}
+    flags = {"mask": mask, "dones": dones, "truncated": truncated, "bootstrap_values": bootstrap}
+    got = rf.vtrace(*tokens, cu_seqlens=cu_seqlens, **flags, **options)
+    for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        row = [upcast(x)[None, start:stop] for x in tokens]
+        of_row = {k: upcast(v)[None, start:stop] for k, v in flags.items()}
+        for ours, wanted in zip(got, truths.vtrace(*row, **of_row, **options), strict=True):
+            assert_values(ours[start:stop], wanted[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("bounds", [[0, 400, 5000], [0, 400, -7], [900, 20, 400], [2**62, -(2**62), 5]], ids=str)
+def test_bounds_that_no_host_has_seen(backend: str, bounds: list[int], generator: torch.Generator) -> None:
+    """On a GPU cu_seqlens cannot be checked: whatever it holds, nothing outside of the tensors is read or written."""
+    tokens = batch(generator, torch.float32, 1300)
+    got = torch.ops.rlhf_fast_emulated.vtrace(*tokens, *(None,) * 4, torch.tensor(bounds), 0.97, 0.9, 1.0, 1.0, True)
+    assert got[0].shape == tokens[0].shape
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "unaligned"])
+def test_layouts(backend: str, layout: str, generator: torch.Generator) -> None:
+    def lay(x: Tensor) -> Tensor:
+        if layout == "transposed":
+            return x.t().contiguous().t()
+        if layout == "sliced":
+            return torch.cat([x[:, :1], x, x[:, :1]], dim=1)[:, 1:-1]
+        return torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[1:].view(x.shape)
+
+    for shape in ((7, 33), (3, 64)):
+        mask, dones = lay(holes(*shape, generator)), lay(random_mask(*shape, generator=generator, share=0.1))
+        check_vtrace(*(lay(x) for x in batch(generator, torch.float32, *shape)), mask=mask, dones=dones)
+
+
+def test_empty_and_all_masked(backend: str, dtype: torch.dtype) -> None:
+    for shape in [(0, 4), (3, 0), (0, 0)]:
+        empty = torch.empty(shape, dtype=dtype)
+        assert [x.shape for x in rf.vtrace(empty, empty, empty)] == [shape, shape]
+    nothing = torch.empty(0, dtype=dtype)
+    for cu_seqlens in (torch.tensor([0]), torch.tensor([0, 0, 0])):
+        assert rf.vtrace(nothing, nothing, nothing, cu_seqlens=cu_seqlens)[0].shape == (0,)
+    unread = torch.full((2, 5), NAN, dtype=dtype)
+    for mode in MODES:
+        for out in rf.vtrace(unread, unread, unread, mask=torch.zeros(2, 5, dtype=torch.bool), mask_mode=mode):
+            assert bool((out == 0).all())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_long_row_with_a_long_gap(backend: str, mode: str, generator: torch.Generator) -> None:
+    """The states come through every tile, also those without a real token. Eighths are summed without rounding."""
+    rewards, values = (torch.randint(-16, 17, (2, 1500), generator=generator) / 8 for _ in range(2))
+    log_ratios = torch.where(random_mask(2, 1500, generator=generator, share=0.01), -INF, 0.0)
+    mask = random_mask(2, 1500, generator=generator, share=0.8)
+    mask[0, 200:1300] = False
+    check_vtrace(rewards, values, log_ratios, mask=mask, mask_mode=mode)
+
+
+def test_infinite_rewards_go_left_to_a_done(backend: str, generator: torch.Generator) -> None:
+    rewards, values, _ = batch(generator, torch.float32, 2, 300)
+    dones = torch.zeros(2, 300, dtype=torch.bool)
+    dones[1, 40] = True
+    rewards[:, 280] = INF
+    check_vtrace(rewards, values, torch.full_like(values, -2.0), dones=dones, gamma=0.9)
+
+
+def test_limits_that_cannot_be() -> None:
+    x = torch.zeros(1, 3)
+    for options in ({"c_clip": 1.5}, {"c_clip": 0.0}, {"rho_clip": 0.5}, {"rho_clip": INF}, {"rho_clip": NAN}):
+        with pytest.raises(ValueError, match=rf"^rlhf_fast\.vtrace: {next(iter(options))} must be "):
+            rf.vtrace(x, x, x, **options)
+    with pytest.raises(ValueError, match=r"^rlhf_fast\.vtrace: log_ratios "):
+        rf.vtrace(x, x, x[:, :2])
+
+
+def test_no_gradient_and_bitwise_repeatable(backend: str, generator: torch.Generator) -> None:
+    tokens = [x.requires_grad_() for x in batch(generator, torch.float32, 16, 200)]
+    first, second = rf.vtrace(*tokens), rf.vtrace(*tokens)
+    assert not first.advantages.requires_grad
+    assert torch.equal(first.advantages, second.advantages) and torch.equal(first.returns, second.returns)
