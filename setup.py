@@ -149,7 +149,7 @@ def extensions() -> list[Extension]:
     except ImportError:
         raise SystemExit(
             "rlhf_fast compiles against the PyTorch that is installed, and finds none. Type:\n"
-            "    pip install torch cmake ninja pybind11 setuptools wheel\n"
+            "    pip install torch cmake ninja pybind11 'setuptools>=77' wheel\n"
             "    pip install --no-build-isolation .          (or, without compiling: RLHF_FAST_EXT=0 pip install .)"
         ) from None
     modules = [Extension("rlhf_fast._C", sources=[], py_limited_api=not FREE_THREADED)]

@@ -26,6 +26,6 @@ truth = exact.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 truth.sum().backward()
 assert (value - truth).abs().max() < 1e-5
 assert logits.grad is not None and exact.grad is not None and (logits.grad - exact.grad).abs().max() < 1e-6
-served = {row.backend for row in rf.backends() if row.device == "cpu"}
-assert served == {"native"}, served
+(served,) = {row.backend for row in rf.backends() if row.device == "cpu"}  # with its instruction set: native (avx2)
+assert served.startswith("native"), served
 print(f"kernels {kernels.__version__}, torch {torch.__version__}: loaded from {rf.__file__}, served by {served}")

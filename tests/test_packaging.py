@@ -7,9 +7,11 @@ Wheels are built from a copy of the tree, with the environment's own tools, and 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -150,3 +152,17 @@ def test_kernels_are_reached_through_the_symlink() -> None:
         "rlhf_fast/kernels must be a symlink to kernels/; on Windows, check out with git config core.symlinks true"
     )
     assert not (ROOT / "kernels" / "__init__.py").exists(), "kernels/ must not become an importable package"
+
+
+def test_the_lines_that_users_type_ask_for_a_setuptools_that_reads_our_metadata() -> None:
+    """A new environment of Python 3.11 has one that does not, and `pip install setuptools` leaves it there."""
+    (wanted,) = [
+        line
+        for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+        if line.startswith("setuptools")
+    ]
+    for file in ("README.md", "docs/install.md", "setup.py", "pyproject.toml"):
+        lines = [
+            line for line in (ROOT / file).read_text().splitlines() if re.search(r"pip install .*setuptools", line)
+        ]
+        assert lines and all(f"'{wanted}'" in line for line in lines), file
