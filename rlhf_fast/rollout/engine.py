@@ -52,6 +52,7 @@ class Engine(Protocol):
     """An inference engine, in this process or a server. Every call raises EngineError if it fails."""
 
     elsewhere: bool  # works while this process does something else
+    of_each_rank: bool  # each rank has its own, which is given the weights there; else the first rank's load serves all
 
     def check(self, config: Any) -> None:
         """Refuse a policy of this transformers config if the engine has another architecture."""
@@ -154,7 +155,7 @@ class EngineSampler:
             self.version = ranks().every(secrets.randbits(48))[0]
         self.version += 1
         with unsharded(model):
-            ranks().once(lambda: self._load(model))
+            (ranks().all_or_none if self.engine.of_each_rank else ranks().once)(lambda: self._load(model))
         self._sent = now
 
     def _load(self, model: Any) -> None:

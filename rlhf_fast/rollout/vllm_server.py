@@ -40,7 +40,7 @@ Transfer = Literal["file", "broadcast"]
 class VLLMServers:
     """vLLM servers with the same weights: rank r uses server r modulo their number."""
 
-    elsewhere = True
+    elsewhere, of_each_rank = True, False
 
     def __init__(
         self,

@@ -104,15 +104,19 @@ def test_weights_by_broadcast_give_the_samples_of_weights_by_files(server: VLLMS
             broadcast(model, Tokenizer(), PROMPTS, params, seed=step)
 
 
-def test_vllm_in_the_process_gives_the_samples_of_the_server(server: VLLMServers, tmp_path: Path) -> None:
-    """And nothing of the trainer's process is changed by it."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_vllm_in_the_process_gives_the_samples_of_the_server(
+    server: VLLMServers, tmp_path: Path, processes: int
+) -> None:
+    """And nothing of the trainer's process is changed by it. With two, each samples its share of the prompts."""
     root = Path(__file__).parents[2]
     environment = {
         **os.environ, "TRAINER_SITE": str(Path(accelerate.__file__).parents[1]), "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1",
     }  # fmt: skip
     script = str(Path(__file__).parent / "in_process.py")
-    command = [PYTHON, script, str(save(tmp_path / "model"))]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [PYTHON, *(several if processes > 1 else []), script, str(save(tmp_path / "model"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])

@@ -17,6 +17,7 @@ from helpers.vllm_stub import SIZES, Stub
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads, loading
+from rlhf_fast.rollout import vllm_in_process
 from rlhf_fast.rollout.engine import EngineError, EngineSampler
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.sampler import Served, open_sampler
@@ -141,6 +142,15 @@ def test_an_engine_that_failed_is_not_asked_again(vllm: type[FakeLLM], tiny: Pat
     del engine.llm.generate  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="has failed before: start anew with --resume"):
         sampler(lm, tokenizer, PROMPTS, params, seed=0)
+
+
+def test_each_of_several_ranks_has_one_on_its_own_device(
+    vllm: type[FakeLLM], tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    VLLMInProcess(str(tiny / "model"), "float32", 32)
+    monkeypatch.setattr(vllm_in_process, "ranks", lambda: SimpleNamespace(count=2))
+    VLLMInProcess(str(tiny / "model"), "float32", 32)
+    assert [llm.options.get("distributed_executor_backend") for llm in vllm.made] == [None, "external_launcher"]
 
 
 def test_without_vllm_it_says_what_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
