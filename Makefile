@@ -14,12 +14,13 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup build demo demo-tiny test soak engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton check-workflows mutants lint format docs screenshots notebook clean
+.PHONY: help setup build demo demo-tiny test soak soak-ranks engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton check-workflows mutants lint format docs screenshots notebook clean
 help:
 	@echo "make demo       SFT, reward model and PPO of a real 135M language model, about five minutes on two cores"
 	@echo "make demo-tiny  the same pipeline on a tiny random model, under a minute, no download"
 	@echo "make test       build and run every test        make bench   all benchmarks, 15 idle minutes: docs/benchmarks.md"
 	@echo "make soak       the tiny pipeline killed fifty times at random moments and resumed, about five minutes"
+	@echo "make soak-ranks  every phase and objective by four processes against one, then 300 steps with memory and files watched, ten minutes"
 	@echo "make test-engine  install vLLM for CPUs into .venv-engine and sample by it, about five minutes"
 	@echo "make test-integrations  install TRL, verl and OpenRLHF and run the tests against them, about five minutes"
 	@echo "make measure-learning  learning curves beside TRL's, ten minutes    make measure-updates  single updates beside eager loops"
@@ -72,6 +73,9 @@ test: $(VENV)/built
 
 soak: $(VENV)/built
 	cd tests && ../$(BIN)/python -m helpers.soak $${TMPDIR:-/tmp}/rlhf_fast-soak $(ARGS)
+
+soak-ranks: $(VENV)/built
+	cd tests && ../$(BIN)/python -m helpers.four $${TMPDIR:-/tmp}/rlhf_fast-four $(ARGS)
 
 # verl and openrlhf without their dependencies, which are for machines with GPUs; pip's complaints about that are noise.
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$(1)"])

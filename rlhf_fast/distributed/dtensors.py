@@ -54,7 +54,9 @@ def shard(full: Tensor, mesh: Any) -> Tensor:
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Shard a tensor that every rank holds in full, in the way `like` (of the same shape) is sharded."""
+    """Shard a tensor that every rank holds in full as `like` (of the same shape) is; a DTensor is returned as it is."""
+    if is_dtensor(full):
+        return full
     return shard(full, like.device_mesh) if is_dtensor(like) else full  # type: ignore[attr-defined]
 
 

@@ -7,9 +7,13 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from rlhf_fast.data.examples import Prompt, prompt_text
@@ -40,9 +44,13 @@ def load_rater(spec: str) -> Rater:
 
 
 def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, noun: str) -> list[float]:
-    """What `call()` returns; RaterError about `shown` and `noun` unless that is one finite number for each text."""
+    """What `call()` returns; RaterError about `shown` and `noun` unless that is one finite number for each text.
+
+    Also if it takes longer than `longest_call()`.
+    """
     try:
-        numbers = [float(number) for number in call()]
+        with interrupted_after(longest_call()):
+            numbers = [float(number) for number in call()]
     except Exception as error:
         raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
     if len(numbers) != len(texts):
@@ -51,6 +59,36 @@ def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, no
         if not math.isfinite(number):
             raise RaterError(f"{shown} returned {number} for {text[:80]!r}; {noun} must be finite")
     return numbers
+
+
+def longest_call() -> float:
+    """Seconds that one call may take, from the environment variable RLHF_FAST_CALL_SECONDS; 0: any number."""
+    return float(os.environ.get("RLHF_FAST_CALL_SECONDS", "1800"))
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError within the block if it takes longer.
+
+    By SIGALRM, which wakes a function that waits for a server or a lock. Does nothing for 0 seconds, on Windows,
+    outside of the main thread, and where someone else uses the signal.
+    """
+    alarm: Any = getattr(signal, "SIGALRM", None)
+    usable = alarm is not None and threading.current_thread() is threading.main_thread()
+    if not usable or seconds <= 0 or signal.getsignal(alarm) is not signal.SIG_DFL:
+        yield
+        return
+
+    def wake(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no answer after {seconds:g} s (RLHF_FAST_CALL_SECONDS)")
+
+    signal.signal(alarm, wake)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)  # and again, should the function catch it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(alarm, signal.SIG_DFL)
 
 
 def load_function(spec: str, noun: str = "rater") -> Callable[..., Any]:

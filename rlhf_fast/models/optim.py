@@ -5,7 +5,7 @@ A bfloat16 weight near 1 cannot change by less than 2^-8, so a learning rate of 
 therefore has a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
 Gradients of micro-batches and of ranks are summed in float32 as well, after each backward. If there is only one
 backward, its gradient stays in low precision, in half the memory, and is converted a few weights at a time in `step`.
-Of sharded weights each rank steps its own rows; the main process saves all of them.
+Of sharded weights each rank steps and saves its own rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rlhf_fast.distributed.dtensors import as_dtensor, full_on_main, is_dtensor, local_shard, shard_like
+from rlhf_fast.distributed.dtensors import as_dtensor, is_dtensor, local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
 
 PORTION = 16 * 2**20  # weights whose low-precision gradients are converted to float32 at the same time
@@ -148,18 +148,17 @@ class AdamW:
             master.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and float32 weights (masters, or the weights themselves), in a form that `save_state` can write."""
+        """Moments and float32 weights (masters, or the weights themselves), in a form that `save_state` can write.
+
+        Those of sharded weights are sharded in the same way.
+        """
         inner = self.optimizer.state_dict()
         return {
             "moments": {
-                str(i): {
-                    name: full_on_main(as_dtensor(x, self.pairs[i][0])) if x.dim() else x for name, x in moments.items()
-                }
+                str(i): {name: as_dtensor(x, self.pairs[i][0]) if x.dim() else x for name, x in moments.items()}
                 for i, moments in inner["state"].items()
             },
-            "weights": {
-                str(i): full_on_main(as_dtensor(master, weight)) for i, (weight, master) in enumerate(self.pairs)
-            },
+            "weights": {str(i): as_dtensor(master, weight) for i, (weight, master) in enumerate(self.pairs)},
         }
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -91,10 +92,12 @@ class Autosave:
             raise UserError(f"a weight of the model is not finite after step {step}; lower the learning rate")
 
     def finish(self, step: int) -> None:
-        """Write the last checkpoint, from which `--resume` with more steps can continue."""
+        """Write the last checkpoint, from which `--resume` with more steps can continue; wait until it is written."""
         self.step = step
+        self.run.shard_writer.wait()
         if not self._is_on_disk(step) and self.keeps_last():
             self.save_now(step)
+            self.run.shard_writer.wait()
 
     def keeps_last(self) -> bool:
         """Whether a checkpoint of the last step is wanted and the disk has room for it; the same on every rank."""
@@ -103,6 +106,8 @@ class Autosave:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None or isinstance(error, Interrupted):
+            self.run.shard_writer.wait()
         if not isinstance(error, Exception) or isinstance(error, Interrupted):
             return
         message = self._save_after(error)
@@ -115,25 +120,31 @@ class Autosave:
 
     def _save_after(self, error: Exception) -> str:
         """Save after an exception if possible; returns a message for the user."""
-        reason = ""
-        if not self._is_on_disk(self.step):
-            if not ranks().all_raised(error):
-                if any(map(is_dtensor, self.weights)):
-                    reason = "weights that are sharded over processes cannot be saved once one of them has failed"
-                ranks().leave()
-            try:
-                if not reason and not self._finite():
-                    reason = NOT_FINITE
-                if not reason:
-                    self.save(self.step)
-            except Exception as failure:  # report the first error, not this one
-                reason = f"saving failed as well ({failure})"
+        together = ranks().all_raised(error)
+        if not together:
+            ranks().leave()
+        with suppress(UserError):  # of an older checkpoint, or of this one, which is then not on disk
+            self.run.shard_writer.wait()
+        reason = "" if self._is_on_disk(self.step) else self._saving_failed(together)
         if not reason:
             return f"saved after {self.step} steps, --resume goes on from there"
         newest = newest_checkpoint(self.run.path)
         if newest is None:
             return f"{reason}, and there is no older checkpoint: begin anew with --overwrite"
         return f"{reason}; --resume goes on from the checkpoint {newest.name}"
+
+    def _saving_failed(self, together: bool) -> str:
+        """Save; returns why that was impossible, or nothing. `together`: all ranks do it."""
+        if not together and any(map(is_dtensor, self.weights)):
+            return "weights that are sharded over processes cannot be saved once one of them has failed"
+        try:
+            if not self._finite():
+                return NOT_FINITE
+            self.save(self.step)
+            self.run.shard_writer.wait()
+        except Exception as failure:  # report the first error, not this one
+            return f"saving failed as well ({failure})"
+        return ""
 
     @torch.no_grad()
     def _finite(self) -> bool:

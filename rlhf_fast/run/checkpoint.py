@@ -2,7 +2,7 @@
 """Writing that survives a kill: files and folders are written under a temporary name, synced, and renamed.
 
 Training state is a nested dict of tensors and plain JSON values; tensors go to `state.safetensors`, the rest to
-`state.json`. Nothing is pickled.
+`state.json`, tensors sharded over the ranks to `shards/` (shards.py). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.distributed.dtensors import is_dtensor
 from rlhf_fast.errors import UserError
 
+from . import shards
 from .progress import notice
 
-_TENSOR = "__tensor__"
+_TENSOR, _SHARDS = "__tensor__", "__shards__"
 SURROGATES = "backslashreplace"  # writes a lone surrogate as its JSON escape
 CHECKSUMS = "checksums.json"  # in every checkpoint
 
@@ -48,21 +50,32 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
     """A new folder to fill, renamed to `path` (replacing it) when the block ends; removed if the block fails."""
+    aside = begin_aside(path)
+    try:
+        yield aside
+        put_in_place(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def begin_aside(path: Path) -> Path:
+    """A new empty folder beside `path`, for `put_in_place`."""
     aside = path.with_name(path.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    try:
-        yield aside
-        sync_folder(aside)
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        aside.replace(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    return aside
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Sync a filled folder to the disk and rename it to `path`, replacing that."""
+    sync_folder(aside)
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.replace(old)
+    aside.replace(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -129,20 +142,36 @@ def _checksum(path: Path) -> int:
     return value
 
 
-def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Save nested dicts and lists of tensors and JSON values in `folder`."""
+class Parts(NamedTuple):
+    """A training state, by where its parts are written."""
+
+    plain: Any  # with a reference in place of each tensor
+    tensors: dict[str, Tensor]
+    shards: dict[str, Tensor]  # DTensors
+
+    @classmethod
+    def of(cls, state: Any) -> Parts:
+        """Of nested dicts and lists of tensors and JSON values."""
+        parts = cls(None, {}, {})
+        return parts._replace(plain=_take_tensors(state, "state", parts))
+
+
+def save_state(folder: str | Path, state: Parts | dict[str, Any]) -> None:
+    """Save nested dicts and lists of tensors and JSON values in `folder`; `ShardWriter` writes what is sharded."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    plain = _take_tensors(state, "state", tensors)
-    save_file(tensors, folder / "state.safetensors")
-    write_json(folder / "state.json", plain)
+    parts = state if isinstance(state, Parts) else Parts.of(state)
+    save_file({name: x.cpu().contiguous() for name, x in parts.tensors.items()}, folder / "state.safetensors")
+    write_json(folder / "state.json", parts.plain)
 
 
-def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
-    """Load what `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`."""
+def load_state(folder: str | Path, *names: str, sharded: bool = False) -> dict[str, Any]:
+    """Load what `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`.
+
+    What is sharded on disk is read whole, or, if this run is `sharded`, as DTensors with this rank's rows.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -150,6 +179,10 @@ def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
     try:
         plain = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
+        described: dict[str, Any] = {}
+        _find_shards(plain, described)
+        if described:
+            tensors |= shards.load(folder, described, sharded)
         state: dict[str, Any] = _put_tensors(plain, tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
@@ -163,22 +196,35 @@ def load_state(folder: str | Path, *names: str) -> dict[str, Any]:
     return state
 
 
-def _take_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with every tensor moved into `tensors` and replaced by its name."""
+def _take_tensors(value: Any, name: str, parts: Parts) -> Any:
+    """`value` with every tensor moved into `parts` and replaced by its name."""
     if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        if is_dtensor(value):
+            parts.shards[name] = value.detach()
+            return {_SHARDS: shards.describe(name, value)}
+        parts.tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, dict):
-        return {key: _take_tensors(item, f"{name}.{key}", tensors) for key, item in value.items()}
+        return {key: _take_tensors(item, f"{name}.{key}", parts) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_take_tensors(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return [_take_tensors(item, f"{name}.{i}", parts) for i, item in enumerate(value)]
     return value
+
+
+def _find_shards(value: Any, described: dict[str, Any]) -> None:
+    if isinstance(value, dict) and set(value) == {_SHARDS}:
+        described[value[_SHARDS]["name"]] = value[_SHARDS]
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _find_shards(item, described)
 
 
 def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
+        if set(value) == {_SHARDS}:
+            return tensors[value[_SHARDS]["name"]]
         return {key: _put_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
         return [_put_tensors(item, tensors) for item in value]
@@ -239,6 +285,8 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
 
     Damaged ones are renamed, so that they are not used later. UserError if all are damaged.
     """
+    for unfinished in (folder / "checkpoints").glob("step-*.tmp"):  # of a run that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     damaged = ""
     for path in reversed(checkpoints(folder)):
         file = damaged_file(path)

@@ -19,8 +19,11 @@ from rlhf_fast.errors import UserError
 
 from .checkpoint import (
     SURROGATES,
+    Parts,
+    begin_aside,
     folder_aside,
     newest_intact_checkpoint,
+    put_in_place,
     remove_old_checkpoints,
     save_state,
     write_checksums,
@@ -32,6 +35,7 @@ from .lock import lock, unlock
 from .model_card import KINDS, Trained, write_card
 from .progress import notice
 from .records import read_jsonl, whole_lines
+from .shards import ShardWriter
 from .terminal import redacted
 from .trackers import Trackers
 
@@ -53,6 +57,7 @@ class RunFolder:
         self.part = False  # of a pipeline, which uploads the models of all phases at its end
         self.keep = 2  # checkpoints
         self.changed: frozenset[str] = frozenset()  # options that differ from those the run started with
+        self.shard_writer = ShardWriter()
         self._resume_from: Path | None = None
         self._config: Any = None
         self._board: Any = None
@@ -160,13 +165,30 @@ class RunFolder:
             raise UserError(f"cannot read {self.path / name}: {error}") from None
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write checkpoints/step-N atomically and keep the newest `self.keep`. All ranks wait until it is written."""
+        """Write checkpoints/step-N atomically and keep the newest `self.keep`.
+
+        All ranks wait until it is written. If the state holds sharded tensors, they wait only until those are copied:
+        the checkpoint appears later, and `shard_writer.wait` raises the errors of writing it.
+        """
+        self.shard_writer.wait()  # whose errors come before this checkpoint replaces anything
+        path, parts = self.path / "checkpoints" / f"step-{step}", Parts.of(dict(state))
+        if parts.shards:
+            aside = ranks().once(lambda: _begun(path, parts))
+            self.shard_writer.start(aside, parts.shards, lambda: self._publish(aside, path))
+            return
         if ranks().main:
-            with folder_aside(self.path / "checkpoints" / f"step-{step}") as folder:
-                save_state(folder, dict(state))
+            with folder_aside(path) as folder:
+                save_state(folder, parts)
                 write_checksums(folder)
             remove_old_checkpoints(self.path, self.keep)
         ranks().wait()
+
+    def _publish(self, aside: Path, path: Path) -> None:
+        """Let a checkpoint appear, of which every rank has written its part; the main process does it."""
+        if ranks().main:
+            write_checksums(aside)
+            put_in_place(aside, path)
+            remove_old_checkpoints(self.path, self.keep)
 
     def latest_checkpoint(self) -> Path | None:
         """The newest intact checkpoint if the run resumes and there is one, else None; the same at each call.
@@ -260,6 +282,13 @@ class _NoBoard:
 
     def close(self) -> None:
         """Nothing to flush."""
+
+
+def _begun(path: Path, parts: Parts) -> Path:
+    """The folder beside `path` with all that is not sharded."""
+    aside = begin_aside(path)
+    save_state(aside, parts)
+    return aside
 
 
 def is_restart(path: str | Path) -> bool:

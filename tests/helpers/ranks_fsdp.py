@@ -26,7 +26,7 @@ from transformers import (
 )
 from vllm_stub import Stub
 
-from rlhf_fast.distributed.dtensors import full_state_dict
+from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
@@ -80,6 +80,11 @@ def loss_of(model: Any, part: Batch, critic: bool) -> Tensor:
     return (made * torch.arange(1, made.shape[1] + 1)).sum() / 20
 
 
+def whole(value: Any) -> Any:
+    """Tensors gathered in the main process."""
+    return {name: full_on_main(x) for name, x in value.items()} if isinstance(value, dict) else full_on_main(value)
+
+
 def compare(model: Any, critic: bool, tolerance: float) -> None:
     """Gradients, their norm and the weights after three steps, to a whole model that reads what all ranks read."""
     cut = sharded(copy.deepcopy(model), True)
@@ -99,7 +104,8 @@ def compare(model: Any, critic: bool, tolerance: float) -> None:
             master.grad = None if master.grad is None else master.grad / 2
         norms = mine.step(0.5), other.step(0.5)
         torch.testing.assert_close(torch.tensor(norms), theirs.expand(2), rtol=tolerance, atol=0)
-    saved = mine.state_dict(), other.state_dict()
+    gathered = {kind: {i: whole(x) for i, x in saved.items()} for kind, saved in mine.state_dict().items()}
+    saved = gathered, other.state_dict()
     if ranks().main:
         for kind in ("weights", "moments"):
             torch.testing.assert_close(saved[0][kind], saved[1][kind], rtol=0, atol=tolerance)
@@ -207,13 +213,14 @@ def engine() -> None:
     assert texts[0] != texts[1]
     texts.append(_ahead(sampler, cut_policy, prompts, mine, params))
     ranks().wait()
-    ranks().leave()  # from here on this is one process: the last case
+    ranks().leave()  # from here on this is one process
     if stub is not None:
         alone = EngineSampler(VLLMServers([url]))
         assert alone(whole_policy, Tokenizer(), prompts, params, seed=3, samples_per_prompt=2).texts == texts[0]
         state = json.loads(texts[2])
         assert len(state["texts"]) == 8 and state["steps_behind"] == 1
         stub.stop()
+    ranks()._alone = False
 
 
 def _ahead(sampler: EngineSampler, policy: Any, prompts: Any, mine: slice, params: SamplingParams) -> str:
@@ -247,10 +254,12 @@ def refused() -> None:
 
 
 if __name__ == "__main__":
+    import ranks_checkpoints
+
     torch.set_num_threads(1)
     ranks()
     for case in sys.argv[1:]:
-        globals()[case]()
+        (globals().get(case) or getattr(ranks_checkpoints, case))()
         print(f" {case} done ", flush=True)
     ranks().wait()
     os._exit(0)  # past the end of Python, where the threads of torch's meshes may still ask for their group

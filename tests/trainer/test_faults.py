@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -16,8 +21,10 @@ import safetensors.torch
 import transformers.modeling_utils
 from helpers import phases
 
+from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import checkpoints, damaged_file
 from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import remote_reward
 
 # Every kind of file that a run of RL writes, and which write of it fails.
 WRITES = {
@@ -108,6 +115,105 @@ def test_a_disk_that_is_full_or_read_only_half_way(
     for file in ("model/model.safetensors", "eval_before.json", "eval_after.json", "samples.jsonl"):
         assert (run / file).read_bytes() == (whole / file).read_bytes(), file
     assert phases.metrics(run) == phases.metrics(whole)
+
+
+class Server(ThreadingHTTPServer):
+    """A reward server that rates by the number of characters; it stops answering after so many requests."""
+
+    daemon_threads = True
+
+    def __init__(self, answers: int, then: Callable[[], None]) -> None:
+        super().__init__(("127.0.0.1", 0), Rates)
+        self.answers, self.then, self.requests, self.released = answers, then, 0, Event()
+        Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/rate"
+
+
+class Rates(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["completions"]
+        self.server.requests += 1
+        if self.server.requests > self.server.answers:
+            self.server.released.wait()
+            return
+        if self.server.requests == self.server.answers:
+            self.server.then()
+        body = json.dumps({"rewards": [len(text) / 10 for text in texts]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        """Quiet."""
+
+
+def test_a_reward_server_that_hangs_is_tried_again_and_stops_the_run_saved(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its silence is never a reward: resumed by one that answers, the run ends as if nothing had been."""
+    config = replace(config, reward_model="", eval_prompts_file=None, max_steps=3)
+    monkeypatch.setattr(remote_reward, "WAITS", (0.0, 0.0))
+    with Server(1000, lambda: None) as server:
+        phases.run(replace(config, reward_functions=(server.url,)), tmp_path / "whole")
+        server.shutdown()
+    with Server(1, lambda: monkeypatch.setattr(remote_reward, "TIMEOUT", 0.2)) as server:
+        job = replace(config, reward_functions=(server.url,))
+        with pytest.raises(UserError, match=r"timed out.*tried 3 times; saved after 1 steps, --resume goes on"):
+            phases.run(job, tmp_path / "hung")
+        assert server.requests == 1 + 3
+        assert len(phases.metrics(tmp_path / "hung")) == 1
+        server.answers = 1000  # it is well again
+        server.released.set()
+        monkeypatch.setattr(remote_reward, "TIMEOUT", 120.0)
+        phases.run(job, tmp_path / "hung", resume=True)
+        server.shutdown()
+    models = [tmp_path / name / "model" / "model.safetensors" for name in ("hung", "whole")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+HANGS = """
+import os, threading
+calls = 0
+
+def rate(prompt, completions):
+    global calls
+    calls += 1
+    if calls == 6:
+        os.environ["RLHF_FAST_CALL_SECONDS"] = "0.2"
+    if calls == 7:
+        threading.Event().wait()
+    return [float(len(completion)) for completion in completions]
+"""
+
+
+@pytest.fixture
+def free_alarm() -> Iterator[None]:
+    """SIGALRM as a command finds it; pytest's time limit uses it."""
+    before, timer = signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.setitimer(signal.ITIMER_REAL, 0)
+    yield
+    signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+def test_a_rater_that_hangs_stops_the_run_saved(
+    config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_alarm: None
+) -> None:
+    """Four prompts a step, so in the second step; nothing is rated 0."""
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.setenv("RLHF_FAST_CALL_SECONDS", "0")
+    functions = (f"{tmp_path}/hangs.py:rate",)
+    config = replace(config, reward_model="", eval_prompts_file=None, reward_functions=functions)
+    with pytest.raises(UserError, match=r"raised TimeoutError: no answer after 0.2 s .* saved after 1 steps"):
+        phases.run(config, tmp_path / "run")
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-1"]
+    assert len(phases.metrics(tmp_path / "run")) == 1
 
 
 DIES = """

@@ -4,31 +4,74 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.run.checkpoint import load_state, newest_intact_checkpoint
 from rlhf_fast.trainer import PPOConfig, RewardConfig
 
-CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused", "engine")
+CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused", "engine", "checkpoints")
+CASES += ("failed_write", "killed_write")
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks_fsdp.py"
 
 
 @pytest.fixture(scope="module")
-def result() -> subprocess.CompletedProcess[str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     return subprocess.run(
         [*command, *CASES],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RANKS_FOLDER": str(folder)},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(result: subprocess.CompletedProcess[str], case: str) -> None:
-    assert result.stdout.count(f" {case} done ") == 2, result.stderr
+    survivors = 1 if case == "killed_write" else 2
+    assert result.stdout.count(f" {case} done ") == survivors, result.stderr
+
+
+def test_one_process_reads_what_two_have_written(result: subprocess.CompletedProcess[str], folder: Path) -> None:
+    wanted = load_file(folder / "expected.safetensors")
+    found = load_state(folder / "written" / "checkpoints" / "step-2")["optimizer"]["weights"]
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_damaged_shard_is_named_and_the_checkpoint_before_is_taken(
+    result: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "written", tmp_path / "run")
+    shard = sorted((tmp_path / "run" / "checkpoints" / "step-2" / "shards").iterdir())[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    found = newest_intact_checkpoint(tmp_path / "run")
+    assert found is not None and found.name == "step-1"
+    assert f"its file shards/{shard.name} is missing or not as it was written" in capsys.readouterr().err
+
+
+def test_a_shard_that_cannot_be_read_is_refused(
+    result: subprocess.CompletedProcess[str], folder: Path, tmp_path: Path
+) -> None:
+    """Also by who does not look at checksums."""
+    for name, content in (("cut", b"xx"), ("gone", None)):
+        shutil.copytree(folder / "written" / "checkpoints" / "step-2", tmp_path / name)
+        shard = sorted((tmp_path / name / "shards").iterdir())[1]
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read .*remove it to resume from an older one"):
+            load_state(tmp_path / name)
 
 
 def test_one_process_is_refused() -> None:

@@ -27,7 +27,7 @@ from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import Batch, MicroBatch, in_groups, in_micro_batches
 from rlhf_fast.models.dropout import switch_on_dropout
-from rlhf_fast.models.fsdp import pad_to_ranks, sharded
+from rlhf_fast.models.fsdp import is_sharded, pad_to_ranks, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
     checkpoint_activations,
@@ -225,7 +225,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     total = max(1, round(config.epochs * per_epoch))
     step = 0
     if (checkpoint := run.latest_checkpoint()) is not None:
-        state = load_state(checkpoint, "step", "optimizer", "rng")
+        state = load_state(checkpoint, "step", "optimizer", "rng", sharded=is_sharded(model))
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         step = int(state["step"])

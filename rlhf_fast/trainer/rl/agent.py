@@ -16,7 +16,7 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.feedback.schema import Ranking
 from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import MicroBatch
-from rlhf_fast.models.fsdp import sharded
+from rlhf_fast.models.fsdp import is_sharded, sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
@@ -263,7 +263,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if checkpoint is None:
         run.truncate_metrics(0)
         return 0
-    state = load_state(checkpoint, "step", "policy", "kl_coef", "prompts_drawn")
+    state = load_state(checkpoint, "step", "policy", "kl_coef", "prompts_drawn", sharded=is_sharded(agent.policy))
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])

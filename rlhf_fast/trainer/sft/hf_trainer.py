@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict, shard_like
+from rlhf_fast.distributed.dtensors import local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.fsdp import is_sharded, sharded
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import (
+    Parts,
     load_state,
+    put_in_place,
     remove_old_checkpoints,
     rng_state,
     save_state,
     set_rng_state,
-    sync_folder,
     write_checksums,
 )
 from rlhf_fast.run.folder import RunFolder
@@ -37,6 +39,7 @@ class SumTrainer(Trainer):
     """A Trainer for models whose forward returns the loss summed over tokens; saves by `save_state`, not pickle."""
 
     fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
+    shards: Mapping[str, Tensor] = MappingProxyType({})  # of the checkpoint whose other files have just been written
 
     def compute_loss(
         self,
@@ -61,23 +64,30 @@ class SumTrainer(Trainer):
         return super().create_optimizer()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save atomically, gathering shards from the ranks."""
-        state = full_state_dict(self.model)
-        if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+        """Save the model of a checkpoint; what is trained of a sharded one is saved with the optimizer."""
+        if not is_sharded(self.model) and self.args.should_save:
+            self._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if any(Path(resume_from_checkpoint).glob("model*.safetensors")):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None and self.lr_scheduler is not None
+        assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
         inner = self.optimizer.state_dict()
-        moments = {str(i): {k: full_on_main(x) for k, x in values.items()} for i, values in inner["state"].items()}
-        groups, scheduler = inner["param_groups"], self.lr_scheduler.state_dict()
+        moments = {str(i): values for i, values in inner["state"].items()}
+        state = {"moments": moments, "groups": inner["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+        if is_sharded(self.model):
+            state["weights"] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        parts = Parts.of(state)
+        self.shards = parts.shards
         if self.args.should_save:
-            save_state(output_dir, {"moments": moments, "groups": groups, "scheduler": scheduler})
+            save_state(output_dir, parts)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            assert self.optimizer is not None and self.lr_scheduler is not None
-            state = load_state(checkpoint, "moments", "groups", "scheduler")
+            assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
+            state = load_state(checkpoint, "moments", "groups", "scheduler", sharded=is_sharded(self.model))
             weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
             moments = {
                 int(i): {k: shard_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
@@ -85,6 +95,9 @@ class SumTrainer(Trainer):
             }
             lrs = self.lr_scheduler.base_lrs  # from the options, which may have changed
             self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
+            for name, saved in state.get("weights", {}).items():
+                weight = self.model.get_parameter(name)
+                local_shard(weight.detach()).copy_(local_shard(shard_like(saved, weight)))
             self.lr_scheduler.load_state_dict({**state["scheduler"], "base_lrs": lrs})
             schedule: Any = self.lr_scheduler
             for group, lr, factor in zip(self.optimizer.param_groups, lrs, schedule.lr_lambdas, strict=True):
@@ -101,9 +114,9 @@ class SumTrainer(Trainer):
 class Bridge(TrainerCallback):
     """Connects the Trainer to the run folder: metrics, progress bar, stop signal, names of checkpoints."""
 
-    def __init__(self, run: RunFolder, stop: StopFlag, autosave: Autosave) -> None:
+    def __init__(self, run: RunFolder, stop: StopFlag, autosave: Autosave, trainer: SumTrainer) -> None:
         """The bar is created when training begins."""
-        self.run, self.stop, self.autosave = run, stop, autosave
+        self.run, self.stop, self.autosave, self.trainer = run, stop, autosave, trainer
         self.bar: Progress | None = None
         self.verdict = LiveVerdict(of_sft)
 
@@ -143,15 +156,23 @@ class Bridge(TrainerCallback):
             self.autosave.check_finite(state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Rename the finished checkpoint to step-N; resume ignores it before, so a kill while writing is harmless."""
+        """Add the shards, if any, and rename the checkpoint to step-N; resume ignores it before."""
         written = self.run.path / "checkpoints" / f"checkpoint-{state.global_step}"
+        final = written.with_name(f"step-{state.global_step}")  # now: `state` changes while the shards are written
+
+        def publish() -> None:
+            if ranks().main:
+                (written / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
+                write_checksums(written)
+                put_in_place(written, final)
+                remove_old_checkpoints(self.run.path, self.run.keep)
+
         ranks().wait()
-        if ranks().main:
-            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle; nothing reads it
-            write_checksums(written)
-            sync_folder(written)
-            written.rename(written.with_name(f"step-{state.global_step}"))
-            remove_old_checkpoints(self.run.path, self.run.keep)
+        if shards := self.trainer.shards:
+            self.trainer.shards = {}
+            self.run.shard_writer.start(written, shards, publish)
+            return
+        publish()
         ranks().wait()
 
 

@@ -190,7 +190,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
             bridge.on_save(trainer.args, trainer.state, trainer.control)
 
         autosave = Autosave(run, SaveOptions.of(config), [model], 0, save)
-        trainer.add_callback(bridge := Bridge(run, stop, autosave))
+        trainer.add_callback(bridge := Bridge(run, stop, autosave, trainer))
         if config.eval_steps and data.held_out:
             most = MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
             held_out = partial(evaluate, model, data.held_out, pad_id, most, dtype)
