@@ -41,31 +41,31 @@ def _load(ptr, stride, row, start, lane, inside, otherwise, ALIGNED: tl.constexp
 @triton.jit
 def _values(inputs, strides, row, rows, start, end, lane, CARRY: tl.constexpr, ALIGNED: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
-    """Values, 0 where masked; which tokens are real; which the recurrence does not step over."""
+    """Values, 0 where masked; which tokens exist; which are real; which the recurrence does not step over."""
     inside = _inside(row, rows, lane, start, end, ALIGNED, BLOCK)
     real = inside & (_load(inputs[3], strides[3], row, start, lane, inside, inside, ALIGNED) != 0)
     value = load_tokens(inputs[1], strides[1], row, start, lane, inside, ALIGNED).to(tl.float32)
-    return tl.where(real, value, 0.0), real, real if CARRY else inside
+    return tl.where(real, value, 0.0), inside, real, real if CARRY else inside
 
 
 @triton.jit
-def _tokens(inputs, strides, row, start, lane, real, counts, value, next_value, numbers, ALIGNED: tl.constexpr):
+def _tokens(inputs, strides, row, start, lane, inside, real, counts, value, next_value, numbers, ALIGNED: tl.constexpr):
     """Temporal differences, limited ratios, the factors of what follows, and where an episode ends."""
     gamma, decay, log_rho_limit, c_clip = numbers
-    # 0 where masked
-    reward = load_tokens(inputs[0], strides[0], row, start, lane, real, ALIGNED).to(tl.float32)
-    log_ratio = load_tokens(inputs[2], strides[2], row, start, lane, real, ALIGNED).to(tl.float32)
+    reward = load_tokens(inputs[0], strides[0], row, start, lane, inside, ALIGNED).to(tl.float32)
+    log_ratio = load_tokens(inputs[2], strides[2], row, start, lane, inside, ALIGNED).to(tl.float32)
+    log_ratio = tl.where(real, log_ratio, 0.0)
     no = real & (lane < 0)
-    cut = real & (_load(inputs[4], strides[4], row, start, lane, real, no, ALIGNED) != 0)
+    cut = real & (_load(inputs[4], strides[4], row, start, lane, inside, no, ALIGNED) != 0)
     following = tl.where(cut, 0.0, next_value)
     if inputs[5] is not None:
-        stopped = real & (load_tokens(inputs[5], strides[5], row, start, lane, real, ALIGNED) != 0) & ~cut
+        stopped = real & (load_tokens(inputs[5], strides[5], row, start, lane, inside, ALIGNED) != 0) & ~cut
         bootstrap = load_tokens(inputs[6], strides[6], row, start, lane, stopped, ALIGNED).to(tl.float32)
         following = tl.where(stopped, bootstrap, following)
         cut = cut | stopped
     ratio = tl.exp(tl.where(log_ratio > log_rho_limit, log_rho_limit, log_ratio))
     factor = decay * tl.where(ratio > c_clip, c_clip, ratio)
-    error = reward - value + gamma * following
+    error = tl.where(real, reward, 0.0) - value + gamma * following
     return tl.where(counts, error, 0.0), ratio, factor, cut
 
 
@@ -113,25 +113,24 @@ def vtrace_rows(
     for block in range(tl.cdiv(end - begin, BLOCK) - 1, -1, -1):
         start = begin + block * BLOCK
         # The value after the next token: of the tokens two places later.
-        value2, _, counts2 = _values(inputs, strides, row, rows, start, end, lane + 2, CARRY, False, BLOCK)
+        value2, _, _, counts2 = _values(inputs, strides, row, rows, start, end, lane + 2, CARRY, False, BLOCK)
         next_value1, value_state = _states(tl.where(counts2, 0.0, 1.0), value2, value_state)
         # The gain after each token: of the tokens one place later.
-        value1, real1, counts1 = _values(inputs, strides, row, rows, start, end, lane + 1, CARRY, False, BLOCK)
+        value1, inside1, real1, counts1 = _values(inputs, strides, row, rows, start, end, lane + 1, CARRY, False, BLOCK)
         error1, ratio1, factor1, cut1 = _tokens(
-            inputs, strides, row, start, lane + 1, real1, counts1, value1, next_value1, numbers, False
+            inputs, strides, row, start, lane + 1, inside1, real1, counts1, value1, next_value1, numbers, False
         )
         factor1 = tl.where(cut1, 0.0, tl.maximum(factor1, TINY))
         gain, gain_state = _states(tl.where(counts1, factor1, 1.0), ratio1 * error1, gain_state)
         # And the tokens themselves.
-        value, real, counts = _values(inputs, strides, row, rows, start, end, lane, CARRY, ALIGNED, BLOCK)
+        value, inside, real, counts = _values(inputs, strides, row, rows, start, end, lane, CARRY, ALIGNED, BLOCK)
         next_value = tl.where(counts1, value1, next_value1)
         error, ratio, factor, cut = _tokens(
-            inputs, strides, row, start, lane, real, counts, value, next_value, numbers, ALIGNED
+            inputs, strides, row, start, lane, inside, real, counts, value, next_value, numbers, ALIGNED
         )
         gain = tl.where(cut, 0.0, gain)
         advantage = tl.where(real, ratio * (error + gamma * gain), 0.0)
         target = tl.where(real, value + (ratio * error + factor * gain), 0.0)
-        inside = _inside(row, rows, lane, start, end, ALIGNED, BLOCK)
         store_tokens(advantages_ptr, length, row, start, lane, inside, advantage, ALIGNED)
         store_tokens(returns_ptr, length, row, start, lane, inside, target, ALIGNED)
 
@@ -161,15 +160,17 @@ def vtrace(
     strides = strides_of(*inputs)
     block = min(TILE, max(VEC.value, triton.next_power_of_2(length)))
     tile_rows = min(TILE // block, triton.next_power_of_2(rows))
+    lanes = LANES_PER_WARP
     programs = triton.cdiv(rows, tile_rows)
     aligned = all(n % VEC.value == 0 for n in (length, *strides))
     if cu_seqlens is not None:
-        tile_rows, programs, aligned = 1, cu_seqlens.shape[0] - 1, False
+        block = min(block, TILE // 4)  # a token a thread: four that are read one by one take too many registers
+        tile_rows, programs, aligned, lanes = 1, cu_seqlens.shape[0] - 1, False, LANES_PER_WARP // 4
     launch(
         vtrace_rows, programs, rewards,
         *inputs, cu_seqlens, advantages, returns, *strides, rows, length,
         gamma, gamma * lam, math.log(rho_clip), c_clip,
         CARRY=carry, ALIGNED=aligned, ROWS=tile_rows, BLOCK=block,
-        num_warps=max(1, tile_rows * block // LANES_PER_WARP),
+        num_warps=max(1, tile_rows * block // lanes),
     )  # fmt: skip
     return advantages, returns

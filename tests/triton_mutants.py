@@ -138,7 +138,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("gae.py", "row, parts, part, 2, value_part_decay,", "row, parts, part, 2, part_decay,"),
     ],
     "vtrace": [
-        Mutant("vtrace.py", "real if CARRY else inside", "real"),
+        Mutant("vtrace.py", "real, real if CARRY else inside", "real, real"),
         Mutant("vtrace.py", "start, end, lane + 2, CARRY", "start, end, lane + 1, CARRY"),
         Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.maximum(factor1, TINY)"),
         Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.where(cut1, 0.0, factor1)"),

@@ -43,13 +43,28 @@ void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors
   }
 }
 
+// A row of more tiles than a warp has lanes, undiscounted, so that the last token counts in the first; whole numbers.
+void check_far_tiles() {
+  const int64_t total = 40 * cuda::kTile + 3;
+  std::vector<float> rewards(total), values(total), advantages(total), returns(total);
+  for (int64_t i = 0; i < total; ++i) rewards[i] = static_cast<float>(i % 7 - 3);
+  GaeArgs a{};
+  a.rewards = rewards.data(), a.values = values.data(), a.length = total, a.carry = true;
+  a.gamma = a.lam = a.value_lam = 1, a.advantages = advantages.data(), a.returns = returns.data();
+  const cuda::Sequences sequences{nullptr, total, 1, total};
+  std::vector<uint64_t> links(cuda::link_bytes(sequences, 1) / sizeof(uint64_t));
+  cuda::gae(kFloat32, a, sequences, false, links.data(), nullptr);
+  double sum = 0;
+  for (int64_t i = total - 1; i >= 0; --i) expect("advantage of a long row", advantages[i], sum += rewards[i], 0);
+}
+
 // Sequences of `length` tokens; packed: the last of them is one token shorter, so that no bound is on a boundary of
 // eight.
 void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry) {
   const int64_t total = rows * length - packed;
   const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
   const std::vector<float> log_ratios = normal(total);
-  const Flags mask(total, 0.8), dones(total, 0.01), truncated(total, 0.01);
+  const Flags mask(total, 0.8), dones(total, 0.05), truncated(total, 0.05);
   std::vector<float> advantages(total), returns(total);
   std::vector<int64_t> bounds;
   for (int64_t r = 0; r <= rows; ++r) bounds.push_back(r == rows ? total : r * length - (packed && r == 1));
@@ -175,6 +190,7 @@ void check_tokens() {
     check_vtrace(2, 2 * cuda::kTile + 13, packed, false);
     check_vtrace(9, 7, packed, true);
   }
+  check_far_tiles();
   check_sequences();
   check_ppo(2, 3 * cuda::kTile + 5);
   check_ppo(9, 100);
