@@ -215,7 +215,7 @@ def checked_layout(
 
 
 def _rows_of(rewards: Tensor, cu_seqlens: Tensor | None) -> int:
-    return int(rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+    return rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1  # no int(): torch.export leaves it open
 
 
 def _row_lam(op: str, name: str, lam: float | Tensor, rows: int, first: Tensor) -> tuple[Tensor | None, float]:

@@ -21,6 +21,7 @@ from rlhf_fast.errors import UserError
 
 from .engine import Completion, EngineError, Request
 from .rollout import SamplingParams
+from .vllm_process import PREFILL
 from .vllm_server import check_request, check_sizes, logprobs_wanted
 
 NAME = "the vLLM in this process"
@@ -53,7 +54,8 @@ class VLLMInProcess:
             if not gpu:
                 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
                 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-                own["enforce_eager"] = True
+                own |= {"enforce_eager": True, "enable_chunked_prefill": False}  # why: vllm_process.cpu_arguments
+                own["max_num_batched_tokens"] = max(longest, PREFILL)
             try:
                 from vllm import LLM
             except ImportError as error:

@@ -59,6 +59,9 @@ class VLLM(NamedTuple):
     cpu: bool  # built for CPUs
 
 
+PREFILL = 2048  # prompt tokens that vLLM on a CPU reads at once; at least those of one prompt
+
+
 class Server(NamedTuple):
     """What to serve, and where."""
 
@@ -99,7 +102,16 @@ def server_command(vllm: VLLM, server: Server) -> list[str]:
         "--max-model-len", str(server.max_model_len), "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1",
         "--generation-config", "vllm", "--seed", "0", "--worker-extension-cls", "rlhf_fast_vllm_worker.Sync",
     ]  # fmt: skip
-    return [*command, *(["--enforce-eager"] if vllm.cpu else []), *server.more]
+    return [*command, *(cpu_arguments(server.max_model_len) if vllm.cpu else []), *server.more]
+
+
+def cpu_arguments(longest: int) -> list[str]:
+    """What vLLM needs on a CPU.
+
+    A prompt is read in one piece: where vLLM divides the reading of one that has a seed, it sets back the seed's
+    generator, which a CPU's cannot, and the engine ends ("CPU Generator does not use offset").
+    """
+    return ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(longest, PREFILL))]
 
 
 def server_environment(vllm: VLLM) -> dict[str, str]:

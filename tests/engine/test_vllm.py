@@ -60,6 +60,14 @@ def test_another_model_is_refused_by_name_and_the_server_lives_on(server: VLLMSe
     assert len(EngineSampler(server)(policy(), Tokenizer(), PROMPTS, params, seed=0).texts) == 4
 
 
+def test_more_prompt_tokens_than_it_reads_at_once_leave_the_server_alive(server: VLLMServers) -> None:
+    """vLLM would divide a prompt, and cannot set back the random numbers of a CPU."""
+    model, params = policy(), SamplingParams(max_new_tokens=4)
+    prompts = [[3 + (i * (p + 1) + p) % 90 for i in range(100)] for p in range(45)]
+    rollout = EngineSampler(server)(model, Tokenizer(), prompts, params, seed=0, samples_per_prompt=2)
+    assert len(rollout.texts) == 90 and gaps(model, rollout, 1.0) < 1e-5
+
+
 def test_five_syncs_and_the_gap_stays_flat(server: VLLMServers) -> None:
     model, sampler = policy(), EngineSampler(server)
     params = SamplingParams(max_new_tokens=8, temperature=0.8)

@@ -72,6 +72,7 @@ def test_a_server_is_started_with_what_is_needed_and_ends_with_the_block(
     for words in (
         "--model some/model", "--served-model-name policy", "--host 127.0.0.1", "--dtype float32", "--max-model-len 64",
         "--logprobs-mode processed_logprobs", "--max-logprobs -1", "--generation-config vllm", "--enforce-eager",
+        "--no-enable-chunked-prefill", "--max-num-batched-tokens 2048",
         "--worker-extension-cls rlhf_fast_vllm_worker.Sync", "--swap-space 1",
     ):  # fmt: skip
         assert words in line
