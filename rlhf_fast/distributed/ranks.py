@@ -19,6 +19,8 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
+from .limits import longest_wait
+
 T = TypeVar("T")
 BUCKET = 8 * 2**20  # numbers in one all-reduce; a copy of so many is made, never of a larger tensor
 
@@ -32,7 +34,7 @@ class Ranks:
 
         _rejoin()
         # Without a GPU, cpu=True is needed, or accelerate starts no process group.
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=longest_wait())
         self.index, self.count, self.device = state.process_index, state.num_processes, state.device
         self._alone = self.count == 1
         if self.count > 1:  # threads of a group that still exists may abort the process at exit
@@ -140,6 +142,7 @@ def _rejoin() -> None:
         store=PrefixStore(f"restart-{restarts}", store),
         rank=int(os.environ["RANK"]),
         world_size=count,
+        timeout=longest_wait(),
     )
 
 

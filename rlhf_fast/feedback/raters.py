@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import math
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from rlhf_fast.data.examples import Prompt, prompt_text
+from rlhf_fast.distributed.limits import NAME, longest_call
 from rlhf_fast.errors import UserError
 
 
@@ -48,8 +48,9 @@ def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, no
 
     Also if it takes longer than `longest_call()`.
     """
+    limit = longest_call()
     try:
-        with interrupted_after(longest_call()):
+        with interrupted_after(limit):
             numbers = [float(number) for number in call()]
     except Exception as error:
         raise RaterError(f"{shown} raised {type(error).__name__}: {error}") from error
@@ -61,14 +62,9 @@ def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, no
     return numbers
 
 
-def longest_call() -> float:
-    """Seconds that one call may take, from the environment variable RLHF_FAST_CALL_SECONDS; 0: any number."""
-    return float(os.environ.get("RLHF_FAST_CALL_SECONDS", "1800"))
-
-
 @contextmanager
 def interrupted_after(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError within the block if it takes longer.
+    """Raise TimeoutError within the block if it takes longer, and after it if the block catches that.
 
     By SIGALRM, which wakes a function that waits for a server or a lock. Does nothing for 0 seconds, on Windows,
     outside of the main thread, and where someone else uses the signal.
@@ -79,16 +75,31 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         yield
         return
 
+    message = f"no answer after {seconds:g} s ({NAME}; 0: no limit)"
+    late = over = False
+
     def wake(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"no answer after {seconds:g} s (RLHF_FAST_CALL_SECONDS)")
+        nonlocal late
+        if not over:
+            late = True
+            raise TimeoutError(message)
 
     signal.signal(alarm, wake)
     signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)  # and again, should the function catch it
+    caught: Exception | None = None
     try:
         yield
+    except Exception as error:
+        if not late:
+            raise
+        caught = error
     finally:
+        over = True
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(alarm, signal.SIG_DFL)
+        if signal.getsignal(alarm) is wake:
+            signal.signal(alarm, signal.SIG_DFL)
+    if late:  # also if the function caught it, and answered with something else
+        raise TimeoutError(message) from caught
 
 
 def load_function(spec: str, noun: str = "rater") -> Callable[..., Any]:

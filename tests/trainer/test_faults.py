@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,9 @@ import safetensors.torch
 import transformers.modeling_utils
 from helpers import phases
 
+from rlhf_fast.distributed.ranks import Ranks
 from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.raters import RaterError, finite_numbers
 from rlhf_fast.run.checkpoint import checkpoints, damaged_file
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import remote_reward
@@ -214,6 +218,53 @@ def test_a_rater_that_hangs_stops_the_run_saved(
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-1"]
     assert len(phases.metrics(tmp_path / "run")) == 1
+
+
+def test_a_function_that_catches_the_time_out_gives_no_rewards(
+    monkeypatch: pytest.MonkeyPatch, free_alarm: None
+) -> None:
+    def judged() -> list[float]:
+        try:
+            Event().wait()
+        except Exception:
+            return [0.0]
+        return [1.0]
+
+    monkeypatch.setenv("RLHF_FAST_CALL_SECONDS", "0.05")
+    with pytest.raises(RaterError, match=r"TimeoutError: no answer after 0.05 s \(RLHF_FAST_CALL_SECONDS; 0: no limit"):
+        finite_numbers(judged, ["a"], "f", "rewards")
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def test_the_time_limit_keeps_out_of_the_way(monkeypatch: pytest.MonkeyPatch, free_alarm: None) -> None:
+    """Of a handler that the function has installed, and of threads, which cannot have one."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(finite_numbers, lambda: [1.0], ["a"], "f", "rewards").result() == [1.0]
+    own = signal.default_int_handler
+
+    def installs() -> list[float]:
+        signal.signal(signal.SIGALRM, own)
+        return [1.0]
+
+    assert finite_numbers(installs, ["a"], "f", "rewards") == [1.0]
+    assert signal.getsignal(signal.SIGALRM) is own
+    monkeypatch.setenv("RLHF_FAST_CALL_SECONDS", "soon")
+    with pytest.raises(UserError, match="must be a number of seconds, or 0 for no limit, got 'soon'"):
+        finite_numbers(lambda: [1.0], ["a"], "f", "rewards")
+
+
+def test_processes_wait_longer_for_one_another_than_a_call_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def state(**options: Any) -> SimpleNamespace:
+        given.update(options)
+        return SimpleNamespace(process_index=0, num_processes=1, device="cpu")
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    for seconds, wait in (("1800", 2400), ("5", 1800), ("7200", 7800), ("0", 86400)):
+        monkeypatch.setenv("RLHF_FAST_CALL_SECONDS", seconds)
+        Ranks()
+        assert given["timeout"].total_seconds() == wait
 
 
 DIES = """

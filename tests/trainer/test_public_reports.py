@@ -4,6 +4,7 @@ says that ours was right."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -175,15 +176,24 @@ def test_a_tracker_that_fails_is_left_out(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_reward_functions_may_be_coroutines(tmp_path: Path) -> None:
-    """TRL accepts `async def` reward functions, so people have them."""
+    """TRL accepts `async def` reward functions, so people have them, some with a client that keeps to one loop."""
     (tmp_path / "rules.py").write_text(
         "import asyncio\n"
+        "client = None\n"
         "async def longer(prompt, completions):\n"
-        "    await asyncio.sleep(0)\n"
+        "    global client\n"
+        "    client = client or asyncio.get_running_loop()\n"
+        "    answered = asyncio.Event()\n"
+        "    client.call_soon(answered.set)\n"
+        "    await answered.wait()\n"
         "    return [len(c) for c in completions]\n"
     )
     [function] = load_functions([f"{tmp_path / 'rules.py'}:longer"])
-    assert function.of_prompts([PromptLine("a", "here")], ["b", "cde"]) == [1.0, 3.0]
+
+    async def in_a_notebook() -> list[list[float]]:
+        return [function.of_prompts([PromptLine("a", "here")], texts) for texts in (["b", "cde"], ["fg"])]
+
+    assert asyncio.run(in_a_notebook()) == [[1.0, 3.0], [2.0]]
 
 
 def test_text_is_utf8_whatever_the_locale_is(tiny: Path, tmp_path: Path) -> None:

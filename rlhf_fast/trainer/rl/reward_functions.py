@@ -17,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -104,7 +105,7 @@ class RewardFunction:
         def numbers() -> list[Any]:
             answers = call()
             if inspect.isawaitable(answers):  # of an `async def`, as TRL takes them
-                answers = asyncio.run(_awaited(answers))
+                answers = _result_of(answers)
             answers = list(answers)
             unscored.update(place for place, number in enumerate(answers) if number is None)
             return [0.0 if number is None else number for number in answers]
@@ -113,8 +114,26 @@ class RewardFunction:
         return [math.nan if place in unscored else number for place, number in enumerate(checked)]
 
 
+def _result_of(answers: Any) -> Any:
+    """What an awaitable gives, in the one event loop of all calls: clients of a module are bound to the first loop."""
+    future = asyncio.run_coroutine_threadsafe(_awaited(answers), _loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # if it took too long
+        raise
+
+
 async def _awaited(answers: Any) -> Any:
     return await answers
+
+
+@lru_cache(maxsize=1)
+def _loop() -> asyncio.AbstractEventLoop:
+    """Runs in a thread of its own, as this one may be running a loop (Jupyter)."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="reward functions", daemon=True).start()
+    return loop
 
 
 def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:
