@@ -71,7 +71,8 @@ class Autosave:
         self.step = step
         interval, minutes, _ = self.options
         elapsed = time.monotonic() - self._saved_at
-        by_clock = ranks().main and 0 < minutes * 60 <= elapsed and elapsed > SAVING_SHARE * self._seconds
+        saving = max(self._seconds, self.run.shard_writer.seconds)  # shards are written after `save` has returned
+        by_clock = ranks().main and 0 < minutes * 60 <= elapsed and elapsed > SAVING_SHARE * saving
         # one collective: a signal between two of them would end the run unsaved
         by_clock = by_clock and self._has_room()
         stopping, by_clock = (bool(count) for count in ranks().total([float(stop_requested), float(by_clock)]))

@@ -14,7 +14,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +98,13 @@ def free_space(folder: Path) -> int:
 
 
 def folder_size(folder: Path) -> int:
-    """Total bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Total bytes of the files in a folder, which may be removed meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
+    return total
 
 
 def require_space(folder: Path, parameters: int, save_steps: int) -> None:

@@ -287,7 +287,11 @@ class _NoBoard:
 def _begun(path: Path, parts: Parts) -> Path:
     """The folder beside `path` with all that is not sharded."""
     aside = begin_aside(path)
-    save_state(aside, parts)
+    try:
+        save_state(aside, parts)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return aside
 
 

@@ -8,6 +8,8 @@ written by a thread while training goes on; an error of that thread is raised by
 
 from __future__ import annotations
 
+import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,8 +31,9 @@ class ShardWriter:
 
     def __init__(self) -> None:
         """Nothing is being written."""
+        self.seconds = 0.0  # duration of the last write that succeeded
         self._running: Future[None] | None = None
-        self._what = ""
+        self._folder = Path()
 
     def start(self, folder: Path, shards: Mapping[str, Tensor], then: Callable[[], None]) -> None:
         """Copy `shards` (DTensors), and return; a thread writes them below `folder` and then calls `then`.
@@ -44,11 +47,14 @@ class ShardWriter:
         writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
         written: Any = async_save(dict(shards), storage_writer=writer, process_group=_group_for_threads())
         executor = ThreadPoolExecutor(1, "checkpoint")
-        self._running, self._what = executor.submit(_after, written, then), str(folder)
+        self._running, self._folder = executor.submit(self._after, written, then), folder
         executor.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Wait until nothing is being written; UserError on every rank if a rank could not write."""
+        """Wait until nothing is being written.
+
+        UserError on every rank if a rank could not write; the unfinished folder is then removed.
+        """
         running, self._running = self._running, None
         if running is None:
             return
@@ -56,14 +62,17 @@ class ShardWriter:
         failed = [(rank, text) for rank, text in enumerate(ranks().every(_text(error))) if text]
         if failed:
             rank, text = failed[0]
-            failure = UserError(f"writing the checkpoint {self._what} failed in process {rank}: {text}")
+            if ranks().main:  # all have stopped to write; on a full disk the next checkpoint needs the room
+                shutil.rmtree(self._folder, ignore_errors=True)
+            failure = UserError(f"writing the checkpoint {self._folder} failed in process {rank}: {text}")
             failure.on_every_rank = True
             raise failure from error
 
-
-def _after(written: Future[Any], then: Callable[[], None]) -> None:
-    written.result()
-    then()
+    def _after(self, written: Future[Any], then: Callable[[], None]) -> None:
+        start = time.monotonic()
+        written.result()
+        then()
+        self.seconds = time.monotonic() - start
 
 
 def _text(error: BaseException | None) -> str:

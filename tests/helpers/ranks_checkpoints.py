@@ -72,6 +72,7 @@ def checkpoints() -> None:
         assert 0 < messages.bytes < 4096, messages.bytes  # a path and errors; the state has 150 kB
         learn(model, optimizer)  # what is written later is the copy
     run.shard_writer.wait()
+    assert run.shard_writer.seconds > 0
     folder = run.path / "checkpoints" / "step-2"
     files = sorted(folder.rglob("*.*"))
     assert {path.suffix for path in files} == {".json", ".safetensors"}
@@ -123,6 +124,8 @@ def failed_write() -> None:
         assert error.on_every_rank
     else:
         raise AssertionError("a failed write was not noticed")
+    ranks().wait()
+    assert not (run.path / "checkpoints" / "step-2.tmp").exists()  # the disk may be full
     HuggingFaceStorageWriter.write_data = really  # type: ignore[method-assign]
     assert [path.name for path in saved_steps(run.path)] == ["step-1"]
     run.save_checkpoint(3, state_of(optimizer, 3))

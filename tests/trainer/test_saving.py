@@ -17,7 +17,7 @@ from helpers import phases
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.run import autosave
-from rlhf_fast.run.checkpoint import checkpoints, newest_intact_checkpoint
+from rlhf_fast.run.checkpoint import checkpoints, folder_size, newest_intact_checkpoint
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.resume import finished_summary
@@ -122,6 +122,30 @@ def test_nothing_is_saved_before_its_time_or_without_room(
     phases.run(job(job_data, "grpo", save_minutes=1e-9), tmp_path / "full")
     assert not steps_on_disk(tmp_path / "full")
     assert capsys.readouterr().err.count("rlhf-fast: no checkpoint: one takes 0.00 GiB") == 1
+
+
+def test_the_clock_counts_what_shards_take_in_the_background(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    saver = autosave.Autosave(run, autosave.SaveOptions(0, 1e-9, False), [], 0, lambda step: None)
+    assert saver.due(1)[0]
+    run.shard_writer.seconds = 3600.0
+    assert not saver.due(2)[0]
+
+
+def test_a_checkpoint_may_be_removed_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, stat = [tmp_path / name for name in "ab"], Path.stat
+    for file in files:
+        file.write_bytes(b"12")
+
+    def removed(path: Path, **options: Any) -> Any:
+        found = stat(path, **options)
+        if path in files:
+            for file in files:
+                file.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "stat", removed)
+    assert folder_size(tmp_path) == 2
 
 
 @pytest.mark.parametrize("name", LEARN)
