@@ -14,5 +14,5 @@ def test_parts_of_rows_are_those_of_whole_rows(tmp_path: Path) -> None:
     script = [sys.executable, str(WORKER), str(tmp_path / "store")]
     result = subprocess.run(script, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    for case in ("rows_of", "per_token", "refused"):
+    for case in ("rows_of", "infinite", "per_token", "refused"):
         assert result.stdout.count(f"{case} done") == 4, result.stderr

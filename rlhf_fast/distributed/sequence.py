@@ -66,7 +66,7 @@ def gae_over_ranks(
     last, first = (_edge(rewards, mask, at_end) for at_end in (True, False))
     weights = gae(no, no, dones=ends, truncated=last, bootstrap_values=one, **options).advantages
     later = _later(own.advantages, values, weights, first, lam, process_group)
-    shift = weights * later[:, None]
+    shift = _times(weights, later[:, None])
     return GAE(own.advantages + shift, own.returns + shift)
 
 
@@ -87,8 +87,13 @@ def _later(advantages: Tensor, values: Tensor, weights: Tensor, first: Tensor, l
     torch.distributed.all_gather(parts, mine, group)
     later = torch.zeros_like(level)
     for decay, level in reversed(parts[torch.distributed.get_rank(group) + 1 :]):
-        later = level + decay * later
+        later = level + _times(decay, later)
     return later
+
+
+def _times(weights: Tensor, later: Tensor) -> Tensor:
+    """Their product, 0 where the weight is: an infinite reward does not reach what ends before it."""
+    return torch.where(weights == 0, 0.0, weights * later)
 
 
 def _zeroed(

@@ -29,16 +29,22 @@ PROMPT_FIELDS = ("prompt", "instruction", "question", "input", "text")
 
 def to_schema(row: Row, where: str) -> list[Row]:
     """`row` as rows of the schema; a row of no known other format is returned unchanged."""
-    row = usual_keys(row)
-    for name, (fits, convert) in FORMATS.items():
-        if fits(row):
-            try:
-                common = {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
-                return [{**common, **converted} for converted in convert(row)]
-            except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
-                reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-                raise UserError(f"{where}: looks like a row of {name}, but {reason}") from None
-    return [row]
+    name = _format_of(row)
+    if name not in ("Label Studio", "Argilla"):  # whose fields may have names such as Alpaca's `instruction`
+        row = usual_keys(row)
+        name = _format_of(row)
+    if name is None:
+        return [row]
+    try:
+        common = {key: row[key] for key in TEMPLATE_COLUMNS if key in row}
+        return [{**common, **converted} for converted in FORMATS[name][1](row)]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: looks like a row of {name}, but {reason}") from None
+
+
+def _format_of(row: Row) -> str | None:
+    return next((name for name, (fits, _) in FORMATS.items() if fits(row)), None)
 
 
 def _trl(row: Row) -> list[Row]:

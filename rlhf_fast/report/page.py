@@ -227,7 +227,9 @@ def _samples(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _extremes(rows: Sequence[dict[str, Any]]) -> str:
-    """The best, median and worst sample by reward, before and after."""
+    """The best, median and worst sample by reward, before and after, of prompts that have both."""
+    after = {prompt_text(row["prompt"]) for row in rows if row["when"] == "after"}
+    rows = [row for row in rows if prompt_text(row["prompt"]) in after]
     ordered = {
         when: sorted((row for row in rows if row["when"] == when), key=lambda row: -row["reward"])
         for when in ("before", "after")

@@ -55,6 +55,21 @@ def rows_of(rank: int, count: int, group: Any) -> None:
                     assert names == () or not found[~flags["mask"][:, part]].any()
 
 
+def infinite(rank: int, count: int, group: Any) -> None:
+    """An infinite reward at the end of a row reaches no token before a done, and no masked one."""
+    part = slice(CUTS[count][rank], CUTS[count][rank + 1])
+    rewards, values, flags = inputs(torch.float64)
+    rewards[:, -1] = torch.inf
+    flags["dones"][3:, CUTS[count][1]] = True
+    for names in (("mask",), ("dones",), ("mask", "dones")):
+        given = {name: flags[name] for name in names}
+        whole = rf.gae(rewards, values, **given)
+        mine = gae_over_ranks(rewards[:, part], values[:, part], group, **{k: v[:, part] for k, v in given.items()})
+        assert whole.advantages.isinf().any() and not whole.advantages.isnan().any()
+        for found, wanted in zip(mine, whole, strict=True):
+            torch.testing.assert_close(found, wanted[:, part], rtol=1e-12, atol=1e-11)
+
+
 def per_token(rank: int, count: int, group: Any) -> None:
     """The other ops need no messages: a part of the rows gives that part of the result, bit for bit."""
     g = torch.Generator().manual_seed(1)
@@ -88,7 +103,7 @@ def main(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    for case in (rows_of, per_token, refused):
+    for case in (rows_of, infinite, per_token, refused):
         case(rank % 2, 2, pairs[rank // 2])
         case(rank, RANKS, dist.group.WORLD)
         print(f"{case.__name__} done", flush=True)

@@ -43,10 +43,14 @@ ARGILLA_1 = {
         {"user_id": "u3", "status": "submitted", "value": argilla_ranks(1, 1)},
     ],
 }
-ARGILLA_2 = {
+ARGILLA_2: dict[str, Any] = {
     "id": "7",
     "fields": {"instruction": "q", "reply-1": "a", "reply-2": "b"},
     "responses": {"ranking": [{"value": ["reply-2", "reply-1"], "user_id": "u4"}]},
+}
+ARGILLA_FLAT = {  # `instruction` is a word of Alpaca too
+    **ARGILLA_2["fields"],
+    "ranking": [{"value": ["reply-2", "reply-1"], "user_id": "u5"}],
 }
 ITEMS = [{"id": "x", "title": "a"}, {"id": "y", "title": "A", "body": "b"}, {"id": "z", "title": "c"}]
 STUDIO = {
@@ -78,10 +82,11 @@ def test_nemo_counts_ranks_from_zero(write_jsonl: Any) -> None:
 
 
 def test_argilla_gives_one_ranking_for_each_submitted_answer(write_jsonl: Any) -> None:
-    first, tied, second = read_feedback(write_jsonl("argilla.jsonl", ARGILLA_1, ARGILLA_2))
+    first, tied, second, flat = read_feedback(write_jsonl("argilla.jsonl", ARGILLA_1, ARGILLA_2, ARGILLA_FLAT))
     assert (first.annotator, first.completions, first.pairs()) == ("u1", ["a", "b"], [(1, 0)])
     assert (tied.annotator, tied.pairs()) == ("u3", [])
-    assert (second.prompt, second.completions, second.pairs()) == ("q", ["a", "b"], [(1, 0)])
+    for one in (second, flat):
+        assert (one.prompt, one.completions, one.pairs()) == ("q", ["a", "b"], [(1, 0)])
 
 
 def test_label_studio_rankers_buckets_and_pairs(tmp_path: Path) -> None:

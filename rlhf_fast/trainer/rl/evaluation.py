@@ -71,25 +71,29 @@ class Evaluator:
             )
         figures |= self.agent.rewards.add_to(rows, self.held_out.lines[:count])
         if when in ("before", "after"):
-            run.append_jsonl(
-                "samples.jsonl", [{"when": when, **row} for row in rows], 0 if when == "before" else len(rows)
-            )
+            kept = 0 if when == "before" else len(self._before_rows())  # which come first
+            run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], kept)
         run.write_json(name, figures)
         return figures
 
     def at_end(self, before: Figures, fitting: Callable[[int], int]) -> tuple[Figures, Figures]:
-        """Figures before and after, of the same prompts: those of all that `fitting` says there is time for."""
+        """Figures before and after, of the same prompts: those of all that `fitting` says there is time for.
+
+        eval_before.json and samples.jsonl keep those of all before, for a longer run that resumes with time for more.
+        """
         if self.held_out is None:
             return before, {}
-        before_rows = [row for row in read_jsonl(self.run.path / "samples.jsonl") if row.get("when") == "before"]
-        # A run that was killed here may have kept fewer.
+        before_rows = self._before_rows()
+        # Earlier versions may have kept fewer.
         known = len(before_rows) // self.options.samples or len(self.held_out.lines)
         count = min(fitting(len(self.held_out.lines)), known)
         after = self.at("after", count if count < len(self.held_out.lines) else None)
-        if count < len(self.held_out.lines) and before_rows:
+        if before_rows and count < len(self.held_out.lines):
             before = figures_of(before_rows[: count * self.options.samples])
-            self.run.write_json("eval_before.json", before)
         return before, after
+
+    def _before_rows(self) -> list[dict[str, Any]]:
+        return [row for row in read_jsonl(self.run.path / "samples.jsonl") if row.get("when") == "before"]
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
