@@ -6,7 +6,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.models.batches import Support
 from rlhf_fast.models.fsdp import unsharded
 
+from .background import started
 from .builtin import end_ids
 from .engine_weights import policy_weights
 from .rollout import Completions, Rollout, SamplingParams, assemble
@@ -110,7 +111,6 @@ class EngineSampler:
         self.version = 0  # of the weights that the engine has; 0: none of ours
         self._sent: list[int] = []
         self._pending: Pending | None = None  # the last one that was started
-        self._background = ThreadPoolExecutor(1, "engine")
 
     def __call__(
         self,
@@ -137,7 +137,7 @@ class EngineSampler:
         """Begin to sample from the weights that the model has now, while it goes on to learn; arguments as above."""
         self.sync(model)
         request = _request(model, tokenizer, prompts, params, **more)
-        self._pending = Pending(self._background.submit(self._timed, request), tokenizer, request, self.version)
+        self._pending = Pending(started(self._timed, request), tokenizer, request, self.version)
         return self._pending
 
     def _timed(self, request: Request) -> Timed:

@@ -118,7 +118,8 @@ class VLLMServers:
         except (RuntimeError, OSError) as error:  # of torch.distributed
             raise EngineError(
                 f"{', '.join(self.urls)} did not get the weights by broadcast ({error}): see that the server reaches "
-                "this host, and that both sides have the same PyTorch; then --resume"
+                "this host (with several networks, name the interface in GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME on "
+                "both sides), and that both sides have the same PyTorch; then --resume"
             ) from error
         self._group = group
 

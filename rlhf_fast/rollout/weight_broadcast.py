@@ -8,7 +8,6 @@ The other side is `vllm_extension/rlhf_fast_vllm_worker.py`. Run with Gloo and v
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -18,6 +17,8 @@ from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
+
+from .background import started
 
 DISTRIBUTED: Any = torch.distributed  # its types lack some of its members
 Rpc = Callable[[str, str, list[Any]], Any]  # (URL of a server, method of its worker extension, arguments)
@@ -33,22 +34,23 @@ class Broadcast:
         limit, count = timedelta(seconds=timeout), 1 + sum(workers.values())
         nccl = torch.cuda.is_available()
         self.device = torch.device("cuda" if nccl else "cpu")
-        host = _address_towards(self.urls[0])
-        store = DISTRIBUTED.TCPStore(host, 0, count, is_master=True, wait_for_workers=False, timeout=limit)
+        hosts = {url: _address_towards(url) for url in self.urls}  # servers may reach this host by other networks
+        own = hosts[self.urls[0]]  # any of them: it listens on all
+        store = DISTRIBUTED.TCPStore(own, 0, count, is_master=True, wait_for_workers=False, timeout=limit)
         calls, first = [], 1
         for url, number in workers.items():
             backend = "nccl" if nccl else "gloo"
-            arguments = [host, store.port, first, count, backend, timeout]
-            calls.append(_started(rpc, url, "rlhf_fast_join", arguments))
+            arguments = [hosts[url], store.port, first, count, backend, timeout]
+            calls.append(started(rpc, url, "rlhf_fast_join", arguments))
             first += number
-        joining = _started(_group, nccl, store, count, limit)
+        joining = started(_group, nccl, store, count, limit)
         _until(joining.done, calls)
         self._group = joining.result()
 
     def send(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Have all servers load the weights; returns when they have. Raises what `rpc` raises."""
         tensors = [[name, str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in weights.items()]
-        calls = [_started(self.rpc, url, "rlhf_fast_receive", [tensors, version]) for url in self.urls]
+        calls = [started(self.rpc, url, "rlhf_fast_receive", [tensors, version]) for url in self.urls]
         for weight in weights.values():
             data = weight.detach().to(self.device).contiguous().reshape(-1).view(torch.uint8)
             work = self._group.broadcast(data, 0)
@@ -56,20 +58,6 @@ class Broadcast:
             work.wait()
         for call in calls:
             call.result()
-
-
-def _started(work: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """The work, in a thread that the end of the process does not wait for."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work(*arguments))
-        except BaseException as error:  # raised again by `result`
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _until(done: Callable[[], bool], calls: list[Future[Any]]) -> None:
@@ -93,5 +81,6 @@ def _group(nccl: bool, store: Any, count: int, limit: timedelta) -> Any:
 def _address_towards(url: str) -> str:
     """The address of this host that a server reaches."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port or 80), timeout=30) as connection:
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname, port), timeout=30) as connection:
         return str(connection.getsockname()[0])

@@ -138,9 +138,10 @@ def test_batch_n_is_sampled_by_the_weights_of_n_minus_1_updates(
 
 
 def test_stale_samples_are_weighted_by_the_ratio_of_the_two_policies(
-    ahead: PPOConfig, stub: Recording, updates: Updates, tmp_path: Path
+    ahead: PPOConfig, stub: Recording, updates: Updates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oracle computes both policies' log-probabilities by plain transformers."""
+    monkeypatch.setattr(PPOConfig, "_not_ahead", lambda config: iter(()))  # it refuses to run without weights
     found = {}
     for kind in ("none", "truncate"):
         stub.sampled.clear()
@@ -274,6 +275,7 @@ def test_what_it_cannot_go_with_is_refused_by_name(ahead: PPOConfig, tmp_path: P
         "needs sampler vllm-server, which": {"sampler": "vllm", "engine_url": ()},
         "excludes dynamic_sampling": {"objective": "dapo", "dynamic_sampling": 2},
         "excludes max_seconds": {"max_seconds": 60.0},
+        "needs a sampler_correction": {"sampler_correction": "none"},
         "is not for 'dpo'": {"objective": "dpo"},
     }
     for message, options in refused.items():

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from helpers.vllm_stub import SIZES, Stub
 
 from rlhf_fast.models import heads, loading
+from rlhf_fast.rollout import weight_broadcast
 from rlhf_fast.rollout.engine import EngineError, EngineSampler
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.vllm_extension.rlhf_fast_vllm_worker import Sync
@@ -60,6 +62,31 @@ class WithWorker(Stub):
             self.version = self.worker.rlhf_fast_weight_version
             return {"results": [state]}
         return super().route(route, body)
+
+
+def test_each_server_is_given_the_address_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    joined, reached = {}, []
+
+    def connect(address: tuple[str, int], timeout: float) -> Any:
+        reached.append(address)
+        return nullcontext(SimpleNamespace(getsockname=lambda: (f"towards {address[0]}", 5)))
+
+    def rpc(url: str, method: str, arguments: list[Any]) -> None:
+        joined[url] = arguments[0]
+        if len(joined) == 2:
+            both.set()
+
+    def group(*arguments: Any) -> None:
+        assert both.wait(60)
+
+    both = Event()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("socket.create_connection", connect)
+    fakes = {"TCPStore": lambda *rest, **more: SimpleNamespace(port=9), "ProcessGroupGloo": group}
+    monkeypatch.setattr(weight_broadcast, "DISTRIBUTED", SimpleNamespace(**fakes))
+    weight_broadcast.Broadcast({"http://a:8000": 1, "https://b": 2}, rpc, 60.0)
+    assert joined == {"http://a:8000": "towards a", "https://b": "towards b"}
+    assert reached == [("a", 8000), ("b", 443)]
 
 
 def test_every_worker_of_every_server_gets_the_weights(tiny: Path) -> None:

@@ -119,7 +119,7 @@ class OneStepAhead:
         """Go on with what `state(step)` returned."""
         if state is None:
             if step:
-                notice("the next step's samples were lost with the engine: they are sampled again, by today's weights")
+                notice("no samples of the next step are in the checkpoint: they are sampled now")
             return
         values = {name: state[name] for name in FIELDS}
         if values["support"] is not None:

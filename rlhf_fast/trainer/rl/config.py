@@ -320,6 +320,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
             (self.sampler != "vllm-server", "needs sampler vllm-server, which works while this process learns"),
             (bool(self.dynamic_sampling), "excludes dynamic_sampling, which samples more once the scores are known"),
             (self.max_seconds > 0, "excludes max_seconds, which makes steps smaller when the next is sampled already"),
+            (self.sampler_correction == "none", "needs a sampler_correction, as its samples are one update old"),
             (OBJECTIVES[self.objective].pairs, f"is not for {self.objective!r}: no correction weights its pairs"),
         ):
             yield self.one_step_ahead and wrong, f"one_step_ahead {message}"
