@@ -77,6 +77,11 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
+def may_be(backend: str) -> bool:
+    """Whether neither `use_backend` nor RLHF_FAST_BACKEND requests another backend than this one."""
+    return _requested in ("auto", backend)
+
+
 def why_not(
     backend: str, op: str, device_type: str, dtype: torch.dtype = torch.float32, index: int | None = None
 ) -> str:

@@ -10,6 +10,7 @@ import torch
 from helpers.tools import native_is_built
 from torch import Tensor, nn
 
+import rlhf_fast as rf
 from rlhf_fast.models import attention
 from rlhf_fast.ops.decode_attention import decode_attention, has_decode_kernel
 
@@ -69,6 +70,18 @@ def test_masked_keys_are_not_read_and_any_strides_are() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("length", [1, 5, 17])
+def test_a_query_of_nan_gives_nan_however_many_keys_fill_the_last_vector(length: int) -> None:
+    query, key = torch.randn(2, 3, 16), torch.randn(2, 1, length, 16)
+    query[0, 1] = torch.nan
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[:, : length // 2] = False
+    for seen in (None, mask):
+        got = decode_attention(query, key, key, seen, 0.25)
+        assert bool(got[0, 1].isnan().all()) and int(got.isnan().sum()) == 16
+
+
+@needs_native
 def test_wrong_sizes_raise_instead_of_reading_past_the_end() -> None:
     query, key = torch.randn(2, 6, 16), torch.randn(2, 2, 7, 16)
     wrong: list[Any] = [
@@ -112,5 +125,20 @@ def test_attend_reads_one_new_token_by_the_kernel_and_agrees_with_pytorch(monkey
     assert len(calls) == 6
     attention.attend(module, torch.randn(2, 6, 2, 16), key, value, None)  # two tokens
     attention.attend(module, query.clone().requires_grad_(), key, value, None)[0].sum().backward()  # a gradient
+    learned = value.clone().requires_grad_()
+    attention.attend(module, query, key, learned, None)[0].sum().backward()  # a gradient for the values alone
+    assert learned.grad is not None and bool(learned.grad.any())
     attention.attend(module, query, key, value, torch.zeros(2, 1, 1, 9))  # a bias
+    with rf.use_backend("torch"):
+        attention.attend(module, query, key, value, None)
     assert len(calls) == 6
+
+
+def test_values_of_another_dtype_are_left_to_pytorch() -> None:
+    """Autocast multiplies the positions into query and key in float32, and leaves the values in bfloat16."""
+    pytest.importorskip("transformers")
+    query, key, value = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 9, 16), torch.randn(2, 4, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = attention.attend(nn.Module(), query, key, value.bfloat16(), None)
+    wanted = truth(query[:, :, 0], key, value.bfloat16(), None, 0.25)
+    torch.testing.assert_close(got[:, 0].double(), wanted, atol=0.05, rtol=0)

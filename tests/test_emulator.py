@@ -29,7 +29,7 @@ WATCHED = {
     "kl": ("tests/test_kl.py", "values_and_gradients or mask or layouts"),
     "approx_kl": ("tests/test_approx_kl.py", ""),
     "gae": ("tests/test_gae.py", "mask or flags or packed or layouts or row"),
-    "vtrace": ("tests/test_vtrace.py", "mask or packed or layouts or row"),
+    "vtrace": ("tests/test_vtrace.py", "mask or packed or layouts or row or bounds"),
     "ppo_advantages": ("tests/test_ppo_advantages.py", ""),
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of one new token per row over the cached keys and values: see rlhf_fast/ops/decode_attention.py.
 //
-// The heads that share a key head are computed together, so that the cache, which is most of the memory traffic, is
-// read once. Scores, weights and sums are float32, and the cache is read in place, whatever its strides.
+// Up to four heads that share a key head are computed together, so that the cache, which is most of the memory traffic,
+// is read once for every four of them. Scores, weights and sums are float32, and the cache is read in place, whatever
+// its strides.
 #pragma once
 
 #include <algorithm>
@@ -42,12 +43,13 @@ inline void score(const T* keys, int64_t stride, const bool* mask, int64_t lengt
   }
 }
 
-// Scores become weights exp(score - largest); the result is 1 / their sum, or 0 where all keys are masked.
+// Scores become weights exp(score - largest); the result is 1 / their sum, or 0 where all keys are masked. `max` skips
+// a NaN, so `top` is also -inf where all that are not masked are NaN, and then the result is NaN.
 inline float weigh(float* scores, int64_t length) {
   Vec largest = splat(-kInf);
   for (int64_t j = 0; j < length; j += kLanes) largest = max(largest, load_some(scores + j, length - j, -kInf));
   const float top = max_of(largest);
-  if (top == -kInf) {
+  if (top == -kInf && std::none_of(scores, scores + length, [](float score) { return score != score; })) {
     std::fill(scores, scores + length, 0.0f);
     return 0.0f;
   }

@@ -24,7 +24,11 @@ UNKNOWN = (
     "s_aux",
     "position_bias",
     "cache",
+    "indices",
+    "block_indices",
 )  # arguments of some models' attention that ours does not support
+SELECTED = UNKNOWN[-2:]  # the keys that an indexer selected
+INDEXERS = ("index_topk", "index_topk_blocks")  # in the configs of models that have one
 
 
 @cache
@@ -59,10 +63,21 @@ def choose_attention(model: Any, length: int | None = None) -> None:
         wanted = "eager" if short else NAME
     if current == wanted or (wanted == NAME and length is not None and current == "sdpa"):
         return  # they are the same where each row has several tokens
-    if wanted == "eager":
-        model.set_attn_implementation(wanted)
-    elif getattr(model, "_supports_sdpa", False):  # some models support only "eager"
-        model.set_attn_implementation(registered())
+    if is_replaceable(model):
+        model.set_attn_implementation(registered() if wanted == NAME else wanted)
+
+
+def is_replaceable(model: Any) -> bool:
+    """Whether the model is the same model with attention of ours.
+
+    Some have an indexer, which selects the keys of each query. For "eager" and "sdpa" transformers masks the others; to
+    attention of any other name it passes the selection. Some support only "eager", and some have attention of their own
+    (Falcon), for which transformers logs a warning at each attempt to set it.
+    """
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) is not None for name in INDEXERS):
+        return False
+    return bool(getattr(model, "_supports_sdpa", False) and model._can_set_attn_implementation())
 
 
 class AttentionBlock(NamedTuple):
@@ -115,10 +130,19 @@ def attend(
     packed_row: Any = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """(1, N, heads, D') attention of each token over those it sees; the signature is transformers'."""
+    """(1, N, heads, D') attention of each token over those it sees; the signature is transformers'.
+
+    Raises:
+        ValueError: on arguments that would be ignored.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if packed_row is None and _is_one_token(query, key, attention_mask, dropout, options):
+    if any(options.get(name) is not None for name in SELECTED):
+        raise ValueError(
+            f'attention "{NAME}" reads every key, but {type(module).__name__} selects some ({", ".join(SELECTED)}); '
+            'set_attn_implementation("sdpa") of such a model'
+        )
+    if packed_row is None and _is_one_token(query, key, value, attention_mask, dropout, options):
         mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(query), -1)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return decode_attention(query[:, :, 0], key, value, mask, scaling).unsqueeze(1), None
@@ -153,13 +177,16 @@ def attend(
     return torch.cat(outputs).unsqueeze(0), None
 
 
-def _is_one_token(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]) -> bool:
-    """Whether a kernel of ours serves this call: one new token per row, without a gradient."""
+def _is_one_token(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, options: dict[str, Any]
+) -> bool:
+    """Whether a kernel of ours serves this call: one new token per row, without a gradient, in one dtype (autocast may
+    leave query and key wider than value)."""
     return (
         query.shape[2] == 1
-        and not (torch.is_grad_enabled() and query.requires_grad)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
         and has_decode_kernel(query)
-        and query.dtype == key.dtype
+        and query.dtype == key.dtype == value.dtype
         and len(query) == len(key)
         and (mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, 1, key.shape[2])))
         and not dropout

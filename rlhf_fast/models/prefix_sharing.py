@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .attention import NAME, AttentionBlock, block_of, registered
+from .attention import NAME, AttentionBlock, block_of, is_replaceable, registered
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -162,10 +162,10 @@ def packing_kernel(model: Any) -> str | None:
         return None  # neither has dropout
     if model not in _known:
         before = model.config._attn_implementation
-        supported = before in ("sdpa", "eager", NAME) and getattr(model, "_supports_sdpa", False)
+        supported = before in ("sdpa", "eager", NAME) and is_replaceable(model)
         kernels = KERNELS_OF.get(model.device.type, ("flex", "blocks"))
         _known[model] = next((kernel for kernel in kernels if supported and _agrees(model, kernel)), None)
-        if _known[model] is None:
+        if supported and _known[model] is None:
             model.set_attn_implementation(before)
     return _known[model]
 

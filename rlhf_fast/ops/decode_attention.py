@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_fast import _ext
-from rlhf_fast._dispatch import KERNEL_DTYPES
+from rlhf_fast import _dispatch, _ext
 
 from ._register import define
 
@@ -27,9 +26,10 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def has_decode_kernel(query: Tensor) -> bool:
-    """Whether a kernel of ours serves such a query; else PyTorch's attention is the better choice."""
-    on_cpu = query.device.type == "cpu" and query.dtype in KERNEL_DTYPES
-    return on_cpu and _ext.has_kernel("decode_attention", "cpu")
+    """Whether a kernel of ours serves such a query; else PyTorch's attention is the better choice, also where another
+    backend than the native one was requested."""
+    on_cpu = query.device.type == "cpu" and query.dtype in _dispatch.KERNEL_DTYPES
+    return on_cpu and _dispatch.may_be("native") and _ext.has_kernel("decode_attention", "cpu")
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

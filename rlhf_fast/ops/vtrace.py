@@ -24,7 +24,7 @@ from rlhf_fast import _dispatch, _triton
 from rlhf_fast.ops import _check, gae, reference
 from rlhf_fast.ops._register import CONSTANT, define
 
-LARGEST_RATIO = 1e30  # of rho_clip: what it weighs must not overflow in float32
+LARGEST_RATIO = 1e15  # of rho_clip: an advantage has a product of two, which must not overflow in float32
 
 
 class VTrace(NamedTuple):
@@ -55,11 +55,14 @@ def vtrace(
     Args:
         rewards, values: `(B, T)`, or `(total,)` with `cu_seqlens`; of one float dtype.
         log_ratios: same shape and dtype, in nats: log-probability of the token under the learning policy minus under
-            the policy that sampled it. Limited before the exponential, so any value is legal, infinities too.
+            the policy that sampled it. Limited before the exponential, so any value is legal, infinities too. What an
+            infinite reward gives in front of a factor gamma c_t of exactly 0 (lam = 0, gamma = 0, a log-ratio of -inf)
+            is undefined: NaN, since 0 times infinity has no value, or on a GPU perhaps an infinity.
         mask, dones, truncated, bootstrap_values, cu_seqlens: as in `gae`.
         gamma, lam: in [0, 1].
         rho_clip: limit of the ratio that weighs a token's own error, at least c_clip: decides which policy's value is
-            learned; 1e30, the largest, for that of the learning policy.
+            learned; 1e15, the largest, for that of the learning policy. An advantage has a product of two ratios, so
+            a larger limit would overflow.
         c_clip: limit of the ratio that weighs what follows, in (0, 1]: decides how fast it is learned. Above 1 the
             product over a row's tokens would overflow.
         mask_mode: "carry" skips masked tokens; "zero" counts them with reward, value and log-ratio 0.

@@ -74,7 +74,8 @@ def _likeliest(probabilities: Tensor, params: SamplingParams) -> tuple[Tensor, T
 def _look(probabilities: Tensor, mass: Tensor, params: SamplingParams, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """`_likeliest` without top-k from the `count` likeliest ids, and from more of them in the rows where all are kept.
 
-    Each row's result depends on that row alone.
+    Each row's result depends on that row alone, but for which of equal probabilities come first: topk leaves that open,
+    and on a GPU it may differ.
     """
     count = min(count, probabilities.shape[1])
     values, ids = probabilities.topk(count)
