@@ -35,10 +35,13 @@ def models(tiny: Path) -> tuple[Any, Any]:
     return policy, reference
 
 
-def experience(models: tuple[Any, Any], spread: float = 0.6, cut: bool = False) -> Experience:
+def experience(
+    models: tuple[Any, Any], spread: float = 0.6, cut: bool = False, of_sequences: bool = False
+) -> Experience:
     """Four rows of one prompt; the policy that sampled is `spread` nats away at a token, the third row is not learned.
 
-    `cut`: sampling kept every id, which takes the way of sampled log-probabilities.
+    `cut`: sampling kept every id, which takes the way of sampled log-probabilities. The advantages of a row differ, as
+    with a KL in the reward or a correction for an engine, unless they are `of_sequences`.
     """
     policy, reference = models
     generator = torch.Generator().manual_seed(4)
@@ -52,7 +55,9 @@ def experience(models: tuple[Any, Any], spread: float = 0.6, cut: bool = False) 
     with torch.no_grad():
         own, other = (logprobs_entropy(model, ids, real, mask)[0] for model in (policy, reference))
     noise = spread * torch.randn(own.shape, generator=generator) * mask
-    advantages = torch.randn(ROWS, 1, generator=generator).expand_as(own) * mask
+    of_rows = torch.randn(ROWS, 1, generator=generator)
+    of_tokens = torch.zeros_like(own) if of_sequences else torch.randn(own.shape, generator=generator)
+    advantages = (of_rows + of_tokens) * mask
     learned = mask & (torch.arange(ROWS) != 2)[:, None]
     rest = torch.zeros_like(own)
     return Experience(
@@ -171,7 +176,7 @@ def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[An
     """Loss and gradient are those at ratio 1, though nobody took old log-probabilities before."""
     values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1}
     config = PPOConfig(objective=name, **values).resolved()
-    found = experience(models, spread=0.0, cut=cut)
+    found = experience(models, spread=0.0, cut=cut, of_sequences=True)
     assert Settings(config).step.update.loss.on_policy
     result, gradients = ours(models, found._replace(old_logprobs=torch.zeros_like(found.old_logprobs)), config)
     models[0].zero_grad()
