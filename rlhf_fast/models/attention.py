@@ -77,7 +77,9 @@ def is_replaceable(model: Any) -> bool:
     config = model.config.get_text_config()
     if any(getattr(config, name, None) is not None for name in INDEXERS):
         return False
-    return bool(getattr(model, "_supports_sdpa", False) and model._can_set_attn_implementation())
+    # Not public: should a transformers come without it, `packing_kernel` still tries what was set.
+    settable = getattr(model, "_can_set_attn_implementation", None)
+    return bool(getattr(model, "_supports_sdpa", False) and (settable is None or settable()))
 
 
 class AttentionBlock(NamedTuple):

@@ -15,8 +15,10 @@ def value(name):
 print("starting", flush=True)
 if os.environ.get("FAKE_VLLM") == "dies":
     sys.exit("no room for the KV cache")
-with open(os.environ["FAKE_VLLM_FOLDER"] + "/started.json", "w") as file:
+started = os.environ["FAKE_VLLM_FOLDER"] + "/started.json"
+with open(started + ".part", "w") as file:
     json.dump({"arguments": sys.argv[1:], "environment": dict(os.environ), "pid": os.getpid()}, file)
+os.rename(started + ".part", started)
 port = int(value("--port"))
 if os.environ.get("FAKE_VLLM") == "samples":
     import threading

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,6 +49,14 @@ def train_step(
 
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_run(folder: Path, whole: Path) -> None:
+    """Metrics and weights are equal to the last bit."""
+    assert metrics(folder) == metrics(whole)
+    found, wanted = weights(folder), weights(whole)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in found.items())
 
 
 def steps(config: PPOConfig, folder: Path, **values: Any) -> list[dict[str, float]]:

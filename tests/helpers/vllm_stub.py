@@ -117,6 +117,10 @@ class Stub:
 
     @torch.no_grad()
     def complete(self, body: Any, k: int) -> dict[str, Any]:
+        if "dies_after" in self.faults:  # so many completions; it then answers nobody any more
+            self.faults["dies_after"] -= 1
+            if self.faults["dies_after"] < 0:
+                raise ConnectionResetError("the engine is dead")
         seed = body["seed"] + (0 if self.faults.get("one_seed") else k)
         self.seeds.append(seed)
         generator = torch.Generator().manual_seed(seed)

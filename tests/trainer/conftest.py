@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import phases
+from helpers.engine_runs import another
+from helpers.vllm_stub import Stub
 
 from rlhf_fast.models import loading
 from rlhf_fast.trainer import PPOConfig
@@ -95,6 +97,19 @@ def config(tiny: Path, reward_model: str) -> PPOConfig:
         lr=1e-3,
         critic_lr=1e-3,
     )
+
+
+@pytest.fixture
+def served(tiny: Path) -> Any:
+    """What an engine has before the first sync."""
+    return another(tiny / "model")
+
+
+@pytest.fixture
+def stub(served: Any) -> Iterator[Stub]:
+    """A stand-in for a vLLM server."""
+    with Stub(served) as server:
+        yield server
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import metrics, weights
+from helpers.engine_runs import by_engine
+from helpers.ppo_runs import assert_same_run, metrics
 from helpers.vllm_stub import Stub
 
 from rlhf_fast.errors import UserError
@@ -44,10 +45,12 @@ class Recording(Stub):
     def __init__(self, model: Any, before: Callable[[int], None] = lambda batch: None, **faults: Any) -> None:
         super().__init__(model, **faults)
         self.before, self.sampled, self.asked = before, list[Snapshot](), 0
+        self.prompts: list[list[int]] = []
 
     def route(self, route: str, body: Any) -> Any:
         if route == "/v1/completions":
             self.sampled.append(snapshot(self.model))
+            self.prompts.append(body["prompt"])
         return super().route(route, body)
 
     def answer(self, handler: Any, body: Any) -> None:
@@ -61,15 +64,6 @@ class Recording(Stub):
 
 
 @pytest.fixture
-def served(tiny: Path) -> Any:
-    """What the stub has before the first sync: not the policy."""
-    model = loading.load_causal_lm(str(tiny / "model"), "float32")
-    for parameter in model.parameters():
-        parameter.data.mul_(0.5)
-    return model
-
-
-@pytest.fixture
 def stub(served: Any) -> Iterator[Recording]:
     with Recording(served) as server:
         yield server
@@ -77,9 +71,9 @@ def stub(served: Any) -> Iterator[Recording]:
 
 @pytest.fixture
 def ahead(config: PPOConfig, stub: Stub) -> PPOConfig:
-    return dataclasses.replace(
-        config, objective="grpo", sampler="vllm-server", engine_url=(stub.url,), max_steps=STEPS, save_last=False,
-        max_new_tokens=5, prompts_per_step=PROMPTS, lr=2e-3, one_step_ahead=True,
+    return by_engine(
+        config, stub, max_steps=STEPS, save_last=False, max_new_tokens=5, prompts_per_step=PROMPTS, lr=2e-3,
+        one_step_ahead=True,
     )  # fmt: skip
 
 
@@ -114,6 +108,11 @@ def said(value: Any) -> list[str]:
     return list(value) if isinstance(value, tuple) else [str(value)]
 
 
+def of_batches(prompts: list[list[int]]) -> list[list[list[int]]]:
+    """The prompts of each batch; threads ask for them in any order."""
+    return [sorted(prompts[n : n + PROMPTS]) for n in range(0, len(prompts), PROMPTS)]
+
+
 def equal(first: Snapshot, second: Snapshot) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -131,10 +130,12 @@ def test_batch_n_is_sampled_by_the_weights_of_n_minus_1_updates(
     rows = metrics(tmp_path / "run")
     assert [row["engine/steps_behind"] for row in rows] == [0, 1, 1, 1]
     assert rows[0]["engine/logprob_diff_max"] < 1e-5 < 1e-3 < rows[1]["engine/logprob_diff_max"]
-    drawn, batch = sorted(stub.seeds), updates.learned[0].batch.input_ids
+    drawn, batch, prompts = sorted(stub.seeds), updates.learned[0].batch.input_ids, of_batches(stub.prompts)
     stub.seeds.clear()
+    stub.prompts.clear()
     ppo.train_ppo(dataclasses.replace(ahead, one_step_ahead=False), RunFolder.create(tmp_path / "in turn"))
     assert sorted(stub.seeds) == drawn and torch.equal(updates.learned[STEPS].batch.input_ids, batch)
+    assert of_batches(stub.prompts) == prompts and len({tuple(map(tuple, one)) for one in prompts}) == STEPS
 
 
 def test_stale_samples_are_weighted_by_the_ratio_of_the_two_policies(
@@ -201,14 +202,11 @@ def test_the_server_samples_while_the_update_runs_and_when_it_answers_changes_no
         updates.before = update_begins if number == 0 else lambda step: None
         updates.after = lambda step: ended[step].set()
         with Recording(copy.deepcopy(served), before) as stub:
-            config = dataclasses.replace(ahead, engine_url=(stub.url,))
-            ppo.train_ppo(config, RunFolder.create(tmp_path / str(number)))
+            ppo.train_ppo(by_engine(ahead, stub), RunFolder.create(tmp_path / str(number)))
         for event in ended:
             event.clear()
-    whole = weights(tmp_path / "0")
     for number in (1, 2):
-        assert metrics(tmp_path / str(number)) == metrics(tmp_path / "0")
-        assert all(torch.equal(whole[name], weight) for name, weight in weights(tmp_path / str(number)).items())
+        assert_same_run(tmp_path / str(number), tmp_path / "0")
 
 
 def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, tiny: Path, tmp_path: Path) -> None:
@@ -235,28 +233,21 @@ def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, 
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(metrics(tmp_path / "cut")) == 2
     ppo.train_ppo(dataclasses.replace(ahead, max_steps=2), RunFolder.create(tmp_path / "short"))
-    whole = weights(tmp_path / "whole")
     for name in ("cut", "short"):
         ppo.train_ppo(ahead, RunFolder.create(tmp_path / name, resume=True))
-        assert metrics(tmp_path / name) == metrics(tmp_path / "whole")
-        assert all(torch.equal(whole[key], weight) for key, weight in weights(tmp_path / name).items())
+        assert_same_run(tmp_path / name, tmp_path / "whole")
 
 
 def test_a_lost_server_is_named_and_the_run_goes_on_from_the_weights_it_has(
     ahead: PPOConfig, served: Any, updates: Updates, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def die(batch: int) -> None:
-        if batch >= 2:  # requests that were reset are tried again, and count
-            raise ConnectionResetError("the engine is dead")
-
     with (
-        Recording(copy.deepcopy(served), die) as dying,
+        Recording(copy.deepcopy(served), dies_after=2 * PROMPTS * ahead.samples_per_prompt) as dying,
         pytest.raises(UserError, match="cannot be reached .*--resume; saved after 2 steps"),
     ):
-        ppo.train_ppo(dataclasses.replace(ahead, engine_url=(dying.url,)), RunFolder.create(tmp_path / "run"))
+        ppo.train_ppo(by_engine(ahead, dying), RunFolder.create(tmp_path / "run"))
     with Recording(served) as other:
-        config = dataclasses.replace(ahead, engine_url=(other.url,))
-        ppo.train_ppo(config, RunFolder.create(tmp_path / "run", resume=True))
+        ppo.train_ppo(by_engine(ahead, other), RunFolder.create(tmp_path / "run", resume=True))
     assert "no samples of the next step are in the checkpoint: they are sampled now" in capsys.readouterr().err
     assert equal(other.sampled[0], updates.weights[2])
     assert [row["engine/steps_behind"] for row in metrics(tmp_path / "run")] == [0, 1, 0, 1]

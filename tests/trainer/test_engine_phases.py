@@ -10,13 +10,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from helpers.ppo_runs import metrics, weights
+from helpers.engine_runs import another, by_engine
+from helpers.ppo_runs import assert_same_run, metrics
 from helpers.vllm_stub import Stub
 
 from rlhf_fast import cli
@@ -32,22 +30,7 @@ from rlhf_fast.trainer.reward.train import train_reward
 from rlhf_fast.trainer.rl import ppo
 
 
-@pytest.fixture
-def served(tiny: Path) -> Any:
-    """What the stub has before the first sync: not the policy."""
-    model = loading.load_causal_lm(str(tiny / "model"), "float32")
-    for parameter in model.parameters():
-        parameter.data.mul_(0.5)
-    return model
-
-
-@pytest.fixture
-def stub(served: Any) -> Iterator[Stub]:
-    with Stub(served) as server:
-        yield server
-
-
-def by_engine(stub: Stub) -> list[str]:
+def of_engine(stub: Stub) -> list[str]:
     return ["--sampler", "vllm-server", "--engine-url", stub.url]
 
 
@@ -106,7 +89,7 @@ def test_two_ranks_collect_a_number_of_prompts_that_is_no_multiple(tiny: Path, t
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlhf_fast",
         "collect", "--model", str(tiny / "model"), "--dtype", "float32", "--max-length", "32", "--prompts-file", file,
         "--samples-per-prompt", "2", "--max-new-tokens", "4", "--micro-batch-size", "6",
-        "--output-dir", str(tmp_path / "run"), *by_engine(stub),
+        "--output-dir", str(tmp_path / "run"), *of_engine(stub),
     ]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -134,13 +117,13 @@ def test_eval_and_chat_sample_by_the_engine(
     options = ["--prompts", str(tiny / "heldout.jsonl"), "--dtype", "float32", "--max-new-tokens", "4"]
     model, output = str(tiny / "model"), tmp_path / "eval.json"
     options += ["--samples", "2", "--limit", "3", "--output", str(output)]
-    assert cli.main(["eval", model, model, *options, *by_engine(stub)]) == 0
+    assert cli.main(["eval", model, model, *options, *of_engine(stub)]) == 0
     assert completions_asked(stub) == 6
     samples = json.loads(output.read_text())["samples"]
     assert [row["completion"] for row in samples["a"]] == [row["completion"] for row in samples["b"]]
     monkeypatch.setattr("sys.stdin", io.StringIO("ann wants animals\n\n"))
     stub.faults["dtype"] = f"torch.{str(loading.resolve_dtype('auto')).removeprefix('torch.')}"
-    assert cli.main(["chat", model, "--max-new-tokens", "3", *by_engine(stub)]) == 0
+    assert cli.main(["chat", model, "--max-new-tokens", "3", *of_engine(stub)]) == 0
     assert completions_asked(stub) == 7
     assert cli.main(["chat", model, "--engine-url", stub.url]) == 2
     assert "engine_url is for sampler vllm-server" in capsys.readouterr().err
@@ -149,45 +132,21 @@ def test_eval_and_chat_sample_by_the_engine(
 # ------------------------------------------------------------------------------------------------ killed and restarted
 
 
-class DiesAt(Stub):
-    """Answers nobody any more once it has made so many completions."""
-
-    def __init__(self, model: Any, completions: int) -> None:
-        super().__init__(model)
-        self.remaining = completions
-
-    def complete(self, body: Any, k: int) -> dict[str, Any]:
-        self.remaining -= 1
-        if self.remaining < 0:
-            raise ConnectionResetError("the engine is dead")
-        return super().complete(body, k)
-
-
 def test_a_run_whose_engine_was_killed_goes_on_with_another_one_bit_for_bit(
     config: PPOConfig, tiny: Path, tmp_path: Path, stub: Stub
 ) -> None:
     """The second engine has other weights at first: it gets the policy's before it samples."""
-    config = dataclasses.replace(
-        config, objective="grpo", sampler="vllm-server", engine_url=(stub.url,), max_steps=4, max_new_tokens=4
-    )
+    config = by_engine(config, stub, max_steps=4, max_new_tokens=4)
     ppo.train_ppo(config, RunFolder.create(tmp_path / "whole"))
-
-    def other() -> Any:
-        torch.manual_seed(9)
-        model = loading.load_causal_lm(str(tiny / "model"), "float32")
-        for parameter in model.parameters():
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-        return model
-
     samples = config.prompts_per_step * config.samples_per_prompt
-    with DiesAt(other(), samples * 2 + 3) as dying, pytest.raises(UserError, match="cannot be reached .*--resume"):
-        ppo.train_ppo(dataclasses.replace(config, engine_url=(dying.url,)), RunFolder.create(tmp_path / "cut"))
+    with (
+        Stub(another(tiny / "model"), dies_after=samples * 2 + 3) as dying,
+        pytest.raises(UserError, match="cannot be reached .*--resume"),
+    ):
+        ppo.train_ppo(by_engine(config, dying), RunFolder.create(tmp_path / "cut"))
     assert len(metrics(tmp_path / "cut")) == 2
-    with Stub(other()) as restarted:
-        again = dataclasses.replace(config, engine_url=(restarted.url,))
-        ppo.train_ppo(again, RunFolder.create(tmp_path / "cut", resume=True))
+    with Stub(another(tiny / "model")) as restarted:
+        ppo.train_ppo(by_engine(config, restarted), RunFolder.create(tmp_path / "cut", resume=True))
         asked = restarted.log.index("/v1/completions")
         assert "/resume" in restarted.log[:asked]  # new weights first
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

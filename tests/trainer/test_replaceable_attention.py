@@ -52,6 +52,17 @@ def alone(model: Any) -> list[Tensor]:
     return [model.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows()]
 
 
+@torch.no_grad()
+def assert_states(model: Any, wanted: list[Tensor], side: str = "right") -> None:
+    """The hidden states of all rows in one batch, padded on a side."""
+    ids, mask = torch.zeros(3, max(LENGTHS), dtype=torch.int64), torch.zeros(3, max(LENGTHS), dtype=torch.bool)
+    for i, row in enumerate(rows()):
+        where = slice(len(row)) if side == "right" else slice(max(LENGTHS) - len(row), None)
+        ids[i, where], mask[i, where] = row, True
+    got = heads.hidden_states(model, Batch(ids, mask, mask))
+    torch.testing.assert_close(got[mask], torch.cat(wanted), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_a_model_that_selects_keys_selects_them_after_it_has_generated(side: str) -> None:
@@ -63,12 +74,7 @@ def test_a_model_that_selects_keys_selects_them_after_it_has_generated(side: str
     for place in range(12, 17):
         decoder.step(torch.stack([row[place] for row in rows()]))
         torch.testing.assert_close(decoder.hidden, torch.stack([x[place] for x in wanted]), atol=1e-4, rtol=1e-4)
-    ids, mask = torch.zeros(3, max(LENGTHS), dtype=torch.int64), torch.zeros(3, max(LENGTHS), dtype=torch.bool)
-    for i, row in enumerate(rows()):
-        where = slice(len(row)) if side == "right" else slice(max(LENGTHS) - len(row), None)
-        ids[i, where], mask[i, where] = row, True
-    got = heads.hidden_states(model, Batch(ids, mask, mask))
-    torch.testing.assert_close(got[mask], torch.cat(wanted), atol=1e-4, rtol=1e-4)
+    assert_states(model, wanted, side)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -92,3 +98,28 @@ def test_attention_that_cannot_be_set_is_not_set_at_every_generation(monkeypatch
     attention.choose_attention(model)
     attention.choose_attention(model.bfloat16(), 8)
     assert prefix_sharing.packing_kernel(model) is None
+
+
+def test_without_the_private_question_of_transformers_only_what_agrees_is_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`_can_set_attn_implementation` is not public. Falcon then keeps its attention, whatever is set."""
+    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    falcon = model_of(transformers.FalconConfig(**sizes))
+    llama = model_of(transformers.LlamaConfig(**sizes, intermediate_size=48))
+    assert not attention.is_replaceable(falcon) and attention.is_replaceable(llama)
+
+    class Newer:
+        """A model of a transformers that does not have it."""
+
+        def __init__(self, model: Any) -> None:
+            self.config, self._supports_sdpa = model.config, model._supports_sdpa
+
+    assert attention.is_replaceable(Newer(falcon)) and attention.is_replaceable(Newer(llama))
+    for module in (attention, prefix_sharing):
+        monkeypatch.setattr(module, "is_replaceable", lambda model: True)
+    for model, kernel in ((falcon, None), (llama, "blocks")):
+        wanted = alone(model)
+        assert prefix_sharing.packing_kernel(model) == kernel
+        attention.choose_attention(model)
+        assert_states(model, wanted)
