@@ -170,6 +170,31 @@ def test_loss_and_gradients_are_the_papers(
     assert 0 < result.figures["policy/clipfrac_avg"] <= 1 or config.importance_ratio == "sequence"
 
 
+def test_the_exact_kl_in_the_loss_is_that_of_both_heads_at_the_temperature(models: tuple[Any, Any]) -> None:
+    """Heads with a bias of their own."""
+    policy, reference = models = copy.deepcopy(models)
+    torch.manual_seed(1)
+    for model in models:
+        model.lm_head.bias = torch.nn.Parameter(0.5 * torch.randn(model.config.vocab_size))
+    config = PPOConfig(
+        objective="dapo", kl_in="loss", kl_estimator="exact", kl_coef=0.7, num_minibatches=2, temperature=0.8
+    ).resolved()
+    found = experience(models)
+    found = found._replace(advantages=torch.zeros_like(found.advantages))
+    result, gradients = ours(models, found, config)
+    policy.zero_grad()
+    ids, real, _ = found.batch[:3]
+    own, other = (
+        (model(ids, attention_mask=real.long()).logits[:, :-1] / 0.8).log_softmax(-1) for model in (policy, reference)
+    )
+    kl = torch.nn.functional.pad((own.exp() * (own - other.detach())).sum(-1), (1, 0))
+    loss = 0.7 * kl[found.learned].mean()
+    loss.backward()
+    assert loss.item() > 0.01
+    assert result.figures["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_close(gradients, {key: p.grad for key, p in policy.named_parameters() if p.grad is not None})
+
+
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++-baseline"])
 def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[Any, Any], name: str, cut: bool) -> None:

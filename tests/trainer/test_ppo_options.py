@@ -22,10 +22,10 @@ from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
-from rlhf_fast.trainer.rl import checks, ppo, settings
+from rlhf_fast.trainer.rl import checks, ppo, score, settings
 from rlhf_fast.trainer.rl.agent import Agent
 from rlhf_fast.trainer.rl.prompts import draw
-from rlhf_fast.trainer.rl.ptx import encode_demonstrations
+from rlhf_fast.trainer.rl.ptx import Demonstrations, encode_demonstrations
 from rlhf_fast.trainer.rl.schedule import learning_rate_scale
 from rlhf_fast.trainer.rl.settings import Settings
 
@@ -100,6 +100,45 @@ def test_options_of_rewards_change_the_step(config: PPOConfig, tmp_path: Path, v
     plain, other = (steps(config, tmp_path / name, max_steps=1, **more) for name, more in (("a", {}), ("b", values)))
     assert 0 < plain[0]["sample/ended"] < 1
     assert other[0]["policy/grad_norm"] != plain[0]["policy/grad_norm"]
+
+
+def test_advantages_and_the_critics_start_see_the_rewards_with_all_penalties(
+    config: PPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a sample that was cut off goes on with the critic's value of the state after its last token."""
+    config = replace(config, bootstrap_truncated=True, missing_eos_penalty=0.7)
+    agent, rollouts = load_agent(config), list[Rollout]()
+    stats, fitted, final_values = list[Any](), list[torch.Tensor](), list[torch.Tensor]()
+    of_stats, calibrate = score.RolloutStats, score.calibrate_critic
+
+    def sampler(*args: Any, **options: Any) -> Rollout:
+        rollouts.append(generate(*args, **options))
+        return rollouts[-1]
+
+    @torch.no_grad()
+    def noted(*args: Any) -> Any:
+        made = rollouts[-1]
+        for ids, attended in zip(made.input_ids, made.attention_mask, strict=True):
+            states = agent.critic.base_model(ids[attended][None]).last_hidden_state
+            final_values.append(agent.critic.score(states[0, -1]))
+        stats.append(of_stats(*args))
+        return stats[-1]
+
+    def calibrated(critic: Any, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        fitted.append(rewards)
+        return calibrate(critic, values, rewards, mask)
+
+    monkeypatch.setattr(score, "RolloutStats", noted)
+    monkeypatch.setattr(score, "calibrate_critic", calibrated)
+    for step in range(2):
+        train_step(agent, prompts_of(config, agent), config, step, sampler)
+    ended, scores = rollouts[0].ended, rollouts[0].scores
+    assert scores is not None and 0 < int(ended.sum()) < len(ended)
+    rewards = scores - 0.7 * ~ended
+    torch.testing.assert_close(stats[0].rewards, rewards)
+    assert torch.equal(stats[0].truncated, ~ended)
+    torch.testing.assert_close(stats[0].final_values, torch.cat(final_values[: len(ended)]), atol=1e-5, rtol=1e-5)
+    assert len(fitted) == 1 and torch.equal(fitted[0], stats[0].rewards)  # at the first step alone
 
 
 def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
@@ -207,7 +246,9 @@ def test_files_of_evaluations_after_the_checkpoint_are_not_read(
     assert json.loads((run.path / "best.json").read_text())["reward"] < 50
 
 
-def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: Path, tmp_path: Path) -> None:
+def test_demonstrations_are_learned_beside_the_reward(
+    config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The gradient is that of plain PPO plus ptx_coef times that of the demonstrations' mean loss."""
     config = replace(config, ptx_file=str(tiny / "sft.jsonl"), ptx_coef=0.5, num_minibatches=1)
     found: list[dict[str, Any]] = []
@@ -217,7 +258,11 @@ def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: P
             lines = read_sft(config.ptx_file or "")
             options = Settings(config).ptx
             agent.demonstrations = encode_demonstrations(lines, agent.tokenizer, torch.device("cpu"), options)
-            batch = agent.demonstrations.batch.rows(torch.tensor(draw(16, 16, len(lines), config.seed + 1)))
+            whole = agent.demonstrations.batch
+            learned = [ids[mask] for ids, mask in zip(whole.input_ids, whole.mask, strict=True)]
+            texts = agent.tokenizer.batch_decode(learned, skip_special_tokens=True)
+            assert [text.strip() for text in texts] == [str(line.completion).strip() for line in lines]
+            batch = whole.rows(torch.tensor(draw(16, 16, len(lines), config.seed + 1)))
             agent.policy.zero_grad()
             loss = -token_logprobs(agent.policy, batch).sum() / batch.mask.sum()
             (0.5 * loss).backward()
@@ -237,8 +282,16 @@ def test_demonstrations_are_learned_beside_the_reward(config: PPOConfig, tiny: P
         assert not demonstrations or figures["loss/ptx"] == pytest.approx(loss.item(), rel=1e-4)
     for name, gradient in extra.items():
         torch.testing.assert_close(found[0][name], found[1][name] + gradient, atol=1e-5, rtol=1e-3)
-    rows = steps(config, tmp_path / "run", max_steps=2)
-    assert "loss/ptx" in rows[0]
+    numbers: list[int] = []
+    backward = Demonstrations.backward
+
+    def noted(demonstrations: Demonstrations, policy: Any, number: int) -> Any:
+        numbers.append(number)
+        return backward(demonstrations, policy, number)
+
+    monkeypatch.setattr(Demonstrations, "backward", noted)
+    rows = steps(config, tmp_path / "run", max_steps=2, epochs=2, num_minibatches=2)
+    assert "loss/ptx" in rows[0] and numbers == list(range(8))  # each optimizer step has others
 
 
 # ------------------------------------------------------------------------------------------ samplers and rounding
