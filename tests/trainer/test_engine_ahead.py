@@ -23,9 +23,13 @@ from helpers.vllm_stub import Stub
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import loading
+from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.report.doctor import diagnose
 from rlhf_fast.report.page import write_report
 from rlhf_fast.rollout.builtin import generate
+from rlhf_fast.rollout.engine import EngineSampler, Pending
+from rlhf_fast.rollout.rollout import SamplingParams
+from rlhf_fast.rollout.vllm_server import VLLMServers
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
@@ -207,6 +211,39 @@ def test_the_server_samples_while_the_update_runs_and_when_it_answers_changes_no
             event.clear()
     for number in (1, 2):
         assert_same_run(tmp_path / str(number), tmp_path / "0")
+
+
+def test_weights_wait_until_the_batch_before_is_sampled(
+    ahead: PPOConfig, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an evaluation, say. The server samples once it is waited for, or else once it has the new weights."""
+    begin, loads, wait = threading.Event(), list[int](), Pending.wait
+
+    class Counting(Recording):
+        def load(self, path: str, version: int) -> None:
+            super().load(path, version)
+            loads.append(version)
+            if len(loads) > 1:
+                begin.set()
+
+    def waited(pending: Pending) -> None:
+        begin.set()
+        wait(pending)
+
+    monkeypatch.setattr(Pending, "wait", waited)
+    model, tokenizer = loading.load_causal_lm(ahead.model, "float32"), loading.load_tokenizer(ahead.model)
+    before = copy.deepcopy(model)
+    with Counting(served, lambda batch: None if begin.wait(PATIENCE) else pytest.fail("nobody waits")) as stub:
+        sampler = EngineSampler(VLLMServers([stub.url]))
+        pending = sampler.start(model, tokenizer, [[5, 9, 11], [8]], SamplingParams(max_new_tokens=4), seed=0)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        sampler.sync(model)
+        rollout, _ = pending.result()
+        assert len(loads) == 2 and all(equal(found, snapshot(before)) for found in stub.sampled)
+    with torch.no_grad():
+        own = token_logprobs(before, rollout.batch)
+    torch.testing.assert_close(rollout.logprobs, own, atol=1e-5, rtol=1e-5)
 
 
 def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, tiny: Path, tmp_path: Path) -> None:
