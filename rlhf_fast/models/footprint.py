@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from rlhf_fast.errors import UserError
+
 from .fsdp import decoder_layers, head_of
 from .gguf import resolve_model
 from .lora import add_lora
 
 NAME = "rlhf_fast_footprint"
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # their number, in the configs of models
 
 
 @dataclass
@@ -35,10 +38,18 @@ class Footprint:
 
         Raises:
             OSError, ValueError: transformers cannot read the configuration.
+            UserError: its weights are quantised, or it has no attention.
         """
         from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(name if name.endswith(".json") else resolve_model(name))
+        if (method := _quantised(config)) is not None:
+            raise UserError(
+                f"the weights of {name!r} are quantised ({method}), which is not what is trained: name the model that "
+                "they were made from; a plan quantises its weights itself (dtype nf4) if nothing else fits"
+            )
+        if not getattr(config.get_text_config(), "num_attention_heads", None):
+            raise UserError(f"{name!r} is no model with attention heads, which is what a plan counts")
         AttentionInterface.register(NAME, _attend)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
@@ -57,9 +68,10 @@ class Footprint:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     @cached_property
-    def in_layers(self) -> int:
-        """The weights of the decoder layers, which are what NF4 quantises."""
-        return sum(p.numel() for layer in decoder_layers(self.model) for p in layer.parameters())
+    def linear(self) -> int:
+        """The weights of the decoder layers' linear layers, which are what NF4 quantises."""
+        inside = (found for layer in decoder_layers(self.model) for found in layer.named_modules())
+        return sum(x.weight.numel() for name, x in inside if isinstance(x, nn.Linear) and ".lora_" not in name)
 
     @cached_property
     def largest_layer(self) -> int:
@@ -70,6 +82,16 @@ class Footprint:
     def head(self) -> int:
         """The weights of the language-model head."""
         return sum(p.numel() for p in head_of(self.model).parameters())
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens in a row, if the configuration has a limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self.model.config.get_text_config().vocab_size)
 
     @cached_property
     def hidden(self) -> int:
@@ -85,12 +107,19 @@ class Footprint:
         key_heads = getattr(config, "num_key_value_heads", None) or heads
         return 2 * int(config.num_hidden_layers) * int(key_heads) * int(size) * self.width
 
-    def flops_per_token(self, length: int) -> float:
-        """Operations of a forward pass: two a weight but the embedding's, and attention over `length` / 2 tokens."""
+    @cached_property
+    def used(self) -> float:
+        """The weights that a token is multiplied by: without the embedding, and of experts those that it goes to."""
         config = self.model.config.get_text_config()
         tied = config.tie_word_embeddings
         embedding = 0 if tied else self.model.get_input_embeddings().weight.numel()
-        return 2.0 * (self.weights - embedding) + 2.0 * int(config.num_hidden_layers) * length * self.hidden
+        experts = sum(p.numel() for name, p in self.model.named_parameters() if ".experts." in name)
+        count = next((n for n in (getattr(config, name, None) for name in EXPERTS) if n), 1)
+        return self.weights - embedding - experts * (1 - min(1, getattr(config, "num_experts_per_tok", count) / count))
+
+    def flops_per_token(self, length: int) -> float:
+        """Operations of a forward pass: two a weight in use, and attention over `length` / 2 tokens."""
+        return 2.0 * self.used + 2.0 * int(self.model.config.get_text_config().num_hidden_layers) * length * self.hidden
 
     def saved(self, rows: int, length: int, checkpointing: bool) -> int:
         """Bytes that autograd keeps from a forward pass over `rows` sequences of `length` tokens.
@@ -105,14 +134,27 @@ class Footprint:
 
     @cached_property
     def _saved_per_token(self) -> float:
-        count = 16
+        count, width = 16, self.model.get_input_embeddings().weight.shape[1]
         with torch.device("meta"):
-            inputs = torch.empty(1, count, self.hidden, dtype=self.model.dtype, requires_grad=True)
+            inputs = torch.empty(1, count, width, dtype=self.model.dtype, requires_grad=True)
             positions = torch.arange(count)[None]
         kept = _Kept(self.model)
-        with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            self.model.base_model(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        try:
+            with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+                self.model.base_model(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UserError(f"{type(self.model).__name__} does not run on shapes alone: {first}") from None
         return kept.bytes / count
+
+
+def _quantised(config: Any) -> str | None:
+    """How the weights are quantised, if they are."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    found = given if isinstance(given, dict) else given.to_dict()
+    return str(found.get("quant_method") or "in an unknown way")
 
 
 class _Kept:

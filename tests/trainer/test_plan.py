@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
 from rlhf_fast import cli
 from rlhf_fast.models.footprint import Footprint
-from rlhf_fast.report import plan
+from rlhf_fast.models.lora import add_lora
+from rlhf_fast.models.optim import AdamW
+from rlhf_fast.report import estimate, plan
+from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
 LLAMA = LlamaConfig(
     hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=301, tie_word_embeddings=False,
+    vocab_size=301, tie_word_embeddings=False, max_position_embeddings=4096,
 )  # fmt: skip
 GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=301, bos_token_id=1, eos_token_id=2)
 SEVEN_B = LlamaConfig(
@@ -133,7 +136,7 @@ def test_without_a_kl_no_reference_is_counted(
     moments = plan.memory(options, models, plan.Setup())
     assert all(("reference weights" in parts) == wanted for parts in moments.values())
     times = plan.seconds(options, models, plan.Setup())["old and reference log-probabilities"]
-    options.objective, options.kl_coef = "grpo", 1.0
+    options.kl_coef = 1.0
     whole = plan.seconds(options, models, plan.Setup())["old and reference log-probabilities"]
     assert times == pytest.approx(whole if wanted else whole / 2)
 
@@ -150,7 +153,140 @@ def test_the_launch_line_is_one_that_the_phase_understands(
 
     cls = {"sft": trainer.SFTConfig, "reward": trainer.RewardConfig, "ppo": trainer.PPOConfig}[phase]
     parsed = cli.parse(cls, words, "test")
-    assert parsed.micro_batch_size == 4 and parsed.max_length == (1024 if phase == "ppo" else 512)
+    assert parsed.max_length == (512 if phase == "sft" else 1024)
+    if phase == "ppo":  # two minibatches of 4 sequences, two on each process
+        assert (parsed.micro_batch_size, parsed.prompts_per_step, parsed.samples_per_prompt) == (2, 2, 4)
+    else:  # a pair counts as two sequences
+        assert (parsed.micro_batch_size, parsed.batch_size) == (4, 4 if phase == "reward" else 8)
+
+
+def exact(phase: str, objective: str = "ppo", dtype: str = "bfloat16", rank: int = 0, **options: Any) -> Any:
+    """Bytes of each moment of a plan whose one optimizer step has several micro-batches."""
+    made = plan.PlanOptions(
+        phase=phase, objective=objective, dtype=dtype, lora_rank=rank, prompt_length=16, max_new_tokens=8, **options
+    )
+    return made, lambda models: estimate.memory(made, models, plan.Setup(lora_rank=rank, micro_batch=2), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("phase", "rank", "dtype"),
+    [("sft", 0, "bfloat16"), ("sft", 4, "bfloat16"), ("reward", 0, "float32"), ("grpo", 4, "float32")]
+    + [("ppo", rank, "bfloat16") for rank in (0, 4)],
+)
+def test_bytes_of_weights_masters_moments_and_gradients_are_those_of_real_models(
+    phase: str, rank: int, dtype: str, tmp_path: Path
+) -> None:
+    sampled = phase in OBJECTIVES
+    options, memory = exact("ppo" if sampled else phase, phase if sampled else "ppo", dtype, rank)
+    options.model = folder_of(LLAMA, tmp_path)
+    moments = memory(plan.load(options))
+    float32 = phase == "sft" and not rank  # SFT holds float32 weights, and a bfloat16 copy while it multiplies
+    model = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32 if float32 else getattr(torch, dtype))
+    plain = sum(p.nbytes for p in model.parameters())
+    if rank:
+        add_lora(model, rank)
+    weights = sum(p.nbytes for p in model.parameters())
+    optimizer = AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(input_ids=torch.ones((1, 4), dtype=torch.int64)).logits.float().sum().backward()
+    if phase == "sft":
+        gradients = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    else:
+        gradients = sum(master.grad.nbytes for _, master in optimizer.pairs if master.grad is not None)
+    optimizer.step()
+    moments_ = sum(x.nbytes for state in optimizer.optimizer.state.values() for x in state.values() if x.dim())
+    masters = sum(master.nbytes for weight, master in optimizer.pairs if master is not weight)
+    copies = 2 * sum(p.numel() for p in model.parameters()) if float32 and dtype == "bfloat16" else 0
+    update = next(parts for name, parts in moments.items() if name.startswith("update"))
+    assert update["policy weights"] == weights + copies
+    assert update["policy optimizer"] == moments_ + masters
+    assert update["gradients"] == gradients
+    if sampled:
+        assert update["reward model weights"] == plain
+        assert update.get("reference weights", 0) == (0 if rank else plain)
+        assert ("critic optimizer" in update) == (phase == "ppo")
+        cache = DynamicCache(config=LLAMA)
+        model(input_ids=torch.ones((options.batch_size, 24), dtype=torch.int64), past_key_values=cache, use_cache=True)
+        assert moments["sample"]["KV cache"] == sum(x.nbytes for y in cache.layers for x in (y.keys, y.values))
+
+
+def test_gradients_of_one_micro_batch_replace_its_activations(tmp_path: Path) -> None:
+    """Reset in the backward, they are there in full when the optimizer steps."""
+    options = options_of(tmp_path, phase="reward", batch_size=4)
+    models = plan.load(options)
+    several = plan.memory(options, models, plan.Setup(micro_batch=2))
+    one = plan.memory(options, models, plan.Setup(micro_batch=4))
+    assert list(several) == ["update"] and several["update"]["gradients"] == 4 * models.policy.weights
+    assert "gradients" not in one["update"] and one["step"]["gradients"] == 2 * models.policy.weights
+    options.phase = "sft"  # whose weights are float32
+    assert plan.memory(options, models, plan.Setup(micro_batch=4))["step"]["gradients"] == 4 * models.policy.weights
+
+
+@pytest.mark.parametrize(
+    ("objective", "minibatches", "tokens"),
+    [("grpo", 1, 100 + 4 * 50), ("ppo", 2, 2 * 100 + 4 * 50), ("dpo", 2, 2 * 100 + 4 * 50)],
+)
+def test_a_prompt_is_counted_once_for_the_completions_that_share_it(
+    objective: str, minibatches: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(estimate.COMMON_DEFAULTS, "num_minibatches", minibatches)
+    options = plan.PlanOptions(objective=objective, prompt_length=100, max_new_tokens=50)
+    if OBJECTIVES[objective].defaults.get("num_minibatches", minibatches) == minibatches:
+        assert estimate.pass_tokens(options, 4) == tokens
+    options.prompt_length = 2  # not worth the copying
+    assert estimate.pass_tokens(options, 4) == 4 * 52
+
+
+def test_completions_are_sampled_in_waves_before_weights_are_given_up(tmp_path: Path) -> None:
+    """A KV cache of 512 completions of a 7B model is 256 GiB."""
+    options = options_of(tmp_path, objective="grpo", reward_model="none", gpus=8, batch_size=1024)
+    models = plan.load(options)
+    setup = plan.choose(options, models)
+    assert setup is not None and setup.waves > 1 and not setup.lora_rank
+    assert f"--generation-batch-size {128 // setup.waves}" in plan._sizes(options, setup)
+    slower = plan.seconds(options, models, setup)["sample"]
+    assert slower > plan.seconds(options, models, setup._replace(waves=1))["sample"]
+
+
+def test_a_token_of_a_mixture_goes_to_some_of_the_experts(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=301, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    found = Footprint.of(folder_of(config, tmp_path), torch.bfloat16)
+    experts = 2 * 8 * 3 * 64 * 96
+    assert found.used == found.weights - 301 * 64 - experts * 6 / 8
+    assert found.linear < found.weights - experts - 2 * 301 * 64 + 1  # experts are no linear layers: NF4 leaves them
+
+
+def test_embeddings_narrower_than_the_states_are_counted(tmp_path: Path) -> None:
+    config = OPTConfig(
+        hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=301, word_embed_proj_dim=32
+    )
+    assert Footprint.of(folder_of(config, tmp_path), torch.float32).saved(1, 8, False) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "message"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, [], r"quantised \(gptq\).* made from"),
+        ({"max_position_embeddings": 600}, [], "1024 tokens is longer than the context of .*, 600"),
+        ({"model_type": "mamba", "num_attention_heads": None}, [], "no model with attention heads"),
+        ({"model_type": "t5"}, [], "cannot read the configuration"),
+        ({}, ["--gpus", "3"], "batch_size must be a multiple of 12.* got 64, try 72"),
+        ({}, ["--efficiency", "40"], "efficiency must be above 0 and at most 1"),
+        ({}, ["--gpu-memory", "0"], "gpu_memory must be greater than 0"),
+        ({}, ["--objective", "sac"], "objective must be one of"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(
+    change: dict[str, Any], words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(folder_of(LLAMA, tmp_path)) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    assert cli.main(["plan", "--model", str(file), *words]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error
 
 
 def test_what_never_fits_says_how_much_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
