@@ -54,6 +54,21 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
 
 
+def test_every_fault_of_the_table_is_tried_by_tests_that_exist() -> None:
+    rows = [line for line in (ROOT / "docs" / "resuming.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 14
+    for row in rows:
+        cell = row.split("|")[3]
+        files = re.split(r"`(test_\w+\.py)`:", cell)[1:]
+        assert files, row
+        for file, listed in zip(files[::2], files[1::2], strict=True):
+            text = (ROOT / "tests" / "trainer" / file).read_text()
+            tests = re.findall(r"`(test_\w+)`", listed)
+            assert tests and all(f"\ndef {test}(" in text for test in tests), (file, tests)
+    targets = re.findall(r"`make ([\w-]+)`", "".join(rows))
+    assert targets and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
+
+
 def loop_names() -> dict[str, Any]:
     """What the README's loop starts from."""
     g = torch.Generator().manual_seed(0)

@@ -121,6 +121,29 @@ def test_a_disk_that_is_full_or_read_only_half_way(
     assert phases.metrics(run) == phases.metrics(whole)
 
 
+@pytest.mark.parametrize(
+    ("job", "name", "which", "result"),
+    [
+        ("collect", "feedback.jsonl", 3, "feedback.jsonl"),
+        ("sft", "state.safetensors", 2, "model/model.safetensors"),
+        ("sft", "model.safetensors", 1, "model/model.safetensors"),
+        ("reward", "state.safetensors", 2, "model/model.safetensors"),
+    ],
+)
+def test_a_disk_that_is_full_half_way_in_the_other_phases(
+    job: str, name: str, which: int, result: str, job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = phases.jobs(job_data)[job]
+    phases.run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fail_writes(name, which, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), patch)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            phases.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    phases.run(config, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+
+
 class Server(ThreadingHTTPServer):
     """A reward server that rates by the number of characters; it stops answering after so many requests."""
 

@@ -124,6 +124,17 @@ def test_nothing_is_saved_before_its_time_or_without_room(
     assert capsys.readouterr().err.count("rlhf-fast: no checkpoint: one takes 0.00 GiB") == 1
 
 
+def test_it_saves_once_there_is_room_again(
+    job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms = [1000]  # bytes at the first question
+    monkeypatch.setattr(autosave, "free_space", lambda folder: rooms.pop() if rooms else 2**40)
+    monkeypatch.setattr(autosave, "SAVING_SHARE", 0)
+    phases.run(job(job_data, "grpo", save_minutes=1e-9, save_last=False, max_steps=2), tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == [2]
+    assert capsys.readouterr().err.count("rlhf-fast: no checkpoint: one takes 0.00 GiB") == 1
+
+
 def test_the_clock_counts_what_shards_take_in_the_background(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     saver = autosave.Autosave(run, autosave.SaveOptions(0, 1e-9, False), [], 0, lambda step: None)
