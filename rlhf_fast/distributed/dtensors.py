@@ -6,6 +6,7 @@ Every rank must call these in the same order, because they communicate. An ordin
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,8 +34,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import Partial, Replicate
 
-    replicated = tensor.redistribute(placements=[Replicate()], backward_dtype=torch.float32)  # type: ignore[attr-defined]
-    return replicated.to_local(grad_placements=[Partial()])  # type: ignore[no-any-return]
+    whole: Any = tensor
+    every = whole.device_mesh.ndim
+    replicated = whole.redistribute(placements=[Replicate()] * every, backward_dtype=torch.float32)
+    return replicated.to_local(grad_placements=[Partial()] * every)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -46,11 +49,35 @@ def full_on_main(tensor: Tensor) -> Tensor:
     return full.cpu() if ranks().main else full.new_empty(0)
 
 
+@lru_cache
+def mesh_of(device_type: str, size: int) -> Any:
+    """The mesh over which models are sharded: all ranks, or groups of `size` of them that have a copy each (HSDP)."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    count = ranks().count
+    if size in (0, count):
+        return init_device_mesh(device_type, (count,))
+    return init_device_mesh(device_type, (count // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def copies(tensor: Tensor) -> int:
+    """How many groups of ranks have all rows of a sharded tensor."""
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    return int(mesh.size(0)) if mesh.ndim == 2 else 1
+
+
+def on_mesh(mesh: Any) -> list[Any]:
+    """Placements: rows sharded over the last dimension of `mesh`, copies over the first of two."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    return [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+
+
 def shard(full: Tensor, mesh: Any) -> Tensor:
     """Shard over `mesh` a tensor that every rank holds in full; the shard is a copy."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(full.detach(), mesh, [Shard(0)], src_data_rank=None).clone()
+    return distribute_tensor(full.detach(), mesh, on_mesh(mesh), src_data_rank=None).clone()
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
@@ -61,20 +88,29 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
-    """A DTensor sharded like `like`, with `local` as this rank's shard; `local` itself if `like` is not sharded."""
+    """A DTensor of as many rows as `like`, sharded like it, whose rows of this rank are `local`.
+
+    `local` itself if `like` is not sharded.
+    """
     if not is_dtensor(like):
         return local
     from torch.distributed.tensor import DTensor
 
     like_dtensor: Any = like
+    shape = torch.Size((like_dtensor.shape[0], *local.shape[1:]))
     return DTensor.from_local(
         local.detach(),
-        like_dtensor.device_mesh,
+        _mesh_on(local.device.type, like_dtensor.device_mesh),
         like_dtensor.placements,
         run_check=False,
-        shape=like_dtensor.shape,
-        stride=like_dtensor.stride(),
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
     )
+
+
+def _mesh_on(device_type: str, mesh: Any) -> Any:
+    """The same ranks, with tensors on another device: what is in CPU memory must not travel to the GPU to be saved."""
+    return mesh if device_type == mesh.device_type else mesh_of(device_type, mesh.size(-1))
 
 
 def full_state_dict(model: Any) -> dict[str, Tensor] | None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from rlhf_fast.distributed.dtensors import full_tensor, is_dtensor, shard
+from rlhf_fast.distributed.dtensors import full_tensor, is_dtensor, mesh_of, shard
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
@@ -29,15 +29,17 @@ from .prefix_sharing import packing_kernel
 T = TypeVar("T")
 
 
-def sharded(model: Any, wanted: bool) -> Any:
-    """Shard `model` over the ranks in place if `wanted`, and return it; UserError if that is impossible."""
+def sharded(model: Any, wanted: bool, size: int = 0) -> Any:
+    """Shard `model` in place if `wanted`, and return it; UserError if that is impossible.
+
+    Over all ranks, or over each group of `size` ranks, so that each group has a copy, whose gradients are summed too.
+    """
     if not wanted:
         return model
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     packing_kernel(model)  # tests it with forward passes, which are cheaper before the weights are sharded
-    mesh = init_device_mesh(ranks().device.type, (ranks().count,))
+    mesh = mesh_of(ranks().device.type, size)
     trunk = model.base_model
     head = head_of(model)
     names = {id(weight): name for name, weight in trunk.named_parameters()}
@@ -73,6 +75,11 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 def is_sharded(model: Any) -> bool:
     """Whether `sharded` has sharded the model."""
     return any(map(is_dtensor, model.parameters()))
+
+
+def shard_size(model: Any) -> int | None:
+    """How many ranks share a copy of the model; None if it is not sharded."""
+    return next((w.device_mesh.size(-1) for w in model.parameters() if is_dtensor(w)), None)
 
 
 @contextmanager

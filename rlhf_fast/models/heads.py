@@ -18,6 +18,7 @@ from rlhf_fast.distributed.dtensors import full_tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.integrations.lm_head import language_model_head
 
+from .activations import activations_of
 from .attention import choose_attention
 from .batches import Batch, Support
 from .fsdp import unsharded
@@ -31,9 +32,13 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """(B, T, H) last hidden states of the trunk: the input of the language-model, value and score heads.
+    """(B, T, H) last hidden states of the trunk: the input of the language-model, value and score heads."""
+    with activations_of(model):
+        return _hidden_states(model, batch)
 
-    If all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its fast
+
+def _hidden_states(model: Any, batch: Batch) -> Tensor:
+    """If all padding is on the right, no real token can see a pad, so the mask is left out and attention takes its fast
     causal path; states at pads are meaningless either way. Tokens may then be packed: `prefix_sharing.py`.
     With `batch.positions` rows hold several sequences. transformers sees from the positions that none may attend to
     another (a block-diagonal mask, or the varlen path of flash attention).
@@ -42,7 +47,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     mask = copy.attention_mask.bool()
     if len(input_ids) == 0:  # still run the trunk: the other ranks need this rank's shards of the weights
         one = input_ids.new_zeros((1, 1))
-        return hidden_states(model, Batch(one, one == 0, one != 0))[:0]
+        return _hidden_states(model, Batch(one, one == 0, one != 0))[:0]
     if batch.positions is not None:
         choose_attention(model, input_ids.shape[1])
         return model.base_model(input_ids=input_ids, position_ids=batch.positions, use_cache=False).last_hidden_state

@@ -241,11 +241,6 @@ def make_critic(model: Any) -> Any:
     return model
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward, while the model is in training mode."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 def context_length(model: Any) -> int:
     """Most tokens the model can read, by its config; for a model with images, by its text config."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31)

@@ -5,7 +5,7 @@ A bfloat16 weight near 1 cannot change by less than 2^-8, so a learning rate of 
 therefore has a float32 copy of every low-precision weight (the master), steps that, and rounds it into the model.
 Gradients of micro-batches and of ranks are summed in float32 as well, after each backward. If there is only one
 backward, its gradient stays in low precision, in half the memory, and is converted a few weights at a time in `step`.
-Of sharded weights each rank steps and saves its own rows.
+Of sharded weights each rank steps and saves its own rows. What steps the float32 weights is in `optimizers.py`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rlhf_fast.distributed.dtensors import as_dtensor, is_dtensor, local_shard, shard_like
+from rlhf_fast.distributed.dtensors import as_dtensor, copies, is_dtensor, local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.run.options import OptimizerKind
 
-PORTION = 16 * 2**20  # weights whose low-precision gradients are converted to float32 at the same time
+from .moments import restore_moments, saved_moments
+from .optimizers import PORTION, OffloadedAdamW, build
 
 
 class AdamW:
-    """Fused `torch.optim.AdamW` on float32 masters; plain fused AdamW where the weights are float32 already.
+    """AdamW of one of the kinds in `optimizers.py`, on float32 masters, or on the weights if they are float32 already.
 
     `groups` are parameters or dicts like those of torch.optim ({"params": ..., "lr": ...}).
     """
@@ -37,6 +39,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        kind: OptimizerKind = "adamw",
     ) -> None:
         """Copy low-precision weights; parameters that need no gradient are left out."""
         listed = list(groups)
@@ -51,7 +54,13 @@ class AdamW:
         for weight, master in self.pairs:
             if master is not weight:
                 weight.register_post_accumulate_grad_hook(self._gradient_hook(master))
-        self.optimizer = torch.optim.AdamW(dicts, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self.optimizer = build(kind, dicts, self.pairs, **adam)
+        self._weights = {master: weight for weight, master in self.pairs}
+        self._offloaded: dict[Tensor, Tensor] = {}  # master -> its content, if that is in CPU memory
+        if isinstance(self.optimizer, OffloadedAdamW):
+            self.optimizer.move_to_host(master for weight, master in self.pairs if master.dtype != weight.dtype)
+            self.optimizer.stepped, self._offloaded = self._round, self.optimizer.hosts
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -78,15 +87,21 @@ class AdamW:
         limit = float("inf") if max_norm is None else max_norm
         if torch.isfinite(norm):
             for portion in self._portions():
-                torch.nn.utils.clip_grads_with_norm_([master for _, master in portion], limit, norm)
+                stepped = [master for _, master in portion]
+                torch.nn.utils.clip_grads_with_norm_(stepped, limit, norm)
                 self.optimizer.step()
-                low = [(local_shard(weight), master) for weight, master in portion if master.dtype != weight.dtype]
-                if low:
-                    torch._foreach_copy_([weight for weight, _ in low], [master for _, master in low])
-                for _, master in portion:
+                if not isinstance(self.optimizer, OffloadedAdamW):  # which does so itself, while it has the masters
+                    self._round(stepped)
+                for master in stepped:
                     master.grad = None
         self.zero_grad()
         return float(norm)
+
+    def _round(self, masters: Sequence[Tensor]) -> None:
+        """Round masters into the model."""
+        low = [master for master in masters if master.dtype != self._weights[master].dtype]
+        if low:
+            torch._foreach_copy_([local_shard(self._weights[master]) for master in low], low)
 
     def _portions(self) -> Iterator[list[tuple[Parameter, Tensor]]]:
         """First the weights whose gradients are float32 already, then the others, converted a few at a time.
@@ -138,6 +153,7 @@ class AdamW:
             return norm
         squares = _total_norm(shards).square()
         ranks().sum_([squares])
+        squares /= next(copies(weight) for weight, _ in self.pairs if is_dtensor(weight))
         return (squares + norm.to(squares.device).square()).sqrt()
 
     def zero_grad(self) -> None:
@@ -152,30 +168,26 @@ class AdamW:
 
         Those of sharded weights are sharded in the same way.
         """
-        inner = self.optimizer.state_dict()
         return {
-            "moments": {
-                str(i): {name: as_dtensor(x, self.pairs[i][0]) if x.dim() else x for name, x in moments.items()}
-                for i, moments in inner["state"].items()
+            "moments": saved_moments(self.optimizer, self.pairs),
+            "weights": {
+                str(i): as_dtensor(self._offloaded.get(master, master), weight)
+                for i, (weight, master) in enumerate(self.pairs)
             },
-            "weights": {str(i): as_dtensor(master, weight) for i, (weight, master) in enumerate(self.pairs)},
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, with the model's weights; learning rates stay those of the options."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        moments = {
-            int(i): {
-                name: local_shard(shard_like(x, self.pairs[int(i)][0])) if x.dim() else x for name, x in saved.items()
-            }
-            for i, saved in state["moments"].items()
-        }
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        """Restore what `state_dict` returned, with the model's weights; learning rates stay those of the options.
+
+        It may come from another kind of optimizer.
+        """
+        restore_moments(self.optimizer, self.pairs, state["moments"])
         for i, (weight, master) in enumerate(self.pairs):
-            master.copy_(local_shard(shard_like(state["weights"][str(i)], weight)))
+            content = self._offloaded.get(master, master)
+            content.copy_(local_shard(shard_like(state["weights"][str(i)], weight)))
             if master is not weight:
-                local_shard(weight).copy_(master)
+                local_shard(weight).copy_(content)
 
 
 def _master(weight: Parameter) -> Parameter:

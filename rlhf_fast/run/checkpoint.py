@@ -172,10 +172,10 @@ def save_state(folder: str | Path, state: Parts | dict[str, Any]) -> None:
     write_json(folder / "state.json", parts.plain)
 
 
-def load_state(folder: str | Path, *names: str, sharded: bool = False) -> dict[str, Any]:
+def load_state(folder: str | Path, *names: str, shard_size: int | None = None) -> dict[str, Any]:
     """Load what `save_state` saved; UserError if a file is missing or damaged, or lacks one of `names`.
 
-    What is sharded on disk is read whole, or, if this run is `sharded`, as DTensors with this rank's rows.
+    What is sharded on disk is read whole, or, if `shard_size` ranks share a model, as DTensors with this rank's rows.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -187,7 +187,7 @@ def load_state(folder: str | Path, *names: str, sharded: bool = False) -> dict[s
         described: dict[str, Any] = {}
         _find_shards(plain, described)
         if described:
-            tensors |= shards.load(folder, described, sharded)
+            tensors |= shards.load(folder, described, shard_size)
         state: dict[str, Any] = _put_tensors(plain, tensors)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(

@@ -23,6 +23,7 @@ from .trackers import check_trackers
 
 Overlong = Literal["drop", "truncate-left", "error"]
 Schedule = Literal["constant", "linear", "cosine"]
+OptimizerKind = Literal["adamw", "adamw-8bit", "adamw-offload"]
 
 C = TypeVar("C")
 
@@ -74,6 +75,7 @@ class RunOptions(Options):
 
     CHANGEABLE = frozenset(
         {"micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "fsdp", "save_steps", "save_minutes"}
+        | {"activation_offloading", "optimizer", "fsdp_size"}
         | {"save_total_limit", "save_last", "trackers", "trust_remote_code", "dtype", "push_to_hub"}
     )
 
@@ -97,10 +99,16 @@ class RunOptions(Options):
     """Most tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward instead of storing them: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what the backward needs in CPU memory meanwhile: less memory of the GPU; same result."""
+    optimizer: OptimizerKind = "adamw"
+    """adamw-offload: its state is in CPU memory, with the same result; adamw-8bit (bitsandbytes): moments of 8 bits."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
     """Shard all models over the processes (FSDP2) instead of giving each process a copy."""
+    fsdp_size: Annotated[int, NOT_NEGATIVE] = 0
+    """With fsdp: processes that share a copy of the models, such as those of a node; 0: all of them."""
     save_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between checkpoints; 0: save_minutes decides. Ctrl-C and errors save as well."""
     save_minutes: Annotated[float, NOT_NEGATIVE] = 10.0
@@ -124,9 +132,17 @@ class RunOptions(Options):
         """Raise UserError if an option is out of its range or conflicts with another."""
         super().validate()
         if self.fsdp and self.load_in_4bit:
-            raise UserError("fsdp and dtype nf4 exclude each other so far: weights of 4 bits are not sharded")
+            raise UserError(
+                "fsdp and dtype nf4 exclude each other: FSDP2 loses the scales of bitsandbytes' 4-bit weights. Leave "
+                "out fsdp, so that each process has a copy of them, or take dtype bfloat16, whose weights are sharded"
+            )
         if self.fsdp and ranks().count == 1:
             raise UserError("fsdp shards models over several processes and this is one: start it with torchrun")
+        if self.fsdp_size and (not self.fsdp or self.fsdp_size == 1 or ranks().count % self.fsdp_size):
+            raise UserError(
+                f"fsdp_size needs fsdp and is 2 or more of the {ranks().count} processes, in equal groups; got "
+                f"{self.fsdp_size}"
+            )
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"

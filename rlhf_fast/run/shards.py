@@ -13,13 +13,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.distributed.dtensors import mesh_of, on_mesh
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 
@@ -93,8 +94,8 @@ def describe(name: str, tensor: Tensor) -> dict[str, Any]:
     return {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
-def load(folder: Path, described: Mapping[str, Mapping[str, Any]], sharded: bool) -> dict[str, Tensor]:
-    """Read tensors: `sharded`, this rank's rows, as DTensors over all ranks; else whole.
+def load(folder: Path, described: Mapping[str, Mapping[str, Any]], shard_size: int | None) -> dict[str, Tensor]:
+    """Read tensors into CPU memory: whole, or this rank's rows, as DTensors over groups of `shard_size` ranks.
 
     Raises:
         OSError, ValueError: a file cannot be read.
@@ -103,7 +104,7 @@ def load(folder: Path, described: Mapping[str, Mapping[str, Any]], sharded: bool
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
 
-    empty = _empty_shard if sharded else torch.empty
+    empty = torch.empty if shard_size is None else partial(_empty_shard, mesh_of("cpu", shard_size))
     tensors = {name: empty(one["shape"], dtype=getattr(torch, one["dtype"])) for name, one in described.items()}
     try:
         with warnings.catch_warnings():  # of each rank reading for itself, which is what we want
@@ -114,14 +115,7 @@ def load(folder: Path, described: Mapping[str, Mapping[str, Any]], sharded: bool
     return tensors
 
 
-def _empty_shard(shape: list[int], dtype: torch.dtype) -> Tensor:
+def _empty_shard(mesh: Any, shape: list[int], dtype: torch.dtype) -> Tensor:
     from torch.distributed import tensor as dtensors
 
-    return dtensors.empty(shape, dtype=dtype, device_mesh=_mesh(), placements=[dtensors.Shard(0)])
-
-
-@lru_cache(maxsize=1)
-def _mesh() -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(ranks().device.type, (ranks().count,))
+    return dtensors.empty(shape, dtype=dtype, device_mesh=mesh, placements=on_mesh(mesh))

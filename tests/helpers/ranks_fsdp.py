@@ -29,10 +29,11 @@ from vllm_stub import Stub
 from rlhf_fast.distributed.dtensors import full_on_main, full_state_dict
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
+from rlhf_fast.models.activations import checkpoint_activations
 from rlhf_fast.models.batches import NO_ROWS, Batch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks, sharded, unsharded
 from rlhf_fast.models.heads import check_head, token_kl, token_logprobs, token_values
-from rlhf_fast.models.loading import checkpoint_activations, make_critic
+from rlhf_fast.models.loading import make_critic
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.engine import EngineSampler
@@ -66,9 +67,9 @@ class Tokenizer:
 def batches() -> list[Batch]:
     """What each rank has."""
     found = []
-    for rank in range(2):
+    for rank in range(ranks().count):
         g = torch.Generator().manual_seed(rank)
-        lengths = torch.randint(5, 9, (5 - 2 * rank,), generator=g)
+        lengths = torch.randint(5, 9, (5 - 2 * (rank % 2),), generator=g)
         attention = torch.arange(9) < lengths[:, None]
         ids = torch.randint(3, 61, attention.shape, generator=g) * attention
         found.append(Batch(ids, attention, attention & (torch.arange(9) >= 2)))
@@ -85,15 +86,15 @@ def whole(value: Any) -> Any:
     return {name: full_on_main(x) for name, x in value.items()} if isinstance(value, dict) else full_on_main(value)
 
 
-def compare(model: Any, critic: bool, tolerance: float) -> None:
+def compare(model: Any, critic: bool, tolerance: float, size: int = 0, kind: Any = "adamw") -> None:
     """Gradients, their norm and the weights after three steps, to a whole model that reads what all ranks read."""
-    cut = sharded(copy.deepcopy(model), True)
-    mine, other = (AdamW(m.parameters(), lr=1e-3) for m in (cut, model))
+    cut = sharded(copy.deepcopy(model), True, size)
+    mine, other = AdamW(cut.parameters(), lr=1e-3, kind=kind), AdamW(model.parameters(), lr=1e-3)
     assert sum(master.numel() for _, master in mine.pairs) < 0.6 * sum(p.numel() for p in model.parameters())
     own = batches()[ranks().index]
     for _ in range(3):
         plan = pad_to_ranks(own.plan(2), cut, NO_ROWS)
-        assert len(plan) == 3 and (len(plan[-1]) == 0) == (ranks().index == 1)
+        assert len(plan) == 3 and (len(plan[-1]) == 0) == (ranks().index % 2 == 1)
         for rows in plan:
             loss_of(cut, own.rows(rows), critic).backward()
         for batch in batches():
@@ -101,7 +102,7 @@ def compare(model: Any, critic: bool, tolerance: float) -> None:
                 loss_of(model, batch.rows(rows), critic).backward()
         theirs = torch.nn.utils.get_total_norm([m.grad for _, m in other.pairs if m.grad is not None])
         for _, master in other.pairs:  # its step adds up over ranks, which have all the same
-            master.grad = None if master.grad is None else master.grad / 2
+            master.grad = None if master.grad is None else master.grad / ranks().count
         norms = mine.step(0.5), other.step(0.5)
         torch.testing.assert_close(torch.tensor(norms), theirs.expand(2), rtol=tolerance, atol=0)
     gathered = {kind: {i: whole(x) for i, x in saved.items()} for kind, saved in mine.state_dict().items()}
@@ -255,11 +256,12 @@ def refused() -> None:
 
 if __name__ == "__main__":
     import ranks_checkpoints
+    import ranks_mesh
 
     torch.set_num_threads(1)
     ranks()
     for case in sys.argv[1:]:
-        (globals().get(case) or getattr(ranks_checkpoints, case))()
+        (globals().get(case) or getattr(ranks_checkpoints, case, None) or getattr(ranks_mesh, case))()
         print(f" {case} done ", flush=True)
     ranks().wait()
     os._exit(0)  # past the end of Python, where the threads of torch's meshes may still ask for their group

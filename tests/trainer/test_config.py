@@ -133,4 +133,4 @@ def test_there_are_few_options_and_each_is_documented() -> None:
             if not dataclasses.is_dataclass(field.default_factory):
                 names.add(field.name)
                 assert get_field_docstring(cls, field.name, ()), f"{cls.__name__}.{field.name} has no docstring"
-        assert len(names) <= (89 if cls is PPOConfig else 36), cls.__name__
+        assert len(names) <= (92 if cls is PPOConfig else 38), cls.__name__

@@ -13,12 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.checkpoint import load_state, newest_intact_checkpoint
 from rlhf_fast.trainer import PPOConfig, RewardConfig
 
 CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused", "engine", "checkpoints")
 CASES += ("failed_write", "killed_write")
+FOUR = ("mesh", "offloaded", "resumes", "buckets")  # by four processes
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks_fsdp.py"
 
 
@@ -27,20 +29,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fsdp")
 
 
-@pytest.fixture(scope="module")
-def result(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+def launch(folder: Path, processes: int, *cases: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*command, *CASES],
+        [*command, str(SCRIPT), *cases],
         capture_output=True, text=True, timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RANKS_FOLDER": str(folder)},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> subprocess.CompletedProcess[str]:
+    return launch(folder, 2, *CASES)
+
+
+@pytest.fixture(scope="module")
+def of_four(folder: Path) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("bitsandbytes")
+    return launch(folder, 4, *FOUR)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes(result: subprocess.CompletedProcess[str], case: str) -> None:
     survivors = 1 if case == "killed_write" else 2
     assert result.stdout.count(f" {case} done ") == survivors, result.stderr
+
+
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes(of_four: subprocess.CompletedProcess[str], case: str) -> None:
+    assert of_four.stdout.count(f" {case} done ") == 4, of_four.stderr
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-offload", "adamw-8bit"])
+def test_one_process_reads_what_two_groups_have_written(
+    of_four: subprocess.CompletedProcess[str], folder: Path, kind: str
+) -> None:
+    wanted = load_file(folder / f"{kind}.safetensors")
+    found = load_state(folder / kind / "checkpoints" / "step-2")["optimizer"]["weights"]
+    assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_one_process_reads_what_two_have_written(result: subprocess.CompletedProcess[str], folder: Path) -> None:
@@ -79,6 +105,17 @@ def test_one_process_is_refused() -> None:
         RewardConfig(feedback_file="x", fsdp=True).validate()
 
 
+@pytest.mark.parametrize(("fsdp", "size"), [(False, 2), (True, 1), (True, 3)])
+def test_groups_that_do_not_divide_the_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, fsdp: bool, size: int
+) -> None:
+    monkeypatch.setattr(ranks(), "count", 4)
+    with pytest.raises(UserError, match=f"fsdp_size needs fsdp and is 2 or more of the 4 processes, .* got {size}"):
+        RewardConfig(feedback_file="x", fsdp=fsdp, fsdp_size=size).validate()
+    RewardConfig(feedback_file="x", fsdp=True, fsdp_size=2).validate()
+
+
 def test_weights_of_4_bits_are_refused() -> None:
-    with pytest.raises(UserError, match="fsdp and dtype nf4 exclude each other"):
+    """FSDP2 gathers them without their scales: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945."""
+    with pytest.raises(UserError, match="nf4 exclude each other: FSDP2 loses the scales .* has a copy .* bfloat16"):
         PPOConfig(prompts_file="x", reward_model="x", fsdp=True, lora_rank=4, dtype="nf4").validate()

@@ -33,7 +33,7 @@ JOBS = (
 )
 JOBS += ("sft-4bit", "grpo-4bit") if find_spec("bitsandbytes") else ()
 LEARN = (*(name for name in JOBS if name != "collect"), *(f"{name}-fsdp" for name in phases.CUT))
-RESUMED = ("sft-fsdp", "reward-fsdp", "ppo-fsdp", "ppo-lora-fsdp")
+RESUMED = ("sft-fsdp", "lora-fsdp", "reward-fsdp", "ppo-fsdp", "ppo-lora-fsdp")
 
 
 class Folders(NamedTuple):

@@ -24,13 +24,13 @@ from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
 from rlhf_fast.feedback.schema import read_feedback
+from rlhf_fast.models.activations import set_up_activations
 from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import Batch, MicroBatch, in_groups, in_micro_batches
 from rlhf_fast.models.dropout import switch_on_dropout
-from rlhf_fast.models.fsdp import is_sharded, pad_to_ranks, sharded
+from rlhf_fast.models.fsdp import pad_to_ranks, shard_size, sharded
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import (
-    checkpoint_activations,
     context_length,
     device,
     fit_padding,
@@ -137,12 +137,11 @@ def load(config: RewardConfig) -> tuple[Any, Any, Any | None]:
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     trust, four_bit = config.trust_remote_code, config.load_in_4bit
     model = load_reward_model(config.model, resolve_dtype(config.dtype), tokenizer, trust, four_bit, new_head=True)
-    model = sharded(model, config.fsdp)
+    model = sharded(model, config.fsdp, config.fsdp_size)
     adapters = add_lora(model, config.lora_rank, head=model.score) if config.lora_rank else None
     if config.dropout:
         switch_on_dropout(model)
-    if config.gradient_checkpointing:
-        checkpoint_activations(model)
+    set_up_activations(model, config.gradient_checkpointing, config.activation_offloading)
     return tokenizer, model, adapters
 
 
@@ -219,13 +218,14 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     head = list(model.score.parameters())
     trunk = [p for p in model.parameters() if all(p is not h for h in head)]
     assert config.lr is not None  # `resolved`
-    optimizer = AdamW([{"params": trunk, "lr": config.lr}, {"params": head, "lr": config.head_lr}], lr=config.lr)
+    groups = [{"params": trunk, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
+    optimizer = AdamW(groups, lr=config.lr, kind=config.optimizer)
     peaks = [group["lr"] for group in optimizer.param_groups]
     per_epoch = math.ceil(len(rankings) / config.batch_size)
     total = max(1, round(config.epochs * per_epoch))
     step = 0
     if (checkpoint := run.latest_checkpoint()) is not None:
-        state = load_state(checkpoint, "step", "optimizer", "rng", sharded=is_sharded(model))
+        state = load_state(checkpoint, "step", "optimizer", "rng", shard_size=shard_size(model))
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         step = int(state["step"])

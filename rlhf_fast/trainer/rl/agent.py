@@ -14,13 +14,13 @@ from torch import Tensor
 from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.feedback.schema import Ranking
+from rlhf_fast.models.activations import set_up_activations
 from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import MicroBatch
-from rlhf_fast.models.fsdp import is_sharded, sharded
+from rlhf_fast.models.fsdp import shard_size, sharded
 from rlhf_fast.models.gguf import resolve_model
 from rlhf_fast.models.heads import check_head
 from rlhf_fast.models.loading import (
-    checkpoint_activations,
     fit_padding,
     load_causal_lm,
     load_reward_model,
@@ -34,6 +34,7 @@ from rlhf_fast.models.lora import adapters_off, add_lora, merged_copy
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.checkpoint import load_state
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.options import OptimizerKind
 from rlhf_fast.run.progress import notice
 
 from .ahead import OneStepAhead
@@ -118,7 +119,9 @@ class ModelOptions(NamedTuple):
     load_in_4bit: bool
     lora_rank: int  # 0: all weights are trained
     fsdp: bool
+    fsdp_size: int
     gradient_checkpointing: bool
+    activation_offloading: bool
 
 
 class AdamOptions(NamedTuple):
@@ -129,6 +132,7 @@ class AdamOptions(NamedTuple):
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    kind: OptimizerKind
 
 
 class AgentOptions(NamedTuple):
@@ -153,11 +157,11 @@ def load_agent(options: AgentOptions) -> Agent:
     models = models._replace(dtype=dtype)
     functions = load_functions(options.reward_functions)
     tokenizer = load_tokenizer(models.model, trust)
-    policy = sharded(load_causal_lm(models.model, dtype, trust, models.load_in_4bit), models.fsdp)
+    policy = sharded(load_causal_lm(models.model, dtype, trust, models.load_in_4bit), models.fsdp, models.fsdp_size)
     fit_padding(tokenizer, policy)
 
     def load_reference() -> Any:
-        return sharded(load_causal_lm(models.model, dtype, trust).requires_grad_(False), models.fsdp)
+        return sharded(load_causal_lm(models.model, dtype, trust).requires_grad_(False), models.fsdp, models.fsdp_size)
 
     full = not models.lora_rank
     adapters = add_lora(policy, models.lora_rank) if models.lora_rank else None
@@ -166,14 +170,14 @@ def load_agent(options: AgentOptions) -> Agent:
         reward = load_reward_model(models.reward_model, dtype, tokenizer, trust, new_head=False)
         reward.requires_grad_(False)
         reader = reader_of(reward, models.reward_model, tokenizer, policy, options.micro_batch, trust)
-        reward = sharded(reward, models.fsdp)
+        reward = sharded(reward, models.fsdp, models.fsdp_size)
     rewards = Rewards(reward, functions, options.score_clip, reader)
     if options.score_clip and reward is not None and not rewards.clips:
         notice(f"{models.reward_model!r} has no score_mean and score_std: its raw scores are not clipped to score_clip")
     critic = load_critic(models, tokenizer, scores_text=reader is not None) if models.critic else None
-    for model in (policy, critic) if models.gradient_checkpointing else ():
+    for model in (policy, critic):
         if model is not None:
-            checkpoint_activations(model)
+            set_up_activations(model, models.gradient_checkpointing, models.activation_offloading)
     adam = options.adam
     return Agent(
         tokenizer=tokenizer,
@@ -195,7 +199,7 @@ def load_critic(models: ModelOptions, tokenizer: Any, *, scores_text: bool) -> A
     new = start == models.model  # it is a language model
     four_bit = models.load_in_4bit
     loaded = load_reward_model(start, models.dtype, tokenizer, models.trust_remote_code, four_bit, new_head=new)
-    critic = sharded(make_critic(loaded), models.fsdp)
+    critic = sharded(make_critic(loaded), models.fsdp, models.fsdp_size)
     if new:
         torch.nn.init.zeros_(critic.score.weight)  # a new head is random: values of 0 are better
     if models.lora_rank:
@@ -205,7 +209,8 @@ def load_critic(models: ModelOptions, tokenizer: Any, *, scores_text: bool) -> A
 
 def optimizer_of(model: Any, lr: float, adam: AdamOptions) -> AdamW:
     """AdamW over the trained parameters of the model."""
-    return AdamW(model.parameters(), lr=lr, betas=adam.betas, eps=adam.eps, weight_decay=adam.weight_decay)
+    rest: dict[str, Any] = {"betas": adam.betas, "eps": adam.eps, "weight_decay": adam.weight_decay, "kind": adam.kind}
+    return AdamW(model.parameters(), lr=lr, **rest)
 
 
 @torch.no_grad()
@@ -263,7 +268,7 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if checkpoint is None:
         run.truncate_metrics(0)
         return 0
-    state = load_state(checkpoint, "step", "policy", "kl_coef", "prompts_drawn", sharded=is_sharded(agent.policy))
+    state = load_state(checkpoint, "step", "policy", "kl_coef", "prompts_drawn", shard_size=shard_size(agent.policy))
     agent.policy_optimizer.load_state_dict(state["policy"])
     if agent.critic_optimizer is not None:
         agent.critic_optimizer.load_state_dict(state["critic"])

@@ -130,7 +130,9 @@ def _agent(config: PPOConfig) -> AgentOptions:
         load_in_4bit=config.load_in_4bit,
         lora_rank=config.lora_rank,
         fsdp=config.fsdp,
+        fsdp_size=config.fsdp_size,
         gradient_checkpointing=config.gradient_checkpointing,
+        activation_offloading=config.activation_offloading,
     )
     adam = AdamOptions(
         lr=config.lr,
@@ -138,6 +140,7 @@ def _agent(config: PPOConfig) -> AgentOptions:
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
+        kind=config.optimizer,
     )
     return AgentOptions(
         models=models,

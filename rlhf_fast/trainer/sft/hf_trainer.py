@@ -16,7 +16,9 @@ from transformers import Trainer, TrainerCallback
 from rlhf_fast.distributed.dtensors import local_shard, shard_like
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import UserError
-from rlhf_fast.models.fsdp import is_sharded, sharded
+from rlhf_fast.models.fsdp import is_sharded, shard_size, sharded
+from rlhf_fast.models.moments import restore_moments, saved_moments
+from rlhf_fast.models.optimizers import Pairs, over_shards
 from rlhf_fast.run.autosave import Autosave
 from rlhf_fast.run.checkpoint import (
     Parts,
@@ -29,6 +31,7 @@ from rlhf_fast.run.checkpoint import (
     write_checksums,
 )
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.options import OptimizerKind
 from rlhf_fast.run.progress import Progress, StopFlag
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import threads
@@ -38,6 +41,9 @@ from rlhf_fast.run.verdicts import LiveVerdict, of_sft
 class SumTrainer(Trainer):
     """A Trainer for models whose forward returns the loss summed over tokens; saves by `save_state`, not pickle."""
 
+    kind: OptimizerKind = "adamw"
+    pairs: Pairs = ()  # weights, and what the optimizer steps for each of them
+    fsdp_size = 0
     fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
     shards: Mapping[str, Tensor] = MappingProxyType({})  # of the checkpoint whose other files have just been written
 
@@ -60,8 +66,21 @@ class SumTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Shard the model first if `fsdp`, with its adapters, and FSDP sums all gradients; accelerate leaves it so."""
         if self.fsdp and not is_sharded(self.model):
-            sharded(self.model, True)._is_accelerate_prepared = True
-        return super().create_optimizer()
+            sharded(self.model, True, self.fsdp_size)._is_accelerate_prepared = True
+        assert self.model is not None
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {
+                "params": [p for name, p in trained if (name in decayed) == decay],
+                "weight_decay": self.args.weight_decay * decay,
+            }
+            for decay in (True, False)
+        ]
+        args = self.args
+        adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        self.optimizer, self.pairs = over_shards(self.kind, groups, weight_decay=args.weight_decay, **adam)
+        return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model of a checkpoint; what is trained of a sharded one is saved with the optimizer."""
@@ -73,10 +92,8 @@ class SumTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
-        inner = self.optimizer.state_dict()
-        moments = {str(i): values for i, values in inner["state"].items()}
-        state = {"moments": moments, "groups": inner["param_groups"], "scheduler": self.lr_scheduler.state_dict()}
+        assert self.lr_scheduler is not None and self.model is not None
+        state = {"moments": saved_moments(self._inner(), self.pairs), "scheduler": self.lr_scheduler.state_dict()}
         if is_sharded(self.model):
             state["weights"] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         parts = Parts.of(state)
@@ -87,14 +104,9 @@ class SumTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
-            state = load_state(checkpoint, "moments", "groups", "scheduler", sharded=is_sharded(self.model))
-            weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-            moments = {
-                int(i): {k: shard_like(x, weights[int(i)]) if x.dim() else x for k, x in values.items()}
-                for i, values in state["moments"].items()
-            }
+            state = load_state(checkpoint, "moments", "scheduler", shard_size=shard_size(self.model))
+            restore_moments(self._inner(), self.pairs, state["moments"])
             lrs = self.lr_scheduler.base_lrs  # from the options, which may have changed
-            self.optimizer.load_state_dict({"state": moments, "param_groups": state["groups"]})
             for name, saved in state.get("weights", {}).items():
                 weight = self.model.get_parameter(name)
                 local_shard(weight.detach()).copy_(local_shard(shard_like(saved, weight)))
@@ -102,6 +114,10 @@ class SumTrainer(Trainer):
             schedule: Any = self.lr_scheduler
             for group, lr, factor in zip(self.optimizer.param_groups, lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = lr * factor(schedule.last_epoch)
+
+    def _inner(self) -> Any:
+        """The optimizer inside of accelerate's."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_state(Path(output_dir) / f"rng-{ranks().index}", rng_state())

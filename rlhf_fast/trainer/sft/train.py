@@ -24,6 +24,7 @@ from rlhf_fast.data.examples import read_sft
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted, UserError
+from rlhf_fast.models.activations import set_up_activations
 from rlhf_fast.models.adapters import save_adapters
 from rlhf_fast.models.batches import MicroBatch, in_groups
 from rlhf_fast.models.dropout import switch_on_dropout
@@ -160,8 +161,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
 
     if config.dropout:
         switch_on_dropout(model)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_up_activations(model, config.gradient_checkpointing, config.activation_offloading)
     model.forward = MethodType(negative_log_likelihood, model)  # what DDP and FSDP call, in autocast
     width, pad_id = packed_width(model, config.max_length), tokenizer.pad_token_id
     if config.packing:
@@ -178,7 +178,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
                 train_dataset=data.train,  # type: ignore[arg-type]  # a list is all that its DataLoader needs
                 data_collator=gather,
             )
-        trainer.fsdp = config.fsdp
+        trainer.fsdp, trainer.fsdp_size, trainer.kind = config.fsdp, config.fsdp_size, config.optimizer
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -233,7 +233,6 @@ def _arguments(config: SFTConfig, run: RunFolder, model: Any, dtype: torch.dtype
         learning_rate=config.lr,
         lr_scheduler_type="constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule,
         warmup_steps=config.warmup_steps,
-        optim="adamw_torch_fused",
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=dtype == torch.bfloat16,

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations in CPU memory or recomputed: losses and gradients are the same, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast.models import activations
+from rlhf_fast.models.batches import Batch
+from rlhf_fast.models.heads import token_logprobs, token_values
+from rlhf_fast.models.loading import load_causal_lm, load_reward_model, make_critic
+from rlhf_fast.models.lora import add_lora
+
+
+def batch(padded: str) -> Batch:
+    """Rows of several lengths: padded on one side, or prompts that share a beginning."""
+    ids = torch.randint(5, 33, (4, 24), generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([24, 20, 9, 24])[:, None]
+    places = torch.arange(24)
+    attended = places < lengths if padded == "right" else places >= 24 - lengths
+    if padded == "shared":
+        ids, attended = ids[:1].repeat(4, 1), torch.ones(4, 24, dtype=torch.bool)
+        ids[:, 20:] = torch.arange(16).view(4, 4) + 9
+    return Batch(ids, attended, attended & (attended.cumsum(1) > 2))
+
+
+def gradients(model: Any, given: Batch, made: Any) -> list[Tensor]:
+    """The loss, and the gradient of each trained weight."""
+    loss = (made(model, given) * torch.linspace(-1, 1, given.input_ids.shape[1])).sum()
+    loss.backward()
+    found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["policy", "critic", "adapters"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loss_and_gradients_are_the_same_bit_for_bit(
+    kind: str, dtype: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[Tensor] = []
+    really = activations._to_host
+
+    def noted(tensor: Tensor) -> Any:
+        kept = really(tensor)
+        moved.extend([tensor] if isinstance(kept, tuple) else [])
+        return kept
+
+    monkeypatch.setattr(activations, "LEAST", 16)
+    monkeypatch.setattr(activations, "_to_host", noted)
+    if kind == "critic":
+        model = make_critic(load_reward_model(str(tiny / "model"), dtype, new_head=True))
+    else:
+        model = load_causal_lm(str(tiny / "model"), dtype)
+    if kind == "adapters":
+        add_lora(model, 4)
+    made = token_values if kind == "critic" else token_logprobs
+    model.train()
+    wanted = {padded: gradients(model, batch(padded), made) for padded in ("left", "right", "shared")}
+    assert not moved
+    activations.offload_activations(model)
+    counts = []
+    for recompute in (False, True):
+        if recompute:
+            activations.checkpoint_activations(model)
+        for padded, expected in wanted.items():
+            moved.clear()
+            found = gradients(model, batch(padded), made)
+            assert len(found) == len(expected) > 5
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), padded
+            counts.append(sum(x.numel() for x in moved))
+            places = {p.data_ptr() for p in model.parameters()}
+            assert moved and not any(x.data_ptr() in places for x in moved)  # weights stay
+    assert all(recomputed < kept / 4 for kept, recomputed in zip(counts[:3], counts[3:], strict=True))
+    with torch.no_grad():
+        moved.clear()
+        made(model, batch("left"))
+        assert not moved
+
+
+def test_strides_survive() -> None:
+    """A backward on another memory layout could round differently."""
+    tensor = torch.randn(64, 64).t()
+    kept = activations._to_host(tensor)
+    assert isinstance(kept, tuple) and kept[1].data_ptr() != tensor.data_ptr()
+    back = activations._to_device(kept)
+    assert torch.equal(back, tensor) and back.stride() == tensor.stride()
