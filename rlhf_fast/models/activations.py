@@ -6,6 +6,7 @@ Both together keep the input of each decoder layer in CPU memory and recompute t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,18 +48,35 @@ def activations_of(model: Any) -> Iterator[None]:
     if not getattr(model, FLAG, False):
         yield
         return
-    with saved_tensors_hooks(_to_host, _to_device):
+    with saved_tensors_hooks(ToHost().pack, to_device):
         yield
 
 
-def _to_host(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if tensor.numel() < LEAST or any(isinstance(x, Parameter) for x in (tensor, tensor._base)):
-        return tensor
-    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return tensor.device, host.copy_(tensor)
+class ToHost:
+    """Copies what autograd saves to CPU memory.
+
+    Layers that read the same states save them one after the other, so the last copies are looked through first.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is copied yet."""
+        self.last: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=4)  # what it was, the tensor itself, its copy
+
+    def pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        """The device and a copy; weights and small tensors stay as they are."""
+        if tensor.numel() < LEAST or any(isinstance(x, Parameter) for x in (tensor, tensor._base)):
+            return tensor
+        what = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+        for seen, _, copy in self.last:  # of tensors that still exist, so that none has the memory of another
+            if seen == what:
+                return tensor.device, copy
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+        self.last.append((what, tensor.detach(), host))
+        return tensor.device, host
 
 
-def _to_device(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+def to_device(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    """What `ToHost.pack` was given."""
     if isinstance(kept, Tensor):
         return kept
     device, host = kept

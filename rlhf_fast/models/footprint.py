@@ -132,6 +132,16 @@ class Footprint:
             per_token = per_token / layers + layers * self.hidden * self.width
         return int(per_token * rows * length)
 
+    def offloaded(self, rows: int, length: int, checkpointing: bool) -> tuple[int, int]:
+        """The same with activations in CPU memory: bytes on the device, those of one layer, and on the CPU."""
+        layer = self.saved(rows, length, False) // len(decoder_layers(self.model))
+        return layer, self.saved(rows, length, checkpointing) - (layer if checkpointing else 0)
+
+    @cached_property
+    def largest_weight(self) -> int:
+        """Numbers in the largest one."""
+        return max(p.numel() for p in self.model.parameters())
+
     @cached_property
     def _saved_per_token(self) -> float:
         count, width = 16, self.model.get_input_embeddings().weight.shape[1]

@@ -133,6 +133,15 @@ def _eight_bit(groups: list[dict[str, Any]], large: set[Tensor], adam: dict[str,
     return made(groups, **adam)
 
 
+def state_bytes(kind: OptimizerKind, weights: float, masters: bool) -> tuple[float, float]:
+    """Bytes on the device, and in CPU memory, of the state of so many weights between steps, maybe with masters."""
+    master = 4.0 if masters else 0.0
+    if kind == "adamw-8bit":
+        return weights * (master + 2.0 + 8.0 / 256), 0.0
+    each = weights * (master + 8.0)
+    return (0.0, each) if kind == "adamw-offload" else (each, 0.0)
+
+
 def over_shards(kind: OptimizerKind, groups: list[dict[str, Any]], **adam: Any) -> tuple[torch.optim.Optimizer, Pairs]:
     """An optimizer for float32 weights whose `step` takes their gradients, of sharded ones this rank's rows.
 

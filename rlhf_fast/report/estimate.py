@@ -9,7 +9,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.footprint import Footprint
-from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, PROBABILITY, Options
+from rlhf_fast.models.optimizers import PORTION, state_bytes
+from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, PROBABILITY, OptimizerKind, Options
 from rlhf_fast.trainer.rl.config import COMMON_DEFAULTS
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
@@ -66,6 +67,12 @@ class PlanOptions(Options):
     """Passes over a step's samples, for ppo."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Plan with adapters of this rank; 0: full weights, and adapters of rank 32 if nothing else fits."""
+    optimizer: OptimizerKind = "adamw"
+    """The run's option of this name; the other two take less of the GPU."""
+    activation_offloading: bool = False
+    """The run's option of this name."""
+    fsdp_size: Annotated[int, NOT_NEGATIVE] = 0
+    """The run's option of this name: GPUs that share a copy, if models are sharded; 0: all."""
     efficiency: Annotated[float, PROBABILITY] = 0.4
     """Share of the GPU's operations that matrix products reach."""
     bandwidth: Annotated[float, PROBABILITY] = 0.6
@@ -191,8 +198,8 @@ def memory(options: PlanOptions, models: Models, setup: Setup, device: str = "cu
             used["head"] = _head(model, options, setup, device)
         gradients = _gradients(model, options, setup, several)
         moments[f"update{name}"] = {**always, **used, **(gradients if several else {})}
-        if not several:
-            moments[f"step{name}"] = {**always, **gradients}
+        if not several or options.optimizer == "adamw-offload":
+            moments[f"step{name}"] = {**always, **gradients, **_stepped(model, options, setup)}
     return moments
 
 
@@ -232,19 +239,44 @@ def _weights(model: Footprint, options: PlanOptions, setup: Setup) -> float:
     bytes_ = float((model.weights - adapters) * (4 + model.width if float32 else model.width))
     if setup.nf4:
         bytes_ -= model.linear * (model.width - NF4)
-    return bytes_ / (options.gpus if setup.fsdp else 1) + 4.0 * adapters
+    return bytes_ / (_group(options) if setup.fsdp else 1) + 4.0 * adapters
 
 
 def _trained(name: str, model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, float]:
     """Weights, and the two moments and (of full bfloat16 ones) the float32 master of each trained one."""
-    has_master = model.width == 2 and options.phase != "sft" and not setup.lora_rank
-    optimizer = model.trained * (12.0 if has_master else 8.0) / _shares(options, setup)
+    optimizer, _ = _state(model, options, setup)
     return {f"{name} weights": _weights(model, options, setup), f"{name} optimizer": optimizer}
+
+
+def _state(model: Footprint, options: PlanOptions, setup: Setup) -> tuple[float, float]:
+    """Of the optimizer, on the GPU and in CPU memory."""
+    has_master = model.width == 2 and options.phase != "sft" and not setup.lora_rank
+    return state_bytes(options.optimizer, model.trained / _shares(options, setup), has_master)
+
+
+def _stepped(model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, float]:
+    """What an offloaded optimizer has on the GPU while it steps."""
+    own = model.trained / _shares(options, setup)
+    portion = min(1.0, max(PORTION, model.largest_weight / _shares(options, setup)) / own)
+    return {"state of a portion": _state(model, options, setup)[1] * portion}
+
+
+def on_host(options: PlanOptions, models: Models, setup: Setup) -> float:
+    """Bytes of CPU memory that a process needs for what the options keep there."""
+    trained = [model for model in trained_models(options, models, setup) if model is not None]
+    tokens = pass_tokens(options, micro_batch_rows(options, setup))
+    kept = max(model.offloaded(1, tokens, setup.gradient_checkpointing)[1] for model in trained)
+    return sum(_state(model, options, setup)[1] for model in trained) + kept * options.activation_offloading
+
+
+def _group(options: PlanOptions) -> int:
+    """Processes that share a copy of sharded models."""
+    return min(options.fsdp_size or options.gpus, options.gpus)
 
 
 def _shares(options: PlanOptions, setup: Setup) -> int:
     """Processes that share the trained weights; adapters are copied."""
-    return options.gpus if setup.fsdp and not setup.lora_rank else 1
+    return _group(options) if setup.fsdp and not setup.lora_rank else 1
 
 
 def _gradients(model: Footprint, options: PlanOptions, setup: Setup, several: bool) -> dict[str, float]:
@@ -264,8 +296,11 @@ def _pass(model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, flo
     width = 4.0 if options.phase == "sft" and not setup.lora_rank else float(model.width)
     layers = 2.0 * model.largest_layer * width if setup.fsdp else 0.0  # one in use, one on its way
     tokens = pass_tokens(options, micro_batch_rows(options, setup))
+    kept = model.saved(1, tokens, setup.gradient_checkpointing)
+    if options.activation_offloading:
+        kept, _ = model.offloaded(1, tokens, setup.gradient_checkpointing)
     return {
-        "activations": float(model.saved(1, tokens, setup.gradient_checkpointing)),
+        "activations": float(kept),
         "gathered": layers + (model.head * width if setup.fsdp else 0.0),
     }
 

@@ -11,7 +11,7 @@ from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.loading import resolve_dtype
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
-from .estimate import GIB, SPARE, Models, PlanOptions, Setup, memory, peak, seconds, step_rows, wave_rows
+from .estimate import GIB, SPARE, Models, PlanOptions, Setup, memory, on_host, peak, seconds, step_rows, wave_rows
 
 WAVES = (1, 2, 4, 8)  # in which completions are sampled
 
@@ -76,6 +76,8 @@ def show(options: PlanOptions, models: Models, setup: Setup) -> None:
         f"with {SPARE:.0%} to spare", *(f"{sum(p.values()) * (1 + SPARE) / GIB:.2f}" for p in moments.values())
     )
     console.print(table)
+    if host := on_host(options, models, setup):
+        console.print(f"And {host / GIB:.1f} GiB of CPU memory for each process, for what is offloaded.")
     times = seconds(options, models, setup)
     console.print(f"A step of {options.batch_size} sequences: about {sum(times.values()):.1f} s ("
                   + ", ".join(f"{name} {value:.1f}" for name, value in times.items()) + ").")  # fmt: skip
@@ -87,12 +89,19 @@ def show(options: PlanOptions, models: Models, setup: Setup) -> None:
     launch = f"torchrun --nproc-per-node {options.gpus} -m rlhf_fast" if options.gpus > 1 else "rlhf-fast"
     objective = f" --objective {options.objective}" if options.phase == "ppo" and options.objective != "ppo" else ""
     objective += "" if options.kl_coef is None or options.phase != "ppo" else f" --kl-coef {options.kl_coef:g}"
-    flags = f"{objective} {setup.flags()}{_sizes(options, setup)}"
+    flags = f"{objective} {setup.flags()}{_saving(options, setup)}{_sizes(options, setup)}"
     console.print(f"{launch} {options.phase} --model {options.model}{flags}", soft_wrap=True)
 
 
 def _number(weights: int) -> str:
     return f"{weights / 1e9:.2f}B" if weights >= 1e9 else f"{weights / 1e6:.1f}M"
+
+
+def _saving(options: PlanOptions, setup: Setup) -> str:
+    """What the plan was told to assume, as options of the phase."""
+    words = "" if options.optimizer == "adamw" else f" --optimizer {options.optimizer}"
+    words += " --activation-offloading" if options.activation_offloading else ""
+    return words + (f" --fsdp-size {options.fsdp_size}" if setup.fsdp and options.fsdp_size else "")
 
 
 def _sizes(options: PlanOptions, setup: Setup) -> str:

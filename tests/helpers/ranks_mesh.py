@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_fast.distributed import ranks as ranks_module
 from rlhf_fast.distributed.dtensors import copies, is_dtensor
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models import optimizers
+from rlhf_fast.models import activations, optimizers
 from rlhf_fast.models.activations import checkpoint_activations, offload_activations
 from rlhf_fast.models.fsdp import shard_size, sharded, unsharded
 from rlhf_fast.models.optim import AdamW
@@ -51,7 +51,16 @@ def mesh() -> None:
 
 def offloaded() -> None:
     """Of a sharded model no weight goes to CPU memory with the activations; the step is the same, bit for bit."""
-    steps = []
+    steps: list[list[torch.Tensor]] = []
+    moved: list[torch.Size] = []
+    activations.LEAST, really = 1, activations.ToHost.pack
+
+    def noted(self: Any, tensor: torch.Tensor) -> Any:
+        kept = really(self, tensor)
+        moved.extend([tensor.shape] if isinstance(kept, tuple) else [])
+        return kept
+
+    activations.ToHost.pack = noted  # type: ignore[method-assign]
     for offload in (False, True):
         model = sharded(plain("untied"), True, 2)
         if offload:
@@ -59,7 +68,10 @@ def offloaded() -> None:
         optimizer = AdamW(model.parameters(), lr=1e-3)
         learn(model, optimizer)
         steps.append([p.to_local() for p in model.parameters()])  # type: ignore[attr-defined]
+    activations.ToHost.pack = really  # type: ignore[method-assign]
     assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+    weights = {p.shape for p in model.parameters()}
+    assert moved and not [shape for shape in moved if shape in weights or shape[::-1] in weights]
 
 
 def learn(model: Any, optimizer: AdamW) -> None:

@@ -44,15 +44,15 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(
     kind: str, dtype: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[Tensor] = []
-    really = activations._to_host
+    really = activations.ToHost.pack
 
-    def noted(tensor: Tensor) -> Any:
-        kept = really(tensor)
+    def noted(self: Any, tensor: Tensor) -> Any:
+        kept = really(self, tensor)
         moved.extend([tensor] if isinstance(kept, tuple) else [])
         return kept
 
     monkeypatch.setattr(activations, "LEAST", 16)
-    monkeypatch.setattr(activations, "_to_host", noted)
+    monkeypatch.setattr(activations.ToHost, "pack", noted)
     if kind == "critic":
         model = make_critic(load_reward_model(str(tiny / "model"), dtype, new_head=True))
     else:
@@ -86,7 +86,24 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(
 def test_strides_survive() -> None:
     """A backward on another memory layout could round differently."""
     tensor = torch.randn(64, 64).t()
-    kept = activations._to_host(tensor)
+    kept = activations.ToHost().pack(tensor)
     assert isinstance(kept, tuple) and kept[1].data_ptr() != tensor.data_ptr()
-    back = activations._to_device(kept)
+    back = activations.to_device(kept)
     assert torch.equal(back, tensor) and back.stride() == tensor.stride()
+
+
+def test_what_is_saved_twice_is_copied_once_until_it_changes() -> None:
+    host = activations.ToHost()
+    tensor, others = torch.randn(64, 64), [torch.randn(64, 64) for _ in range(4)]
+
+    def copy_of(saved: Tensor) -> Tensor:
+        kept = host.pack(saved)
+        assert isinstance(kept, tuple) and torch.equal(kept[1], saved)
+        return kept[1]
+
+    first = copy_of(tensor)
+    assert copy_of(tensor) is first and copy_of(tensor.t()) is not first and copy_of(tensor[:32]) is not first
+    tensor.add_(1)
+    changed = copy_of(tensor)
+    assert changed is not first and copy_of(tensor) is changed
+    assert all(copy_of(other) is not changed for other in others) and copy_of(tensor) is not changed  # too long ago

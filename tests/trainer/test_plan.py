@@ -14,9 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
 
 from rlhf_fast import cli
+from rlhf_fast.models import activations
 from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.lora import add_lora
 from rlhf_fast.models.optim import AdamW
+from rlhf_fast.models.optimizers import state_bytes
 from rlhf_fast.report import estimate, plan
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
@@ -78,6 +80,79 @@ def test_adapters_are_counted_apart(tmp_path: Path) -> None:
     layer = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))  # q, o; k, v; gate, up, down
     assert found.trained == 3 * layer
     assert found.weights - found.trained == Footprint.of(str(tmp_path), torch.bfloat16).weights
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloaded_activations_are_what_goes_to_cpu_memory(
+    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Footprint.of(folder_of(LLAMA, tmp_path), torch.float32)
+    real = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa").train()
+    activations.set_up_activations(real, checkpointing, True)
+    copies: dict[int, torch.Tensor] = {}
+    really = activations.ToHost.pack
+
+    def noted(self: Any, tensor: torch.Tensor) -> Any:
+        kept = really(self, tensor)
+        copies.update({id(kept[1]): kept[1]} if isinstance(kept, tuple) else {})
+        return kept
+
+    monkeypatch.setattr(activations.ToHost, "pack", noted)
+    with activations.activations_of(real):
+        real.base_model(input_ids=torch.ones((3, 40), dtype=torch.int64), use_cache=False)
+    device, host = found.offloaded(3, 40, checkpointing)
+    norm = 2 * 120 * 64 * 4 * checkpointing  # the last norm's, which is in no layer: little in a model of many
+    assert host == pytest.approx(sum(x.nbytes for x in copies.values()) - norm, rel=0.1)
+    assert device == pytest.approx(found.saved(3, 40, False) / 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-offload", "adamw-8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_is_as_large_as_counted(kind: Any, dtype: torch.dtype) -> None:
+    if kind == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
+    weight = torch.nn.Parameter(torch.ones(100, 512, dtype=dtype))
+    optimizer = AdamW([weight], lr=0.1, kind=kind)
+    weight.sum().backward()
+    optimizer.step()
+    ((_, master),) = optimizer.pairs
+    moments = [x for name, x in optimizer.optimizer.state[master].items() if torch.is_tensor(x) and "qmap" not in name]
+    state = sum(x.nbytes for x in moments if x.dim())
+    masters = 0 if master is weight else master.untyped_storage().nbytes()
+    hosts = sum(x.nbytes for x in getattr(optimizer.optimizer, "hosts", {}).values())
+    device, host = state_bytes(kind, weight.numel(), dtype == torch.bfloat16)
+    found = (0, state + hosts) if kind == "adamw-offload" else (state + masters, 0)
+    assert found == pytest.approx((device, host)) and (kind != "adamw-offload" or masters == 0)
+
+
+def test_options_that_save_memory_are_counted_and_in_the_launch_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options_of(tmp_path / "seven", gpus=16)
+    models, setup = plan.load(options), plan.Setup(fsdp=True, gradient_checkpointing=True, micro_batch=4)
+    whole, usual = plan.memory(options, models, setup), plan.peak(plan.memory(options, models, setup))
+    assert estimate.on_host(options, models, setup) == 0
+    options.fsdp_size = 8
+    groups = plan.memory(options, models, setup)["update policy"]
+    for part in ("policy weights", "policy optimizer", "gradients"):
+        assert groups[part] == pytest.approx(2 * whole["update policy"][part])
+    options.fsdp_size, options.optimizer = 0, "adamw-8bit"
+    eight = plan.memory(options, models, setup)["sample"]["policy optimizer"]
+    assert eight == pytest.approx(whole["sample"]["policy optimizer"] * 6.03 / 12, rel=1e-3)
+    options.optimizer = "adamw-offload"
+    assert plan.peak(plan.memory(options, models, setup)) < usual
+    states = whole["sample"]["policy optimizer"] + whole["sample"]["critic optimizer"]
+    assert estimate.on_host(options, models, setup) == pytest.approx(states)
+    options.activation_offloading = True
+    more = estimate.on_host(options, models, setup) - states
+    tokens = estimate.pass_tokens(options, estimate.micro_batch_rows(options, setup))
+    assert more == pytest.approx(32 * 4096 * 2 * tokens, rel=0.01)  # the input of each layer, in bfloat16
+    config = folder_of(LLAMA, tmp_path / "small")
+    words = ["plan", "--model", config, "--gpus", "4", "--optimizer", "adamw-offload", "--activation-offloading"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "of CPU memory for each process" in shown
+    assert "--optimizer adamw-offload --activation-offloading" in shown.splitlines()[-1]
 
 
 def options_of(tmp_path: Path, **changes: Any) -> plan.PlanOptions:
