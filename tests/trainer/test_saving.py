@@ -127,7 +127,7 @@ def test_nothing_is_saved_before_its_time_or_without_room(
 def test_it_saves_once_there_is_room_again(
     job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rooms = [1000]  # bytes at the first question
+    rooms = [1000, 1000]  # bytes free when the first step ends, which is read twice
     monkeypatch.setattr(autosave, "free_space", lambda folder: rooms.pop() if rooms else 2**40)
     monkeypatch.setattr(autosave, "SAVING_SHARE", 0)
     phases.run(job(job_data, "grpo", save_minutes=1e-9, save_last=False, max_steps=2), tmp_path / "run")
