@@ -19,7 +19,7 @@ from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
-from rlhf_fast.trainer.rl import objectives, ppo
+from rlhf_fast.trainer.rl import learn, objectives, ppo
 from rlhf_fast.trainer.rl.prompts import Prompts
 
 
@@ -146,6 +146,24 @@ def test_the_critic_starts_on_the_scores(config: PPOConfig) -> None:
     assert ((after[mask] - targets) ** 2).mean() < 0.02 and not after[~mask].any()
     slope = (agent.critic.score.weight / weight).mean()
     torch.testing.assert_close(after[mask], (slope * before + agent.critic.score.bias - slope * bias)[mask])
+
+
+def test_each_epoch_has_the_minibatches_in_an_order_of_its_own(
+    config: PPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, objective="grpo", epochs=4, num_minibatches=4)
+    order: list[tuple[int, ...]] = []
+    one_step = learn.learn
+
+    def noted(gradients: Any, plan: list[torch.Tensor], *rest: Any) -> Any:
+        order.append(tuple(torch.cat(plan).tolist()))
+        return one_step(gradients, plan, *rest)
+
+    monkeypatch.setattr(learn, "learn", noted)
+    agent = load_agent(config)
+    train_step(agent, prompts_of(config, agent), config, 0)
+    epochs = [tuple(order[i : i + 4]) for i in range(0, 16, 4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len(set(epochs)) > 2
 
 
 def test_an_update_stops_when_the_policy_has_moved_far(config: PPOConfig, tmp_path: Path) -> None:
