@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of every phase beside TRL's: SFT, reward model, DPO, GRPO after SFT and at full length, PPO.
+"""Steps of every phase beside TRL's: SFT packed and not, reward model, DPO, GRPO after SFT and at full length, PPO.
 
-    make measure-trainer                               or
-    python benchmarks/trainer_phases.py [--quick]      the table of docs/trainer-measurements.md
+    make measure-trainer ARGS=--write                  or
+    python benchmarks/trainer_phases.py --write        the table of docs/trainer-measurements.md: 19 idle minutes
+    python benchmarks/trainer_phases.py --quick        one step of each, once: does it work?
     python benchmarks/trainer_phases.py --model DIR --rounds 1        another model than SmolLM2-135M
 
 Both sides do the same work on the same data: optimizer steps of 16 demonstrations, 8 pairs of 109 + 2 x 41 tokens (near
 the means of HH-RLHF's harmless part), 4 prompts x 4 samples of at most 48 tokens. Each runs in processes of its own, in
 turns, whose peak memory is that of the whole process. A step is from one to the next, everything between included; the
 first, a warm-up, is left out. Each side has the fastest setting with which a small learning rate still moves the
-weights: ours bfloat16 with float32 masters; TRL float32, or float32 weights under autocast to bfloat16: the faster of
-both, or with --quick what `TRL_DTYPE` says. PPO is that of TRL 1.12, the last release that had it, from the folder that
-PEER_PPO names.
+weights: ours bfloat16 with float32 masters; TRL float32, or float32 weights under autocast to bfloat16, and on a GPU
+with Liger's kernels too if the package is there: what is fastest in the first turn, or with --quick what `USUAL` says
+(GRPO at full length has that of GRPO after SFT, SFT without packing that of SFT, PPO float32). TRL's SFT is padded in
+both rows: its packing lets demonstrations see one another without flash attention. PPO is that of TRL 1.12, the last
+release that had it, from the folder .venv/trl-ppo or the one that the variable TRL_PPO names.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,16 +38,16 @@ from machine import machine
 from trainer_steps import LENGTHS, NEW_TOKENS, PROMPTS, PROMPTS_PER_STEP, SAMPLES, trl_reward
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER_PPO = Path(sys.prefix) / "trl-ppo"  # `pip install --no-deps --target` of TRL 1.12
+PEER_PPO = Path(os.environ.get("TRL_PPO") or Path(sys.prefix) / "trl-ppo")  # `pip install --no-deps --target`
 DEMONSTRATIONS, PAIRS = 16, 8  # of one optimizer step
-PHASES = ("sft", "reward", "dpo", "grpo", "grpo-full", "ppo")
-NAMES = {"grpo": "GRPO, after SFT", "grpo-full": "GRPO, full length"}
-TRL_DTYPE = {
-    "sft": "autocast",
-    "reward": "autocast",
-    "dpo": "autocast",
-}  # else float32
-TRL_DTYPES = ("float32", "autocast")
+PHASES = ("sft", "sft-unpacked", "reward", "dpo", "grpo", "grpo-full", "ppo")
+NAMES = {
+    "sft": "SFT, packed", "sft-unpacked": "SFT, padded", "reward": "reward model", "dpo": "DPO", "ppo": "PPO",
+    "grpo": "GRPO, after SFT", "grpo-full": "GRPO, full length",
+}  # fmt: skip
+USUAL = {"sft": "autocast", "reward": "autocast", "dpo": "autocast", "grpo": "float32", "ppo": "float32"}
+DOCUMENT = ROOT / "docs" / "trainer-measurements.md"
+BEGIN, END = "<!-- benchmarks/trainer_phases.py --write -->", "<!-- end -->"
 SFT_STEPS = 40  # of the model for GRPO after SFT
 
 
@@ -89,6 +93,8 @@ def ours(phase: str, model: str, rounds: int, folder: Path) -> None:
         "reward": (trainer.RewardConfig, trainer.train_reward),
     }.get(name, (trainer.PPOConfig, trainer.train_ppo))
     made = config(**common, **our_options(name, rounds, folder))
+    if phase == "sft-unpacked":
+        made.packing = False
     run, clock, lengths = RunFolder.create(made.output_dir), Clock(), []
     log = run.log
 
@@ -147,11 +153,19 @@ def theirs(phase: str, model: str, rounds: int, folder: Path) -> None:
 
 
 def trl_options(rounds: int, folder: Path, batch: int) -> dict[str, Any]:
+    setting = os.environ["TRL_SETTING"]
     return {
         "output_dir": str(folder / "trl"), "per_device_train_batch_size": batch, "learning_rate": 1e-6,
-        "max_steps": rounds + 1, "use_cpu": True, "bf16": os.environ["TRL_DTYPE"] == "autocast", "report_to": [],
-        "gradient_checkpointing": False, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True,
+        "max_steps": rounds + 1, "use_cpu": not on_gpu(), "bf16": "autocast" in setting, "report_to": [],
+        "use_liger_kernel": "Liger" in setting, "gradient_checkpointing": False, "save_strategy": "no",
+        "logging_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def tools(model: str, side: str = "right") -> tuple[Any, Any, Any]:
@@ -233,23 +247,34 @@ def trl_ppo(model: str, rounds: int, folder: Path) -> Any:
 # ------------------------------------------------------------------------------------------------ table
 
 
+def settings(phase: str, side: str, options: argparse.Namespace) -> list[str]:
+    """What this side may run with: one setting once the first turn has chosen it."""
+    name = phase.partition("-")[0]
+    if side != "TRL":
+        return ["bfloat16"]
+    if options.quick or name == "ppo" or name in options.chosen:
+        return [options.chosen.get(name, USUAL[name])]
+    liger = on_gpu() and find_spec("liger_kernel") is not None
+    return ["float32", "autocast", *(["autocast, Liger"] if liger else [])]
+
+
 def measured(phase: str, side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One process of one side; of TRL, one for each dtype to choose from, the faster counts."""
-    dtypes = ("bfloat16",)
+    """One process of one side; with several settings one each, and the fastest counts from now on."""
+    found = [{**one_process(phase, side, x, options), "setting": x} for x in settings(phase, side, options)]
+    best = min(found, key=lambda figures: figures["seconds"])
     if side == "TRL":
-        dtypes = (TRL_DTYPE.get(phase, "float32"),) if options.quick or "-" in phase or phase == "ppo" else TRL_DTYPES
-    made = [{**one_process(phase, side, dtype, options), "dtype": dtype} for dtype in dtypes]
-    return min(made, key=lambda figures: figures["seconds"])
+        options.chosen[phase.partition("-")[0]] = best["setting"]
+    return best
 
 
-def one_process(phase: str, side: str, dtype: str, options: argparse.Namespace) -> dict[str, float]:
+def one_process(phase: str, side: str, setting: str, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--model", options.model, "--rounds", str(options.rounds)]
     folder = Path(options.folder) / f"{phase}-{side}-{time.time_ns()}"
     folder.mkdir()
     if phase == "ppo":
         (folder / "reward").symlink_to(Path(options.folder) / "reward")
     command += ["--after-sft", options.after_sft, "--folder", str(folder), "--job", phase, side]
-    environment = {**os.environ, "TRL_DTYPE": dtype}
+    environment = {**os.environ, "TRL_SETTING": setting}
     if (phase, side) == ("ppo", "TRL"):
         environment["PYTHONPATH"] = os.pathsep.join([str(PEER_PPO), environment.get("PYTHONPATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -293,9 +318,10 @@ def after_sft(options: argparse.Namespace, folder: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help='"smollm2", or a folder')
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each process behind its warm-up")
+    parser.add_argument("--rounds", type=int, default=2, help="steps of each process behind its warm-up")
     parser.add_argument("--turns", type=int, default=2, help="processes of each side, in turns")
-    parser.add_argument("--quick", action="store_true", help="two rounds, one turn: under eight minutes")
+    parser.add_argument("--quick", action="store_true", help="one round, one turn, TRL's usual dtypes")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--sft-steps", type=int, default=SFT_STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--after-sft", default="", help="a model for GRPO after SFT; else one is trained first")
@@ -310,34 +336,49 @@ def main() -> None:
     if options.job:
         return job(*options.job, options)
     if options.quick:
-        options.rounds, options.turns = 2, 1
-    print(", ".join(f"{key} {value}" for key, value in machine().items()), time.strftime("%Y-%m-%d"), sep=", ")
-    print("\n| step | | seconds | peak GiB | mean length | speed-up | memory |\n| --- | --- |" + " ---: |" * 5)
+        options.rounds, options.turns = 1, 1
+    options.chosen = {}
+    if options.write and not DOCUMENT.read_text().count(BEGIN) == DOCUMENT.read_text().count(END) == 1:
+        sys.exit(f"{DOCUMENT} must have one line {BEGIN} and one line {END}")
+    begun = time.monotonic()
+    lines = [", ".join([f"{key} {value}" for key, value in machine().items()] + [time.strftime("%Y-%m-%d")]) + "."]
+    lines[0] += f" {options.rounds} steps behind a warm-up in each process, {options.turns} processes of each side in"
+    lines[0] += " turns; medians."
+    lines += ["", "| step | | seconds | peak GiB | mean length | speed-up | memory |", "| --- | --- |" + " ---: |" * 5]
+    print("\n".join(lines))
     with tempfile.TemporaryDirectory() as options.folder:
         if "grpo" in options.phases:
             options.after_sft = options.after_sft or after_sft(options, options.folder)
         if "ppo" in options.phases:
             make_reward_model(options.model, Path(options.folder))
         for phase in options.phases:
-            table(phase, options)
+            rows = table(phase, options)
+            print("\n".join(rows), flush=True)
+            lines += rows
+    print(f"{(time.monotonic() - begun) / 60:.1f} minutes", file=sys.stderr)
+    if options.write:
+        text = DOCUMENT.read_text()
+        before, after = text.index(BEGIN) + len(BEGIN), text.index(END)
+        DOCUMENT.write_text(text[:before] + "\n\n" + "\n".join(lines) + "\n\n" + text[after:])
 
 
-def table(phase: str, options: argparse.Namespace) -> None:
-    """Measure and print the two lines of a phase."""
+def table(phase: str, options: argparse.Namespace) -> list[str]:
+    """Measure; the two lines of a phase."""
     found: dict[str, list[dict[str, Any]]] = {"TRL": [], "rlhf_fast": []}
     for turn in range(options.turns):
         for side in list(found)[:: -1 if turn % 2 else 1]:
             found[side].append(measured(phase, side, options))
     keys = ("seconds", "gib", "length")
     middle = {side: {k: median(f[k] for f in runs) for k in keys} for side, runs in found.items()}
+    rows = []
     for side, f in middle.items():
         length = f"{f['length']:.1f}" if f["length"] else ""
-        dtype = " or ".join(sorted({run["dtype"] for run in found[side]}))
-        cells = [NAMES.get(phase, phase.upper() if phase != "reward" else "reward model"), f"{side}, {dtype}"]
+        cells = [NAMES[phase], f"{side}, {' or '.join(sorted({run['setting'] for run in found[side]}))}"]
         cells.append(f"{f['seconds']:.2f}")
         cells += [f"{f['gib']:.2f}", length, f"{middle['TRL']['seconds'] / f['seconds']:.2f} x"]
         cells.append(f"{f['gib'] / middle['TRL']['gib']:.2f} x")
-        print(f"| {' | '.join(cells)} |", flush=True)
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 if __name__ == "__main__":
