@@ -17,10 +17,12 @@ from torch import Tensor
 
 from rlhf_fast._triton import INTERPRETED
 from rlhf_fast.kernels.common import launch
-from rlhf_fast.kernels.scan import TINY, VEC, apply, load_tokens, rows_of, store_tokens, strides_of
+from rlhf_fast.kernels.scan import TINY, VEC, load_tokens, rows_of, store_tokens, strides_of
 
 TILE = 256 if INTERPRETED else 1024  # tokens
 LANES_PER_WARP = 128  # four tokens a thread
+CUT = tl.constexpr(-1.0)  # as a decay: the state after the token is ignored, even if it is infinite
+LEAST_LOG_RATIO = tl.constexpr(-69.0)  # of those that are not -inf: a factor is 0 only where it truly is
 
 
 @triton.jit
@@ -63,23 +65,32 @@ def _tokens(inputs, strides, row, start, lane, inside, real, counts, value, next
         bootstrap = load_tokens(inputs[6], strides[6], row, start, lane, stopped, ALIGNED).to(tl.float32)
         following = tl.where(stopped, bootstrap, following)
         cut = cut | stopped
-    ratio = tl.exp(tl.where(log_ratio > log_rho_limit, log_rho_limit, log_ratio))
+    limited = tl.where(log_ratio > log_rho_limit, log_rho_limit, log_ratio)  # NaN stays
+    ratio = tl.exp(tl.where(limited > float("-inf"), tl.maximum(limited, LEAST_LOG_RATIO), limited))
     factor = decay * tl.where(ratio > c_clip, c_clip, ratio)
     error = tl.where(real, reward, 0.0) - value + gamma * following
     return tl.where(counts, error, 0.0), ratio, factor, cut
 
 
 @triton.jit
+def _apply(decay, offset, state):
+    """The state before the tokens of a map, from the state after them; 0 times infinity is NaN, as in the formula."""
+    return tl.where(decay == CUT, offset, offset + decay * state)
+
+
+@triton.jit
 def _then(later_decay, later_offset, decay, offset):
-    least = tl.minimum(tl.minimum(later_decay, decay), TINY)  # 0 if one of them is 0
-    return tl.maximum(later_decay * decay, least), apply(decay, offset, later_offset, True)
+    """A product is CUT if a factor is, else 0 only if a factor is."""
+    least = tl.minimum(tl.minimum(later_decay, decay), TINY)
+    product = tl.where(least == CUT, least, tl.maximum(later_decay * decay, least))
+    return product, _apply(decay, offset, later_offset)
 
 
 @triton.jit
 def _states(decay, offset, state):
     """[ROWS, BLOCK] maps -> the state to the left of each lane's token; and that of the first lane, [ROWS, 1]."""
     d, o = tl.associative_scan((decay, offset), 1, _then, reverse=True)
-    states = apply(d, o, state, True)
+    states = _apply(d, o, state)
     first = tl.arange(0, states.shape[1])[None, :] == 0
     return states, tl.sum(tl.where(first, states, 0.0), 1)[:, None]
 
@@ -114,13 +125,13 @@ def vtrace_rows(
         start = begin + block * BLOCK
         # The value after the next token: of the tokens two places later.
         value2, _, _, counts2 = _values(inputs, strides, row, rows, start, end, lane + 2, CARRY, False, BLOCK)
-        next_value1, value_state = _states(tl.where(counts2, 0.0, 1.0), value2, value_state)
+        next_value1, value_state = _states(tl.where(counts2, CUT, 1.0), value2, value_state)
         # The gain after each token: of the tokens one place later.
         value1, inside1, real1, counts1 = _values(inputs, strides, row, rows, start, end, lane + 1, CARRY, False, BLOCK)
         error1, ratio1, factor1, cut1 = _tokens(
             inputs, strides, row, start, lane + 1, inside1, real1, counts1, value1, next_value1, numbers, False
         )
-        factor1 = tl.where(cut1, 0.0, tl.maximum(factor1, TINY))
+        factor1 = tl.where(cut1, CUT, factor1)
         gain, gain_state = _states(tl.where(counts1, factor1, 1.0), ratio1 * error1, gain_state)
         # And the tokens themselves.
         value, inside, real, counts = _values(inputs, strides, row, rows, start, end, lane, CARRY, ALIGNED, BLOCK)

@@ -31,7 +31,7 @@ from rlhf_fast.ops.linear import (
 )
 from rlhf_fast.ops.logprob import TokenStats, token_logprobs, token_stats
 from rlhf_fast.ops.token_losses import LOG_RATIO_LIMIT
-from rlhf_fast.ops.vtrace import VTrace, vtrace
+from rlhf_fast.ops.vtrace import VTrace, retrace, vtrace
 
 find_native_kernels()
 _triton.register()
@@ -55,6 +55,7 @@ __all__ = [
     "linear_token_stats",
     "masked_whiten",
     "ppo_advantages",
+    "retrace",
     "token_kl",
     "token_kl_and_grad",
     "token_logprobs",

@@ -115,6 +115,23 @@ def test_hot_loops_do_not_grow(disassembler: None) -> None:
         assert not long, f"{kernel}: {long} with at most {longest}"
 
 
+# All instructions on sm_90 of kernels without such a loop; likewise.
+LARGEST = {
+    "gae_kernel<float, 1>": 1704,
+    "gae_kernel<float, 2>": 2264,
+    "ppo_advantages_kernel<float>": 2496,
+    "vtrace_kernel<float>": 1768,
+}
+
+
+def test_kernels_do_not_grow(disassembler: None) -> None:
+    if "release 13.0" not in os.popen("nvcc --version").read():
+        pytest.skip("the counts are nvcc 13.0's")
+    lengths = codegen._lengths("sm_90")
+    found = {name: lengths[mangled] for mangled, name in codegen._readable(set(lengths)).items()}
+    assert {name: found[name] for name, most in LARGEST.items() if found[name] > most} == {}
+
+
 def test_the_page_is_that_of_this_build(disassembler: None) -> None:
     if "release 13.0" not in os.popen("nvcc --version").read():
         pytest.skip("docs/codegen.md was written with nvcc 13.0")

@@ -32,6 +32,7 @@ PUBLIC_OPS = {
     "approx_kl",
     "gae",
     "vtrace",
+    "retrace",
     "ppo_advantages",
     "masked_whiten",
     "linear_token_logprobs",

@@ -223,6 +223,25 @@ def test_infinite_rewards_go_left_to_a_done(backend: str, generator: torch.Gener
     check_vtrace(rewards, values, torch.full_like(values, -2.0), dones=dones, gamma=0.9)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("gamma", "lam"), [(0.97, 0.9), (0.97, 0.0), (0.0, 0.9)])
+def test_zero_times_infinity(backend: str, gamma: float, lam: float, mode: str, generator: torch.Generator) -> None:
+    """A factor of 0 before an infinity gives NaN, up to an episode's end, in whichever tile, warp or lane it is. A
+    finite log-ratio has no such factor, however low it is; a masked token is not read."""
+    rewards, values, log_ratios = (x.clamp(-2, 2) for x in batch(generator, torch.float32, 5, 600))
+    mask = random_mask(5, 600, generator=generator, share=0.9)
+    dones = torch.zeros(5, 600, dtype=torch.bool)
+    mask[:, ::10], mask[:, 1::10] = True, False
+    rewards[:3, 590] = INF
+    rewards[3, 590], values[4, 300] = -INF, INF
+    log_ratios[0, 300], log_ratios[1, 570], log_ratios[2, 580], log_ratios[3, 310] = -INF, -INF, -200.0, -90.0
+    log_ratios[4, 40] = -INF
+    dones[1, 100], dones[2, 200], dones[4, 20] = True, True, True
+    log_ratios[:, 501] = -INF  # masked
+    options: dict[str, Any] = {"mask": mask, "mask_mode": mode, "dones": dones, "gamma": gamma, "lam": lam}
+    check_vtrace(rewards, values, log_ratios, **options)
+
+
 def test_limits_that_cannot_be() -> None:
     x = torch.zeros(1, 3)
     for options in ({"c_clip": 1.5}, {"c_clip": 0.0}, {"rho_clip": 0.5}, {"rho_clip": 1e16}, {"rho_clip": NAN}):

@@ -23,6 +23,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "approx_kl": {"logprobs": R, "ref_logprobs": R},
     "gae": {"rewards": R, "values": R, "truncated": FLAGS, "bootstrap_values": R},
     "vtrace": {"rewards": R, "values": R, "log_ratios": R, "truncated": FLAGS, "bootstrap_values": R},
+    "retrace": {
+        "rewards": R, "q_values": R, "values": R, "log_ratios": R, "truncated": FLAGS, "bootstrap_values": R,
+    },
     "ppo_advantages": {
         "scores": S, "logprobs": R, "ref_logprobs": R, "values": R, "mask": M, "kl_coef": 0.1,
     },

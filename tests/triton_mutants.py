@@ -140,8 +140,11 @@ MUTANTS: dict[str, list[Mutant]] = {
     "vtrace": [
         Mutant("vtrace.py", "real, real if CARRY else inside", "real, real"),
         Mutant("vtrace.py", "start, end, lane + 2, CARRY", "start, end, lane + 1, CARRY"),
-        Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.maximum(factor1, TINY)"),
-        Mutant("vtrace.py", "tl.where(cut1, 0.0, tl.maximum(factor1, TINY))", "tl.where(cut1, 0.0, factor1)"),
+        Mutant("vtrace.py", "tl.where(cut1, CUT, factor1)", "factor1"),
+        Mutant("vtrace.py", "tl.where(cut1, CUT, factor1)", "tl.where(cut1, CUT, tl.maximum(factor1, TINY))"),
+        Mutant("vtrace.py", "tl.maximum(limited, LEAST_LOG_RATIO)", "limited"),
+        Mutant("vtrace.py", "tl.where(decay == CUT, offset, offset + decay * state)", "offset + decay * state"),
+        Mutant("vtrace.py", "tl.where(least == CUT, least,", "tl.where(least == 0, least,"),
         Mutant("vtrace.py", "tl.where(counts1, factor1, 1.0)", "factor1"),
         Mutant("vtrace.py", "tl.where(counts1, value1, next_value1)", "value1"),
         Mutant("vtrace.py", "tl.where(log_ratio > log_rho_limit, log_rho_limit, log_ratio)", "log_ratio"),

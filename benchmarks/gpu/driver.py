@@ -68,6 +68,7 @@ def token_ops(rows: int, length: int) -> None:
     cu_seqlens = torch.tensor([0, total // 3, total // 3, total // 2, total], device=DEVICE)
     rf.gae(random().view(-1), random().view(-1), cu_seqlens=cu_seqlens)
     rf.vtrace(*(random().view(-1) for _ in range(3)), cu_seqlens=cu_seqlens)
+    rf.retrace(*(random().view(-1) for _ in range(4)), cu_seqlens=cu_seqlens)
     rf.ppo_advantages(torch.randn(rows, device=DEVICE), random(), random(), random(), mask, kl_coef=0.1)
     rf.masked_whiten(random(), mask)
     for estimator in ("k1", "k2", "k3", "abs"):

@@ -7,6 +7,8 @@
 namespace rlhf_fast {
 namespace RF_ISA {
 
+constexpr float kLeastLogRatio = -69.0f;  // of those that are not -inf: a factor is 0 only where it truly is
+
 // The limited ratios of tokens [begin, end). A log-ratio that is not read, because its token is masked, counts as 0.
 template <class T>
 inline void limited_ratios(const VtraceArgs& a, int64_t begin, int64_t end, float* ratios) {
@@ -15,7 +17,8 @@ inline void limited_ratios(const VtraceArgs& a, int64_t begin, int64_t end, floa
     const int64_t count = end - t;
     Vec x = load_some(log_ratios + t, count);
     if (a.mask) x = load_mask(a.mask + t, count) ? x : Vec{};
-    store_some(exp(x > a.log_rho_limit ? splat(a.log_rho_limit) : x), count, ratios + t);
+    const Vec limited = x > a.log_rho_limit ? splat(a.log_rho_limit) : x;  // NaN stays
+    store_some(exp(x > -kInf ? max(splat(kLeastLogRatio), limited) : x), count, ratios + t);
   }
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     const float weight = a.importance_ratio ? to_float(tokens.ratio.values[j]) : 1.0f;
     kl[j] = tokens.is_real(j) ? value * weight : 0.0f;
   }
-  store_tokens(kl, place, a.kl);
+  store_tokens(place, Results{kl, a.kl});
 }
 
 template <class T>
@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
     grad[j] = tokens.is_real(j) ? grad_kl.values[j] * (slope * weight) : 0.0f;
     grad_ratio[j] = tokens.is_real(j) ? grad_kl.values[j] * clamp_to(kl_estimate(d, a.estimator), a.clamp) : 0.0f;
   }
-  store_tokens(grad, place, a.grad_logprobs);
-  if (a.grad_ratio) store_tokens(grad_ratio, place, a.grad_ratio);
+  store_tokens(place, Results{grad, a.grad_logprobs});
+  if (a.grad_ratio) store_tokens(place, Results{grad_ratio, a.grad_ratio});
 }
 
 inline cudaError_t approx_kl(Dtype dtype, const ApproxKlArgs& a, int64_t count, cudaStream_t stream) {

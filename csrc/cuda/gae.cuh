@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   finish_scales(decays_of<kChains>(a, sequences, behind), ends || tokens.cuts != 0, &own);
   Stretch<kChains> state = scan_tile(own, tile, sequences, links);
   gae_back<true>(a, sequences, place.first, behind, &tokens, &state);
-  store_tokens(tokens.rewards, place, a.advantages);
-  store_tokens(tokens.values, place, a.returns);
+  store_tokens(place, Results{tokens.rewards, a.advantages}, Results{tokens.values, a.returns});
 }
 
 template <class T, int kChains>
@@ -85,9 +84,8 @@ constexpr int kPpoChains = 2;  // the recurrence, and the score, which is carrie
 // The rewards do not contain the score: it is the initial state, and the first real token from the right takes it.
 template <class T>
 __device__ __forceinline__ Tokens load_ppo_tokens(const PpoAdvantagesArgs& a, const Place& place) {
-  const Eight<T> logprobs = load_tokens(static_cast<const T*>(a.logprobs), place);
-  const Eight<T> ref_logprobs = load_tokens(static_cast<const T*>(a.ref_logprobs), place);
-  const Eight<T> values = load_tokens(static_cast<const T*>(a.values), place);
+  const auto loads = load_together<T>(place, a.logprobs, a.ref_logprobs, a.values);
+  const auto& [logprobs, ref_logprobs, values] = loads.of;
   Tokens tokens;
   tokens.real = tokens.steps = bits_of(load_flags(a.mask, place));
   tokens.cuts = 0;
@@ -100,7 +98,7 @@ __device__ __forceinline__ Tokens load_ppo_tokens(const PpoAdvantagesArgs& a, co
     tokens.rewards[j] = -a.kl_coef * kl[j];
     tokens.values[j] = real ? to_float(values.values[j]) : 0.0f;
   }
-  store_tokens(kl, place, a.kl);
+  store_tokens(place, Results{kl, a.kl});
   return tokens;
 }
 
@@ -148,9 +146,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
   Stretch<kPpoChains> state = scan_tile(own, tile, sequences, links);
   float advantages[kTokens] = {};
   ppo_back<T>(a, sequences, place.first, behind, &tokens, &state, advantages);
-  store_tokens(tokens.rewards, place, a.rewards);
-  store_tokens(tokens.values, place, a.returns);
-  store_tokens(advantages, place, a.advantages);
+  store_tokens(place, Results{tokens.rewards, a.rewards}, Results{tokens.values, a.returns},
+               Results{advantages, a.advantages});
   Moments sums{};
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {

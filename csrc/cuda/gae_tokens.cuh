@@ -66,8 +66,9 @@ struct GaeLoads {
 
 template <class T>
 __device__ __forceinline__ GaeLoads<T> load_gae(const GaeArgs& a, const Place& place) {
-  return {load_tokens(static_cast<const T*>(a.rewards), place), load_tokens(static_cast<const T*>(a.values), place),
-          a.mask ? load_flags(a.mask, place) : 0, a.dones ? load_flags(a.dones, place) : 0,
+  const auto loads = load_together<T>(place, a.rewards, a.values);
+  const auto& [rewards, values] = loads.of;
+  return {rewards, values, a.mask ? load_flags(a.mask, place) : 0, a.dones ? load_flags(a.dones, place) : 0,
           a.truncated ? load_flags(a.truncated, place) : 0};
 }
 

@@ -65,6 +65,30 @@ __device__ __forceinline__ Eight<T> load_tokens(const T* x, const Place& place) 
   return eight;
 }
 
+template <class T, int kArrays>
+struct Loads {
+  Eight<T> of[kArrays];
+};
+
+// Several arrays of one type: whether by 16 bytes is decided once for all.
+template <class T, class... Arrays>
+__device__ __forceinline__ Loads<T, sizeof...(Arrays)> load_together(const Place& place, const Arrays*... arrays) {
+  constexpr int kArrays = sizeof...(Arrays);
+  const T* const from[kArrays] = {static_cast<const T*>(arrays)...};
+  Loads<T, kArrays> loads;
+  if (place.packs) {
+#pragma unroll
+    for (int k = 0; k < kArrays; ++k) loads.of[k] = load_whole(from[k] + place.first);
+    return loads;
+  }
+#pragma unroll
+  for (int j = 0; j < kTokens; ++j) {
+#pragma unroll
+    for (int k = 0; k < kArrays; ++k) loads.of[k].values[j] = j < place.count ? from[k][place.first + j] : T{};
+  }
+  return loads;
+}
+
 // A byte a token; those that do not exist are 0.
 __device__ __forceinline__ uint64_t load_whole_flags(const bool* from) {
   return *reinterpret_cast<const uint64_t*>(from);
@@ -115,11 +139,19 @@ __device__ __forceinline__ void store_whole(const float (&x)[kTokens], float* to
   store_pack(odd_lane, pair + kTokens);
 }
 
-__device__ __forceinline__ void store_tokens(const float (&x)[kTokens], const Place& place, float* to) {
-  if (place.packs) return store_whole(x, to + place.first, true);
+// What a thread writes of its tokens to an array.
+struct Results {
+  const float (&values)[kTokens];
+  float* to;
+};
+
+// Of several arrays at once, so that whether by 16 bytes is decided once.
+template <class... Arrays>
+__device__ __forceinline__ void store_tokens(const Place& place, const Arrays&... results) {
+  if (place.packs) return (store_whole(results.values, results.to + place.first, true), ...);
 #pragma unroll
   for (int j = 0; j < kTokens; ++j) {
-    if (j < place.count) to[place.first + j] = x[j];
+    if (j < place.count) (..., (results.to[place.first + j] = results.values[j]));
   }
 }
 

@@ -11,6 +11,8 @@
 namespace rlhf_fast {
 namespace cuda {
 
+constexpr float kLeastLogRatio = -69.0f;  // of those that are not -inf: a factor is 0 only where it truly is
+
 // What a thread knows of its tokens.
 struct OffPolicyTokens {
   float errors[kTokens];  // r_t - V_t, then with gamma V_{t+1}; 0 where masked
@@ -34,9 +36,8 @@ __device__ __forceinline__ Span64 tokens_of_sequence(const Sequences& sequences,
 
 template <class T>
 __device__ __forceinline__ OffPolicyTokens load_off_policy(const VtraceArgs& a, const Place& place) {
-  const Eight<T> rewards = load_tokens(static_cast<const T*>(a.rewards), place);
-  const Eight<T> values = load_tokens(static_cast<const T*>(a.values), place);
-  const Eight<T> log_ratios = load_tokens(static_cast<const T*>(a.log_ratios), place);
+  const auto loads = load_together<T>(place, a.rewards, a.values, a.log_ratios);
+  const auto& [rewards, values, log_ratios] = loads.of;
   const unsigned all = bits_between(0, place.count);
   OffPolicyTokens tokens;
   tokens.real = a.mask ? bits_of(load_flags(a.mask, place)) : all;
@@ -49,7 +50,8 @@ __device__ __forceinline__ OffPolicyTokens load_off_policy(const VtraceArgs& a, 
     tokens.values[j] = real ? to_float(values.values[j]) : 0.0f;
     tokens.errors[j] = real ? to_float(rewards.values[j]) - tokens.values[j] : 0.0f;
     const float log_ratio = real ? to_float(log_ratios.values[j]) : 0.0f;
-    tokens.ratios[j] = expf(log_ratio > a.log_rho_limit ? a.log_rho_limit : log_ratio);  // NaN stays
+    const float limited = log_ratio > a.log_rho_limit ? a.log_rho_limit : log_ratio;  // NaN stays
+    tokens.ratios[j] = expf(limited > -kInf ? fmaxf(limited, kLeastLogRatio) : limited);
   }
   return tokens;
 }
@@ -91,7 +93,7 @@ __device__ __forceinline__ void gains_back(const VtraceArgs& a, OffPolicyTokens*
     if (cuts & 1u << j) *s = Stretch<1>::end();
     const float advantage = ratio * fmaf(a.gamma, s->constant[0], error);
     s->constant[0] = fmaf(decay, s->constant[0], ratio * error);
-    if (s->scale[0] != kCut) s->scale[0] = product(s->scale[0], fmaxf(decay, __FLT_DENORM_MIN__));
+    if (s->scale[0] != kCut) s->scale[0] = product(s->scale[0], decay);
     if (kWrite) {
       const bool real = tokens->real & 1u << j;
       tokens->errors[j] = real ? advantage : 0.0f;
@@ -128,8 +130,7 @@ __global__ void __launch_bounds__(kTileThreads, 3)
     gains_back<false>(a, &tokens, &own);
     Stretch<1> gain = scan_block(own, warps + kWarps, keep(&gain_behind));
     gains_back<true>(a, &tokens, &gain);
-    store_tokens(tokens.errors, place, a.advantages);
-    store_tokens(tokens.values, place, a.returns);
+    store_tokens(place, Results{tokens.errors, a.advantages}, Results{tokens.values, a.returns});
   }
 }
 

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks)
       const double x = to_float(values.values[j]);
       whitened[j] = real & 1u << j ? static_cast<float>((x - w.mean) * w.scale + w.shift) : 0.0f;
     }
-    store_tokens(whitened, place, a.whitened);
+    store_tokens(place, Results{whitened, a.whitened});
   }
 }
 

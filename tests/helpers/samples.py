@@ -138,6 +138,14 @@ def _vtrace(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sa
     )
 
 
+def _retrace(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+    mask, dones, truncated = (random_mask(*rows, generator=g) for _ in range(3))
+    names = ("rewards", "q_values", "values", "log_ratios", "bootstrap_values")
+    inputs = {k: randn(*rows, generator=g, dtype=dtype) for k in names}
+    options: dict[str, Any] = {"mask": mask, "dones": dones, "truncated": truncated, "lam": 0.9}
+    return Sample("retrace", inputs, lambda **x: rf.retrace(**x, **options), differentiable=False)
+
+
 def _ppo_advantages(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
     mask = random_mask(*rows, generator=g)
     inputs = {k: randn(*rows, generator=g, dtype=dtype) for k in ("logprobs", "ref_logprobs", "values")}
@@ -242,6 +250,7 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "gae_row_flags": _gae_row_flags,
     "gae_packed": _gae_packed,
     "vtrace": _vtrace,
+    "retrace": _retrace,
     "ppo_advantages": _ppo_advantages,
     "masked_whiten": _masked_whiten,
     "linear_token_logprobs": _linear(masked=False),

@@ -197,8 +197,47 @@ def vtrace(
     return advantages, returns
 
 
+def retrace(
+    rewards: Tensor,  # (B, T)
+    q_values: Tensor,
+    values: Tensor,
+    log_ratios: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dones: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    mask_mode: str = "carry",
+) -> Tensor:
+    """Retrace by the sum of arXiv 1606.02647, eq. 3: Q_t + sum over s >= t of gamma^(s - t) c_(t+1) ... c_s delta_s,
+    c_s = lam min(1, ratio_s), delta_s = r_s + gamma V_(s+1) - Q_s; of every token the whole, in Python floats."""
+    targets = torch.zeros(rewards.shape).double()
+    for b in range(rewards.shape[0]):
+        real = [mask is None or bool(mask[b, t]) for t in range(rewards.shape[1])]
+        last = max((t for t in range(len(real)) if real[t]), default=-1)
+        steps = [t for t in range(len(real)) if real[t] or mask_mode == "zero"]
+        number = lambda x, t: x[b, t].item() if real[t] else 0.0  # noqa: B023, E731
+        for i, first in enumerate(steps):
+            total, weight = number(q_values, first), 1.0
+            for t, after in zip(steps[i:], [*steps[i + 1 :], None], strict=True):
+                done = real[t] and _flag(dones, b, t, last)
+                cut = real[t] and not done and _flag(truncated, b, t, last)
+                following = 0.0 if done or after is None else number(values, after)
+                if cut:
+                    following = _flag_value(bootstrap_values, b, t)
+                total += weight * (number(rewards, t) + gamma * following - number(q_values, t))
+                if done or cut or after is None:
+                    break
+                weight *= gamma * lam * min(1.0, _exp(number(log_ratios, after)))
+            targets[b, first] = total if real[first] else 0.0
+    return targets
+
+
 def _exp(x: float) -> float:
-    return math.inf if x > 700 else math.exp(x)
+    """Infinite where it overflows, but 0 only of -inf."""
+    return math.inf if x > 700 else 0.0 if x == -math.inf else math.exp(max(x, -700.0))
 
 
 def _row(x: float | Tensor, b: int) -> float:
