@@ -64,17 +64,23 @@ def test_state_in_cpu_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, tm
     assert all(moment["exp_avg"].abs().sum() > 0 for moment in wanted["moments"].values())
 
 
-def test_between_steps_the_device_has_neither_masters_nor_moments() -> None:
+def test_between_steps_the_device_has_neither_masters_nor_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also not while gradients are summed; within a step it has those of a portion alone."""
+    monkeypatch.setattr(optimizers, "PORTION", 6000)
     found = weights(torch.bfloat16, torch.float32)
     ours = AdamW(found, lr=1e-2, kind="adamw-offload")
     inner = ours.optimizer
     assert isinstance(inner, OffloadedAdamW)
     lows = [master for weight, master in ours.pairs if weight.dtype == torch.bfloat16]
-    inner.stepped = lambda masters, then=inner.stepped: (
-        seen.append([m.untyped_storage().nbytes() for m in masters]),
-        then(masters),
-    )  # type: ignore[misc,func-returns-value]  # noqa: E501
+    then = inner.stepped
+
+    def stepped(masters: list[Tensor]) -> None:
+        seen.append([m.untyped_storage().nbytes() for m in masters])
+        assert sum(seen[-1]) <= 4 * max(6000, max(p.numel() for p in found))
+        assert sum(m.untyped_storage().nbytes() for m in lows) <= sum(seen[-1])
+        then(masters)
+
+    inner.stepped = stepped
     for seed in (1, 3):
         seen: list[list[int]] = []
         step(found, ours, seed)
