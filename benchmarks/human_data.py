@@ -117,8 +117,10 @@ def train_trl(options: argparse.Namespace, train: Path, held_out: Path) -> dict[
     torch.manual_seed(options.seed)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=torch.float32)
     rows = [{"chosen": r.chosen, "rejected": r.rejected} for r in texts(train, tokenizer, model, options.max_length)]
+    at_once = options.micro_batch_size or 8
     config = trl.RewardConfig(
-        output_dir=str(FOLDER / "trl"), per_device_train_batch_size=8, num_train_epochs=options.epochs or 1,
+        output_dir=str(FOLDER / "trl"), per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=8 // at_once, num_train_epochs=options.epochs or 1,
         max_length=options.max_length, use_cpu=True, bf16=True, gradient_checkpointing=False, report_to=[],
         save_strategy="no", logging_steps=1, disable_tqdm=True, seed=options.seed, pad_token=options.pad or None,
         **({"learning_rate": options.lr} if options.lr else {}),
@@ -316,6 +318,7 @@ def main() -> None:
     run.add_argument("--head-lr", type=float)
     run.add_argument("--epochs", type=float)
     run.add_argument("--batch-size", type=int)
+    run.add_argument("--micro-batch-size", type=int, help="pairs in one pass; 8 take 13 to 17 GB")
     run.add_argument("--pad", default="<|endoftext|>", help="pad token of TRL's side")
     run.add_argument("--keep", action="store_true", help="keep the weights")
     options = parser.parse_args()
@@ -325,6 +328,8 @@ def main() -> None:
     names = ("lr", "head_lr", "epochs", "batch_size")
     options.settings = {n.replace("_", "-"): getattr(options, n) for n in names if getattr(options, n) is not None}
     changed = "".join(f"-{name}{value:g}" for name, value in options.settings.items())
+    if options.micro_batch_size:  # the same sums, so not a part of the name; ours counts rows
+        options.settings["micro-batch-size"] = 2 * options.micro_batch_size
     options.name = options.name or f"{options.pairs}{'-validate' if options.validate else ''}{changed}"
     train, held_out = files(options.pairs, options.validate)
     made = {"ours": train_ours, "trl": train_trl, "words": train_words}[options.side](options, train, held_out)

@@ -35,13 +35,11 @@ def models(tiny: Path) -> tuple[Any, Any]:
     return policy, reference
 
 
-def experience(
-    models: tuple[Any, Any], spread: float = 0.6, cut: bool = False, of_sequences: bool = False
-) -> Experience:
+def experience(models: tuple[Any, Any], spread: float = 0.6, cut: bool = False) -> Experience:
     """Four rows of one prompt; the policy that sampled is `spread` nats away at a token, the third row is not learned.
 
     `cut`: sampling kept every id, which takes the way of sampled log-probabilities. The advantages of a row differ, as
-    with a KL in the reward or a correction for an engine, unless they are `of_sequences`.
+    with a KL in the reward or a correction for an engine.
     """
     policy, reference = models
     generator = torch.Generator().manual_seed(4)
@@ -56,7 +54,7 @@ def experience(
         own, other = (logprobs_entropy(model, ids, real, mask)[0] for model in (policy, reference))
     noise = spread * torch.randn(own.shape, generator=generator) * mask
     of_rows = torch.randn(ROWS, 1, generator=generator)
-    of_tokens = torch.zeros_like(own) if of_sequences else torch.randn(own.shape, generator=generator)
+    of_tokens = torch.randn(own.shape, generator=generator)
     advantages = (of_rows + of_tokens) * mask
     learned = mask & (torch.arange(ROWS) != 2)[:, None]
     rest = torch.zeros_like(own)
@@ -85,9 +83,9 @@ def paper_loss(name: str, found: Experience, logprobs: Tensor, entropy: Tensor, 
         log_ratio = (logprobs - found.old_logprobs)[b][keep]
         advantages, own, ref = found.advantages[b][keep], logprobs[b][keep], found.ref_logprobs[b][keep]
         if config.importance_ratio == "sequence-mean":
-            ratio = log_ratio.mean().exp().expand_as(log_ratio)
+            ratio = log_ratio.mean().exp().detach() * (own - own.detach()).exp()  # GSPO-token, eq. 13 and 14
         elif config.importance_ratio == "sequence":
-            ratio = log_ratio.sum().exp().expand_as(log_ratio)
+            ratio = log_ratio.sum().exp().detach() * (len(own) * (own - own.detach())).exp()
         else:
             ratio = log_ratio.exp()
         if name == "cispo":
@@ -201,7 +199,7 @@ def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[An
     """Loss and gradient are those at ratio 1, though nobody took old log-probabilities before."""
     values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1}
     config = PPOConfig(objective=name, **values).resolved()
-    found = experience(models, spread=0.0, cut=cut, of_sequences=True)
+    found = experience(models, spread=0.0, cut=cut)
     assert Settings(config).step.update.loss.on_policy
     result, gradients = ours(models, found._replace(old_logprobs=torch.zeros_like(found.old_logprobs)), config)
     models[0].zero_grad()

@@ -160,8 +160,8 @@ def paper(
     new, advantages, lengths = logprobs_of(policy, found, keep), found.experience.advantages, mask.sum(1, keepdim=True)
     log_ratio = new - old
     of_tokens = log_ratio.detach()
-    if config.objective == "gspo":  # Zheng et al. 2025, eq. 7
-        log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(old)
+    if config.objective == "gspo":  # Zheng et al. 2025, eq. 14: its value is eq. 7's, its gradient the token's own
+        log_ratio = (of_tokens.sum(1, keepdim=True) / lengths) + new - new.detach()
     ratio = log_ratio.exp()
     limited = ratio.clamp(1 - config.cliprange, 1 + config.cliprange_high)
     losses = -torch.minimum(ratio * advantages, limited * advantages)

@@ -165,8 +165,8 @@ def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens,
         rows, old_rows = (scatter(x, tokens.places, mask) for x in (logprobs, old))
         of_rows = sequence_log_ratio(rows, old_rows, mask, mean=options.ratio == "sequence-mean")
         log_ratio = of_rows.flatten()[tokens.places]
-    losses, clipped = _token_losses(logprobs, log_ratio, tokens.advantages, options)
-    losses = losses / tokens.lengths + _kl_loss(logprobs, tokens.ref_logprobs, old, options)
+    losses, clipped = _token_losses(logprobs, log_ratio, tokens, options)
+    losses = losses + _kl_loss(logprobs, tokens.ref_logprobs, old, options)
     if entropy is not None and options.entropy_coef:
         losses = losses - options.entropy_coef * entropy
     loss = torch.where(tokens.learned, losses / tokens.divisor, 0.0).sum()
@@ -181,13 +181,18 @@ def _lengths(mask: Tensor, level: str) -> Tensor:
 
 
 def _token_losses(
-    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, options: PolicyLossOptions
+    logprobs: Tensor, log_ratio: Tensor, tokens: Tokens, options: PolicyLossOptions
 ) -> tuple[Tensor, Tensor]:
-    """Losses (N,), differentiable in logprobs through log_ratio, and which of them are clipped."""
-    result = TOKEN_LOSSES[options.token_loss](logprobs.detach(), log_ratio.detach(), advantages, options.clip)
-    if options.token_loss == "cispo":  # its weight is constant: only the token's log-probability has a gradient
-        return result.loss + result.slope * (logprobs - logprobs.detach()), result.clipped
-    return result.loss + result.slope * (log_ratio - log_ratio.detach()), result.clipped
+    """Losses (N,), differentiable in logprobs, and which of them are clipped.
+
+    A token's own log-probability has the gradient, whatever the ratio. That is so for CISPO, whose weight is constant.
+    The gradient of a sequence's ratio is the sum of its tokens', so it is the same for advantages of sequences; for
+    those that differ by token, as an engine's correction makes them, it is that of GSPO-token (Zheng et al. 2025, eq.
+    13), and the same as where a batch is learned from once.
+    """
+    own, name = logprobs.detach(), options.token_loss
+    result = TOKEN_LOSSES[name](own, log_ratio.detach(), tokens.advantages, options.clip)
+    return result.loss / tokens.lengths + result.slope * (logprobs - own), result.clipped
 
 
 def _kl_arguments(reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> dict[str, Any]:
