@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -137,13 +138,19 @@ def test_layouts(backend: str, dtype: torch.dtype, estimator: str, generator: to
 
 
 def test_far_apart(backend: str) -> None:
-    """k3 keeps its digits near 0 (expm1), and is +inf, not NaN, where exp overflows."""
+    """k3 keeps its digits near 0 (expm1), is finite up to where exp overflows, and there +inf, not NaN."""
     tiny = torch.tensor([[1e-4, -1e-4, 1e-3]])
     got = rf.approx_kl(tiny, torch.zeros(1, 3), estimator="k3")
     true = truths.approx_kl(tiny.double(), torch.zeros(1, 3).double(), "k3")
     assert bool((got >= 0).all())
     torch.testing.assert_close(got.double(), true, rtol=2e-2, atol=1e-10)
     assert rf.approx_kl(torch.tensor([[-200.0]]), torch.zeros(1, 1), estimator="k3").item() == INF
+    far = torch.tensor([[-88.5]], requires_grad=True)  # exp(88.5) is below the largest number, 2^128 above
+    got = rf.approx_kl(far, torch.zeros(1, 1), estimator="k3")
+    got.sum().backward()
+    assert far.grad is not None
+    assert got.item() == pytest.approx(math.expm1(88.5) - 88.5, rel=1e-5)
+    assert far.grad.item() == pytest.approx(-math.expm1(88.5), rel=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

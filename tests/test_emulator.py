@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_mutants
 import pytest
 import triton_mutants
 from emulator import build, mutants, proof, sanitized
@@ -79,7 +80,8 @@ def test_the_program_sees_a_removed_barrier_and_a_block_without_a_ticket(family:
 
 def test_every_mutant_still_finds_its_line() -> None:
     """The lists are run by hand; a kernel that changes must not leave them behind."""
-    for folder, lists in (("csrc/cuda", mutants.MUTANTS), ("kernels", triton_mutants.MUTANTS)):
+    cuda, triton, cpu = mutants.MUTANTS, triton_mutants.MUTANTS, cpu_mutants.MUTANTS
+    for folder, lists in (("csrc/cuda", cuda), ("kernels", triton), ("csrc/cpu", cpu)):
         for mutant in (mutant for family in lists.values() for mutant in family):
             found = (ROOT / folder / mutant.file).read_text().count(mutant.old)
             assert found > mutant.which, f"{mutant.file} no longer has {mutant.old!r}"
@@ -97,7 +99,7 @@ def test_a_run_of_mutants_goes_on_where_it_was_stopped(tmp_path: Path, monkeypat
 
     for text in ("one", "one", "two"):
         source.write_text(text)
-        mutation.Found("family", [source]).by(("kernel.py", "a", "b", 0), find)
+        mutation.Found("family", [source.read_bytes()]).by(("kernel.py", "a", "b", 0), find)
     assert runs == ["one", "two"]
 
 

@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
     old: str  # occurs there
     new: str
     which: int = 0  # of several occurrences
+    equivalent: str = ""  # why nothing can notice: it is not run
 
 
 # A family's tests, those that are likely to notice first.
@@ -208,13 +209,29 @@ def caught_by(mutant: Mutant | None, family: str) -> str:
     return str(failed[0])
 
 
+def sources(family: str) -> list[bytes]:
+    """What the outcome rests on: the kernels of the list, the family's launches, their imports, and the tests."""
+    found: set[Path] = set()
+    ahead = {ROOT / "kernels" / name for name in (f"{family}.py", *(mutant.file for mutant in MUTANTS[family]))}
+    while ahead:
+        if (path := ahead.pop()) in found or not path.exists():
+            continue
+        found.add(path)
+        imported = re.findall(r"from rlhf_fast\.kernels(?:\.| import )(\w+)", path.read_text())
+        ahead |= {ROOT / "kernels" / f"{name}.py" for name in imported}
+    found |= {ROOT / "tests" / name for name in TESTS[family]}
+    return [path.read_bytes() for path in sorted(found)]
+
+
 def try_all(families: list[str]) -> Iterator[mutation.Tried]:
     for family in families:
-        tests = [ROOT / "tests" / name for name in TESTS[family]]
-        found = mutation.Found(f"triton-{family}", [*(ROOT / "kernels").glob("*.py"), *tests])
+        found = mutation.Found(f"triton-{family}", sources(family))
+        said = found.by(("the kernels as they are",), functools.partial(caught_by, None, family))
+        assert not said, f"{family}: without a mutant {said} fails too"
         for mutant in MUTANTS[family]:
-            way = found.by(mutant, functools.partial(caught_by, mutant, family))
-            yield mutation.Tried(mutant.file, mutant.old, mutant.new, way)
+            key, why = mutant[:-1], mutant.equivalent
+            way = "" if why else found.by(key, functools.partial(caught_by, mutant, family))
+            yield mutation.Tried(mutant.file, mutant.old, mutant.new, way, why)
 
 
 if __name__ == "__main__":

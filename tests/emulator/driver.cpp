@@ -2,9 +2,10 @@
 // Every CUDA kernel on the emulator, against plain loops in double: a program of its own, without PyTorch, so that
 // sanitizers which Python does not stand can watch it. See proof.py for the ways it is compiled and run.
 //
-// RF_PARTS: which families, for mutants.py, which compiles the program for each broken line: logprob 1, kl 2, tokens 4.
+// RF_PARTS: which families, for mutants.py, which compiles the program for each broken line: logprob 1, kl 2, gae 4,
+// vtrace 8, and 16 for the others.
 #ifndef RF_PARTS
-#define RF_PARTS 7
+#define RF_PARTS 31
 #endif
 
 #include "driver_common.h"
@@ -15,7 +16,7 @@
 #if RF_PARTS & 2
 #include "driver_kl.h"
 #endif
-#if RF_PARTS & 4
+#if RF_PARTS & 28
 #include "driver_tokens.h"
 #endif
 
@@ -27,7 +28,13 @@ int main() {
   check_token_kl();
 #endif
 #if RF_PARTS & 4
-  check_tokens();
+  check_gae();
+#endif
+#if RF_PARTS & 8
+  check_vtrace();
+#endif
+#if RF_PARTS & 16
+  check_ppo();
 #endif
   if (failures > 0) return std::printf("%d wrong numbers\n", failures), 1;
   std::printf("every kernel is right\n");

@@ -60,11 +60,12 @@ void check_stats(int64_t n, int64_t width, int64_t stride, int parts, bool toget
   }
 }
 
-// Rows that are not ordinary: -inf here and there, -inf throughout, a NaN, masked, a target outside of the vocabulary.
-enum Oddity { kOrdinary, kSomeForbidden, kAllForbidden, kHasNan, kMasked, kBadTarget, kOddities };
+// Rows that are not ordinary: -inf here and there, -inf throughout, a NaN, NaN throughout, masked, a target outside of
+// the vocabulary, of which the last columns are no part.
+enum Oddity { kOrdinary, kSomeForbidden, kAllForbidden, kHasNan, kAllNan, kMasked, kBadTarget, kOddities };
 
 struct OddRows {
-  static constexpr int64_t kWidth = 3 * cuda::kRowThreads + 5;
+  static constexpr int64_t kColumns = 3 * cuda::kRowThreads + 5, kWidth = kColumns + 3;
   std::vector<float> x, grad_entropy = normal(kOddities), grad = normal(kOddities);
   std::vector<int64_t> targets;
   Flags mask{kOddities, 1.0};
@@ -74,12 +75,12 @@ struct OddRows {
       for (int64_t c = 0; c < kWidth; c += 3) x[kSomeForbidden * kWidth + c] = -INFINITY;
       for (int64_t c = 0; c < kWidth; ++c) x[kAllForbidden * kWidth + c] = -INFINITY;
     }
-    x[5] = x[kWidth - 2] = 20;  // the lowest of both is the argmax
+    x[5] = x[kColumns - 2] = 20;  // the lowest of both is the argmax
     x[kHasNan * kWidth + 7] = NAN;
-    for (int64_t c = 0; c < kWidth; ++c) x[kMasked * kWidth + c] = NAN;
+    for (int64_t c = 0; c < kWidth; ++c) x[kAllNan * kWidth + c] = x[kMasked * kWidth + c] = NAN;
     mask.bytes[kMasked] = 0;
     targets[kMasked] = int64_t{1} << 40;
-    targets[kBadTarget] = kWidth;
+    targets[kBadTarget] = kColumns;
   }
 };
 
@@ -103,7 +104,7 @@ struct RowTruth {
 };
 
 void check_odd_rows(const LogitTransform& transform, int parts, bool together = false) {
-  constexpr int64_t kWidth = OddRows::kWidth;
+  constexpr int64_t kColumns = OddRows::kColumns, kWidth = OddRows::kWidth;
   const OddRows rows(transform.softcap == 0);
   const std::vector<float> unwritten(kOddities, NAN);
   std::vector<float> logprobs = unwritten, entropy = unwritten, squares = unwritten, saved(2 * kOddities);
@@ -112,25 +113,26 @@ void check_odd_rows(const LogitTransform& transform, int parts, bool together = 
   std::vector<char> partial(kOddities * parts * cuda::kFoldSize);
   TokenStatsArgs a{};
   a.logits = rows.x.data(), a.rows.dims = 1, a.rows.sizes[0] = kOddities, a.rows.strides[0] = kWidth;
-  a.width = a.columns = kWidth, a.transform = transform, a.targets = rows.targets.data(), a.k = 1;
+  a.width = kWidth, a.columns = kColumns, a.transform = transform, a.targets = rows.targets.data(), a.k = 1;
   a.mask = rows.mask.data(), a.logprobs = logprobs.data(), a.entropy = entropy.data();
   a.sum_sq_probs = squares.data(), a.argmax = argmax.data(), a.parts = saved.data();
   cuda::token_stats(kFloat32, a, kOddities, parts, together, partial.data(), nullptr);
   TokenStatsBackwardArgs b{};
-  b.logits = a.logits, b.rows = b.grad_rows = a.rows, b.width = b.columns = kWidth, b.transform = transform;
+  b.logits = a.logits, b.rows = b.grad_rows = a.rows, b.width = kWidth, b.columns = kColumns, b.transform = transform;
   b.targets = a.targets, b.k = 1, b.mask = a.mask, b.grad_logprobs = rows.grad.data(), b.entropy = entropy.data();
   b.grad_entropy = rows.grad_entropy.data(), b.parts = saved.data(), b.grad_logits = gradient.data();
   b.at_targets = at_targets.data();
   cuda::token_stats_backward(kFloat32, b, kOddities, parts, nullptr);
   for (int r = 0; r < kOddities; ++r) {
-    const RowTruth truth(rows.x.data() + r * kWidth, kWidth, transform);
+    const RowTruth truth(rows.x.data() + r * kWidth, kColumns, transform);
     const bool masked = r == kMasked, has_target = r != kBadTarget;
     expect("odd entropy", entropy[r], masked ? 0 : truth.entropy, 1e-5);
     expect("odd sum_sq_probs", squares[r], masked ? 0 : truth.squares, 1e-5);
     expect("odd logprobs", logprobs[r], masked ? 0 : (has_target ? truth.logp[2] : NAN), 1e-5);
     if (truth.dead || masked) expect("odd argmax", static_cast<double>(argmax[r]), 0, 0);
     if (r == kOrdinary) expect("argmax of a tie", static_cast<double>(argmax[r]), 5, 0);
-    for (int64_t c = 0; c < kWidth; ++c) {
+    for (int64_t c = kColumns; c < kWidth; ++c) expect("gradient of no token", gradient[r * kWidth + c], 0, 0);
+    for (int64_t c = 0; c < kColumns; ++c) {
       const double p = std::exp(truth.logp[c]), centred = p == 0 ? 0 : p * (truth.logp[c] + truth.entropy);
       double dz = -rows.grad_entropy[r] * centred + rows.grad[r] * ((c == 2) - p);
       if (!has_target) dz = NAN;

@@ -1,16 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// driver.cpp: the families of tokens: gae, vtrace, ppo_advantages, whitening, approx_kl.
+// driver.cpp: the families of tokens: gae, vtrace, and with ppo_advantages whitening and approx_kl.
 #pragma once
 
-#include "approx_kl.cuh"
 #include "driver_common.h"
+#if RF_PARTS & 20
 #include "gae.cuh"
+#endif
+#if RF_PARTS & 8
 #include "vtrace.cuh"
+#endif
+#if RF_PARTS & 16
+#include "approx_kl.cuh"
+#endif
 
 namespace {
 
-// multiprocessors: of the GPU; with few of them a block goes along a whole row.
-void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors, bool walks) {
+#if RF_PARTS & 4
+
+// multiprocessors: of the GPU; with few of them a block goes along a whole row. Without carry masked tokens are steps.
+void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors, bool walks, bool carry = true) {
   const int64_t total = rows * length;
   const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
   const Flags mask(total, 0.8), dones(total, 0.01), truncated(total, 0.01);
@@ -18,7 +26,7 @@ void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors
   GaeArgs a{};
   a.rewards = rewards.data(), a.values = values.data(), a.mask = mask.data(), a.dones = dones.data();
   a.truncated = truncated.data(), a.bootstrap_values = bootstrap.data(), a.length = length;
-  a.gamma = 0.99f, a.lam = 0.95f, a.value_lam = decoupled ? 1.0f : 0.95f, a.carry = true;
+  a.gamma = 0.99f, a.lam = 0.95f, a.value_lam = decoupled ? 1.0f : 0.95f, a.carry = carry;
   a.advantages = advantages.data(), a.returns = returns.data();
   for (int64_t r = 0; r < rows; ++r) row_lam[r] = 0.9f + 0.01f * static_cast<float>(r % 10);
   if (!decoupled) a.row_lam = a.row_value_lam = row_lam.data();
@@ -30,15 +38,19 @@ void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors
     double next_value = 0, advantage = 0, for_return = 0;
     for (int64_t t = length - 1; t >= 0; --t) {
       const int64_t i = r * length + t;
-      if (!mask[i]) continue;
-      if (dones[i] || truncated[i]) next_value = advantage = for_return = 0;
-      if (truncated[i] && !dones[i]) next_value = bootstrap[i];
-      const double delta = rewards[i] + a.gamma * next_value - values[i];
+      if (!mask[i])
+        expect("advantage where masked", advantages[i], 0, 0), expect("return where masked", returns[i], 0, 0);
+      if (!mask[i] && carry) continue;
+      const double value = mask[i] ? values[i] : 0, reward = mask[i] ? rewards[i] : 0;
+      if (mask[i] && (dones[i] || truncated[i])) next_value = advantage = for_return = 0;
+      if (mask[i] && truncated[i] && !dones[i]) next_value = bootstrap[i];
+      const double delta = reward + a.gamma * next_value - value;
       advantage = delta + a.gamma * (a.row_lam ? row_lam[r] : a.lam) * advantage;
       for_return = delta + a.gamma * (a.row_lam ? row_lam[r] : a.value_lam) * for_return;
-      next_value = values[i];
+      next_value = value;
+      if (!mask[i]) continue;
       expect("advantage", advantages[i], advantage, 1e-4);
-      expect("return", returns[i], for_return + values[i], 1e-4);
+      expect("return", returns[i], for_return + value, 1e-4);
     }
   }
 }
@@ -57,6 +69,34 @@ void check_far_tiles() {
   double sum = 0;
   for (int64_t i = total - 1; i >= 0; --i) expect("advantage of a long row", advantages[i], sum += rewards[i], 0);
 }
+
+// Which sequence a token is of, also where numbers take more than 32 bits.
+void check_sequences() {
+  for (const int64_t length : {int64_t{3}, int64_t{70'000}, int64_t{1} << 31, int64_t{5} << 32}) {
+    const cuda::Sequences sequences{nullptr, length, 9, 9 * length};
+    for (const int64_t token : {int64_t{0}, length - 1, length, 4 * length + 1, 9 * length - 1, 9 * length + 2}) {
+      expect("sequence", static_cast<double>(sequences.of(token)), static_cast<double>(token / length), 0);
+    }
+  }
+}
+
+void check_gae() {
+  constexpr int kMany = 1 << 20;
+  for (const bool decoupled : {false, true}) {
+    check_gae(2, 5 * cuda::kTile + 3, decoupled, 1, false);
+    check_gae(3, 3 * cuda::kTile, decoupled, kMany, false);
+    check_gae(5, cuda::kTile / 2 + 1, decoupled, 1, false, decoupled);
+    check_gae(40, 7, decoupled, 1, false);
+    check_gae(3, 3 * cuda::kTile + 8, decoupled, 1, false);  // half a pair of lanes
+    check_gae(3, 3 * cuda::kTile + 16, decoupled, 3, true);
+    check_gae(2, cuda::kTile - 48, decoupled, 2, true, !decoupled);
+  }
+  check_far_tiles();
+  check_sequences();
+}
+
+#endif
+#if RF_PARTS & 8
 
 // Sequences of `length` tokens; packed: the last of them is one token shorter, so that no bound is on a boundary of
 // eight.
@@ -92,20 +132,25 @@ void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry) {
   }
 }
 
-// Which sequence a token is of, also where numbers take more than 32 bits.
-void check_sequences() {
-  for (const int64_t length : {int64_t{3}, int64_t{70'000}, int64_t{1} << 31, int64_t{5} << 32}) {
-    const cuda::Sequences sequences{nullptr, length, 9, 9 * length};
-    for (const int64_t token : {int64_t{0}, length - 1, length, 4 * length + 1, 9 * length - 1, 9 * length + 2}) {
-      expect("sequence", static_cast<double>(sequences.of(token)), static_cast<double>(token / length), 0);
-    }
+void check_vtrace() {
+  for (const bool packed : {false, true}) {
+    check_vtrace(3, 3 * cuda::kTile, packed, true);
+    check_vtrace(2, 2 * cuda::kTile + 13, packed, false);
+    check_vtrace(9, 7, packed, true);
   }
 }
+
+#endif
+#if RF_PARTS & 16
 
 void check_ppo(int64_t rows, int64_t length) {
   const int64_t total = rows * length;
   const std::vector<float> scores = normal(rows), logprobs = normal(total), ref = normal(total), values = normal(total);
-  const Flags mask(total, 0.8);
+  Flags mask(total, 0.8);
+  for (int64_t r = 0; r < rows; ++r) {  // the score goes to a thread, or a tile, further left
+    const int64_t padding = std::min(length, r % 2 == 0 ? 2 * cuda::kTokens + 1 : cuda::kTile + 3);
+    std::fill_n(mask.bytes.begin() + (r + 1) * length - padding, padding, 0);
+  }
   std::vector<float> kl(total), rewards(total), advantages(total), returns(total);
   double moments[3];
   PpoAdvantagesArgs a{};
@@ -122,13 +167,18 @@ void check_ppo(int64_t rows, int64_t length) {
     double next_value = 0, advantage = 0, score = std::min(1.0f, std::max(-1.0f, scores[r]));
     for (int64_t t = length - 1; t >= 0; --t) {
       const int64_t i = r * length + t;
-      if (!mask[i]) continue;
+      expect("kl", kl[i], mask[i] ? static_cast<double>(logprobs[i]) - ref[i] : 0, 1e-6);
+      if (!mask[i]) {
+        for (const float of_none : {rewards[i], advantages[i], returns[i]}) expect("where masked", of_none, 0, 0);
+        continue;
+      }
       const double reward = -a.kl_coef * (logprobs[i] - ref[i]) + score;
       score = 0;
       advantage = reward + a.gamma * next_value - values[i] + a.gamma * a.lam * advantage;
       next_value = values[i];
       expect("reward", rewards[i], reward, 1e-5);
       expect("ppo advantage", advantages[i], advantage, 1e-4);
+      expect("ppo return", returns[i], advantage + values[i], 1e-4);
       count += 1, sum += advantages[i], squares += static_cast<double>(advantages[i]) * advantages[i];
     }
   }
@@ -136,14 +186,14 @@ void check_ppo(int64_t rows, int64_t length) {
   for (int i = 0; i < 3; ++i) expect("moments", moments[i], wanted[i], 1e-9);
 }
 
-void check_whiten(int64_t total) {
+void check_whiten(int64_t total, bool shift_mean) {
   const std::vector<float> values = normal(total);
   const Flags mask(total, 0.7);
   std::vector<float> whitened(total);
   std::vector<cuda::Moments> partial(cuda::whiten_blocks(total));
   double moments[3];
   WhitenArgs a{};
-  a.values = values.data(), a.mask = mask.data(), a.length = total, a.moments = moments, a.shift_mean = true;
+  a.values = values.data(), a.mask = mask.data(), a.length = total, a.moments = moments, a.shift_mean = shift_mean;
   a.whitened = whitened.data();
   cuda::whiten_moments(kFloat32, a, total, partial.data(), nullptr);
   cuda::whiten(kFloat32, a, total, nullptr);
@@ -153,49 +203,48 @@ void check_whiten(int64_t total) {
   }
   const double mean = sum / count, variance = (squares - count * mean * mean) / (count - 1);
   for (int64_t i = 0; i < total; ++i) {
-    expect("whitened", whitened[i], mask[i] ? (values[i] - mean) / std::sqrt(variance + 1e-8) : 0, 1e-5);
+    const double white = (values[i] - mean) / std::sqrt(variance + 1e-8) + (shift_mean ? 0 : mean);
+    expect("whitened", whitened[i], mask[i] ? white : 0, 1e-5);
   }
 }
 
-void check_approx_kl(int64_t count) {
+// Value and slope in d = log p - log q.
+std::pair<double, double> estimated(double d, int estimator) {
+  if (estimator == kK1) return {d, 1};
+  if (estimator == kK2) return {d * d / 2, d};
+  if (estimator == kK3) return {std::exp(-d) - 1 + d, 1 - std::exp(-d)};
+  return {std::abs(d), d > 0 ? 1 : -1};
+}
+
+void check_approx_kl(int64_t count, int estimator, int gradient) {
+  constexpr double kClamp = 1.5;
   const std::vector<float> p = normal(count), q = normal(count), ratio = normal(count), grad_kl = normal(count);
+  const Flags mask(count, 0.8);
   std::vector<float> kl(count), grad(count), grad_ratio(count);
   ApproxKlArgs a{};
-  a.logprobs = p.data(), a.ref_logprobs = q.data(), a.importance_ratio = ratio.data(), a.estimator = kK3;
-  a.clamp = 100.0f, a.kl = kl.data(), a.grad_kl = grad_kl.data(), a.grad_logprobs = grad.data();
-  a.grad_ratio = grad_ratio.data();
+  a.logprobs = p.data(), a.ref_logprobs = q.data(), a.importance_ratio = ratio.data(), a.mask = mask.data();
+  a.estimator = estimator, a.gradient = gradient, a.clamp = kClamp, a.kl = kl.data(), a.grad_kl = grad_kl.data();
+  a.grad_logprobs = grad.data(), a.grad_ratio = grad_ratio.data();
   cuda::approx_kl(kFloat32, a, count, nullptr);
   cuda::approx_kl_backward(kFloat32, a, count, nullptr);
   for (int64_t i = 0; i < count; ++i) {
-    const double d = static_cast<double>(p[i]) - q[i], value = std::min(100.0, std::expm1(-d) + d);
-    expect("approx_kl", kl[i], value * ratio[i], 1e-5);
-    expect("its gradient", grad[i], -std::expm1(-d) * ratio[i] * grad_kl[i], 1e-5);
-    expect("its ratio's gradient", grad_ratio[i], value * grad_kl[i], 1e-5);
+    const double d = static_cast<double>(p[i]) - q[i], real = mask[i];
+    const auto [value, slope] = estimated(d, estimator);
+    const double limited = std::min(kClamp, std::max(-kClamp, value)), passed = gradient == kValue ? slope : d;
+    expect("approx_kl", kl[i], real * limited * ratio[i], 1e-5);
+    expect("its gradient", grad[i], real * passed * ratio[i] * grad_kl[i], 1e-5);
+    expect("its ratio's gradient", grad_ratio[i], real * limited * grad_kl[i], 1e-5);
   }
 }
 
-void check_tokens() {
-  constexpr int kMany = 1 << 20;
-  for (const bool decoupled : {false, true}) {
-    check_gae(2, 5 * cuda::kTile + 3, decoupled, 1, false);
-    check_gae(3, 3 * cuda::kTile, decoupled, kMany, false);
-    check_gae(5, cuda::kTile / 2 + 1, decoupled, 1, false);
-    check_gae(40, 7, decoupled, 1, false);
-    check_gae(3, 3 * cuda::kTile + 8, decoupled, 1, false);  // half a pair of lanes
-    check_gae(3, 3 * cuda::kTile + 16, decoupled, 3, true);
-    check_gae(2, cuda::kTile - 48, decoupled, 2, true);
-  }
-  for (const bool packed : {false, true}) {
-    check_vtrace(3, 3 * cuda::kTile, packed, true);
-    check_vtrace(2, 2 * cuda::kTile + 13, packed, false);
-    check_vtrace(9, 7, packed, true);
-  }
-  check_far_tiles();
-  check_sequences();
+void check_ppo() {
   check_ppo(2, 3 * cuda::kTile + 5);
   check_ppo(9, 100);
-  check_whiten(3 * cuda::kTile + 5);
-  check_approx_kl(2 * cuda::kTile + 3);
+  for (const bool shift_mean : {true, false}) check_whiten(cuda::kTile + 5, shift_mean);
+  for (const int estimator : {kK1, kK2, kK3, kAbs}) check_approx_kl(cuda::kTile / 2 + 3, estimator, kValue);
+  check_approx_kl(2 * cuda::kTile + 3, kK3, kStraightThrough);
 }
+
+#endif
 
 }  // namespace

@@ -28,10 +28,13 @@ class Mutant(NamedTuple):
     ways: tuple[str, ...] = ("plain",)  # what is expected to notice: one of them is enough
     schedule: str = ""
     which: int = 0  # of several occurrences
+    equivalent: str = ""  # why nothing can notice: it is not run
 
 
 RACES, MEMORY = ("races",), ("memory", "plain")
-PARTS = {"reduce": 1, "vec": 3, "logprob": 1, "kl": 2}  # of driver.cpp; all others are of tokens
+# What of driver.cpp is run on a family's mutants.
+PARTS = {"reduce": 1, "vec": 3, "logprob": 1, "kl": 2, "gae": 4, "vtrace": 8, "tokens": 20}
+PARTS.update(dict.fromkeys(("ppo", "whiten", "approx_kl"), 16))
 LATE = "seed=5 resident=3 start=random"
 MUTANTS: dict[str, list[Mutant]] = {
     "reduce": [
@@ -69,12 +72,18 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("softmax.cuh", "if (i + j * kStride >= span.tail) break;", "", MEMORY),
         Mutant("softmax.cuh", "- 1; ++j) {\n    if (i + j * kStride >=", "- 2; ++j) {\n    if (i + j * kStride >="),
         Mutant("softmax.cuh", "last = x[tail];", "last = x[span.tail];"),
-        Mutant("softmax.cuh", "own.max == top && top != -kInf", "top != -kInf"),
+        Mutant(
+            "softmax.cuh",
+            "own.max == top && top != -kInf",
+            "top != -kInf",
+            equivalent="spares a search: a column of the row with this maximum is right, whichever thread finds it",
+        ),
         Mutant("softmax.cuh", "return a < b ? a : b; }", "return a > b ? a : b; }"),
         Mutant("softmax.cuh", "float sum) { return sum == sum ?", "float sum) { return true ?"),
         Mutant("softmax.cuh", "fmaxf(-150.0f, s), weighted)", "s, weighted)"),
         Mutant("softmax.cuh", "return fold.max == -kInf ? 0.0f : fold.max;", "return fold.max;"),
         Mutant("softmax.cuh", "slope * (1.0f - capped * capped)", "slope * (1.0f - capped)"),
+        Mutant("logprob.cuh", "if (part == parts - 1) zero_range(grad, a.columns, a.width);", ""),
     ],
     "kl": [
         Mutant("kl_pair.cuh", "fold->cross += rise * fold->covered;", ""),
@@ -86,6 +95,17 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("kl.cuh", "if (row.last) zero_range", "if (!row.last) zero_range", MEMORY),
         Mutant("kl.cuh", "KlMeans{f.p + g.p, f.q + g.q,", "KlMeans{f.p + g.p, f.q,"),
         Mutant("kl_pair.cuh", "unpack(load_any_pack(y + i), others);", "unpack(load_any_pack(y + i + 1), others);"),
+        Mutant("kl.cuh", "(logq < kLowest ? kFloor : logq)", "logq"),
+        Mutant("kl.cuh", "fold.forbidden / sum_p * (log_sum_q + kLogFloor)", "0.0f"),
+        Mutant("kl.cuh", "fold.forbidden > 0 && stats.mean_p == stats.mean_p ? kInf", "fold.forbidden > 0 ? kInf"),
+        Mutant("kl.cuh", "a.kind == kForward ? 1 : 0", "0"),
+        Mutant("kl.cuh", "kOfQ ? dq * (grad_kl * q.slope_at(v))", "kOfQ ? dq * (grad_kl * p.slope_at(u))"),
+        Mutant("kl.cuh", "t.q * (t.slope_q - stats.mean_q)", "t.q * t.slope_q"),
+        Mutant("kl.cuh", "if (without) return zero_range(to, row.begin, row.end);", ""),
+        Mutant("kl_pair.cuh", "fold->forbidden += e;", "fold->covered += e;"),
+        Mutant("kl_pair.cuh", "(forbidden ? 0.0f : b)", "b"),
+        Mutant("kl_pair.cuh", "fold->forbidden *= decay;", ""),
+        Mutant("kl_pair.cuh", "fmaxf(a, -150.0f) - (", "a - ("),
         Mutant("vec.cuh", "if (span.tail > span.head) span.tail -= kPack<T>;", "", MEMORY),
         Mutant("vec.cuh", "past & 8 ? words[k + 2]", "past & 8 ? words[k + 1]"),
     ],
@@ -108,6 +128,12 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("gae_rows.cuh", "a.returns + place.first, place.count != 0", "a.returns + place.first, 1", MEMORY),
         Mutant("gae_rows.cuh", "sequences.length % kPair == 0 &&", ""),
         Mutant("gae_rows.cuh", "decays(a, blockIdx.x)", "decays(a, 0)"),
+        Mutant("gae_tokens.cuh", "kWrite ? tokens->real & of_sequence", "kWrite ? tokens->steps & of_sequence"),
+        Mutant("gae_tokens.cuh", "tokens.steps = a.carry ? tokens.real : all;", "tokens.steps = tokens.real;"),
+        Mutant("gae_tokens.cuh", "real ? to_float(loads.values.values[j])", "true ? to_float(loads.values.values[j])"),
+        Mutant("gae_tokens.cuh", "& tokens.real & ~tokens.cuts", "& tokens.real"),
+        Mutant("gae_tokens.cuh", "bits_of(loads.dones) & tokens.real", "bits_of(loads.dones)"),
+        Mutant("gae.cuh", "ends || tokens.cuts != 0, &own", "tokens.cuts != 0, &own"),
     ],
     "vtrace": [
         Mutant("vtrace.cuh", "if (tokens.steps & 1u << j) s = {{", "if (tokens.real & 1u << j) s = {{"),
@@ -130,18 +156,44 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("gae.cuh", "s->constant[1] = 0.0f;\n", "\n"),
         Mutant("gae.cuh", "tokens.rewards[j] = -a.kl_coef * kl[j];", "tokens.rewards[j] = a.kl_coef * kl[j];"),
         Mutant("gae.cuh", "if (tokens.real & 1u << j) sums.add(advantages[j]);", "sums.add(advantages[j]);"),
+        Mutant("gae.cuh", "(a.scores)[sequence]), a.score_clip)", "(a.scores)[sequence]), 1e30f)"),
+        Mutant("gae.cuh", "s->constant[0] = s->constant[1] = score;", "s->constant[1] = score;"),
+        Mutant("gae.cuh", "ends || tokens.real != 0 ? kCut : 1.0f", "ends ? kCut : 1.0f"),
+        Mutant("gae.cuh", "finished_scale(own.scale[0], a.gamma * a.lam, ends)", "own.scale[0]"),
+        Mutant("gae.cuh", "tokens->rewards[j] += s->constant[1];", ""),
+        Mutant("gae.cuh", "tokens->values[j] += advantage;", ""),
+        Mutant("gae.cuh", "kl[j] = real ? kl_estimate", "kl[j] = true ? kl_estimate"),
+        Mutant("gae.cuh", "if (threadIdx.x == 0) partial[tile] = sums;", "partial[tile] = sums;", RACES),
         Mutant("whiten.cuh", "sums.squares += partial[i].squares;", ""),
     ],
     "whiten": [
         Mutant("whiten.cuh", "  __syncthreads();\n  const Whitening w", "  const Whitening w", RACES),
         Mutant("whiten.cuh", "if (threadIdx.x == 0) partial[blockIdx.x] = sums;", "partial[blockIdx.x] = sums;", RACES),
         Mutant("whiten.cuh", "real & 1u << j ? static_cast", "!(real & 1u << j) ? static_cast"),
+        Mutant("whiten.cuh", "if (real & 1u << j) sums.add(to_float", "sums.add(to_float"),
+        Mutant("whiten.cuh", "moments[2] = sums.squares;", "moments[2] = sums.sum;"),
+        Mutant("../math.h", "count * mean * mean) / (count - 1)", "count * mean * mean) / count"),
+        Mutant("../math.h", "shift_mean ? 0.0 : mean", "0.0"),
     ],
     "tokens": [
         Mutant("tokens.cuh", "const float given = odd ? x[k]", "const float given = !odd ? x[k]"),
         Mutant("tokens.cuh", "(tile + 1) * kTile <= total", "tile * kTile <= total", MEMORY),
         Mutant("tokens.cuh", "<< 4;\n}", "<< 3;\n}"),
+    ],
+    "approx_kl": [
         Mutant("approx_kl.cuh", "(slope * weight)", "slope"),
+        Mutant("approx_kl.cuh", "tokens.is_real(j) ? value * weight", "tokens.is_real(j) ? value"),
+        Mutant("approx_kl.cuh", "a.mask ? load_flags(a.mask, place) : ~uint64_t{0}", "~uint64_t{0}"),
+        Mutant("approx_kl.cuh", "a.estimator), a.clamp);\n    const", "a.estimator), 1e30f);\n    const"),
+        Mutant("approx_kl.cuh", "clamp_to(kl_estimate(d, a.estimator), a.clamp)", "kl_estimate(d, a.estimator)"),
+        Mutant("approx_kl.cuh", "grad[j] = tokens.is_real(j) ?", "grad[j] = true ?"),
+        Mutant("approx_kl.cuh", "grad_ratio[j] = tokens.is_real(j) ?", "grad_ratio[j] = true ?"),
+        Mutant("../math.h", "return expm1f(-d) + d;", "return expm1f(-d) - d;"),
+        Mutant("../math.h", "return -expm1f(-d);", "return expm1f(-d);"),
+        Mutant("../math.h", "return 0.5f * d * d;", "return d * d;"),
+        Mutant("../math.h", "static_cast<float>(d > 0) - static_cast<float>(d < 0)", "static_cast<float>(d > 0)"),
+        Mutant("../math.h", "if (gradient == kStraightThrough) return d;", ""),
+        Mutant("../math.h", "(x < -limit ? -limit : x)", "x"),
     ],
 }  # fmt: skip
 
@@ -154,25 +206,32 @@ def broken_copy(mutant: Mutant, folder: Path) -> Path:
     return folder / "cuda"
 
 
+def notices(way: str, mutant: Mutant | None, family: str, schedule: str = "") -> str:
+    """The way, and how, if the program of these kernels fails in it; else ''. None: the kernels as they are."""
+    with tempfile.TemporaryDirectory() as name:
+        kernels = proof.KERNELS if mutant is None else broken_copy(mutant, Path(name))
+        done = proof.run(way, proof.build(way, Path(name), kernels, PARTS[family]), schedule)
+    if done.returncode == 0:
+        return ""
+    return f"{way}: does not end" if done.returncode == -signal.SIGKILL else way
+
+
 def caught_by(mutant: Mutant, family: str) -> str:
-    """The way that noticed it, or ''."""
-    parts = PARTS.get(family, 4)
-    for way in mutant.ways:
-        with tempfile.TemporaryDirectory() as name:
-            kernels = broken_copy(mutant, Path(name))
-            done = proof.run(way, proof.build(way, Path(name), kernels, parts), mutant.schedule)
-            if done.returncode != 0:
-                return f"{way}: does not end" if done.returncode == -signal.SIGKILL else way
-    return ""
+    """The first way that notices it, or ''."""
+    tries = (notices(way, mutant, family, mutant.schedule) for way in mutant.ways)
+    return next(filter(None, tries), "")
 
 
 def try_all(families: list[str]) -> Iterator[mutation.Tried]:
-    kernels = [*proof.KERNELS.glob("*.cuh"), *proof.KERNELS.parent.glob("*.h")]
-    found = mutation.Found("cuda", [*kernels, *proof.FOLDER.glob("*.h"), proof.FOLDER / "driver.cpp"])
     for family in families:
+        found = mutation.Found(f"cuda-{family}", [proof.source(PARTS[family])])
+        for way in sorted({way for mutant in MUTANTS[family] for way in mutant.ways}):
+            said = found.by(("the kernels as they are", way), functools.partial(notices, way, None, family))
+            assert not said, f"{family}: without a mutant {said} fails too"
         for mutant in MUTANTS[family]:
-            way = found.by(mutant, functools.partial(caught_by, mutant, family))
-            yield mutation.Tried(mutant.file, mutant.old, mutant.new, way)
+            key, why = mutant[:-1], mutant.equivalent
+            way = "" if why else found.by(key, functools.partial(caught_by, mutant, family))
+            yield mutation.Tried(mutant.file, mutant.old, mutant.new, way, why)
 
 
 if __name__ == "__main__":

@@ -26,21 +26,25 @@ FLAGS = {
 FIXED_ADDRESSES = ["setarch", platform.machine(), "-R"]
 
 
-def build(way: str, folder: Path, kernels: Path = KERNELS, parts: int = 7) -> Path:
+ALL_PARTS = 31
+
+
+def _compile(kernels: Path, parts: int, *flags: str) -> str:
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DRF_EMULATE"]
+    command += [f"-DRF_PARTS={parts}", f"-I{FOLDER}", f"-I{kernels}", str(FOLDER / "driver.cpp"), *flags]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def build(way: str, folder: Path, kernels: Path = KERNELS, parts: int = ALL_PARTS) -> Path:
     """The program, from the kernels in `kernels` (a copy of csrc/cuda beside copies of csrc/*.h); parts: driver.cpp."""
     program = folder / way
-    command = ["g++", "-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-DRF_EMULATE"]
-    command += [
-        f"-DRF_PARTS={parts}",
-        *FLAGS[way],
-        f"-I{FOLDER}",
-        f"-I{kernels}",
-        str(FOLDER / "driver.cpp"),
-        "-o",
-        str(program),
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    _compile(kernels, parts, *FLAGS[way], "-o", str(program))
     return program
+
+
+def source(parts: int) -> bytes:
+    """All that the compiler reads of the program, comments left out."""
+    return _compile(KERNELS, parts, "-E", "-P").encode()
 
 
 def run(way: str, program: Path, schedule: str = "") -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ class Tried(NamedTuple):
     old: str
     new: str
     noticed_by: str  # '' if nobody
+    equivalent: str = ""  # why nobody can notice, for a mutant that is not run
 
 
 def break_file(path: Path, old: str, new: str, which: int = 0) -> None:
@@ -41,10 +42,8 @@ class Found:
     Processes may share the file: each takes the mutants that no line names when it comes to them.
     """
 
-    def __init__(self, name: str, sources: Iterable[Path]) -> None:
-        digest = hashlib.sha256()
-        for path in sorted(sources):
-            digest.update(path.name.encode() + path.read_bytes())
+    def __init__(self, name: str, sources: Iterable[bytes]) -> None:
+        digest = hashlib.sha256(b"\0".join(sources))
         self.path = FOUND / f"{name}-{digest.hexdigest()[:16]}.jsonl"
 
     def by(self, mutant: Iterable[object], find: Callable[[], str]) -> str:
@@ -62,11 +61,13 @@ class Found:
 
 
 def report(tried: Iterable[Tried]) -> int:
-    """Prints the list as it grows, the count and the survivors' number; 1 if there are any."""
-    count = survivors = 0
-    for file, old, new, way in tried:
-        count += 1
-        survivors += not way
-        print(f"{f'caught by {way}' if way else 'SURVIVES':24} {file}: {old.strip()!r} -> {new.strip()!r}", flush=True)
-    print(f"{count} mutants, {survivors} survive")
+    """Prints the list as it grows, and how many were caught, are equivalent, and survive; 1 if any survive."""
+    caught = equivalent = survivors = 0
+    for file, old, new, way, why in tried:
+        caught += bool(way)
+        equivalent += bool(why)
+        survivors += not (way or why)
+        result = f"caught by {way}" if way else f"equivalent: {why}" if why else "SURVIVES"
+        print(f"{result:24} {file}: {old.strip()!r} -> {new.strip()!r}", flush=True)
+    print(f"{caught + equivalent + survivors} mutants: {caught} caught, {equivalent} equivalent, {survivors} survive")
     return int(survivors > 0)
