@@ -244,47 +244,53 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z']+", text.lower()))
 
 
-def ppo() -> None:
+def ppo(only: str = "") -> None:
     """20 steps of PPO against the reward model of 1 100 pairs: what changes, and whether reward follows length."""
     from rlhf_fast.feedback.schema import read_feedback
 
     for name, file, most in (("prompts", "train", 512), ("held_out_prompts", "held_out", 64)):
         asked = [ranking.prompt for ranking in read_feedback(FOLDER / f"{file}.jsonl")][:most]
         (FOLDER / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
-    folder = FOLDER / "ppo"
-    rlhf_fast = [sys.executable, "-m", "rlhf_fast"]
-    command = [*rlhf_fast, "ppo", "--model", "smollm2", "--reward-model", str(FOLDER / "ours-1100" / "model")]
-    command += ["--prompts-file", str(FOLDER / "prompts.jsonl"), "--max-steps", "20", "--lr", "5e-5"]
-    command += ["--eval-prompts-file", str(FOLDER / "held_out_prompts.jsonl"), "--max-new-tokens", "48"]
-    command += ["--prompts-per-step", "8", "--samples-per-prompt", "4", "--save-minutes", "0", "--no-save-last"]
-    subprocess.run([*command, "--output-dir", str(folder), "--overwrite"], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    names = ("reward", "kl", "entropy", "length", "ended", "distinct")
-    made = {name: [summary.get(f"{name}_before"), summary.get(f"{name}_after")] for name in names}
-    made["correlation of reward and length"] = [
-        correlation(*([row[key] for row in rows if row["when"] == when] for key in ("reward", "tokens")))
-        for when in ("before", "after")
-    ]
-    found = subprocess.run([*rlhf_fast, "doctor", str(folder)], capture_output=True, text=True)
-    doctor = [line for line in found.stdout.splitlines() if line.strip()]
-    (FOLDER / "ppo.json").write_text(json.dumps({"figures": made, "doctor": doctor}))
+    for name, settings in PPO_RUNS.items():
+        if only in ("", name):
+            folder = FOLDER / f"ppo-{name}"
+            command = [sys.executable, "-m", "rlhf_fast", "ppo", "--model", "smollm2", "--max-steps", "20", *settings]
+            command += ["--reward-model", str(FOLDER / "ours-1100" / "model"), "--max-new-tokens", "48"]
+            command += ["--prompts-file", str(FOLDER / "prompts.jsonl"), "--no-save-last", "--save-minutes", "0"]
+            command += ["--eval-prompts-file", str(FOLDER / "held_out_prompts.jsonl")]
+            command += ["--prompts-per-step", "8", "--samples-per-prompt", "4"]
+            subprocess.run([*command, "--output-dir", str(folder), "--overwrite"], check=True)
+
+
+PPO_RUNS = {"lr-5e-5": ["--lr", "5e-5"], "defaults": []}
 
 
 def ppo_lines() -> list[str]:
-    if not (FOLDER / "ppo.json").exists():
+    """One table, and the doctor's verdict on each run."""
+    found = {name: FOLDER / f"ppo-{name}" for name in PPO_RUNS if (FOLDER / f"ppo-{name}" / "summary.json").exists()}
+    if not found:
         return []
-    made = json.loads((FOLDER / "ppo.json").read_text())
-    lines = [
-        "",
-        "20 steps of PPO against the reward model of 1 100 pairs (8 prompts x 4 samples of at most 48 tokens):",
-        "",
-    ]
-    lines += ["| held-out prompts | before | after |", "| --- | ---: | ---: |"]
-    for name, values in made["figures"].items():
-        shown = ["" if value is None else f"{value:.2f}" for value in values]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return [*lines, "", "`rlhf-fast doctor` on that run:", "", "```text", *made["doctor"], "```"]
+    lines = ["", "20 steps of PPO against the reward model of 1 100 pairs, 8 prompts x 4 samples of at most 48 tokens:"]
+    columns = [f"{name}, {when}" for name in found for when in ("before", "after")]
+    lines += ["", f"| held-out prompts | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in found.values()]
+    for name in ("reward", "kl", "entropy", "length", "ended", "distinct"):
+        values = [summary[f"{name}_{when}"] for summary in summaries for when in ("before", "after")]
+        lines.append(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
+    values = [follows_length(folder, when) for folder in found.values() for when in ("before", "after")]
+    lines.append(f"| correlation of reward and length | {' | '.join(values)} |")
+    for name, folder in found.items():
+        command = [sys.executable, "-m", "rlhf_fast", "doctor", str(folder)]
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+        lines += ["", f"`rlhf-fast doctor` on {name}:", "", "```text"]
+        lines += [line.rstrip() for line in said.splitlines() if line.strip()] + ["```"]
+    return lines
+
+
+def follows_length(folder: Path, when: str) -> str:
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    rewards, lengths = ([row[key] for row in rows if row["when"] == when] for key in ("reward", "tokens"))
+    return "all of one length" if len(set(lengths)) == 1 else f"{correlation(rewards, lengths):.2f}"
 
 
 def every(source: str) -> None:
@@ -304,7 +310,7 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("split").add_argument("source")
     actions.add_parser("all").add_argument("source")
-    actions.add_parser("ppo")
+    actions.add_parser("ppo").add_argument("source", nargs="?", default="", choices=("", *PPO_RUNS), metavar="run")
     actions.add_parser("report")
     run = actions.add_parser("train")
     run.add_argument("side", choices=["ours", "trl", "words"])
@@ -318,7 +324,7 @@ def main() -> None:
     run.add_argument("--head-lr", type=float)
     run.add_argument("--epochs", type=float)
     run.add_argument("--batch-size", type=int)
-    run.add_argument("--micro-batch-size", type=int, help="pairs in one pass; 8 take 13 to 17 GB")
+    run.add_argument("--micro-batch-size", type=int, choices=(1, 2, 4, 8), help="pairs in one pass; 8 take 13 to 17 GB")
     run.add_argument("--pad", default="<|endoftext|>", help="pad token of TRL's side")
     run.add_argument("--keep", action="store_true", help="keep the weights")
     options = parser.parse_args()

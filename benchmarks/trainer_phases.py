@@ -2,7 +2,7 @@
 """Steps of every phase beside TRL's: SFT packed and not, reward model, DPO, GRPO after SFT and at full length, PPO.
 
     make measure-trainer ARGS=--write                  or
-    python benchmarks/trainer_phases.py --write        the table of docs/trainer-measurements.md: 19 idle minutes
+    python benchmarks/trainer_phases.py --write        the table of docs/trainer-measurements.md: 15 idle minutes
     python benchmarks/trainer_phases.py --quick        one step of each, once: does it work?
     python benchmarks/trainer_phases.py --model DIR --rounds 1        another model than SmolLM2-135M
 
@@ -335,15 +335,18 @@ def main() -> None:
     quiet()
     if options.job:
         return job(*options.job, options)
+    if options.write and (options.quick or tuple(options.phases) != PHASES):
+        parser.error("--write takes a whole table: neither --quick nor --phases")
     if options.quick:
         options.rounds, options.turns = 1, 1
     options.chosen = {}
     if options.write and not DOCUMENT.read_text().count(BEGIN) == DOCUMENT.read_text().count(END) == 1:
         sys.exit(f"{DOCUMENT} must have one line {BEGIN} and one line {END}")
     begun = time.monotonic()
-    lines = [", ".join([f"{key} {value}" for key, value in machine().items()] + [time.strftime("%Y-%m-%d")]) + "."]
-    lines[0] += f" {options.rounds} steps behind a warm-up in each process, {options.turns} processes of each side in"
-    lines[0] += " turns; medians."
+    found = machine()
+    lines = [f"PyTorch {found['torch']}, {found['threads']} threads of {found['cpu']} ({found['instruction_set']})"]
+    lines[0] += f", {time.strftime('%Y-%m-%d')}. {options.rounds} steps behind a warm-up in each process"
+    lines[0] += f", {options.turns} processes of each side in turns; medians."
     lines += ["", "| step | | seconds | peak GiB | mean length | speed-up | memory |", "| --- | --- |" + " ---: |" * 5]
     print("\n".join(lines))
     with tempfile.TemporaryDirectory() as options.folder:

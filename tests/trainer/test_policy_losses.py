@@ -94,7 +94,7 @@ def paper_loss(name: str, found: Experience, logprobs: Tensor, entropy: Tensor, 
             losses = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
         if config.dual_clip:
             losses = torch.where(advantages < 0, torch.minimum(losses, -config.dual_clip * advantages), losses)
-        if config.importance_ratio == "sequence":  # one number a sequence
+        if config.importance_ratio == "sequence" and name != "cispo":  # one number a sequence
             losses = losses / len(losses)
         if config.kl_in == "loss":
             extra = {"k2": 0.5 * (own - ref) ** 2, "k3": (ref - own).exp() - 1 - (ref - own)}
@@ -139,6 +139,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("dapo", {"kl_coef": 0.3, "kl_estimator": "k2"}),
     ("cispo", {"cliprange": 0.1, "cliprange_high": 0.1}),
     ("cispo", {"importance_ratio": "sequence-mean", "cliprange": 0.1, "cliprange_high": 0.1}),
+    ("cispo", {"importance_ratio": "sequence", "cliprange": 0.1, "cliprange_high": 0.1}),
     ("dapo", {"importance_ratio": "sequence"}),
     ("rloo", {"importance_ratio": "token"}),
     ("gspo", {"cliprange": 0.05, "cliprange_high": 0.1, "kl_coef": 0.3, "entropy_coef": 0.2}),

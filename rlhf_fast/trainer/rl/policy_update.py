@@ -185,14 +185,15 @@ def _token_losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses (N,), differentiable in logprobs, and which of them are clipped.
 
-    A token's own log-probability has the gradient, whatever the ratio. That is so for CISPO, whose weight is constant.
-    The gradient of a sequence's ratio is the sum of its tokens', so it is the same for advantages of sequences; for
-    those that differ by token, as an engine's correction makes them, it is that of GSPO-token (Zheng et al. 2025, eq.
-    13), and the same as where a batch is learned from once.
+    A token's own log-probability has the gradient, whatever the ratio: for CISPO because its weight is constant, and
+    for a sequence's ratio because its gradient is the sum of its tokens'. Where the advantages of a sequence differ,
+    each token has its own, as in GSPO-token (Zheng et al. 2025, eq. 13) and as in `_fused`. The value of a loss that is
+    one number a sequence is shared by its tokens; CISPO's is a number a token.
     """
     own, name = logprobs.detach(), options.token_loss
     result = TOKEN_LOSSES[name](own, log_ratio.detach(), tokens.advantages, options.clip)
-    return result.loss / tokens.lengths + result.slope * (logprobs - own), result.clipped
+    value = result.loss if name == "cispo" else result.loss / tokens.lengths
+    return value + result.slope * (logprobs - own), result.clipped
 
 
 def _kl_arguments(reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> dict[str, Any]:
