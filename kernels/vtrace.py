@@ -2,8 +2,9 @@
 """vtrace in Triton: see rlhf_fast/ops/vtrace.py for the mathematics.
 
 A program goes along its rows, or its packed sequence, tile by tile from the end, and carries two states: the next
-value, and the gain v - V of the next token. Each is a scan of affine maps, as in scan.py; a token's map of the gain
-contains the next value, so that is scanned first. A scan includes the lane's own token and Triton has no shift, so the
+value, and the gain v - V of the next token. Each is a scan of affine maps, as in scan.py, but a token that ends an
+episode has the decay -1, since 0 is a legal decay here. A token's map of the gain contains the next value, so that is
+scanned first. A scan includes the lane's own token and Triton has no shift, so the
 lanes of a scan hold the tokens one or two places later, which are read again, from the L1 cache. Few long rows are not
 divided.
 """
@@ -18,11 +19,12 @@ from torch import Tensor
 from rlhf_fast._triton import INTERPRETED
 from rlhf_fast.kernels.common import launch
 from rlhf_fast.kernels.scan import TINY, VEC, load_tokens, rows_of, store_tokens, strides_of
+from rlhf_fast.ops import codes
 
 TILE = 256 if INTERPRETED else 1024  # tokens
 LANES_PER_WARP = 128  # four tokens a thread
 CUT = tl.constexpr(-1.0)  # as a decay: the state after the token is ignored, even if it is infinite
-LEAST_LOG_RATIO = tl.constexpr(-69.0)  # of those that are not -inf: a factor is 0 only where it truly is
+LEAST_LOG_RATIO = tl.constexpr(codes.LEAST_LOG_RATIO)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ def calls(device: str = "cuda") -> dict[str, Callable[[], Tensor]]:
         "token_kl_and_grad": lambda: rf.token_kl_and_grad(x, y, ones, kind="jsd")[1],
         "gae": lambda: rf.gae(rewards, values, mask=mask).advantages,
         "vtrace": lambda: rf.vtrace(rewards, values, values, mask=mask).advantages,
+        "retrace": lambda: rf.retrace(rewards, values, values, values, mask=mask),
         "masked_whiten": lambda: rf.masked_whiten(values, mask),
     }
 

@@ -75,9 +75,8 @@ def test_packed_equals_padded(backend: str, dtype: torch.dtype, mode: str, gener
 def test_a_case_worked_by_hand(backend: str) -> None:
     """gamma = lam = 1/2. delta = 2 + 6/2 - 1 = 4, then 8 + 0 - 4 = 4. Q' = 1 + 4 + (1/2) (1/2 . 1/2) 4 = 5.5, then 8;
     the first token's own ratio has no part in it."""
-    tokens = ([[2.0, 8.0]], [[1.0, 4.0]], [[NAN, 6.0]], [[-INF, -0.6931471805599453]])
-    rewards, q_values, values, log_ratios = (torch.tensor(x) for x in tokens)
-    got = rf.retrace(rewards, q_values, values.nan_to_num(77.0), log_ratios, gamma=0.5, lam=0.5)
+    tokens = ([[2.0, 8.0]], [[1.0, 4.0]], [[77.0, 6.0]], [[-INF, -0.6931471805599453]])
+    got = rf.retrace(*(torch.tensor(x) for x in tokens), gamma=0.5, lam=0.5)
     assert_values(got, torch.tensor([[5.5, 8.0]]).double(), dtype=torch.float32)
 
 
@@ -97,18 +96,55 @@ def test_log_ratios_without_bound(backend: str, dtype: torch.dtype, generator: t
     check_retrace(rewards, q_values, values, log_ratios)
     log_ratios[2, 30] = NAN
     got = rf.retrace(rewards, q_values, values, log_ratios)
-    assert bool(got[2, :31].isnan().all()) and bool(got[:2].isfinite().all()) and bool(got[2, 31:].isfinite().all())
+    assert bool(got[2, :30].isnan().all()) and bool(got[:2].isfinite().all()) and bool(got[2, 30:].isfinite().all())
 
 
-def test_what_is_not_finite_goes_left_to_a_done(backend: str, generator: torch.Generator) -> None:
-    tokens = batch(generator, torch.float32, 2, 60)
-    dones = torch.zeros(2, 60, dtype=torch.bool)
-    dones[1, 20] = True
-    tokens[0][:, 50] = INF
-    wanted = truths.retrace(*(x.double() for x in tokens), dones=dones, gamma=0.9)
-    assert bool(wanted[0, :51].isinf().all()) and bool(wanted[1, 21:51].isinf().all())
-    wanted = wanted.where(wanted.isfinite(), NAN)  # as the docstring says
-    assert_values(rf.retrace(*tokens, dones=dones, gamma=0.9), wanted, dtype=torch.float32)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tokens_own_value_has_no_part_in_its_target(backend: str, mode: str, generator: torch.Generator) -> None:
+    """Where nothing goes before them, values of 1e7 stand in no target, and cost none its digits."""
+    tokens = batch(generator, torch.float32, 3, 40)
+    mask, dones, truncated = (torch.full((3, 40), x) for x in (True, False, False))
+    mask[1, 20:23], mask[2, :5] = False, False
+    dones[:2, 19], truncated[2, 19] = True, True
+    first = [(0, 0), (0, 20), (1, 0), (1, 23), (2, 5), (2, 20)]
+    for row, t in first:
+        tokens[2][row, t] = 1e7
+    flags = {"dones": dones, "truncated": truncated, "bootstrap_values": randn(3, 40, generator=generator)}
+    got = check_retrace(*tokens, mask=mask, mask_mode=mode, gamma=0.9, lam=0.9, **flags)
+    assert float(got.abs().max()) < 100
+    assert_values(rf.retrace(*(torch.tensor([x]) for x in ([0.1, 0.1], [0.0, 0.0], [1e7, 0.0], [0.0, 0.0])), gamma=0.9),
+                  torch.tensor([[0.19, 0.1]]).double(), dtype=torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_discounted_future_it_is_the_reward(backend: str, mode: str, generator: torch.Generator) -> None:
+    tokens, mask = batch(generator, torch.float32, 3, 40), random_mask(3, 40, generator=generator, share=0.7)
+    got = rf.retrace(*tokens, mask=mask, mask_mode=mode, gamma=0.0)
+    assert torch.equal(got, tokens[0].masked_fill(~mask, 0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_infinite_goes_left_to_an_end(backend: str, mode: str, generator: torch.Generator) -> None:
+    """Rows: rewards, without and with a done; values; q_values, of which a token's own is not in its target; a
+    bootstrap value; and a factor of 0 before an infinity."""
+    shape = (6, 60)
+    tokens, mask = batch(generator, torch.float32, *shape), random_mask(*shape, generator=generator, share=0.8)
+    mask[:, ::5] = True
+    dones, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
+    bootstrap = randn(*shape, generator=generator)
+    dones[1, 20], truncated[4, 50], bootstrap[4, 50] = True, True, -INF
+    tokens[0][[0, 1, 5], 50], tokens[2][2, 50], tokens[3][5, 30] = INF, INF, -INF
+    options: dict[str, Any] = {"mask": mask, "mask_mode": mode, "dones": dones, "truncated": truncated}
+    options.update(bootstrap_values=bootstrap, gamma=0.9, lam=0.9)
+    finite = truths.retrace(*(x.double() for x in tokens), **options)[3, 50:]
+    tokens[1][3, 50] = INF
+    wanted = truths.retrace(*(x.double() for x in tokens), **options)
+    wanted[3, 50:] = finite
+    signs = wanted[:, [0, 25, 45, 50, 55]].nan_to_num(0, 9, -9).clamp(-9, 9).div(9).trunc().int().tolist()
+    assert signs == [[1, 1, 1, 1, 0], [0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [-1, -1, -1, 0, 0], [-1, -1, -1, -1, 0],
+                     [0, 0, 1, 1, 0]]  # fmt: skip
+    assert bool(wanted[5, :30:5].isnan().all())
+    assert_values(rf.retrace(*tokens, **options), wanted, dtype=torch.float32)
 
 
 def test_layouts_and_empty_batches(backend: str, generator: torch.Generator) -> None:

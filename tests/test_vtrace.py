@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import rlhf_fast as rf
-from rlhf_fast.ops.vtrace import LARGEST_RATIO
+from rlhf_fast.ops.vtrace import LARGEST_RATIO, SMALLEST_LIMIT
 
 MODES = ("carry", "zero")
 SHAPES = [(1, 1), (1, 2), (3, 1), (2, 17), (5, 128), (17, 33), (33, 5), (1, 1037)]
@@ -115,7 +116,7 @@ def test_on_policy_it_is_gae(backend: str, generator: torch.Generator) -> None:
 def test_log_ratios_without_bound(
     backend: str, dtype: torch.dtype, rho_clip: float, generator: torch.Generator
 ) -> None:
-    """A ratio that overflows is limited, one that underflows is 0, and a NaN stays in its row."""
+    """A ratio that overflows is limited, one that underflows stays finite, and a NaN stays in its row."""
     rewards, values, _ = batch(generator, dtype, 4, 70)
     log_ratios = torch.zeros(4, 70, dtype=dtype)
     log_ratios[0, 5], log_ratios[0, 30], log_ratios[1, 7], log_ratios[1, 8] = 200.0, -200.0, INF, -INF
@@ -125,6 +126,27 @@ def test_log_ratios_without_bound(
     for x in got:
         assert bool(x[2, :61].isnan().all()) and bool(x[2, 61:].isfinite().all())
         assert bool(x[[0, 1, 3]].isfinite().all())
+
+
+def test_only_a_log_ratio_of_minus_infinity_has_a_ratio_of_0(backend: str) -> None:
+    """A finite one is at least that of -69, even where exp underflows."""
+    rewards, log_ratios = torch.full((1, 4), 1e30), torch.tensor([[-INF, -200.0, -88.0, -69.0]])
+    got = rf.vtrace(rewards, torch.zeros(1, 4), log_ratios, gamma=0.0).advantages
+    wanted = torch.tensor([[0.0, *(1e30 * math.exp(-69.0),) * 3]])
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+
+
+def test_the_smallest_limits(backend: str) -> None:
+    """As exact as the limit's logarithm, a float32 in steps of 8e-6."""
+    rewards, values = torch.full((1, 3), 1 / SMALLEST_LIMIT), torch.zeros(1, 3)
+    log_ratios = torch.tensor([[0.0, -68.0, -65.0]])
+    options: dict[str, Any] = {"rho_clip": SMALLEST_LIMIT, "c_clip": SMALLEST_LIMIT}
+    got = rf.vtrace(rewards, values, log_ratios, gamma=0.0, **options)
+    wanted = truths.vtrace(rewards.double(), values.double(), log_ratios.double(), gamma=0.0, **options)
+    for ours, true in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-5, atol=0)
+    infinite = rf.vtrace(torch.tensor([[0.0, INF]]), torch.zeros(1, 2), torch.zeros(1, 2), **options)
+    assert torch.equal(infinite.returns, torch.full((1, 2), INF))  # no factor has become 0
 
 
 def test_neighbours_at_the_largest_limit_are_finite(backend: str) -> None:
@@ -244,7 +266,9 @@ def test_zero_times_infinity(backend: str, gamma: float, lam: float, mode: str, 
 
 def test_limits_that_cannot_be() -> None:
     x = torch.zeros(1, 3)
-    for options in ({"c_clip": 1.5}, {"c_clip": 0.0}, {"rho_clip": 0.5}, {"rho_clip": 1e16}, {"rho_clip": NAN}):
+    wrong: list[dict[str, float]] = [{"c_clip": x} for x in (1.5, 0.0, 9e-30, NAN)]
+    wrong += [{"rho_clip": x} for x in (0.5, 1e16, NAN)] + [{"rho_clip": 9e-30, "c_clip": SMALLEST_LIMIT}]
+    for options in wrong:
         with pytest.raises(ValueError, match=rf"^rlhf_fast\.vtrace: {next(iter(options))} must be "):
             rf.vtrace(x, x, x, **options)
     with pytest.raises(ValueError, match=r"^rlhf_fast\.vtrace: log_ratios "):

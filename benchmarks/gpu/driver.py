@@ -11,7 +11,7 @@ import torch
 import rlhf_fast as rf
 
 ROWS = (3, 5)
-DEVICE, BACKEND = "cuda", "native"  # tests/test_gpu_scripts.py runs this on its emulator
+DEVICE, BACKEND = "cuda", "native"  # tests/test_emulator.py runs this on the emulator
 
 
 def logits(width: int, dtype: torch.dtype, rows: tuple[int, ...] = ROWS) -> torch.Tensor:

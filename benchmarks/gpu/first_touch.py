@@ -44,6 +44,7 @@ def families() -> None:
         "approx_kl": lambda: rf.approx_kl(rewards, values, estimator="k3"),
         "gae": lambda: rf.gae(rewards, values).advantages,
         "vtrace": lambda: rf.vtrace(rewards, values, rewards).advantages,
+        "retrace": lambda: rf.retrace(rewards, values, values, rewards),
         "masked_whiten": lambda: rf.masked_whiten(rewards, values > 0),
     }
     for name, call in calls.items():

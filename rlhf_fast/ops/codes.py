@@ -2,7 +2,8 @@
 """Names of options and the integers that operators take for them.
 
 Schemas take no strings (the stable ABI leaks them before torch 2.14), so every choice is passed to a kernel as a
-number. `csrc/math.h` holds the same numbers; tests/test_dispatch.py compares the two.
+number. `csrc/math.h` holds the same numbers; tests/test_dispatch.py compares the two. And one constant that kernels
+share.
 """
 
 from __future__ import annotations
@@ -28,3 +29,7 @@ ESTIMATORS = {"k1": K1, "k2": K2, "k3": K3, "abs": ABS}
 # gradient of approx_kl
 VALUE, STRAIGHT_THROUGH = 0, 1
 GRADIENTS = {"value": VALUE, "straight_through": STRAIGHT_THROUGH}
+
+# Of vtrace's log-ratios that are not -inf. exp underflows below -87; a finite log-ratio must not give a factor of
+# exactly 0, which would make 0 * inf = NaN of an infinite gain. The C++ and CUDA kernels have it as kLeastLogRatio.
+LEAST_LOG_RATIO = -69.0

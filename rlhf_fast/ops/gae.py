@@ -302,10 +302,11 @@ def _spread(per_row: Tensor, rewards: Tensor, cu_seqlens: Tensor | None) -> Tens
     """One entry per row -> one per token."""
     if cu_seqlens is None:
         return per_row.unsqueeze(-1).expand(rewards.shape)
-    return per_row[_sequence_of_token(rewards, cu_seqlens)]
+    return per_row[sequence_of_token(rewards, cu_seqlens)]
 
 
-def _sequence_of_token(rewards: Tensor, cu_seqlens: Tensor) -> Tensor:
+def sequence_of_token(rewards: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Of each packed token, the number of its sequence; one past the last sequence's end has the number after."""
     tokens = torch.arange(rewards.shape[0], device=rewards.device)
     return torch.bucketize(tokens, cu_seqlens[1:], right=True)
 
@@ -318,7 +319,7 @@ def _is_last_real(rewards: Tensor, mask: Tensor | None, cu_seqlens: Tensor | Non
     if cu_seqlens is None:
         highest = position.amax(-1, keepdim=True) if rewards.shape[-1] else position
     else:
-        sequence = _sequence_of_token(rewards, cu_seqlens)
+        sequence = sequence_of_token(rewards, cu_seqlens)
         per_sequence = position.new_zeros(cu_seqlens.shape[0] - 1)
         highest = per_sequence.scatter_reduce(0, sequence, position, "amax")[sequence]
     return (position == highest) & (position > 0)

@@ -99,11 +99,16 @@ void check_gae() {
 #if RF_PARTS & 8
 
 // Sequences of `length` tokens; packed: the last of them is one token shorter, so that no bound is on a boundary of
-// eight.
-void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry) {
+// eight. extreme: with infinite rewards, and log-ratios whose exp underflows or is 0.
+void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry, bool extreme = false) {
   const int64_t total = rows * length - packed;
-  const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
-  const std::vector<float> log_ratios = normal(total);
+  const std::vector<float> values = normal(total), bootstrap = normal(total);
+  std::vector<float> rewards = normal(total), log_ratios = normal(total);
+  for (int64_t i = 0; extreme && i < total; ++i) {
+    if (i % 61 == 60) rewards[i] = INFINITY;
+    if (i % 7 == 3) log_ratios[i] = -200;
+    if (i % 37 == 30) log_ratios[i] = -INFINITY;
+  }
   const Flags mask(total, 0.8), dones(total, 0.05), truncated(total, 0.05);
   std::vector<float> advantages(total), returns(total);
   std::vector<int64_t> bounds;
@@ -138,6 +143,7 @@ void check_vtrace() {
     check_vtrace(2, 2 * cuda::kTile + 13, packed, false);
     check_vtrace(9, 7, packed, true);
   }
+  check_vtrace(2, 2 * cuda::kTile + 13, false, true, true);
 }
 
 #endif

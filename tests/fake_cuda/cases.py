@@ -22,7 +22,7 @@ STREAM = 0x1000  # of device 0; see torch_cuda.cpp
 DEVICE = 1
 PROCESSORS = 132
 # Samples whose Python computes with the tensors first, which PyTorch cannot without CUDA; others use the same kernels.
-COMPUTES = ("linear_", "gae_row_flags", "gae_packed", "token_logprobs_inplace")
+COMPUTES = ("linear_", "gae_row_flags", "gae_packed", "retrace", "token_logprobs_inplace")
 DIRECT = sorted(name for name in with_kernels() if not name.startswith(COMPUTES))
 
 

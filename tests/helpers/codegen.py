@@ -220,20 +220,22 @@ What these counts do not show, estimated:
 - `token_kl` with its gradient reads the rows for the last time, and writes, as what leaves the L2 cache
   first, so that the rows that are read again find more room there.
 
-Tried, and what the counts said (all instructions of a kernel, sm_90):
-
-- Whether a thread of `gae`, `ppo_advantages` and `vtrace` reads and writes 16 bytes at a time is decided once for the
-  arrays that it reads together and once for those that it writes, before for each: 1696 for 1712 (`gae` fp32), 2248
-  for 2288 (with value_lam), 2480 for 2576 (`ppo_advantages`), 1752 for 1800 (`vtrace`). Once for all, flags too, gives
-  more: 1776 (`gae`).
-- The limit of -150 before a product with 2^x stays: without it an entry of -inf is 0 times -inf.
-- A factor of `vtrace` that is 0 only where it truly is (a limit of -69 for log-ratios) takes 8 to 64 instructions.
-
 Left out: bulk copies (TMA) into a ring in shared memory, on sm_90 and later. In every line of the table the
 memory takes longer than the issue slots, and of a turn's 324 instructions (`token_stats`) a bulk copy would
 take the place of four loads and some twenty that compute addresses and bounds. What it could buy
 is the wait at a row's end, an estimated 1 to 2 of 27 us, by reading the next row's begin meanwhile. The
 emulator does not show the order of asynchronous copies, so it could not be proven without a GPU.
+
+## What was tried on the kernels over tokens
+
+A thread decides whether it can read and write 16 bytes at a time. It decided for each array by itself; now once for all
+arrays that it reads together, and once for all that it writes. All instructions of a kernel, sm_90:
+
+| kernel | a decision for each array | now |
+| --- | ---: | ---: |
+{tried}
+
+A single decision for all arrays, the flags included, gave more: 1776 for `gae_kernel<float, 1>`.
 
 ## Every kernel
 
@@ -241,6 +243,15 @@ emulator does not show the order of asynchronous copies, so it could not be prov
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {kernels}
 """
+
+
+# Instructions when a thread still decided for each array by itself how to read and write it.
+BEFORE = {
+    "gae_kernel<float, 1>": 1712,
+    "gae_kernel<float, 2>": 2288,
+    "ppo_advantages_kernel<float>": 2576,
+    "vtrace_kernel<float>": 1800,
+}
 
 
 def page() -> str:
@@ -259,7 +270,10 @@ def page() -> str:
     spills = sum(u.stack + u.local for u in usage.values())
     table = "\n".join(predictions({readable[name]: found for name, found in loops.items()}))
     gae, gae_rows = (lengths[f"{name}<float, 1>"] for name in ("gae_kernel", "gae_rows_kernel"))
-    return TEXT.format(spills=spills, predictions=table, gae=gae, gae_rows=gae_rows, kernels="\n".join(rows))
+    tried = "\n".join(f"| `{name}` | {before} | {lengths[name]} |" for name, before in BEFORE.items())
+    return TEXT.format(
+        spills=spills, predictions=table, gae=gae, gae_rows=gae_rows, tried=tried, kernels="\n".join(rows)
+    )
 
 
 if __name__ == "__main__":

@@ -138,12 +138,21 @@ def _vtrace(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sa
     )
 
 
-def _retrace(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
-    mask, dones, truncated = (random_mask(*rows, generator=g) for _ in range(3))
-    names = ("rewards", "q_values", "values", "log_ratios", "bootstrap_values")
-    inputs = {k: randn(*rows, generator=g, dtype=dtype) for k in names}
-    options: dict[str, Any] = {"mask": mask, "dones": dones, "truncated": truncated, "lam": 0.9}
-    return Sample("retrace", inputs, lambda **x: rf.retrace(**x, **options), differentiable=False)
+def _retrace(mode: str) -> Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sample]:
+    """carry of rows, zero of packed sequences."""
+
+    def make(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
+        total = rows[0] * rows[1]
+        shape = rows if mode == "carry" else (total,)
+        mask, dones, truncated = (random_mask(*shape, generator=g) for _ in range(3))
+        names = ("rewards", "q_values", "values", "log_ratios", "bootstrap_values")
+        inputs = {k: randn(*shape, generator=g, dtype=dtype) for k in names}
+        options: dict[str, Any] = {"mask": mask, "dones": dones, "truncated": truncated, "lam": 0.9, "mask_mode": mode}
+        if mode == "zero":
+            options["cu_seqlens"] = torch.tensor([0, 1, total // 2, total // 2, total], dtype=torch.int32)
+        return Sample("retrace", inputs, lambda **x: rf.retrace(**x, **options), differentiable=False)
+
+    return make
 
 
 def _ppo_advantages(g: torch.Generator, dtype: torch.dtype, rows: tuple[int, int]) -> Sample:
@@ -250,7 +259,8 @@ SAMPLES: dict[str, Callable[[torch.Generator, torch.dtype, tuple[int, int]], Sam
     "gae_row_flags": _gae_row_flags,
     "gae_packed": _gae_packed,
     "vtrace": _vtrace,
-    "retrace": _retrace,
+    "retrace": _retrace("carry"),
+    "retrace_packed_zero": _retrace("zero"),
     "ppo_advantages": _ppo_advantages,
     "masked_whiten": _masked_whiten,
     "linear_token_logprobs": _linear(masked=False),

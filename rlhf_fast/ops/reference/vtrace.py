@@ -8,10 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import codes
 from rlhf_fast.ops.reference.common import accumulate_dtype
 from rlhf_fast.ops.reference.gae import following_values, in_rows, zeroed
-
-LEAST_LOG_RATIO = -69.0  # of those that are not -inf: a factor is 0 only where it truly is
 
 
 def vtrace(
@@ -62,7 +61,7 @@ def _of_rows(
     masked = None if mask is None else ~mask
     r, v, ratios = zeroed(rewards, masked), zeroed(values, masked), zeroed(log_ratios, masked)
     none = ratios == -math.inf
-    ratios.clamp_(LEAST_LOG_RATIO, math.log(rho_clip)).exp_().masked_fill_(none, 0)
+    ratios.clamp_(codes.LEAST_LOG_RATIO, math.log(rho_clip)).exp_().masked_fill_(none, 0)
     flags = dones, truncated, bootstrap_values, carry
     ends, following = following_values(v, real, *flags)
     errors = ((r - v).add_(following, alpha=gamma)).mul_(ratios)
