@@ -153,6 +153,16 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
         remaining = entropy[1] / max(entropy[0], 1e-9)
         text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"
         yield graded(remaining > 0.4, remaining > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+    if (length := both("length")) is not None:
+        change = length[1] / max(length[0], 1e-9)
+        advice = "nearly empty answers score best: min_new_tokens" if change < 1 else "it rewards length"
+        text = f"samples of {length[0]:.1f} -> {length[1]:.1f} tokens"
+        yield graded(0.5 <= change <= 2, 0.25 <= change <= 4, text, advice)
+    if (distinct := both("distinct")) is not None:
+        text = f"{distinct[1]:.0%} of the samples differ from each other"
+        yield graded(
+            distinct[1] > 0.8 * distinct[0], distinct[1] > 0.5 * distinct[0], text, "raise kl_coef, fewer steps"
+        )
     if ended is not None:
         yield graded(ended[1] > 0.7, ended[1] > 0.2, f"{ended[1]:.0%} end by themselves", "raise missing_eos_penalty")
 
