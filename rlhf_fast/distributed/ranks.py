@@ -20,6 +20,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 
 from .limits import longest_wait
+from .portions import portions
 
 T = TypeVar("T")
 BUCKET = 8 * 2**20  # numbers in one all-reduce; a copy of so many is made, never of a larger tensor
@@ -64,14 +65,8 @@ class Ranks:
         """
         if self._alone:
             return
-        bucket: list[Tensor] = []
-        for tensor in tensors:
-            alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-            if not alike or sum(x.numel() for x in bucket) + tensor.numel() > BUCKET:
-                _all_reduce(bucket)
-                bucket = []
-            bucket.append(tensor)
-        _all_reduce(bucket)
+        for bucket in portions(tensors, BUCKET):
+            _all_reduce(bucket)
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over the ranks, in float64."""
@@ -150,7 +145,7 @@ def _all_reduce(bucket: list[Tensor]) -> None:
     """Sum the tensors over the ranks, in place, in one message."""
     if len(bucket) == 1:
         torch.distributed.all_reduce(bucket[0])
-    elif bucket:
+    else:
         joined = torch.cat([x.flatten() for x in bucket])
         torch.distributed.all_reduce(joined)
         sums = joined.split([x.numel() for x in bucket])

@@ -6,7 +6,6 @@ Both together keep the input of each decoder layer in CPU memory and recompute t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 LEAST = 1024  # numbers; a smaller tensor stays where it is
 FLAG = "offloads_activations"
+# Nodes of the graph between a weight and another view of it, or its copy in the dtype of autocast.
+SAME_NUMBERS = ("ToCopy", "T", "Transpose", "Permute", "View", "Unsqueeze", "Select", "Slice", "Alias")
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -53,26 +55,43 @@ def activations_of(model: Any) -> Iterator[None]:
 
 
 class ToHost:
-    """Copies what autograd saves to CPU memory.
+    """Copies what autograd saves in one forward pass to CPU memory; what is saved several times, once.
 
-    Layers that read the same states save them one after the other, so the last copies are looked through first.
+    Layers that read the same states save them all, and every layer saves the same masks and positions.
     """
 
     def __init__(self) -> None:
         """Nothing is copied yet."""
-        self.last: deque[tuple[Any, Tensor, Tensor]] = deque(maxlen=4)  # what it was, the tensor itself, its copy
+        # A weak reference keeps the number of a storage from being given to another one, and no memory.
+        self.copies: dict[Any, tuple[StorageWeakRef, Tensor]] = {}
 
     def pack(self, tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        """The device and a copy; weights and small tensors stay as they are."""
-        if tensor.numel() < LEAST or any(isinstance(x, Parameter) for x in (tensor, tensor._base)):
+        """The device and a copy; weights, small and expanded tensors stay as they are."""
+        if tensor.numel() < LEAST or is_expanded(tensor) or is_weight(tensor):
             return tensor
-        what = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
-        for seen, _, copy in self.last:  # of tensors that still exist, so that none has the memory of another
-            if seen == what:
-                return tensor.device, copy
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
-        self.last.append((what, tensor.detach(), host))
-        return tensor.device, host
+        storage = StorageWeakRef(tensor.untyped_storage())
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+        what = storage.cdata, tensor._version, layout
+        if what not in self.copies:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            # On a GPU the backward copies back on the stream of the forward, so nobody reads too early.
+            self.copies[what] = storage, host.copy_(tensor, non_blocking=tensor.is_cuda)
+        return tensor.device, self.copies[what][1]
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether numbers stand for several each: a copy would have all of these."""
+    return any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def is_weight(tensor: Tensor) -> bool:
+    """Whether it is a weight, a view of one, or one that autocast has cast, which autograd keeps until the backward."""
+    if any(isinstance(x, Parameter) for x in (tensor, tensor._base)):
+        return True
+    node = tensor.grad_fn
+    while node is not None and node.name().removesuffix("Backward0") in SAME_NUMBERS:
+        node = node.next_functions[0][0]
+    return isinstance(getattr(node, "variable", None), Parameter)
 
 
 def to_device(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:

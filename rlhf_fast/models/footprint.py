@@ -126,16 +126,18 @@ class Footprint:
 
         With `checkpointing`: the input of every layer, and all of one layer at a time.
         """
-        per_token = self._saved_per_token
+        per_token = sum(self._saved_per_token)
         if checkpointing:
             layers = len(decoder_layers(self.model))
             per_token = per_token / layers + layers * self.hidden * self.width
         return int(per_token * rows * length)
 
-    def offloaded(self, rows: int, length: int, checkpointing: bool) -> tuple[int, int]:
-        """The same with activations in CPU memory: bytes on the device, those of one layer, and on the CPU."""
-        layer = self.saved(rows, length, False) // len(decoder_layers(self.model))
-        return layer, self.saved(rows, length, checkpointing) - (layer if checkpointing else 0)
+    def offloaded(self, rows: int, length: int, checkpointing: bool) -> tuple[int, list[float]]:
+        """With activations in CPU memory: bytes on the device, those of one layer, and of each tensor on the CPU."""
+        layers = len(decoder_layers(self.model))
+        inputs = [float(self.hidden * self.width)] * layers
+        sizes = [size * rows * length for size in (inputs if checkpointing else self._saved_per_token)]
+        return self.saved(rows, length, False) // layers, sizes
 
     @cached_property
     def largest_weight(self) -> int:
@@ -143,7 +145,8 @@ class Footprint:
         return max(p.numel() for p in self.model.parameters())
 
     @cached_property
-    def _saved_per_token(self) -> float:
+    def _saved_per_token(self) -> list[float]:
+        """Bytes of each tensor that is saved."""
         count, width = 16, self.model.get_input_embeddings().weight.shape[1]
         with torch.device("meta"):
             inputs = torch.empty(1, count, width, dtype=self.model.dtype, requires_grad=True)
@@ -155,7 +158,7 @@ class Footprint:
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             first = str(error).strip().partition("\n")[0]
             raise UserError(f"{type(self.model).__name__} does not run on shapes alone: {first}") from None
-        return kept.bytes / count
+        return [size / count for size in kept.sizes]
 
 
 def _quantised(config: Any) -> str | None:
@@ -168,17 +171,17 @@ def _quantised(config: Any) -> str | None:
 
 
 class _Kept:
-    """Counts the bytes of the tensors that autograd saves, each storage once, without the model's own weights."""
+    """The bytes of the tensors that autograd saves, each storage once, without the model's own weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.bytes = 0
+        self.sizes: list[int] = []
         self._seen: dict[int, Tensor] = {x.untyped_storage()._cdata: x for x in (*model.parameters(), *model.buffers())}
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen[storage._cdata] = tensor  # kept, so that no other storage gets its number
-            self.bytes += storage.nbytes()
+            self.sizes.append(storage.nbytes())
         return tensor
 
 

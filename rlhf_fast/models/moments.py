@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf_fast.distributed.dtensors import as_dtensor, local_shard, shard_like
 
-from .optimizers import MOMENTS, OffloadedAdamW, Pairs, on_host
+from .optimizers import MOMENTS, OffloadedAdamW, Pairs, copy_to_host, eight_bit_package
 
 BLOCK = 256  # numbers with a common scale, by bitsandbytes
 
@@ -35,7 +35,11 @@ def saved_moments(optimizer: torch.optim.Optimizer, pairs: Pairs) -> dict[str, d
 
 @torch.no_grad()
 def restore_moments(optimizer: torch.optim.Optimizer, pairs: Pairs, saved: dict[str, dict[str, Any]]) -> None:
-    """Put back what `saved_moments` returned, of this optimizer or of another kind."""
+    """Put back what `saved_moments` returned, of this optimizer or of another kind.
+
+    Raises:
+        UserError: moments of 8 bits without bitsandbytes, or with an old one.
+    """
     for i, values in saved.items():
         weight, stepped = pairs[int(i)]
         rows = {
@@ -62,7 +66,7 @@ def _state(optimizer: Any, stepped: Tensor, rows: dict[str, Any]) -> dict[str, A
     if not hasattr(optimizer, "name2qmap"):
         moments = {name: _numbers(rows, name) for name in MOMENTS}
         if isinstance(optimizer, OffloadedAdamW):
-            moments = {name: on_host(x, pin=stepped.is_cuda) for name, x in moments.items()}
+            moments = {name: copy_to_host(x, pin=stepped.is_cuda) for name, x in moments.items()}
         else:
             moments = {name: x.to(device, torch.float32) for name, x in moments.items()}
         return {"step": torch.tensor(step, device=device), **moments}
@@ -110,9 +114,8 @@ def _numbers(rows: dict[str, Any], name: str) -> Tensor:
     codes, by_row = rows[name], rows.get(f"{name}_scales")
     if by_row is None:
         return codes.float()
-    from bitsandbytes.functional import create_dynamic_map
-
-    table = create_dynamic_map(signed=name == MOMENTS[0]).to(codes.device)
+    package = eight_bit_package("this checkpoint has moments of 8 bits, which need the package bitsandbytes")
+    table = package.functional.create_dynamic_map(signed=name == MOMENTS[0]).to(codes.device)
     return table[codes.long()] * _spread(codes, by_row).view(codes.shape)
 
 

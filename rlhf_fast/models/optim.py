@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlhf_fast.distributed.dtensors import as_dtensor, copies, is_dtensor, local_shard, shard_like
+from rlhf_fast.distributed.portions import portions
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.run.options import OptimizerKind
 
@@ -86,8 +87,7 @@ class AdamW:
         norm = self._norm()
         limit = float("inf") if max_norm is None else max_norm
         if torch.isfinite(norm):
-            for portion in self._portions():
-                stepped = [master for _, master in portion]
+            for stepped in self._portions():
                 torch.nn.utils.clip_grads_with_norm_(stepped, limit, norm)
                 self.optimizer.step()
                 if not isinstance(self.optimizer, OffloadedAdamW):  # which does so itself, while it has the masters
@@ -103,24 +103,16 @@ class AdamW:
         if low:
             torch._foreach_copy_([local_shard(self._weights[master]) for master in low], low)
 
-    def _portions(self) -> Iterator[list[tuple[Parameter, Tensor]]]:
-        """First the weights whose gradients are float32 already, then the others, converted a few at a time.
+    def _portions(self) -> Iterator[list[Tensor]]:
+        """Masters: first those whose gradients are float32 already, then the others, converted a few at a time.
 
         torch's optimizer skips a master without a gradient, so each call steps one portion.
         """
-        portion = [(weight, master) for weight, master in self.pairs if master.grad is not None]
-        if portion:
-            yield portion
-        portion, numbers = [], 0
-        for weight, master in self.pairs:
-            if master in self.single:
-                if portion and numbers + master.numel() > PORTION:
-                    yield portion
-                    portion, numbers = [], 0
+        if ready := [master for _, master in self.pairs if master.grad is not None]:
+            yield ready
+        for portion in portions([master for _, master in self.pairs if master in self.single], PORTION):
+            for master in portion:
                 self._to_float32(master)
-                portion.append((weight, master))
-                numbers += master.numel()
-        if portion:
             yield portion
 
     def _gradient_hook(self, master: Tensor) -> Callable[[Tensor], None]:

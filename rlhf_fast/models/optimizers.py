@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rlhf_fast.distributed.dtensors import local_shard
+from rlhf_fast.distributed.portions import portions
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import OptimizerKind
 
 PORTION = 16 * 2**20  # weights that are converted to float32, or whose state is on the device, at the same time
 LEAST_8BIT = 4096  # a smaller weight keeps moments of 32 bits, as bitsandbytes has it
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BITSANDBYTES = (0, 50)  # the oldest version whose moments are tested; also in pyproject.toml
 
 Pairs = Sequence[tuple[Parameter, Tensor]]  # weights of the model, and what is stepped for each of them
 
@@ -27,7 +30,7 @@ def build(kind: OptimizerKind, groups: list[dict[str, Any]], pairs: Pairs, **ada
     """The optimizer over `groups` of what is stepped; `adam`: lr, betas, eps, weight_decay.
 
     Raises:
-        UserError: adamw-8bit without bitsandbytes.
+        UserError: adamw-8bit without bitsandbytes, or with an old one.
     """
     if kind == "adamw-8bit":
         return _eight_bit(groups, {stepped for weight, stepped in pairs if weight.numel() >= LEAST_8BIT}, adam)
@@ -51,7 +54,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def move_to_host(self, masters: Iterable[Tensor]) -> None:
         """Take over master weights, which nothing else may read any more but in `stepped`."""
         for master in masters:
-            self.hosts[master] = on_host(master.detach())
+            self.hosts[master] = copy_to_host(master.detach())
             master.untyped_storage().resize_(0)
 
     @torch.no_grad()
@@ -61,7 +64,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         gradients = {p: p.grad for p in found}
         for p in found:
             p.grad = None  # torch steps what has a gradient
-        for portion in _portions(found):
+        for portion in portions(found, PORTION):
             hosts = [self._fetch(p) for p in portion]
             for p in portion:
                 p.grad = gradients[p]
@@ -89,33 +92,32 @@ class OffloadedAdamW(torch.optim.AdamW):
             p.untyped_storage().resize_(0)
         state = self.state[p]
         for name in MOMENTS:
-            state[name] = hosts[name].copy_(state[name]) if name in hosts else on_host(state[name])
+            state[name] = hosts[name].copy_(state[name]) if name in hosts else copy_to_host(state[name])
 
 
-def on_host(tensor: Tensor, pin: bool = False) -> Tensor:
+def copy_to_host(tensor: Tensor, pin: bool = False) -> Tensor:
     """A copy in CPU memory; pinned for a tensor of a GPU, or if `pin`."""
     return torch.empty_like(tensor, device="cpu", pin_memory=pin or tensor.is_cuda).copy_(tensor)
 
 
-def _portions(weights: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    portion: list[Tensor] = []
-    for weight in weights:
-        if portion and sum(p.numel() for p in portion) + weight.numel() > PORTION:
-            yield portion
-            portion = []
-        portion.append(weight)
-    if portion:
-        yield portion
+def eight_bit_package(needed: str) -> Any:
+    """bitsandbytes; UserError, which begins with `needed`, without it or of an older version than the extra has."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError(f"{needed}: pip install 'rlhf-fast[8bit]'") from None
+    if tuple(map(int, bitsandbytes.__version__.split(".")[:2])) < BITSANDBYTES:
+        wanted = ".".join(map(str, BITSANDBYTES))
+        raise UserError(
+            f"{needed}, {wanted} or later, and this is {bitsandbytes.__version__}: pip install 'rlhf-fast[8bit]'"
+        )
+    return bitsandbytes
 
 
 def _eight_bit(groups: list[dict[str, Any]], large: set[Tensor], adam: dict[str, Any]) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW; `large` weights have moments of 8 bits, whichever part of them this rank has."""
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise UserError("optimizer adamw-8bit needs the package bitsandbytes: pip install 'rlhf-fast[8bit]'") from None
-
-    base: Any = bitsandbytes.optim.AdamW8bit  # type: ignore[attr-defined]
+    bitsandbytes = eight_bit_package("optimizer adamw-8bit needs the package bitsandbytes")
+    base: Any = bitsandbytes.optim.AdamW8bit
 
     class EightBitAdamW(base):  # type: ignore[misc]
         def get_config(self, gindex: int, pindex: int, group: Any) -> dict[str, Any]:
@@ -131,6 +133,11 @@ def _eight_bit(groups: list[dict[str, Any]], large: set[Tensor], adam: dict[str,
 
     made: Any = EightBitAdamW
     return made(groups, **adam)
+
+
+def pinned_bytes(size: float) -> int:
+    """What a pinned tensor of so many bytes takes: PyTorch's allocator rounds up to a power of two, each by itself."""
+    return 1 << (math.ceil(size) - 1).bit_length() if size > 0 else 0
 
 
 def state_bytes(kind: OptimizerKind, weights: float, masters: bool) -> tuple[float, float]:

@@ -9,8 +9,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.footprint import Footprint
-from rlhf_fast.models.optimizers import PORTION, state_bytes
-from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, PROBABILITY, OptimizerKind, Options
+from rlhf_fast.models.optimizers import PORTION, pinned_bytes, state_bytes
+from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, PROBABILITY, OptimizerKind, Options, check_groups
 from rlhf_fast.trainer.rl.config import COMMON_DEFAULTS
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
@@ -77,6 +77,8 @@ class PlanOptions(Options):
     """Share of the GPU's operations that matrix products reach."""
     bandwidth: Annotated[float, PROBABILITY] = 0.6
     """Share of its bandwidth that generation reaches."""
+    host_bandwidth: Annotated[float, POSITIVE] = 20.0
+    """GB a second between a GPU's memory and the CPU's, for what is offloaded; every process has so many."""
 
     @property
     def samples(self) -> int:
@@ -98,6 +100,7 @@ class PlanOptions(Options):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range, or the batch cannot be divided."""
         super().validate()
+        check_groups(self.fsdp_size, self.gpus)
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         unit = self.samples * (1 if self.phase == "reward" else self.gpus)
@@ -143,10 +146,15 @@ Memory = dict[str, dict[str, float]]  # moment -> part -> bytes of one process
 def step_rows(options: PlanOptions) -> int:
     """Sequences of one process in one optimizer step."""
     rows = -(-options.batch_size // options.gpus)
+    return -(-rows // _minibatches(options))
+
+
+def _minibatches(options: PlanOptions) -> int:
+    """Optimizer steps of an epoch of a step."""
     if options.phase != "ppo":
-        return rows
+        return 1
     usual = OBJECTIVES[options.objective].defaults.get("num_minibatches", COMMON_DEFAULTS["num_minibatches"])
-    return -(-rows // math.gcd(usual, options.batch_size))
+    return math.gcd(usual, options.batch_size)
 
 
 def wave_rows(options: PlanOptions, setup: Setup) -> int:
@@ -233,13 +241,17 @@ def has_reference(options: PlanOptions) -> bool:
 
 
 def _weights(model: Footprint, options: PlanOptions, setup: Setup) -> float:
-    """Of one copy, or of this process' share of it. SFT keeps float32 weights, and a copy for autocast."""
+    """Of one copy, or of this process' share of it; SFT keeps float32 weights."""
     adapters = model.trained if model.trained < model.weights else 0  # float32, on every process
-    float32 = options.phase == "sft" and not setup.lora_rank and model.width == 2
-    bytes_ = float((model.weights - adapters) * (4 + model.width if float32 else model.width))
+    bytes_ = float((model.weights - adapters) * (4 if _casts(model, options, setup) else model.width))
     if setup.nf4:
         bytes_ -= model.linear * (model.width - NF4)
     return bytes_ / (_group(options) if setup.fsdp else 1) + 4.0 * adapters
+
+
+def _casts(model: Footprint, options: PlanOptions, setup: Setup) -> bool:
+    """Whether float32 weights are cast to bfloat16 where they are used (autocast)."""
+    return options.phase == "sft" and not setup.lora_rank and model.width == 2
 
 
 def _trained(name: str, model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, float]:
@@ -250,8 +262,11 @@ def _trained(name: str, model: Footprint, options: PlanOptions, setup: Setup) ->
 
 def _state(model: Footprint, options: PlanOptions, setup: Setup) -> tuple[float, float]:
     """Of the optimizer, on the GPU and in CPU memory."""
-    has_master = model.width == 2 and options.phase != "sft" and not setup.lora_rank
-    return state_bytes(options.optimizer, model.trained / _shares(options, setup), has_master)
+    return state_bytes(options.optimizer, model.trained / _shares(options, setup), _has_master(model, options, setup))
+
+
+def _has_master(model: Footprint, options: PlanOptions, setup: Setup) -> bool:
+    return model.width == 2 and options.phase != "sft" and not setup.lora_rank
 
 
 def _stepped(model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, float]:
@@ -261,17 +276,28 @@ def _stepped(model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, 
     return {"state of a portion": _state(model, options, setup)[1] * portion}
 
 
-def on_host(options: PlanOptions, models: Models, setup: Setup) -> float:
-    """Bytes of CPU memory that a process needs for what the options keep there."""
+def host_bytes(options: PlanOptions, models: Models, setup: Setup) -> float:
+    """Pinned CPU memory that a process needs for what the options keep there."""
     trained = [model for model in trained_models(options, models, setup) if model is not None]
+    state = sum(_pinned_state(model, options, setup) for model in trained)
+    if not options.activation_offloading:
+        return state
     tokens = pass_tokens(options, micro_batch_rows(options, setup))
-    kept = max(model.offloaded(1, tokens, setup.gradient_checkpointing)[1] for model in trained)
-    return sum(_state(model, options, setup)[1] for model in trained) + kept * options.activation_offloading
+    kept = (model.offloaded(1, tokens, setup.gradient_checkpointing)[1] for model in trained)
+    return state + max(sum(map(pinned_bytes, sizes)) for sizes in kept)
+
+
+def _pinned_state(model: Footprint, options: PlanOptions, setup: Setup) -> float:
+    """Of an offloaded optimizer: a tensor for each moment, and master, of each weight or of this process' rows."""
+    shares = _shares(options, setup)
+    tensors = state_bytes(options.optimizer, 1, _has_master(model, options, setup))[1] / 4
+    trained = (p if p.dim() else p[None] for p in model.model.parameters() if p.requires_grad)
+    return tensors * sum(pinned_bytes(4 * -(-len(p) // shares) * p[0].numel()) for p in trained)
 
 
 def _group(options: PlanOptions) -> int:
     """Processes that share a copy of sharded models."""
-    return min(options.fsdp_size or options.gpus, options.gpus)
+    return options.fsdp_size or options.gpus
 
 
 def _shares(options: PlanOptions, setup: Setup) -> int:
@@ -301,8 +327,14 @@ def _pass(model: Footprint, options: PlanOptions, setup: Setup) -> dict[str, flo
         kept, _ = model.offloaded(1, tokens, setup.gradient_checkpointing)
     return {
         "activations": float(kept),
+        "weights in autocast's dtype": _cast_weights(model, options, setup),
         "gathered": layers + (model.head * width if setup.fsdp else 0.0),
     }
+
+
+def _cast_weights(model: Footprint, options: PlanOptions, setup: Setup) -> float:
+    """The copy that autocast makes, of all weights also if these are sharded: it is there when a forward ends."""
+    return float(model.weights * model.width) if _casts(model, options, setup) else 0.0
 
 
 def _head(model: Footprint, options: PlanOptions, setup: Setup, device: str) -> float:
@@ -328,8 +360,9 @@ def seconds(options: PlanOptions, models: Models, setup: Setup) -> dict[str, flo
     tokens = pass_tokens(options, rows)
     forward = policy.flops_per_token(options.length) * tokens / operations
     update = (FORWARD + BACKWARD + (FORWARD if setup.gradient_checkpointing else 0)) * forward
+    transfers = _transfers(options, models, setup)
     if not ppo:
-        return {"update": update}
+        return {"update": update, **transfers}
     context = options.prompt_length + options.max_new_tokens / 2  # in the mean, while a completion grows
     wave = wave_rows(options, setup)
     read = (_weights(policy, options, Setup(nf4=setup.nf4)) + policy.cache_per_token * context * wave) / bytes_
@@ -345,4 +378,18 @@ def seconds(options: PlanOptions, models: Models, setup: Setup) -> dict[str, flo
     if critic:
         parts["values and critic"] = score * (1 + 3 * options.epochs)
     parts["update"] = update * options.epochs
-    return parts
+    return parts | transfers
+
+
+def _transfers(options: PlanOptions, models: Models, setup: Setup) -> dict[str, float]:
+    """What is offloaded goes to CPU memory and back; nothing is computed meanwhile."""
+    trained = [model for model in trained_models(options, models, setup) if model is not None]
+    passes = options.epochs if options.phase == "ppo" else 1
+    state = passes * _minibatches(options) * sum(_state(model, options, setup)[1] for model in trained)
+    tokens = pass_tokens(options, -(-options.batch_size // options.gpus))
+    kept = sum(sum(model.offloaded(1, tokens, setup.gradient_checkpointing)[1]) for model in trained)
+    sizes = {
+        "optimizer state over PCIe": state,
+        "activations over PCIe": float(passes * kept * options.activation_offloading),
+    }
+    return {name: 2 * size / (options.host_bandwidth * 1e9) for name, size in sizes.items() if size}

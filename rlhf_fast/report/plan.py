@@ -11,9 +11,10 @@ from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.loading import resolve_dtype
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 
-from .estimate import GIB, SPARE, Models, PlanOptions, Setup, memory, on_host, peak, seconds, step_rows, wave_rows
+from .estimate import GIB, SPARE, Models, PlanOptions, Setup, host_bytes, memory, peak, seconds, step_rows, wave_rows
 
 WAVES = (1, 2, 4, 8)  # in which completions are sampled
+NODE = 8  # most GPUs of a node
 
 
 def choose(options: PlanOptions, models: Models) -> Setup | None:
@@ -76,21 +77,43 @@ def show(options: PlanOptions, models: Models, setup: Setup) -> None:
         f"with {SPARE:.0%} to spare", *(f"{sum(p.values()) * (1 + SPARE) / GIB:.2f}" for p in moments.values())
     )
     console.print(table)
-    if host := on_host(options, models, setup):
-        console.print(f"And {host / GIB:.1f} GiB of CPU memory for each process, for what is offloaded.")
+    if host := host_bytes(options, models, setup):
+        console.print(f"And {host / GIB:.1f} GiB of pinned CPU memory for each process, for what is offloaded.")
     times = seconds(options, models, setup)
     console.print(f"A step of {options.batch_size} sequences: about {sum(times.values()):.1f} s ("
                   + ", ".join(f"{name} {value:.1f}" for name, value in times.items()) + ").")  # fmt: skip
-    console.print(
-        f"Assumed: matrix products at {options.efficiency:.0%} of an {options.gpu.upper()}'s bf16 peak, generation at "
-        f"{options.bandwidth:.0%} of its bandwidth, all processes equally busy, no time for communication. The "
-        "built-in sampler is slower than that on a GPU; an engine is not: docs/engine.md."
-    )
-    launch = f"torchrun --nproc-per-node {options.gpus} -m rlhf_fast" if options.gpus > 1 else "rlhf-fast"
+    console.print(_assumed(options))
+    launch, nodes = _launcher(options.gpus)
+    if nodes > 1:
+        console.print(
+            f"On each of {nodes} nodes of {options.gpus // nodes} GPUs, with its own --node-rank, 0 to {nodes - 1}, "
+            "and the address of the first for NODE0:"
+        )
     objective = f" --objective {options.objective}" if options.phase == "ppo" and options.objective != "ppo" else ""
     objective += "" if options.kl_coef is None or options.phase != "ppo" else f" --kl-coef {options.kl_coef:g}"
     flags = f"{objective} {setup.flags()}{_saving(options, setup)}{_sizes(options, setup)}"
     console.print(f"{launch} {options.phase} --model {options.model}{flags}", soft_wrap=True)
+
+
+def _assumed(options: PlanOptions) -> str:
+    copies = options.optimizer == "adamw-offload" or options.activation_offloading
+    host = f"copies to and from CPU memory at {options.host_bandwidth:g} GB/s, " if copies else ""
+    return (
+        f"Assumed: matrix products at {options.efficiency:.0%} of an {options.gpu.upper()}'s bf16 peak, generation at "
+        f"{options.bandwidth:.0%} of its bandwidth, {host}all processes equally busy, no time for communication. The "
+        "built-in sampler is slower than that on a GPU; an engine is not: docs/engine.md."
+    )
+
+
+def _launcher(gpus: int) -> tuple[str, int]:
+    """The beginning of the launch line, and the number of nodes, which have eight GPUs or less."""
+    if gpus == 1:
+        return "rlhf-fast", 1
+    each = max(n for n in range(1, NODE + 1) if gpus % n == 0)
+    nodes = gpus // each
+    several = f"--nnodes {nodes} --node-rank 0 " if nodes > 1 else ""
+    first = " --master-addr NODE0 --master-port 29500" if nodes > 1 else ""
+    return f"torchrun {several}--nproc-per-node {each}{first} -m rlhf_fast", nodes
 
 
 def _number(weights: int) -> str:

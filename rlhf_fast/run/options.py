@@ -69,6 +69,14 @@ class Options:
                     raise UserError(f"{name} must be {range_.wanted}, got {value!r}")
 
 
+def check_groups(size: int, processes: int, fsdp: bool = True) -> None:
+    """UserError if `fsdp_size` does not divide the processes into groups."""
+    if size and (not fsdp or size == 1 or processes % size):
+        raise UserError(
+            f"fsdp_size needs fsdp and is 2 or more of the {processes} processes, in equal groups; got {size}"
+        )
+
+
 @dataclass
 class RunOptions(Options):
     """Options of every phase."""
@@ -138,11 +146,7 @@ class RunOptions(Options):
             )
         if self.fsdp and ranks().count == 1:
             raise UserError("fsdp shards models over several processes and this is one: start it with torchrun")
-        if self.fsdp_size and (not self.fsdp or self.fsdp_size == 1 or ranks().count % self.fsdp_size):
-            raise UserError(
-                f"fsdp_size needs fsdp and is 2 or more of the {ranks().count} processes, in equal groups; got "
-                f"{self.fsdp_size}"
-            )
+        check_groups(self.fsdp_size, ranks().count, self.fsdp)
         if self.overwrite and self.resume:
             raise UserError(
                 "overwrite and resume exclude each other: one empties the run folder, the other goes on in it"

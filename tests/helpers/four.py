@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Four processes on one machine: `python -m helpers.four FOLDER [STEPS]` in tests/, some minutes.
 
-First every phase and every objective, with models copied and sharded and with a stand-in for the engine, by one process
-and by four (gloo): weights and metrics must agree to rounding. Then STEPS (300) steps of PPO on sharded models, which
-saves every tenth: memory and open files of each process must not grow.
+First every phase and every objective, with models copied and sharded and with a stand-in for the engine, and three with
+models sharded over two groups of two, by one process and by four (gloo): weights and metrics must agree to rounding.
+Then STEPS (300) steps of PPO on sharded models, which saves every tenth: memory and open files of each process must not
+grow.
 """
 
 from __future__ import annotations
@@ -44,7 +45,14 @@ def jobs(data: Path) -> dict[str, Any]:
     found |= {name: replace(ppo, objective=name) for name in OBJECTIVES if name not in known}
     found["engine"] = replace(ppo, objective="grpo", sampler="vllm-server")
     cut = [name for name, job in found.items() if hasattr(job, "fsdp") and name not in ("collect", "sft-packed")]
-    return found | {f"{name}-fsdp": replace(found[name], fsdp=True, micro_batch_size=4) for name in cut}
+    cuts = {f"{name}-fsdp": replace(found[name], fsdp=True, micro_batch_size=4) for name in cut}
+    groups = {f"{name}-groups": replace(cuts[f"{name}-fsdp"], fsdp_size=2) for name in ("sft", "reward", "ppo")}
+    return found | cuts | groups
+
+
+def alone(name: str) -> str:
+    """The job of one process that it is compared with."""
+    return name.removesuffix("-fsdp").removesuffix("-groups")
 
 
 def do(data: Path, folder: Path, url: str, names: list[str]) -> None:
@@ -89,7 +97,7 @@ def compare(data: Path, folder: Path) -> int:
     """Print a line a job; returns how many differ."""
     wrong = 0
     for name in jobs(data):
-        one, four = folder / "one" / name.removesuffix("-fsdp"), folder / "four" / name
+        one, four = folder / "one" / alone(name), folder / "four" / name
         if name == "collect":
             same = (one / "feedback.jsonl").read_bytes() == (four / "feedback.jsonl").read_bytes()
             print(f"{name:18} feedback.jsonl {'the same' if same else 'differs'}")
@@ -153,8 +161,7 @@ def main(folder: Path, steps: int) -> int:
     make_data.make_tiny(data)
     phases.prepare(data)
     names = list(jobs(data))
-    alone = [name for name in names if not name.endswith("-fsdp")]
-    with_stub(data, lambda url: do(data, folder / "one", url, alone))
+    with_stub(data, lambda url: do(data, folder / "one", url, [name for name in names if alone(name) == name]))
     engines = [name for name in names if name.startswith("engine")]
     rest = [name for name in names if name not in engines]
     launch("jobs", str(data), str(folder / "four"), "-", *rest)

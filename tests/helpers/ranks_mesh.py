@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from offloads import moved_to_host
 from ranks_checkpoints import moments_of, state_of
 from ranks_fsdp import CONFIGS, batches, compare, loss_of, whole
 from safetensors.torch import load_file, save_file
@@ -19,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_fast.distributed import ranks as ranks_module
 from rlhf_fast.distributed.dtensors import copies, is_dtensor
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.models import activations, optimizers
+from rlhf_fast.models import optimizers
 from rlhf_fast.models.activations import checkpoint_activations, offload_activations
 from rlhf_fast.models.fsdp import shard_size, sharded, unsharded
 from rlhf_fast.models.optim import AdamW
@@ -51,27 +54,19 @@ def mesh() -> None:
 
 def offloaded() -> None:
     """Of a sharded model no weight goes to CPU memory with the activations; the step is the same, bit for bit."""
-    steps: list[list[torch.Tensor]] = []
-    moved: list[torch.Size] = []
-    activations.LEAST, really = 1, activations.ToHost.pack
-
-    def noted(self: Any, tensor: torch.Tensor) -> Any:
-        kept = really(self, tensor)
-        moved.extend([tensor.shape] if isinstance(kept, tuple) else [])
-        return kept
-
-    activations.ToHost.pack = noted  # type: ignore[method-assign]
-    for offload in (False, True):
-        model = sharded(plain("untied"), True, 2)
-        if offload:
-            offload_activations(model)
-        optimizer = AdamW(model.parameters(), lr=1e-3)
-        learn(model, optimizer)
-        steps.append([p.to_local() for p in model.parameters()])  # type: ignore[attr-defined]
-    activations.ToHost.pack = really  # type: ignore[method-assign]
-    assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
-    weights = {p.shape for p in model.parameters()}
-    assert moved and not [shape for shape in moved if shape in weights or shape[::-1] in weights]
+    for autocast in (False, True):  # which casts a weight while it is gathered; autograd keeps that
+        steps: list[list[torch.Tensor]] = []
+        with moved_to_host(least=1) as moved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for offload in (False, True):
+                model = sharded(plain("untied"), True, 2)
+                if offload:
+                    offload_activations(model)
+                optimizer = AdamW(model.parameters(), lr=1e-3)
+                learn(model, optimizer)
+                steps.append([p.to_local() for p in model.parameters()])  # type: ignore[attr-defined]
+        assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+        weights, shapes = {p.shape for p in model.parameters()}, [x.shape for x, _ in moved]
+        assert shapes and not [shape for shape in shapes if shape in weights or shape[::-1] in weights]
 
 
 def learn(model: Any, optimizer: AdamW) -> None:
@@ -90,7 +85,7 @@ def trained(kind: Any, steps: int, size: int = 2) -> tuple[Any, AdamW]:
 def resumes() -> None:
     """Every optimizer goes on bit for bit in the same groups; other groups, and one process, read the same."""
     optimizers.LEAST_8BIT = 0
-    for kind in ("adamw", "adamw-offload", "adamw-8bit"):
+    for kind in ("adamw", "adamw-offload", *(("adamw-8bit",) if find_spec("bitsandbytes") else ())):
         model, optimizer = trained(kind, 2)
         run = RunFolder.create(FOLDER / kind)
         run.save_checkpoint(2, state_of(optimizer, 2))
@@ -155,3 +150,11 @@ def buckets() -> None:
         assert_close(one, two, rtol=0, atol=1e-5)
     same = ranks().every([float(p.detach().sum()) for p in model.parameters()])
     assert len(list(groupby(same))) == 1
+
+
+def sft_groups() -> None:
+    """SFT with models sharded over two groups of two, each process with several micro-batches."""
+    import phases
+
+    job = phases.cut_jobs(Path(os.environ["RANKS_DATA"]))["sft-fsdp"]
+    phases.run(replace(job, fsdp_size=2, micro_batch_size=2), FOLDER / "sft_groups")

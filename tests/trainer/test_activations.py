@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.offloads import is_weight_of, moved_to_host
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rlhf_fast.models import activations
 from rlhf_fast.models.batches import Batch
@@ -29,9 +31,10 @@ def batch(padded: str) -> Batch:
     return Batch(ids, attended, attended & (attended.cumsum(1) > 2))
 
 
-def gradients(model: Any, given: Batch, made: Any) -> list[Tensor]:
+def gradients(model: Any, given: Batch, made: Any, autocast: bool) -> list[Tensor]:
     """The loss, and the gradient of each trained weight."""
-    loss = (made(model, given) * torch.linspace(-1, 1, given.input_ids.shape[1])).sum()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # as SFT does
+        loss = (made(model, given) * torch.linspace(-1, 1, given.input_ids.shape[1])).sum()
     loss.backward()
     found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     model.zero_grad()
@@ -39,20 +42,11 @@ def gradients(model: Any, given: Batch, made: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["policy", "critic", "adapters"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loss_and_gradients_are_the_same_bit_for_bit(
-    kind: str, dtype: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    moved: list[Tensor] = []
-    really = activations.ToHost.pack
-
-    def noted(self: Any, tensor: Tensor) -> Any:
-        kept = really(self, tensor)
-        moved.extend([tensor] if isinstance(kept, tuple) else [])
-        return kept
-
-    monkeypatch.setattr(activations, "LEAST", 16)
-    monkeypatch.setattr(activations.ToHost, "pack", noted)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+def test_loss_and_gradients_are_the_same_bit_for_bit(kind: str, dtype: str, tiny: Path) -> None:
+    autocast = dtype == "autocast"
+    if autocast:
+        dtype = "bfloat16" if kind == "adapters" else "float32"  # frozen weights are not cast
     if kind == "critic":
         model = make_critic(load_reward_model(str(tiny / "model"), dtype, new_head=True))
     else:
@@ -61,26 +55,28 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(
         add_lora(model, 4)
     made = token_values if kind == "critic" else token_logprobs
     model.train()
-    wanted = {padded: gradients(model, batch(padded), made) for padded in ("left", "right", "shared")}
-    assert not moved
-    activations.offload_activations(model)
-    counts = []
-    for recompute in (False, True):
-        if recompute:
-            activations.checkpoint_activations(model)
-        for padded, expected in wanted.items():
-            moved.clear()
-            found = gradients(model, batch(padded), made)
-            assert len(found) == len(expected) > 5
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), padded
-            counts.append(sum(x.numel() for x in moved))
-            places = {p.data_ptr() for p in model.parameters()}
-            assert moved and not any(x.data_ptr() in places for x in moved)  # weights stay
-    assert all(recomputed < kept / 4 for kept, recomputed in zip(counts[:3], counts[3:], strict=True))
-    with torch.no_grad():
-        moved.clear()
-        made(model, batch("left"))
+    with moved_to_host(least=16) as moved:
+        wanted = {padded: gradients(model, batch(padded), made, autocast) for padded in ("left", "right", "shared")}
         assert not moved
+        activations.offload_activations(model)
+        counts = []
+        for recompute in (False, True):
+            if recompute:
+                activations.checkpoint_activations(model)
+            for padded, expected in wanted.items():
+                moved.clear()
+                found = gradients(model, batch(padded), made, autocast)
+                assert len(found) == len(expected) > 5
+                assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), padded
+                counts.append(sum(x.numel() for x, _ in moved))
+                places = {p.data_ptr() for p in model.parameters()}
+                assert moved and not any(x.data_ptr() in places for x, _ in moved)  # weights stay
+                assert not any(is_weight_of(model, x) for x, _ in moved)  # and what autocast makes of them
+        assert all(recomputed < kept / 4 for kept, recomputed in zip(counts[:3], counts[3:], strict=True))
+        with torch.no_grad():
+            moved.clear()
+            made(model, batch("left"))
+            assert not moved
 
 
 def test_strides_survive() -> None:
@@ -92,18 +88,37 @@ def test_strides_survive() -> None:
     assert torch.equal(back, tensor) and back.stride() == tensor.stride()
 
 
+def copy_by(host: activations.ToHost, saved: Tensor) -> Tensor:
+    kept = host.pack(saved)
+    assert isinstance(kept, tuple) and torch.equal(kept[1], saved)
+    return kept[1]
+
+
 def test_what_is_saved_twice_is_copied_once_until_it_changes() -> None:
     host = activations.ToHost()
-    tensor, others = torch.randn(64, 64), [torch.randn(64, 64) for _ in range(4)]
-
-    def copy_of(saved: Tensor) -> Tensor:
-        kept = host.pack(saved)
-        assert isinstance(kept, tuple) and torch.equal(kept[1], saved)
-        return kept[1]
-
-    first = copy_of(tensor)
-    assert copy_of(tensor) is first and copy_of(tensor.t()) is not first and copy_of(tensor[:32]) is not first
+    tensor, others = torch.randn(64, 64), [torch.randn(64, 64) for _ in range(9)]
+    first = copy_by(host, tensor)
+    assert all(copy_by(host, other) is not first for other in others) and copy_by(host, tensor) is first
+    for view in (tensor.t(), tensor[:32], tensor[32:], tensor.view(torch.int32)):
+        assert copy_by(host, view) is not first
     tensor.add_(1)
-    changed = copy_of(tensor)
-    assert changed is not first and copy_of(tensor) is changed
-    assert all(copy_of(other) is not changed for other in others) and copy_of(tensor) is not changed  # too long ago
+    changed = copy_by(host, tensor)
+    assert changed is not first and copy_by(host, tensor) is changed
+
+
+def test_memory_on_the_device_is_free_again_and_nothing_else_in_it_is_taken_for_what_was_there() -> None:
+    host = activations.ToHost()
+    for _ in range(50):
+        tensor = torch.randn(64, 64)
+        copy_by(host, tensor)
+        storage = StorageWeakRef(tensor.untyped_storage())
+        del tensor
+        assert storage.expired()
+
+
+def test_expanded_tensors_stay() -> None:
+    """A copy of a mask of one head would be as large as those of all heads."""
+    mask = torch.randn(2, 1, 32, 32).expand(2, 8, 32, 32)
+    assert activations.ToHost().pack(mask) is mask
+    one_head = torch.randn(32, 32).expand(1, 1, 32, 32)  # expands nothing
+    copy_by(activations.ToHost(), one_head)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import phases
+from helpers.four import METRICS, WEIGHTS, difference
 from safetensors.torch import load_file
 
 from rlhf_fast.distributed.ranks import ranks
@@ -20,7 +22,7 @@ from rlhf_fast.trainer import PPOConfig, RewardConfig
 
 CASES = ("tied", "untied", "biased", "experts", "gpt2", "critic", "reads", "refused", "engine", "checkpoints")
 CASES += ("failed_write", "killed_write")
-FOUR = ("mesh", "offloaded", "resumes", "buckets")  # by four processes
+FOUR = ("mesh", "offloaded", "resumes", "buckets", "sft_groups")  # by four processes
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ranks_fsdp.py"
 
 
@@ -29,12 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fsdp")
 
 
-def launch(folder: Path, processes: int, *cases: str) -> subprocess.CompletedProcess[str]:
+def launch(folder: Path, processes: int, *cases: str, data: Path | str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [*command, str(SCRIPT), *cases],
         capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RANKS_FOLDER": str(folder)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RANKS_FOLDER": str(folder), "RANKS_DATA": str(data)},
     )  # fmt: skip
 
 
@@ -44,9 +46,8 @@ def result(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def of_four(folder: Path) -> subprocess.CompletedProcess[str]:
-    pytest.importorskip("bitsandbytes")
-    return launch(folder, 4, *FOUR)
+def of_four(folder: Path, job_data: Path) -> subprocess.CompletedProcess[str]:
+    return launch(folder, 4, *FOUR, data=job_data)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,9 +65,19 @@ def test_four_processes(of_four: subprocess.CompletedProcess[str], case: str) ->
 def test_one_process_reads_what_two_groups_have_written(
     of_four: subprocess.CompletedProcess[str], folder: Path, kind: str
 ) -> None:
+    if kind == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
     wanted = load_file(folder / f"{kind}.safetensors")
     found = load_state(folder / kind / "checkpoints" / "step-2")["optimizer"]["weights"]
     assert wanted.keys() == found.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_sft_in_two_groups_is_that_of_one_process(
+    of_four: subprocess.CompletedProcess[str], folder: Path, job_data: Path
+) -> None:
+    phases.run(phases.jobs(job_data)["sft"], folder / "sft")
+    weights, metrics = difference(job_data, folder / "sft", folder / "sft_groups")
+    assert weights <= WEIGHTS and metrics <= METRICS
 
 
 def test_one_process_reads_what_two_have_written(result: subprocess.CompletedProcess[str], folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,8 +65,10 @@ def test_state_in_cpu_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch, tm
     assert all(moment["exp_avg"].abs().sum() > 0 for moment in wanted["moments"].values())
 
 
-def test_between_steps_the_device_has_neither_masters_nor_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also not while gradients are summed; within a step it has those of a portion alone."""
+def test_between_steps_masters_are_empty_and_the_copies_in_cpu_memory_stay_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Within a step the device has the masters of a portion alone. Where moments are cannot be seen on a CPU."""
     monkeypatch.setattr(optimizers, "PORTION", 6000)
     found = weights(torch.bfloat16, torch.float32)
     ours = AdamW(found, lr=1e-2, kind="adamw-offload")
@@ -86,11 +89,12 @@ def test_between_steps_the_device_has_neither_masters_nor_moments(monkeypatch: p
         step(found, ours, seed)
         assert sorted(sum(seen, [])) == sorted(4 * p.numel() for p in found)
         assert all(master.untyped_storage().nbytes() == 0 for master in lows)
-        devices = {id(x) for p in inner.state for x in (inner.state[p]["exp_avg"], inner.state[p]["exp_avg_sq"])}
-        assert len(devices) == 16
+        states = [x for p in inner.state for x in (inner.state[p]["exp_avg"], inner.state[p]["exp_avg_sq"])]
+        assert len(states) == 16
         if seed == 1:
-            first = devices
-    assert devices == first  # the same memory, which would be pinned, and not a new one each step
+            first = states
+    assert all(one is other for one, other in zip(first, states, strict=True))  # pinned once, not in every step
+    assert len({x.data_ptr() for x in [*states, *inner.hosts.values()]}) == 16 + len(lows)  # none shares a buffer
 
 
 def test_a_weight_without_rows_is_stepped_by_every_kind(bitsandbytes: Any) -> None:
@@ -98,12 +102,20 @@ def test_a_weight_without_rows_is_stepped_by_every_kind(bitsandbytes: Any) -> No
     for kind in KINDS:
         empty, other = Parameter(torch.zeros(0, 20)), Parameter(torch.ones(80, 60))
         ours, pairs = over_shards(kind, [{"params": [empty, other]}], lr=0.1)  # type: ignore[arg-type]
-        ours.param_groups[0]["lr"] = 0.1
         for weight in (empty, other):
             weight.grad = torch.ones_like(weight)
         ours.step()
-        moments.restore_moments(ours, pairs, moments.saved_moments(ours, pairs))
+        saved = moments.saved_moments(ours, pairs)
+        moments.restore_moments(ours, pairs, saved)
         assert float(other.detach()[0, 0]) < 0.95
+        for steps in ([saved[i]["step"] for i in "01"], [ours.state[stepped]["step"] for _, stepped in pairs]):
+            assert [float(step) for step in steps] == [1, 1], kind
+
+
+def test_pinned_memory_is_counted_in_powers_of_two() -> None:
+    """As PyTorch's allocator of pinned memory rounds; that needs a GPU, so this is the arithmetic alone."""
+    sizes = (0, 1, 1023.5, 1024, 1025, 3 * 2**20)
+    assert [optimizers.pinned_bytes(size) for size in sizes] == [0, 1, 1024, 1024, 2048, 2**22]
 
 
 def oracle(bitsandbytes: Any, found: Sequence[Parameter], **adam: Any) -> Any:
@@ -199,8 +211,8 @@ def test_another_kind_of_optimizer_can_resume(bitsandbytes: Any, tmp_path: Path)
 def test_8_bit_moments_of_other_rows_are_rounded_anew_where_blocks_differ(
     bitsandbytes: Any, cut: tuple[int, int]
 ) -> None:
-    """Rows of 50 numbers: 32 * 50 is no multiple of 256, so later rows get other blocks; what is read is the same."""
-    whole = Parameter(torch.zeros(90, 64))  # 64: blocks end with every fourth row
+    """Rows of 64 numbers: a block has four, so a part that begins at no multiple of four has other blocks."""
+    whole = Parameter(torch.zeros(90, 64))
     optimizer = AdamW([whole], lr=0.1, kind="adamw-8bit")
     whole.grad = torch.randn(90, 64, generator=torch.Generator().manual_seed(0))
     optimizer.step()
@@ -222,7 +234,19 @@ def test_8_bit_moments_of_other_rows_are_rounded_anew_where_blocks_differ(
         first += rows
 
 
-def test_without_its_package_8_bits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install 'rlhf-fast\[8bit\]'"):
+@pytest.mark.parametrize("version", [None, "0.49.2"])
+def test_without_its_package_8_bits_are_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a checkpoint that another optimizer resumes from."""
+    found = version and SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", found)  # type: ignore[arg-type]
+    got = r", 0\.50 or later, and this is 0\.49\.2" if version else ""
+    ending = rf"package bitsandbytes{got}: pip install 'rlhf-fast\[8bit\]'"
+    with pytest.raises(UserError, match=f"^optimizer adamw-8bit needs the {ending}"):
         AdamW(weights(torch.float32), lr=0.1, kind="adamw-8bit")
+    codes, scales = torch.zeros(90, 50, dtype=torch.uint8), torch.zeros(90, 3)
+    saved = {"step": torch.tensor(1.0)}
+    saved |= {f"{name}{end}": x for name in moments.MOMENTS for end, x in (("", codes), ("_scales", scales))}
+    for kind in KINDS[:2]:
+        ours = AdamW(weights(torch.float32)[:1], lr=0.1, kind=kind)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=f"^this checkpoint has moments of 8 bits, which need the {ending}"):
+            moments.restore_moments(ours.optimizer, ours.pairs, {"0": saved})

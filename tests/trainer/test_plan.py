@@ -10,33 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.plans import GPT2, LLAMA, SEVEN_B, folder_of, options_of
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig
+from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, OPTConfig
 
 from rlhf_fast import cli
-from rlhf_fast.models import activations
 from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.lora import add_lora
 from rlhf_fast.models.optim import AdamW
-from rlhf_fast.models.optimizers import state_bytes
 from rlhf_fast.report import estimate, plan
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
-
-LLAMA = LlamaConfig(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=301, tie_word_embeddings=False, max_position_embeddings=4096,
-)  # fmt: skip
-GPT2 = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=301, bos_token_id=1, eos_token_id=2)
-SEVEN_B = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
-    vocab_size=32000, tie_word_embeddings=False,
-)  # fmt: skip
-
-
-def folder_of(config: Any, path: Path) -> str:
-    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM").replace("GPT2For", "GPT2LMHead")]
-    config.save_pretrained(path)
-    return str(path)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -82,81 +65,24 @@ def test_adapters_are_counted_apart(tmp_path: Path) -> None:
     assert found.weights - found.trained == Footprint.of(str(tmp_path), torch.bfloat16).weights
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_offloaded_activations_are_what_goes_to_cpu_memory(
-    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        (1, "rlhf-fast sft "),
+        (8, "torchrun --nproc-per-node 8 -m rlhf_fast sft "),
+        (16, "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr NODE0 --master-port 29500 -m rlhf"),
+        (12, "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 6 --master-addr NODE0 --master-port 29500 -m rlhf"),
+    ],
+)
+def test_several_nodes_have_a_launch_line_each(
+    gpus: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = Footprint.of(folder_of(LLAMA, tmp_path), torch.float32)
-    real = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa").train()
-    activations.set_up_activations(real, checkpointing, True)
-    copies: dict[int, torch.Tensor] = {}
-    really = activations.ToHost.pack
-
-    def noted(self: Any, tensor: torch.Tensor) -> Any:
-        kept = really(self, tensor)
-        copies.update({id(kept[1]): kept[1]} if isinstance(kept, tuple) else {})
-        return kept
-
-    monkeypatch.setattr(activations.ToHost, "pack", noted)
-    with activations.activations_of(real):
-        real.base_model(input_ids=torch.ones((3, 40), dtype=torch.int64), use_cache=False)
-    device, host = found.offloaded(3, 40, checkpointing)
-    norm = 2 * 120 * 64 * 4 * checkpointing  # the last norm's, which is in no layer: little in a model of many
-    assert host == pytest.approx(sum(x.nbytes for x in copies.values()) - norm, rel=0.1)
-    assert device == pytest.approx(found.saved(3, 40, False) / 3, rel=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "adamw-offload", "adamw-8bit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_optimizer_state_is_as_large_as_counted(kind: Any, dtype: torch.dtype) -> None:
-    if kind == "adamw-8bit":
-        pytest.importorskip("bitsandbytes")
-    weight = torch.nn.Parameter(torch.ones(100, 512, dtype=dtype))
-    optimizer = AdamW([weight], lr=0.1, kind=kind)
-    weight.sum().backward()
-    optimizer.step()
-    ((_, master),) = optimizer.pairs
-    moments = [x for name, x in optimizer.optimizer.state[master].items() if torch.is_tensor(x) and "qmap" not in name]
-    state = sum(x.nbytes for x in moments if x.dim())
-    masters = 0 if master is weight else master.untyped_storage().nbytes()
-    hosts = sum(x.nbytes for x in getattr(optimizer.optimizer, "hosts", {}).values())
-    device, host = state_bytes(kind, weight.numel(), dtype == torch.bfloat16)
-    found = (0, state + hosts) if kind == "adamw-offload" else (state + masters, 0)
-    assert found == pytest.approx((device, host)) and (kind != "adamw-offload" or masters == 0)
-
-
-def test_options_that_save_memory_are_counted_and_in_the_launch_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = options_of(tmp_path / "seven", gpus=16)
-    models, setup = plan.load(options), plan.Setup(fsdp=True, gradient_checkpointing=True, micro_batch=4)
-    whole, usual = plan.memory(options, models, setup), plan.peak(plan.memory(options, models, setup))
-    assert estimate.on_host(options, models, setup) == 0
-    options.fsdp_size = 8
-    groups = plan.memory(options, models, setup)["update policy"]
-    for part in ("policy weights", "policy optimizer", "gradients"):
-        assert groups[part] == pytest.approx(2 * whole["update policy"][part])
-    options.fsdp_size, options.optimizer = 0, "adamw-8bit"
-    eight = plan.memory(options, models, setup)["sample"]["policy optimizer"]
-    assert eight == pytest.approx(whole["sample"]["policy optimizer"] * 6.03 / 12, rel=1e-3)
-    options.optimizer = "adamw-offload"
-    assert plan.peak(plan.memory(options, models, setup)) < usual
-    states = whole["sample"]["policy optimizer"] + whole["sample"]["critic optimizer"]
-    assert estimate.on_host(options, models, setup) == pytest.approx(states)
-    options.activation_offloading = True
-    more = estimate.on_host(options, models, setup) - states
-    tokens = estimate.pass_tokens(options, estimate.micro_batch_rows(options, setup))
-    assert more == pytest.approx(32 * 4096 * 2 * tokens, rel=0.01)  # the input of each layer, in bfloat16
-    config = folder_of(LLAMA, tmp_path / "small")
-    words = ["plan", "--model", config, "--gpus", "4", "--optimizer", "adamw-offload", "--activation-offloading"]
-    assert cli.main(words) == 0
-    shown = capsys.readouterr().out
-    assert "of CPU memory for each process" in shown
-    assert "--optimizer adamw-offload --activation-offloading" in shown.splitlines()[-1]
-
-
-def options_of(tmp_path: Path, **changes: Any) -> plan.PlanOptions:
-    return plan.PlanOptions(model=folder_of(SEVEN_B, tmp_path), **changes)
+    config = folder_of(LLAMA, tmp_path)
+    options = ["plan", "--model", config, "--phase", "sft", "--gpus", str(gpus), "--batch-size", "48"]
+    assert cli.main(options) == 0
+    *before, line = capsys.readouterr().out.splitlines()
+    assert line.startswith(words)
+    assert ("On each of 2 nodes" in " ".join(before)) == (gpus > 8)
 
 
 def test_full_ppo_of_7b_needs_shards_and_one_gpu_needs_adapters(tmp_path: Path) -> None:
@@ -271,9 +197,9 @@ def test_bytes_of_weights_masters_moments_and_gradients_are_those_of_real_models
     optimizer.step()
     moments_ = sum(x.nbytes for state in optimizer.optimizer.state.values() for x in state.values() if x.dim())
     masters = sum(master.nbytes for weight, master in optimizer.pairs if master is not weight)
-    copies = 2 * sum(p.numel() for p in model.parameters()) if float32 and dtype == "bfloat16" else 0
+    copies = 2 * sum(p.numel() for p in model.parameters()) if float32 else 0
     update = next(parts for name, parts in moments.items() if name.startswith("update"))
-    assert update["policy weights"] == weights + copies
+    assert update["policy weights"] == weights and update["weights in autocast's dtype"] == copies
     assert update["policy optimizer"] == moments_ + masters
     assert update["gradients"] == gradients
     if sampled:
@@ -352,6 +278,9 @@ def test_embeddings_narrower_than_the_states_are_counted(tmp_path: Path) -> None
         ({}, ["--efficiency", "40"], "efficiency must be above 0 and at most 1"),
         ({}, ["--gpu-memory", "0"], "gpu_memory must be greater than 0"),
         ({}, ["--objective", "sac"], "objective must be one of"),
+        ({}, ["--gpus", "8", "--fsdp-size", "3"], "fsdp_size needs fsdp and is 2 or more of the 8 processes.* got 3"),
+        ({}, ["--gpus", "8", "--fsdp-size", "1"], "fsdp_size needs fsdp and is 2 or more of the 8 processes.* got 1"),
+        ({}, ["--gpus", "8", "--fsdp-size", "16"], "is 2 or more of the 8 processes, in equal groups; got 16"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(
