@@ -302,7 +302,7 @@ def test_every_list_of_ops_names_all_of_them() -> None:
     assert {build(name, torch.float32).op for name in SAMPLES} == public
     launched = [name for names in _triton.FAMILIES.values() for name in names]
     with_kernels = {name for name in defined if name.removesuffix("_backward") not in without_kernels}
-    with_kernels.remove("decode_attention")  # for CPUs only
+    with_kernels.discard("decode_attention")  # for CPUs only, and defined where it is imported
     assert sorted(launched) == sorted(name for name in with_kernels if not name.startswith("linear_"))
     if _triton.installed:
         for family, names in _triton.FAMILIES.items():
