@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_counts_are_those_of_the_real_model(config: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_saves(checkpointing: bool, tmp_path: Path) -> None:
     found = Footprint.of(folder_of(LLAMA, tmp_path), torch.float32)
-    real = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa").train()
+    real = AutoModelForCausalLM.from_config(deepcopy(LLAMA), dtype=torch.float32, attn_implementation="sdpa").train()
     if checkpointing:
         real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     own = {p.untyped_storage().data_ptr() for p in (*real.parameters(), *real.buffers())}
@@ -182,7 +183,8 @@ def test_bytes_of_weights_masters_moments_and_gradients_are_those_of_real_models
     options.model = folder_of(LLAMA, tmp_path)
     moments = memory(plan.load(options))
     float32 = phase == "sft" and not rank  # SFT holds float32 weights, and a bfloat16 copy while it multiplies
-    model = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32 if float32 else getattr(torch, dtype))
+    width = torch.float32 if float32 else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_config(deepcopy(LLAMA), dtype=width)  # which writes it into the config
     plain = sum(p.nbytes for p in model.parameters())
     if rank:
         add_lora(model, rank)

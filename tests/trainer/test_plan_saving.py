@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rlhf_fast.report import estimate, plan
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_offloaded_activations_are_what_goes_to_cpu_memory(checkpointing: bool, tmp_path: Path) -> None:
     found = Footprint.of(folder_of(LLAMA, tmp_path), torch.float32)
-    real = AutoModelForCausalLM.from_config(LLAMA, attn_implementation="sdpa").train()
+    real = AutoModelForCausalLM.from_config(deepcopy(LLAMA), dtype=torch.float32, attn_implementation="sdpa").train()
     activations.set_up_activations(real, checkpointing, True)
     with moved_to_host() as moved, activations.activations_of(real):
         real.base_model(input_ids=torch.ones((3, 40), dtype=torch.int64), use_cache=False)
@@ -111,7 +112,7 @@ def test_a_forward_under_autocast_ends_with_a_copy_of_all_weights(checkpointing:
     """Shards have no part in that: it is made from gathered weights."""
     options = plan.PlanOptions(model=folder_of(LLAMA, tmp_path), phase="sft", gpus=2)
     models = plan.load(options)
-    real = AutoModelForCausalLM.from_config(LLAMA).train()
+    real = AutoModelForCausalLM.from_config(deepcopy(LLAMA), dtype=torch.float32).train()
     activations.set_up_activations(real, checkpointing, False)
     with torch.autocast("cpu", torch.bfloat16), Casts(real.base_model) as casts:
         output = real.base_model(input_ids=torch.ones((3, 40), dtype=torch.int64), use_cache=False)
