@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from . import _built_from
 NAMESPACE = "rlhf_fast"
 OLDEST_GPU = (8, 0)  # compute capability; the first with bfloat16
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
+Query = TypeVar("Query", bound=Callable[..., Any])
 
 if os.environ.get("RLHF_FAST_CPU", "default") not in CPU_CAPABILITIES:
     raise ValueError(f"RLHF_FAST_CPU must be one of {', '.join(CPU_CAPABILITIES)}, got {os.environ['RLHF_FAST_CPU']!r}")
@@ -65,7 +67,7 @@ def has_kernel(op: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-# GPU's index -> why it is refused, or ''. Never filled while torch.compile traces, which cannot trace the query.
+# GPU's index -> why it is refused, or ''.
 _gpu_refused: dict[int, str] = {}
 _native_refused: dict[int, str] = {}
 
@@ -74,21 +76,31 @@ def why_not_gpu(device_type: str, index: int | None = None) -> str:
     """Empty if this GPU (None: the current one) can run native and Triton kernels, else the reason why not."""
     if device_type != "cuda" or torch.version.hip is not None:
         return ""
-    return _remembered(_gpu_refused, index, _why_not_capability)
+    return _refused(index, False)
 
 
 def why_not_native_gpu(device_type: str, index: int | None = None) -> str:
     """Empty if the extension's kernels run on this GPU, else why not: an old driver, a missing architecture."""
     if device_type != "cuda" or torch.version.hip is not None:
         return ""
-    return why_not_gpu(device_type, index) or _remembered(_native_refused, index, _why_not_native)
+    return why_not_gpu(device_type, index) or _refused(index, True)
 
 
-def _remembered(known: dict[int, str], index: int | None, ask: Callable[[int], str]) -> str:
-    if torch.compiler.is_compiling():
-        return known.get(index or 0, "")
+def constant_in_graphs(query: Query) -> Query:
+    """torch.compile does not trace the function, but calls it and takes its answer for a constant.
+
+    The first call of an op may be a compiled one, and the answer decides what it calls. Does what
+    torch.compiler.assume_constant_result does, which would import the whole compiler here.
+    """
+    query._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return query
+
+
+@constant_in_graphs
+def _refused(index: int | None, native: bool) -> str:
     if not torch.cuda.is_available():  # the tensor is a fake one
         return ""
+    known, ask = (_native_refused, _why_not_native) if native else (_gpu_refused, _why_not_capability)
     index = torch.cuda.current_device() if index is None else index
     if index not in known:
         known[index] = ask(index)

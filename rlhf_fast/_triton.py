@@ -68,10 +68,11 @@ def why_not(kernel: str, device_type: str, index: int | None = None) -> str:
     return _ext.why_not_gpu(device_type, index)
 
 
+@_ext.constant_in_graphs
 def _has_float64(index: int | None) -> bool:
-    """Queried once for each Intel GPU, and never while torch.compile traces, which cannot trace the query."""
-    if torch.compiler.is_compiling():
-        return _float64.get(index or 0, True)
+    """Queried once for each Intel GPU."""
+    if not torch.xpu.is_available():  # the tensor is a fake one
+        return True
     index = torch.xpu.current_device() if index is None else index
     if index not in _float64:
         _float64[index] = bool(torch.xpu.get_device_capability(index).get("has_fp64", True))

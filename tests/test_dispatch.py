@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from fake_cuda import machine
 from helpers.samples import SAMPLES, build, with_kernels
 from helpers.tools import native_is_built, native_is_wanted
 from test_contract import Recorder, assert_same, run
+from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast import _dispatch, _ext, _triton
@@ -196,6 +198,37 @@ def test_a_gpu_backend_by_name_serves_or_raises(pretended_gpu: Callable[..., Non
     for backend in ("native", "triton"):
         with rf.use_backend(backend), pytest.raises(RuntimeError, match=r"^rlhf_fast\.gae: .*capability 7\.0"):
             _dispatch.select("gae", gpu)
+
+
+def test_a_gpu_is_queried_while_a_first_call_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile traces first must not take kernels that the GPU, or its driver, is too old for."""
+    queried: list[tuple[str, int]] = []
+
+    def refuse(what: str) -> Callable[[int], str]:
+        def answer(index: int) -> str:
+            queried.append((what, index))
+            return what
+
+        return answer
+
+    there = {"is_available": lambda: True, "current_device": lambda: 0}
+    gpu, xpu = SimpleNamespace(**there), SimpleNamespace(**there, get_device_capability=lambda index: {})
+    monkeypatch.setattr(_ext, "torch", SimpleNamespace(version=torch.version, cuda=gpu))  # dynamo needs the true one
+    monkeypatch.setattr(_triton, "torch", SimpleNamespace(xpu=xpu))
+    monkeypatch.setattr(_triton, "_float64", {0: False})
+    monkeypatch.setattr(_triton, "installed", True)
+    monkeypatch.setattr(_ext, "_gpu_refused", {1: ""})
+    monkeypatch.setattr(_ext, "_native_refused", {})
+    monkeypatch.setattr(_ext, "_why_not_capability", refuse("too old"))
+    monkeypatch.setattr(_ext, "_why_not_native", refuse("an old driver"))
+
+    def reasons(x: Tensor) -> tuple[Tensor, str, str, str]:
+        of_gpu = _ext.why_not_gpu("cuda", 0), _ext.why_not_native_gpu("cuda", 1)
+        return x + 1, *of_gpu, _triton.why_not("whiten", "xpu", 0)
+
+    found = torch.compile(reasons, backend="eager", fullgraph=True)(torch.zeros(1))
+    assert found[1:] == ("too old", "an old driver", "this Intel GPU has no float64, in which the kernel sums")
+    assert queried == [("too old", 0), ("an old driver", 1)]
 
 
 def test_rocm_and_xpu_take_triton(pretended_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def test_triton_passes_over_intel_gpus_without_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(_triton, "installed", True)
     monkeypatch.setattr(_triton, "_float64", {})
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
     monkeypatch.setattr(torch.xpu, "get_device_capability", capability)
     for _ in range(2):
         assert "no float64" in _triton.why_not("whiten", "xpu", 0)
