@@ -36,7 +36,7 @@ WATCHED = {
 
 
 def test_no_kernel_is_left_out() -> None:
-    """Every family is watched, every launcher is in the program, and compute-sanitizer sees every op with kernels."""
+    """Every family is watched, every launcher is in the program, and what runs on a GPU has every op with kernels."""
     kernels, calls = ROOT / "csrc" / "cuda", re.compile(r"\b(?:cuda::|rf\.)(\w+)\(")
     assert {path.stem for path in kernels.glob("*.cu")} - {"probe"} <= set(WATCHED)
     launcher = re.compile(r"^inline cudaError_t (\w+)\(Dtype ", re.MULTILINE)
@@ -44,7 +44,8 @@ def test_no_kernel_is_left_out() -> None:
     program = "".join(path.read_text() for path in (ROOT / "tests/emulator").glob("driver*"))
     assert launchers and launchers <= set(calls.findall(program))
     ops = {op for op, kernel in _dispatch.KERNEL_OF.items() if kernel and not op.startswith("linear_")}
-    assert ops <= set(calls.findall((ROOT / "benchmarks/gpu/driver.py").read_text()))
+    for script in ("first_touch", "driver", "bench"):
+        assert ops <= set(calls.findall((ROOT / f"benchmarks/gpu/{script}.py").read_text())), script
 
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="the sanitizers are looked for beside g++")

@@ -28,12 +28,15 @@ def calls(device: str = "cuda") -> dict[str, Callable[[], Tensor]]:
         return torch.randn(*shape, device=device, generator=generator)
 
     x, y, rewards, values = random(3, 100_003), random(3, 100_003), random(4, 9001), random(4, 9001)
+    many, scores = random(600, 4096), random(4)  # so many rows that a block goes along each
     targets = torch.zeros(3, dtype=torch.int64, device=device)
     ones, mask = torch.ones(3, device=device), random(4, 9001) > 0
     return {
         "token_stats": lambda: rf.token_stats(x, targets).logprobs,
         "token_kl_and_grad": lambda: rf.token_kl_and_grad(x, y, ones, kind="jsd")[1],
         "gae": lambda: rf.gae(rewards, values, mask=mask).advantages,
+        "gae of many rows": lambda: rf.gae(many, many).returns,
+        "ppo_advantages": lambda: rf.ppo_advantages(scores, rewards, values, values, mask, kl_coef=0.1).returns,
         "vtrace": lambda: rf.vtrace(rewards, values, values, mask=mask).advantages,
         "retrace": lambda: rf.retrace(rewards, values, values, values, mask=mask),
         "masked_whiten": lambda: rf.masked_whiten(values, mask),

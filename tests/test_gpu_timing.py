@@ -119,13 +119,14 @@ def test_small_cases_are_measured_in_a_graph_too(gpu: ImaginaryGpu, monkeypatch:
         gpu.run(0.04, 0.004)
 
     providers = {"native": lambda i: gpu.run(0.05, 0.006), "triton": refuses}
-    row = bench.measure(bench.Case("small", 3000, providers, None, launches=50), copy_rate=1e9)
+    limits = {"copy_bytes_per_s": 1e9, "bf16_flop_per_s": 1e12}
+    row = bench.measure(bench.Case("small", 3000, providers, None, launches=50), limits)
     assert row["ms"]["native"] == pytest.approx(0.006, rel=0.02)
     assert row["call_ms"]["native"] == pytest.approx(0.05, rel=0.05)
     assert row["graph_ms"] == {"native": pytest.approx(0.006, rel=0.02)}
     assert row["errors"] == {"triton, in a graph": "RuntimeError: synchronizes"}
-    large = bench.measure(bench.Case("large", 3000, {"native": providers["native"]}), copy_rate=1e9)
-    assert large["graph_ms"] == {}
+    large = bench.measure(bench.Case("large", 3000, {"native": providers["native"]}, flops=10**10), limits)
+    assert large["graph_ms"] == {} and (row["limit_ms"], large["limit_ms"]) == (0.003, 10.0)
     report = {"machine": {"gpu": "", "torch": "", "triton": ""}, "date": "", "rows": [row, large],
               "limits": {"copy_bytes_per_s": 1.0, "bf16_flop_per_s": 1.0}}  # fmt: skip
     cells = [line.split("|") for line in bench.markdown(report).splitlines() if line.startswith("|")]

@@ -8,7 +8,6 @@ imported. A case that fails is written down with its error and the rest goes on.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import compiled, eager_kl, eager_logprobs, eager_logprobs_entropy  # noqa: E402
+from common import compiled, eager_kl, eager_linear_logprobs, eager_logprobs, eager_logprobs_entropy  # noqa: E402
+from gpu import peers  # noqa: E402
 from gpu.timing import Call, as_graph, limits, milliseconds, rotating  # noqa: E402
 
 import rlhf_fast as rf  # noqa: E402
@@ -31,7 +31,8 @@ BF16 = torch.bfloat16
 
 
 class Case(NamedTuple):
-    """`moved`: bytes that any implementation must move. `target`: milliseconds we want on an H100, if any.
+    """`moved`: bytes that any implementation must move. `target`: milliseconds we want on an H100, if any. `flops`:
+    bf16 operations, where they take longer than the bytes.
 
     Small ones have `launches` > 1: that many calls in a row, and then as many in a CUDA graph.
     """
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     providers: dict[str, Call]
     target: float | None = None
     launches: int = 1
+    flops: int = 0
 
 
 def on(backend: str, call: Call) -> Call:
@@ -53,13 +55,6 @@ def on(backend: str, call: Call) -> Call:
 
 def ours(call: Call) -> dict[str, Call]:
     return {backend: on(backend, call) for backend in ("native", "triton")}
-
-
-def peer(module: str, function: str) -> Callable[..., Any] | None:
-    try:
-        return getattr(importlib.import_module(module), function)
-    except Exception:  # not installed, or not importable beside this PyTorch
-        return None
 
 
 def copies_of(nbytes: int) -> int:
@@ -89,10 +84,7 @@ def logprob_cases() -> Iterator[Case]:
         providers["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
         yield Case(f"token_stats forward, all outputs, {rows} x {width} bf16", moved, providers, target, launches)
         logprobs = ours(lambda i, inputs=inputs: rf.token_logprobs(*inputs(i)))
-        if (trl := peer("trl.trainer.utils", "selective_log_softmax")) is not None:
-            logprobs["TRL"] = lambda i, inputs=inputs, trl=trl: trl(*inputs(i))
-        if (quack := peer("quack.cross_entropy", "cross_entropy_fwd")) is not None:
-            logprobs["quack"] = lambda i, inputs=inputs, quack=quack: quack(*inputs(i))
+        logprobs |= peers.of_logprobs(inputs)
         function = compiled(eager_logprobs)
         logprobs["compile"] = lambda i, inputs=inputs, function=function: function(*inputs(i))
         yield Case(f"token_logprobs forward {rows} x {width} bf16", moved, logprobs, None, launches)
@@ -136,6 +128,7 @@ def kl_cases() -> Iterator[Case]:
         providers = ours(lambda i, kind=kind: rf.token_kl(*pair(i), kind=kind))
         if kind == "reverse":
             providers["compile"] = lambda i: function(*pair(i))
+            providers |= peers.of_reverse_kl(pair)
         yield Case(f"token_kl {kind} forward {rows} x {width} bf16", 4 * rows * width, providers, target)
 
     def step(loss: Callable[..., torch.Tensor]) -> Call:
@@ -171,17 +164,21 @@ def small_kl_cases() -> Iterator[Case]:
 
 
 def gae_cases() -> Iterator[Case]:
-    for rows, length, target, launches in ((256, 131072, 0.25, 1), (256, 8192, 0.025, 20), (64, 1024, 0.010, 50)):
+    shapes = ((256, 131072, 0.25, 1), (8192, 2048, 0.13, 1), (256, 8192, 0.025, 20), (64, 1024, 0.010, 50))
+    for rows, length, target, launches in shapes:
         # With few copies the small ones stay in L2, as they do in a trainer, where they have just been made.
         inputs = rotating(lambda s=(rows, length): tuple(torch.randn(s, device="cuda") for _ in range(2)), 2)
         call = lambda i, inputs=inputs: rf.gae(*inputs(i), lam=0.95)  # noqa: E731
-        providers = ours(call)
         moved = 16 * rows * length
-        yield Case(f"gae {rows} x {length} fp32", moved, providers, target, launches)
+        yield Case(f"gae {rows} x {length} fp32", moved, ours(call) | peers.of_gae(inputs), target, launches)
     for rows, length in ((256, 131072), (8192, 2048)):
         three = rotating(lambda s=(rows, length): tuple(torch.randn(s, device="cuda") for _ in range(3)), 2)
-        providers = ours(lambda i, three=three: rf.vtrace(*three(i)))
+        providers = ours(lambda i, three=three: rf.vtrace(*three(i))) | peers.of_vtrace(three)
         yield Case(f"vtrace {rows} x {length} fp32", 20 * rows * length, providers, None, 1)
+    rows, length = 8192, 2048
+    four = rotating(lambda: tuple(torch.randn(rows, length, device="cuda") for _ in range(4)), 2)
+    providers = ours(lambda i: rf.retrace(*four(i), lam=0.95)) | peers.of_retrace(four)
+    yield Case(f"retrace {rows} x {length} fp32", 20 * rows * length, providers, None, 1)
     row = rotating(lambda: tuple(torch.randn(1, 131072, device="cuda") for _ in range(2)), 2)
     yield Case("gae 1 x 131072 fp32", 16 * 131072, ours(lambda i: rf.gae(*row(i))), None, 20)
     for rows, length in ((64, 1024), (512, 8192)):
@@ -194,10 +191,32 @@ def gae_cases() -> Iterator[Case]:
         yield Case(f"masked_whiten {rows} x {length} fp32", 14 * rows * length, ours(call), None, 20)
 
 
-FAMILIES = (logprob_cases, kl_cases, gae_cases)
+def linear_cases() -> Iterator[Case]:
+    """Log-probs from hidden states. The limit is that of the products: one forward, and two more for the gradients."""
+    rows, width, vocabulary = 8192, 4096, 131072
+    hidden, weight = (torch.randn(n, width, device="cuda").mul_(0.05).to(BF16) for n in (rows, vocabulary))
+    targets = torch.randint(vocabulary, (rows,), device="cuda")
+    inputs = hidden.requires_grad_(), weight.requires_grad_(), targets
+    functions: dict[str, Call] = {"native": lambda i: rf.linear_token_logprobs(*inputs)}
+    functions["eager"] = lambda i: eager_linear_logprobs(*inputs)
+    functions |= peers.of_linear_logprobs(*inputs)
+
+    def step(logprobs: Call) -> Call:
+        return lambda i: torch.autograd.grad(logprobs(i).sum(), inputs[:2])  # type: ignore[attr-defined]
+
+    product, name = 2 * rows * width * vocabulary, f"{rows} x {width} x {vocabulary} bf16"
+    moved = 2 * (rows + vocabulary) * width
+    forward = {key: torch.no_grad()(call) for key, call in functions.items()}
+    both = {key: step(call) for key, call in functions.items()}
+    forward["native"], both["native"] = on("native", forward["native"]), on("native", both["native"])
+    yield Case(f"linear_token_logprobs forward {name}", moved, forward, None, 1, product)
+    yield Case(f"linear_token_logprobs forward + backward {name}", 3 * moved, both, None, 1, 3 * product)
 
 
-def measure(case: Case, copy_rate: float) -> dict[str, Any]:
+FAMILIES = (logprob_cases, kl_cases, gae_cases, linear_cases)
+
+
+def measure(case: Case, limits: dict[str, float]) -> dict[str, Any]:
     errors: dict[str, str] = {}
     working: dict[str, Call] = {}
     for name, call in case.providers.items():
@@ -221,7 +240,7 @@ def measure(case: Case, copy_rate: float) -> dict[str, Any]:
         "ms": {name: t.kernel for name, t in times.items()},  # the GPU's own work
         "call_ms": {name: t.call for name, t in times.items()},  # from an idle GPU: Python and the launch count
         "graph_ms": {name: t.kernel / case.launches for name, t in in_graph.items()},  # one of many in a CUDA graph
-        "limit_ms": case.moved / copy_rate * 1e3,
+        "limit_ms": 1e3 * max(case.moved / limits["copy_bytes_per_s"], case.flops / limits["bf16_flop_per_s"]),
         "target_ms": case.target,
         "errors": errors,
     }
@@ -276,7 +295,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     torch.manual_seed(0)
-    triton = peer("triton", "__version__")
+    triton = peers.peer("triton", "__version__")
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton}
     report: dict[str, Any] = {"machine": machine, "limits": limits(), "date": time.strftime("%Y-%m-%d"), "rows": []}
     for family in FAMILIES:
@@ -287,7 +306,7 @@ def main() -> None:
                     nothing |= {"target_ms": None, "errors": {"-": "no time left"}}
                     report["rows"].append({"case": case.name, **nothing})
                     continue
-                report["rows"].append(measure(case, report["limits"]["copy_bytes_per_s"]))
+                report["rows"].append(measure(case, report["limits"]))
                 print(case.name, report["rows"][-1]["ms"], report["rows"][-1]["errors"], flush=True)
         except Exception:
             traceback.print_exc()

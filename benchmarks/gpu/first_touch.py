@@ -33,18 +33,21 @@ def versions() -> None:
 
 
 def families() -> None:
-    """One call of each on native, against the reference."""
+    """One call of each op on native, against the reference."""
     torch.manual_seed(0)
     x, y = (torch.randn(5, 3001, device="cuda") for _ in range(2))
     rewards, values = (torch.randn(3, 5000, device="cuda") for _ in range(2))
-    targets = torch.randint(3001, (5,), device="cuda")
+    targets, ones = torch.randint(3001, (5,), device="cuda"), torch.ones(5, device="cuda")
     calls = {
-        "token_stats": lambda: rf.token_stats(x, targets).logprobs,
+        "token_stats": lambda: rf.token_stats(x, targets).entropy,
+        "token_logprobs": lambda: rf.token_logprobs(x, targets),
         "token_kl": lambda: rf.token_kl(x, y),
+        "token_kl_and_grad": lambda: rf.token_kl_and_grad(x, y, ones)[1],
         "approx_kl": lambda: rf.approx_kl(rewards, values, estimator="k3"),
         "gae": lambda: rf.gae(rewards, values).advantages,
         "vtrace": lambda: rf.vtrace(rewards, values, rewards).advantages,
         "retrace": lambda: rf.retrace(rewards, values, values, rewards),
+        "ppo_advantages": lambda: rf.ppo_advantages(ones[:3], rewards, values, values, values > 0, kl_coef=0.1).returns,
         "masked_whiten": lambda: rf.masked_whiten(rewards, values > 0),
     }
     for name, call in calls.items():
@@ -52,7 +55,7 @@ def families() -> None:
             wanted = call()
         with rf.use_backend("native"):
             error = (call() - wanted).abs().max().item()
-        print(f"{name:14} differs from the reference by {error:.1e}")
+        print(f"{name:17} differs from the reference by {error:.1e}")
         assert error < 1e-3, name
 
 
