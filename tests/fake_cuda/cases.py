@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda.machine import Launch, Machine, launches, on_device
+from fake_cuda.machine import Launch, Machine, OnTheHost, launches, on_device
 from helpers.samples import build, with_kernels
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -21,9 +21,8 @@ from rlhf_fast import _dispatch, _ext, _triton
 STREAM = 0x1000  # of device 0; see torch_cuda.cpp
 DEVICE = 1
 PROCESSORS = 132
-# Samples whose Python computes with the tensors first, which PyTorch cannot without CUDA; others use the same kernels.
-COMPUTES = ("linear_", "gae_row_flags", "gae_packed", "retrace", "token_logprobs_inplace")
-DIRECT = sorted(name for name in with_kernels() if not name.startswith(COMPUTES))
+# linear_ ops compute within an operator of ours, on which PyTorch has no kernels; they use the same of ours as others.
+DIRECT = sorted(name for name in with_kernels() if not name.startswith("linear_"))
 
 
 @pytest.fixture(scope="session")
@@ -78,16 +77,21 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rf, name, there(getattr(rf, name)))
 
 
+def call(gpu: Machine, name: str, rows: tuple[int, int] = (3, 4)) -> Any:
+    """What the sample gives there, once its functions move their tensors."""
+    sample = build(name, torch.float32, rows=rows)
+    inputs = {k: on_device(x, DEVICE) for k, x in sample.inputs.items()}  # no gradient: autograd would start CUDA
+    with rf.use_backend("native"), OnTheHost(gpu):
+        return sample.call(**inputs)
+
+
 @pytest.mark.parametrize("name", DIRECT)
 def test_every_launch_goes_to_the_tensors_device_and_pytorchs_stream(
     gpu: Machine, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """In a private library, found although no symbol of it is global; and the device is given back afterwards."""
     moved(monkeypatch)
-    sample = build(name, torch.float32)
-    inputs = {k: on_device(x, DEVICE) for k, x in sample.inputs.items()}  # no gradient: autograd would start CUDA
-    with rf.use_backend("native"):
-        result = sample.call(**inputs)
+    result = call(gpu, name)
     lines = gpu.lines()
     assert launches(lines), lines
     assert {(x.device, x.stream) for x in launches(lines)} == {(DEVICE, STREAM + DEVICE)}
@@ -119,12 +123,20 @@ def test_backwards_launch_there_too(gpu: Machine) -> None:
     assert {(x.device, x.stream) for x in found} == {(DEVICE, STREAM + DEVICE)}
 
 
-def test_nothing_is_launched_of_nothing(gpu: Machine) -> None:
-    none = on_device(torch.zeros(0, 8), DEVICE)
-    rf.token_stats(none, None, outputs=("entropy",))
-    rf.token_kl(none, none)
-    rf.approx_kl(none, none)
-    rf.gae(none, none)
+@pytest.mark.parametrize("rows", [(0, 4), (2, 0)], ids=str)
+def test_nothing_is_launched_of_nothing(gpu: Machine, monkeypatch: pytest.MonkeyPatch, rows: tuple[int, int]) -> None:
+    """A launch of no blocks would be an error. The sums of whitening are 0 then, which a kernel writes."""
+    moved(monkeypatch)
+    for name in DIRECT:
+        if "packed" not in name:  # their bounds need tokens
+            call(gpu, name, rows)
+            sums = name in ("masked_whiten", "ppo_advantages")
+            assert [x.kernel for x in launched(gpu)] == ["sum_moments_kernel"] * sums, name
+    empty, six = logits(*rows, 8), on_device(torch.zeros(*rows, 6), DEVICE)
+    none, plain = on_device(torch.zeros(rows), DEVICE), (1.0, 1.0, 0.0, -1)
+    backward("token_stats_backward", None, none, None, empty, None, None, None, none, six[..., :2], *plain)
+    backward("token_kl_backward", none, empty, empty, None, None, None, six, 1.0, *plain, 0, 0.5, True, True)
+    backward("approx_kl_backward", none, none, none, None, None, 0, 0, 1.0)
     assert launched(gpu) == []
 
 

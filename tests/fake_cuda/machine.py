@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 FOLDER = Path(__file__).resolve().parent
@@ -154,6 +155,19 @@ def _on_the_host(machine: Machine, op: Any, *args: Any, **kwargs: Any) -> Any:
             machine.allocations.append(Allocation(there.data_ptr(), there.nbytes, there.dtype))
         return there
     return tree_map(lambda x: on_device(x, index or 0), result)
+
+
+class OnTheHost(TorchDispatchMode):
+    """What Python calls of PyTorch's own operators, with such tensors: some of their kernels start CUDA themselves."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__()
+        self.machine = machine
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace.startswith("rlhf_fast"):
+            return op(*args, **(kwargs or {}))
+        return _on_the_host(self.machine, op, *args, **(kwargs or {}))
 
 
 def _is_there(x: Any) -> bool:

@@ -3,8 +3,15 @@
 // CUDA first; this goes by c10, below them. In a file of its own, since the stable ABI's headers exclude c10's.
 #include <c10/core/Storage.h>
 #include <c10/core/TensorImpl.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 #include <cstdint>
+
+// Operators of PyTorch guard the device before they look for a kernel; there is none to switch to.
+namespace {
+using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>;
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+}  // namespace
 
 // An at::Tensor is one such pointer. `dtype` as c10::ScalarType; device < 0 is the CPU.
 extern "C" void* fake_cuda_tensor(void* data, int64_t bytes, int64_t dims, const int64_t* sizes, const int64_t* strides,
