@@ -55,7 +55,8 @@ def write_project(folder: Path) -> None:
 
 def _write(folder: Path) -> None:
     for path in PROJECT.iterdir():
-        shutil.copyfile(path, folder / path.name)
+        if path.is_file():  # pip compiles what it installs, into a folder beside it
+            shutil.copyfile(path, folder / path.name)
     seen, held_out = orders.prompts()
     data = {
         "demonstrations.csv": orders.demonstrations(seen, DEMONSTRATIONS),

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import py_compile
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from rlhf_fast.data.files import read_rows
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.check import check
 from rlhf_fast.run.options import load_config
+from rlhf_fast.starter import init
 from rlhf_fast.starter.init import write_project
 from rlhf_fast.trainer import PipelineConfig
 from rlhf_fast.trainer.pipeline import check_files
@@ -73,6 +76,15 @@ def test_a_folder_that_holds_something_is_left_alone(
     assert "cannot write to" in capsys.readouterr().err
     assert cli.main(["init", str(tmp_path / "new" / "one")]) == 0
     assert "rlhf-fast run --config" in capsys.readouterr().out
+
+
+def test_a_package_that_pip_has_compiled_writes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = shutil.copytree(init.PROJECT, tmp_path / "installed", ignore=shutil.ignore_patterns("__pycache__"))
+    py_compile.compile(str(installed / "reward.py"))
+    assert (installed / "__pycache__").is_dir()
+    monkeypatch.setattr(init, "PROJECT", installed)
+    write_project(tmp_path / "new")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.yaml", "reward.py", "data", "model"}
 
 
 def test_no_prompt_is_both_learned_and_held_out(project: Path) -> None:
