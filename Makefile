@@ -13,6 +13,8 @@ SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 # Where a compiler is, a build that fails is an error here; pip would install less and say so.
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
 export OMP_WAIT_POLICY ?= PASSIVE
+# Many images have it set; each of the tests' processes would then compile PyTorch's and transformers' files anew, which takes 2 to 6 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup build demo demo-tiny test soak soak-ranks engine-venv test-engine test-integrations bench measure-integrations measure-trainer measure-updates measure-learning gpu-check wheels try-wheels hub-layout check-aarch64 check-macos check-cuda-torch check-triton check-workflows mutants lint format docs screenshots notebook clean
 help:

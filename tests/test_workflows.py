@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,16 @@ def test_make_help_names_every_target_that_a_user_types() -> None:
     helped = set(re.findall(r"make ([a-z0-9-]+)", (ROOT / "Makefile").read_text().split("$(VENV)/installed:")[0]))
     kept_quiet = {"help", "setup", "build", "clean", "measure-integrations", "measure-trainer", "engine-venv"}
     assert TARGETS - kept_quiet <= helped
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_lets_python_keep_what_it_has_compiled() -> None:
+    show = "show:\n\t@echo [$$PYTHONDONTWRITEBYTECODE] [$$OMP_WAIT_POLICY]"
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        ["make", "--silent", f"--eval={show}", "show"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "[] [PASSIVE]\n", done.stdout + done.stderr
 
 
 def test_hooks_look_at_the_files_of_the_commit() -> None:
