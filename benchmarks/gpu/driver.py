@@ -12,6 +12,8 @@ import rlhf_fast as rf
 
 ROWS = (3, 5)
 DEVICE, BACKEND = "cuda", "native"  # tests/test_emulator.py runs this on the emulator
+# Rows and width whose rows of token_stats clusters of 2, 4 and 8 blocks share, on 132 multiprocessors.
+CLUSTERS = {2: (132, 70_001), 4: (64, 70_001), 8: (33, 140_001)}
 
 
 def logits(width: int, dtype: torch.dtype, rows: tuple[int, ...] = ROWS) -> torch.Tensor:
@@ -44,7 +46,9 @@ def few_long_rows() -> None:
 
 
 def clusters() -> None:
-    """Every kind of KL with its gradient from rows so long that they are shared by clusters of blocks, and reread."""
+    """Rows that clusters of blocks share: of token_stats, and of every kind of KL with its gradient, which rereads."""
+    for rows, width in CLUSTERS.values():
+        rf.token_stats(logits(width, torch.bfloat16, (rows,)), None, outputs=("entropy", "argmax"))
     for rows in (1, 40, 150):  # many blocks a row with a launch for each step; clusters of four; of two or one
         x, y = logits(70_001, torch.bfloat16, (rows,)), logits(70_001, torch.bfloat16, (rows,))
         for kind in ("reverse", "forward", "jsd", "tv"):
