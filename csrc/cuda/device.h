@@ -11,6 +11,7 @@
 #ifndef RF_EMULATE
 #include <torch/csrc/stable/accelerator.h>
 
+#include "capture.h"
 #include "torch_stream.h"
 #endif
 
@@ -73,6 +74,7 @@ class Launch {
 #ifndef RF_EMULATE
   int device_;
   torch::stable::accelerator::DeviceGuard guard_;
+  RelaxedCapture relaxed_;  // the kernel may have to be loaded
 #endif
   cudaStream_t stream_ = nullptr;
 };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "probe.h"
 
+#include "capture.h"
 #include "compat.cuh"
 #include "torch_stream.h"
 
@@ -59,10 +60,10 @@ std::string why_not_cuda(int device) {
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) return failed("choosing the device", error);
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // this thread may be capturing another stream
-  cudaThreadExchangeStreamCaptureMode(&mode);
-  reason = why_not_launch();
-  cudaThreadExchangeStreamCaptureMode(&mode);
+  {
+    const RelaxedCapture relaxed;  // this thread may be capturing another stream
+    reason = why_not_launch();
+  }
   cudaSetDevice(before);
   return reason;
 }

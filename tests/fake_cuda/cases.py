@@ -5,7 +5,9 @@ its own, since the CUDA kernels of that process are exchanged for good.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from torch.utils._pytree import tree_map
 
 import rlhf_fast as rf
 from rlhf_fast import _dispatch, _ext, _triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from gpu import driver  # noqa: E402
 
 STREAM = 0x1000  # of device 0; see torch_cuda.cpp
 DEVICE = 1
@@ -41,6 +46,7 @@ def gpu(started: Machine) -> Iterator[Machine]:
     started.forget()
     yield started
     started.pretend()
+    started.capture(False)
 
 
 def launched(gpu: Machine) -> list[Launch]:
@@ -140,6 +146,16 @@ def test_nothing_is_launched_of_nothing(gpu: Machine, monkeypatch: pytest.Monkey
     assert launched(gpu) == []
 
 
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_first_call_may_be_captured(gpu: Machine, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Its kernels are loaded then, which drivers before CUDA 12.3 refuse unless the thread's mode is relaxed."""
+    moved(monkeypatch)
+    gpu.capture(True)
+    call(gpu, name)
+    modes = [line for line in gpu.lines() if line.startswith("capture mode")]
+    assert modes == ["capture mode 2", "capture mode 0"] * (len(modes) // 2), "the mode is not given back"
+
+
 # ------------------------------------------------------------------------------------------- sizes
 
 
@@ -174,6 +190,14 @@ def test_without_room_for_clusters_parts_are_merged_by_a_second_launch(gpu: Mach
     gpu.pretend(code=80)
     rf.token_stats(x, None, outputs=("entropy",))
     assert [x.cluster for x in launched(gpu)] == [1, 1]
+
+
+@pytest.mark.parametrize("size", driver.CLUSTERS)
+def test_what_compute_sanitizer_watches_has_clusters_of_every_size(gpu: Machine, size: int) -> None:
+    rows, width = driver.CLUSTERS[size]
+    x = on_device(torch.zeros(1, width, dtype=torch.bfloat16).expand(rows, width), DEVICE)
+    rf.token_stats(x, None, outputs=("entropy", "argmax"))
+    assert [(x.blocks, x.cluster) for x in launched(gpu)] == [(rows * size, size)]
 
 
 def test_short_rows_are_not_split(gpu: Machine) -> None:

@@ -107,6 +107,10 @@ class Machine:
     def pretend(self, driver: int = 13000, code: int = 90, clusters: int = 1) -> None:
         self._runtime.fake_cuda_set(driver, code, clusters)
 
+    def capture(self, capturing: bool) -> None:
+        """PyTorch captures a stream, and no kernel was used before."""
+        self._runtime.fake_cuda_capture(int(capturing))
+
     def lines(self) -> list[str]:
         """What the runtime was asked since the last call."""
         return list(self._runtime.fake_cuda_log().decode().splitlines())

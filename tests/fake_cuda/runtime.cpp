@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <map>
+#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -37,6 +38,9 @@ struct Runtime {
   int driver = CUDART_VERSION;
   int code = 90;  // the architecture whose code would run
   int clusters = 1;
+  bool capturing = false;  // as a driver before CUDA 12.3 does it
+  cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+  std::set<const void*> loaded;
   dim3 grid, block;
   size_t shared = 0;
   cudaStream_t stream = nullptr;
@@ -61,6 +65,16 @@ cudaError_t answer(const char* function) {
   return r.last_error = static_cast<cudaError_t>(r.error), static_cast<cudaError_t>(r.last_error);
 }
 
+// A kernel is loaded at its first use.
+cudaError_t use(const char* function, const void* kernel) {
+  Runtime& r = runtime();
+  if (r.capturing && r.capture_mode != cudaStreamCaptureModeRelaxed && r.loaded.count(kernel) == 0) {
+    return r.last_error = cudaErrorStreamCaptureUnsupported, cudaErrorStreamCaptureUnsupported;
+  }
+  r.loaded.insert(kernel);
+  return answer(function);
+}
+
 std::string readable(const std::string& mangled) {
   int status = 0;
   char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
@@ -75,7 +89,7 @@ std::string readable(const std::string& mangled) {
 cudaError_t launched(const void* kernel, dim3 grid, dim3 block, cudaStream_t stream, int cluster) {
   note("launch ", readable(runtime().kernels[kernel]), " blocks=", grid.x, " threads=", block.x,
        " stream=", reinterpret_cast<uintptr_t>(stream), " device=", runtime().device, " cluster=", cluster);
-  return answer("launch");
+  return use("launch", kernel);
 }
 
 }  // namespace
@@ -100,6 +114,11 @@ void fake_cuda_set(int driver, int code, int clusters) {
   runtime().driver = driver;
   runtime().code = code;
   runtime().clusters = clusters;
+}
+// All kernels are unloaded, and PyTorch captures from now on, or not.
+void fake_cuda_capture(int capturing) {
+  runtime().loaded.clear();
+  runtime().capturing = capturing != 0;
 }
 
 const char* fake_cuda_why_not(int device) {
@@ -162,20 +181,20 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   }
   return launched(kernel, config->gridDim, config->blockDim, config->stream, cluster);
 }
-cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel, const cudaLaunchConfig_t* config) {
   note("clusters of ", config->attrs[0].val.clusterDim.x, "?");
   *count = runtime().clusters;
-  return answer("cudaOccupancyMaxActiveClusters");
+  return use("cudaOccupancyMaxActiveClusters", kernel);
 }
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream) {
   note("memset to=", reinterpret_cast<uintptr_t>(to), " byte=", byte, " bytes=", bytes,
        " stream=", reinterpret_cast<uintptr_t>(stream));
   return answer("cudaMemsetAsync");
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   *attributes = cudaFuncAttributes{};
   attributes->ptxVersion = attributes->binaryVersion = runtime().code;
-  return answer("cudaFuncGetAttributes");
+  return use("cudaFuncGetAttributes", kernel);
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   note("attribute ", static_cast<int>(attribute), " of ", device);
@@ -209,9 +228,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
 }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return answer("cudaStreamDestroy"); }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  static cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
-  std::swap(*mode, current);
-  note("capture mode ", static_cast<int>(current));
+  std::swap(*mode, runtime().capture_mode);
+  note("capture mode ", static_cast<int>(runtime().capture_mode));
   return answer("cudaThreadExchangeStreamCaptureMode");
 }
 cudaError_t cudaGetLastError() {
