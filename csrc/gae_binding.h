@@ -17,6 +17,16 @@ namespace rlhf_fast {
 inline int64_t row_length(const Tensor& x) { return x.dim() == 0 ? 1 : x.size(x.dim() - 1); }
 inline int64_t row_count(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel() / row_length(x); }
 
+// How many sequences rewards (B, T), or (total,) with cu_seqlens, are.
+inline int64_t sequence_count(const char* op, const Tensor& rewards, const OptionalTensor& cu_seqlens) {
+  RF_CHECK(rewards.dim() == (cu_seqlens ? 1 : 2), op, ": rewards must be (B, T), or (total,) with cu_seqlens");
+  if (!cu_seqlens) return rewards.size(0);
+  const int64_t count = cu_seqlens->numel() - 1;
+  RF_CHECK(count > 0 || (count == 0 && rewards.numel() == 0), op, ": cu_seqlens must have an entry for each sequence ",
+           "and one more, got ", count + 1, " for ", rewards.numel(), " tokens");
+  return count;
+}
+
 template <class Device>
 struct GaeBinding {
   // A GPU's memory is not looked at: its kernels stay within the tensors whatever the bounds are.
@@ -39,9 +49,8 @@ struct GaeBinding {
     const ScalarType type = rewards.scalar_type();
     const int64_t total = rewards.numel();
     on_device<Device>(op, "rewards", rewards);
-    RF_CHECK(rewards.dim() == (cu_seqlens ? 1 : 2), op, ": rewards must be (B, T), or (total,) with cu_seqlens");
     RF_CHECK(!truncated || bootstrap_values, op, ": truncated needs bootstrap_values");
-    const int64_t sequences = cu_seqlens ? cu_seqlens->numel() - 1 : rewards.size(0);
+    const int64_t sequences = sequence_count(op, rewards, cu_seqlens);
     const Tensor dense_rewards = row_tensor(op, "rewards", rewards, type, total, rewards);
     const Tensor dense_values = row_tensor(op, "values", values, type, total, rewards);
     const OptionalTensor dense_mask = row_tensor(op, "mask", mask, ScalarType::Bool, total, rewards);
@@ -84,10 +93,9 @@ struct GaeBinding {
                                            double gamma, double lam, double rho_clip, double c_clip, bool carry) {
     constexpr const char* op = "vtrace";
     on_device<Device>(op, "rewards", rewards);
-    RF_CHECK(rewards.dim() == (cu_seqlens ? 1 : 2), op, ": rewards must be (B, T), or (total,) with cu_seqlens");
     RF_CHECK(!truncated || bootstrap_values, op, ": truncated needs bootstrap_values");
     const ScalarType type = rewards.scalar_type();
-    const int64_t total = rewards.numel(), sequences = cu_seqlens ? cu_seqlens->numel() - 1 : rewards.size(0);
+    const int64_t total = rewards.numel(), sequences = sequence_count(op, rewards, cu_seqlens);
     const Tensor inputs[] = {row_tensor(op, "rewards", rewards, type, total, rewards),
                              row_tensor(op, "values", values, type, total, rewards),
                              row_tensor(op, "log_ratios", log_ratios, type, total, rewards)};

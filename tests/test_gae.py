@@ -240,6 +240,21 @@ def test_bounds_that_no_host_has_seen(backend: str, bounds: list[int], generator
         assert torch.equal(got, run([0, 400, 1300]))
 
 
+@pytest.mark.parametrize("backend", ["native", "emulated"], indirect=True)
+@pytest.mark.parametrize("bounds", [[], [0]], ids=str)
+def test_tokens_of_no_sequence_are_refused(backend: str, bounds: list[int]) -> None:
+    """By the number of bounds alone, which can be seen on every device."""
+    ops = torch.ops.rlhf_fast if backend == "native" else torch.ops.rlhf_fast_emulated
+    x, none, cu_seqlens = torch.zeros(5), (None,) * 4, torch.tensor(bounds, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=f"gae: cu_seqlens must have .* one more, got {len(bounds)} for 5 tokens"):
+        ops.gae(x, x, *none, cu_seqlens, None, None, 1.0, 1.0, 1.0, True)
+    with pytest.raises(RuntimeError, match=f"vtrace: cu_seqlens must have .*, got {len(bounds)} for 5 tokens"):
+        ops.vtrace(x, x, x, *none, cu_seqlens, 1.0, 1.0, 1.0, 1.0, True)
+    there, unseen = torch.zeros(5, device="meta"), cu_seqlens.to("meta")
+    with pytest.raises(ValueError, match=r"gae: cu_seqlens must be \(S \+ 1,\)"):
+        rf.gae(there, there, cu_seqlens=unseen)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "unaligned"])
 def test_layouts(backend: str, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
     def lay(x: Tensor) -> Tensor:

@@ -241,6 +241,10 @@ def _checked_cu_seqlens(op: str, cu_seqlens: Tensor, rewards: Tensor) -> Tensor:
     _check.is_dense(op, "cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"rlhf_fast.{op}: cu_seqlens must be (S + 1,), got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.shape[0] == 1 and rewards.shape[0] > 0:
+        raise ValueError(
+            f"rlhf_fast.{op}: cu_seqlens must be (S + 1,) with S > 0 for {rewards.shape[0]} tokens, got shape (1,)"
+        )
     _check.on_device(op, "cu_seqlens", cu_seqlens, "rewards", rewards)
     if _check.can_look(cu_seqlens):
         bounds = cu_seqlens.tolist()
