@@ -11,7 +11,10 @@
 namespace rlhf_fast {
 namespace cuda {
 
-constexpr float kLeastLogRatio = -69.0f;  // of those that are not -inf: a factor is 0 only where it truly is
+// The least log-ratio of those that are not -inf. exp underflows below -87; exp(-69) = 1e-30 leaves room for gamma lam:
+// down to 1e-7 their product is a normal float32. So a factor is 0, which makes an infinite gain NaN, only where
+// gamma, lam or the ratio itself is 0.
+constexpr float kLeastLogRatio = -69.0f;
 
 // What a thread knows of its tokens.
 struct OffPolicyTokens {

@@ -30,6 +30,7 @@ ESTIMATORS = {"k1": K1, "k2": K2, "k3": K3, "abs": ABS}
 VALUE, STRAIGHT_THROUGH = 0, 1
 GRADIENTS = {"value": VALUE, "straight_through": STRAIGHT_THROUGH}
 
-# Of vtrace's log-ratios that are not -inf. exp underflows below -87; a finite log-ratio must not give a factor of
-# exactly 0, which would make 0 * inf = NaN of an infinite gain. The C++ and CUDA kernels have it as kLeastLogRatio.
+# Of vtrace's log-ratios that are not -inf. A finite one must not give a factor of exactly 0, which would make
+# 0 * inf = NaN of an infinite gain. exp underflows below -87; exp(-69) = 1e-30 leaves room for gamma lam: down to 1e-7
+# their product is a normal float32. The C++ and CUDA kernels have it as kLeastLogRatio.
 LEAST_LOG_RATIO = -69.0

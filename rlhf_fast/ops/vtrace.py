@@ -70,9 +70,9 @@ def vtrace(
         rewards, values: `(B, T)`, or `(total,)` with `cu_seqlens`; of one float dtype.
         log_ratios: same shape and dtype, in nats: log-probability of the token under the learning policy minus under
             the policy that sampled it. Limited before the exponential, so any value is legal, infinities too: to
-            log(rho_clip), and where it is not -inf to at least -69, the log-ratio of 1e-30. So a factor gamma c_t is 0,
-            for gamma lam of ordinary size, only with lam = 0, gamma = 0 or a log-ratio of -inf. Times an infinite gain
-            it is NaN, as in the formula.
+            log(rho_clip), and where it is not -inf to at least -69, the log-ratio of 1e-30. So a factor gamma c_t is 0
+            only with lam = 0, gamma = 0 or a log-ratio of -inf (with a gamma lam below 1e-7 it may be rounded to 0).
+            Times an infinite gain it is NaN, as in the formula.
         mask, dones, truncated, bootstrap_values, cu_seqlens: as in `gae`.
         gamma, lam: in [0, 1].
         rho_clip: limit of the ratio that weighs a token's own error, at least c_clip: decides which policy's value is
