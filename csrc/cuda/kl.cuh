@@ -123,7 +123,7 @@ __device__ __forceinline__ V value_of_row(int steps, int parts, KlPartial* parti
 // 16-byte loads in flight per thread and row; with tanh and log2 there are no registers left for a second one.
 template <bool kCap, int kKind = kReverse>
 constexpr int kLoads = kCap || kKind == kJsd ? 1 : 2;
-// Both together leave none for shifted loads either: see for_each_pair.
+// Both together leave none for shifted loads either, on sm_100: see for_each_pair, and docs/codegen.md.
 template <bool kCap, int kKind>
 constexpr bool kShifts = !(kCap && kKind == kJsd);
 
