@@ -15,29 +15,47 @@
 
 namespace {
 
+// Of packed sequences; on a GPU nobody looks at them. No two claim the same token: vtrace would write it twice.
+constexpr int64_t kFar = int64_t{1} << 62;
+const std::vector<int64_t> kAnyBounds[] = {{0, 400, kFar, -7, -5}, {900, 20, 400}, {kFar, -kFar, 5}, {7, 7, 7}};
+
 #if RF_PARTS & 4
 
+// Where sequences begin and end in flat arrays: rows of one length, or packed ones of any.
+struct Bounds {
+  std::vector<int64_t> of;
+  int64_t length;  // 0 if packed
+
+  Bounds(int64_t rows, int64_t length_) : length(length_) {
+    for (int64_t r = 0; r <= rows; ++r) of.push_back(r * length);
+  }
+  explicit Bounds(const std::vector<int64_t>& lengths) : of{0}, length(0) {
+    for (int64_t each : lengths) of.push_back(of.back() + each);
+  }
+  int64_t count() const { return static_cast<int64_t>(of.size()) - 1; }
+  cuda::Sequences sequences() const { return {length == 0 ? of.data() : nullptr, length, count(), of.back()}; }
+};
+
 // multiprocessors: of the GPU; with few of them a block goes along a whole row. Without carry masked tokens are steps.
-void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors, bool walks, bool carry = true) {
-  const int64_t total = rows * length;
+void check_gae(const Bounds& bounds, bool decoupled, int multiprocessors, bool walks, bool carry = true) {
+  const int64_t total = bounds.of.back();
   const std::vector<float> rewards = normal(total), values = normal(total), bootstrap = normal(total);
   const Flags mask(total, 0.8), dones(total, 0.01), truncated(total, 0.01);
-  std::vector<float> advantages(total), returns(total), row_lam(rows);
+  std::vector<float> advantages(total), returns(total), row_lam(bounds.count());
   GaeArgs a{};
   a.rewards = rewards.data(), a.values = values.data(), a.mask = mask.data(), a.dones = dones.data();
-  a.truncated = truncated.data(), a.bootstrap_values = bootstrap.data(), a.length = length;
+  a.truncated = truncated.data(), a.bootstrap_values = bootstrap.data(), a.length = bounds.length;
   a.gamma = 0.99f, a.lam = 0.95f, a.value_lam = decoupled ? 1.0f : 0.95f, a.carry = carry;
   a.advantages = advantages.data(), a.returns = returns.data();
-  for (int64_t r = 0; r < rows; ++r) row_lam[r] = 0.9f + 0.01f * static_cast<float>(r % 10);
+  for (int64_t r = 0; r < bounds.count(); ++r) row_lam[r] = 0.9f + 0.01f * static_cast<float>(r % 10);
   if (!decoupled) a.row_lam = a.row_value_lam = row_lam.data();
-  const cuda::Sequences sequences{nullptr, length, rows, total};
+  const cuda::Sequences sequences = bounds.sequences();
   expect("whether rows are walked", cuda::walks_rows(a, sequences, multiprocessors), walks, 0);
   std::vector<uint64_t> links(cuda::link_bytes(sequences, cuda::gae_chains(a)) / sizeof(uint64_t));
   cuda::gae(kFloat32, a, sequences, walks, links.empty() ? nullptr : links.data(), nullptr);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < bounds.count(); ++r) {
     double next_value = 0, advantage = 0, for_return = 0;
-    for (int64_t t = length - 1; t >= 0; --t) {
-      const int64_t i = r * length + t;
+    for (int64_t i = bounds.of[r + 1] - 1; i >= bounds.of[r]; --i) {
       if (!mask[i])
         expect("advantage where masked", advantages[i], 0, 0), expect("return where masked", returns[i], 0, 0);
       if (!mask[i] && carry) continue;
@@ -53,6 +71,18 @@ void check_gae(int64_t rows, int64_t length, bool decoupled, int multiprocessors
       expect("return", returns[i], for_return + value, 1e-4);
     }
   }
+}
+
+// A kernel ends whatever they are, and stays within the arrays.
+void check_gae_of_any_bounds(const std::vector<int64_t>& bounds) {
+  const int64_t total = 2 * cuda::kTile + 13, count = static_cast<int64_t>(bounds.size()) - 1;
+  std::vector<float> in(total), advantages(total), returns(total), row_lam(count);
+  GaeArgs a{};
+  a.rewards = a.values = in.data(), a.carry = true, a.gamma = 1, a.row_lam = a.row_value_lam = row_lam.data();
+  a.advantages = advantages.data(), a.returns = returns.data();
+  const cuda::Sequences sequences{bounds.data(), 0, count, total};
+  std::vector<uint64_t> links(cuda::link_bytes(sequences, 1) / sizeof(uint64_t));
+  cuda::gae(kFloat32, a, sequences, false, links.data(), nullptr);
 }
 
 // A row of more tiles than a warp has lanes, undiscounted, so that the last token counts in the first; whole numbers.
@@ -83,14 +113,16 @@ void check_sequences() {
 void check_gae() {
   constexpr int kMany = 1 << 20;
   for (const bool decoupled : {false, true}) {
-    check_gae(2, 5 * cuda::kTile + 3, decoupled, 1, false);
-    check_gae(3, 3 * cuda::kTile, decoupled, kMany, false);
-    check_gae(5, cuda::kTile / 2 + 1, decoupled, 1, false, decoupled);
-    check_gae(40, 7, decoupled, 1, false);
-    check_gae(3, 3 * cuda::kTile + 8, decoupled, 1, false);  // half a pair of lanes
-    check_gae(3, 3 * cuda::kTile + 16, decoupled, 3, true);
-    check_gae(2, cuda::kTile - 48, decoupled, 2, true, !decoupled);
+    check_gae({2, 5 * cuda::kTile + 3}, decoupled, 1, false);
+    check_gae({3, 3 * cuda::kTile}, decoupled, kMany, false);
+    check_gae({5, cuda::kTile / 2 + 1}, decoupled, 1, false, decoupled);
+    check_gae({40, 7}, decoupled, 1, false);
+    check_gae({3, 3 * cuda::kTile + 8}, decoupled, 1, false);  // half a pair of lanes
+    check_gae({3, 3 * cuda::kTile + 16}, decoupled, 3, true);
+    check_gae({2, cuda::kTile - 48}, decoupled, 2, true, !decoupled);
+    check_gae(Bounds({1, 0, 3, 0, 0, 2 * cuda::kTile, 13, cuda::kTile - 17, 1, 0, 40}), decoupled, 1, false, decoupled);
   }
+  for (const auto& bounds : kAnyBounds) check_gae_of_any_bounds(bounds);
   check_far_tiles();
   check_sequences();
 }
@@ -137,6 +169,16 @@ void check_vtrace(int64_t rows, int64_t length, bool packed, bool carry, bool ex
   }
 }
 
+// As check_gae_of_any_bounds.
+void check_vtrace_of_any_bounds(const std::vector<int64_t>& bounds) {
+  const int64_t total = 2 * cuda::kTile + 13, count = static_cast<int64_t>(bounds.size()) - 1;
+  std::vector<float> in(total), advantages(total), returns(total);
+  VtraceArgs a{};
+  a.rewards = a.values = a.log_ratios = in.data(), a.carry = true, a.gamma = a.decay = a.c_clip = 1;
+  a.advantages = advantages.data(), a.returns = returns.data();
+  cuda::vtrace(kFloat32, a, {bounds.data(), 0, count, total}, nullptr);
+}
+
 void check_vtrace() {
   for (const bool packed : {false, true}) {
     check_vtrace(3, 3 * cuda::kTile, packed, true);
@@ -144,6 +186,7 @@ void check_vtrace() {
     check_vtrace(9, 7, packed, true);
   }
   check_vtrace(2, 2 * cuda::kTile + 13, false, true, true);
+  for (const auto& bounds : kAnyBounds) check_vtrace_of_any_bounds(bounds);
 }
 
 #endif
