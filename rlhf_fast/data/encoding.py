@@ -114,16 +114,19 @@ def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int], com
     return [*_in_place(tokenizer, completion_text(completion), ""), end_of_turn(tokenizer)]
 
 
-def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of a completion's ids, without special tokens: prompt and completion decoded, minus the prompt's text.
+def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+    """The text of a completion's ids, without special tokens, up to the first of the texts `stop` that ended it.
 
-    Decoded alone, a completion of a sentencepiece tokenizer would lose its first space.
+    It is prompt and completion decoded, minus the prompt's text: decoded alone, a completion of a sentencepiece
+    tokenizer would lose its first space.
     """
     before = tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
-    sequence = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
-    if before and sequence.startswith(before):
-        return str(sequence[len(before) :])
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    text = str(tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True))
+    if before and text.startswith(before):
+        text = text[len(before) :]
+    else:
+        text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    return text[: min((place for end in stop if (place := text.find(end)) >= 0), default=len(text))]
 
 
 class Ending(NamedTuple):

@@ -83,12 +83,12 @@ def encode_all(
 
 def _rows(tokenizer: Any, ranking: Ranking) -> list[Encoded]:
     """Prompt and completion for each completion: the sampled tokens if they are known, else the encoded text."""
-    ids, prompt = ranking.completion_ids, None
+    ids, prompt, stop = ranking.completion_ids, None, ranking.stop
     if ids is not None and ranking.vocabulary == vocabulary_id(tokenizer):
         prompt = encode_prompt(tokenizer, ranking.prompt, where=ranking.where)
     rows = []
     for k, (completion, ended) in enumerate(zip(ranking.completions, ranking.ended, strict=True)):
-        if prompt is not None and ids is not None and decode_completion(tokenizer, prompt, ids[k]) == completion:
+        if prompt is not None and ids is not None and decode_completion(tokenizer, prompt, ids[k], stop) == completion:
             rows.append(Encoded(prompt + ids[k], len(prompt)))
         else:  # written or edited by a person
             rows.append(encode_example(tokenizer, ranking.prompt, completion, ended=ended, where=ranking.where))

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -19,28 +20,45 @@ from rlhf_fast.data.examples import Prompt, prompt_text
 from rlhf_fast.distributed.limits import NAME, longest_call
 from rlhf_fast.errors import UserError
 
+from .columns import Columns, first_two, parameters_of
+
 
 class RaterError(UserError):
     """A rater raised, or did not return one finite number for each completion."""
 
 
-Rater = Callable[..., list[float]]  # (prompt, completions, **columns of the prompt's row)
+@dataclass(frozen=True)
+class Rater:
+    """A function that rates completions, with its results checked at every call."""
+
+    spec: str
+    function: Callable[..., Any]
+
+    def __call__(self, prompt: Prompt, completions: Sequence[str], /, **columns: Any) -> list[float]:
+        """(K,) ratings. The function gets those of the prompt's `columns` that it has parameters for, or all if it
+        takes **any; None for one that it must have and the row lacks.
+
+        Raises RaterError naming the prompt if the function raises or does not return one finite number for each
+        completion.
+        """
+        shown = f"rater {self.spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
+        taken = {name: columns.get(name) for name in self.columns.taken(columns)}
+        return finite_numbers(lambda: self.function(prompt, completions, **taken), completions, shown, "ratings")
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns that the function takes."""
+        parameters = parameters_of(self.function)
+        return Columns.of(parameters, first_two(parameters))
+
+    def check_columns(self, lines: Sequence[object]) -> None:
+        """UserError if the function must have a column which no prompt of `lines` has."""
+        self.columns.check(f"rater {self.spec!r}", lines)
 
 
 def load_rater(spec: str) -> Rater:
-    """The function that `module:function` or `file.py:function` names, with its results checked at every call.
-
-    A call raises RaterError naming the prompt if the function raises or does not return one finite number for each
-    completion. The function gets the columns of the prompt's row that it has parameters for, or all if it takes **any.
-    """
-    function = load_function(spec)
-    accepts = _accepted(function)
-
-    def rate(prompt: Prompt, completions: list[str], **columns: Any) -> list[float]:
-        shown = f"rater {spec!r} on the prompt {prompt_text(prompt)[:80]!r}"
-        return finite_numbers(lambda: function(prompt, completions, **accepts(columns)), completions, shown, "ratings")
-
-    return rate
+    """The function that `module:function` or `file.py:function` names, as a rater."""
+    return Rater(spec, load_function(spec))
 
 
 def finite_numbers(call: Callable[[], Any], texts: Sequence[str], shown: str, noun: str) -> list[float]:
@@ -109,21 +127,6 @@ def load_function(spec: str, noun: str = "rater") -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{noun} {spec!r}: {source} has no function {name!r}")
     return function
-
-
-def _accepted(function: Callable[..., Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A filter: of a row's columns, those that `function` takes as keyword arguments after its first two."""
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):  # written in C
-        return lambda columns: {}
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        taken = {parameter.name for parameter in parameters[:2]}
-        return lambda columns: {name: value for name, value in columns.items() if name not in taken}
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = {parameter.name for parameter in parameters[2:] if parameter.kind in kinds}
-    names |= {parameter.name for parameter in parameters[:2] if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
-    return lambda columns: {name: value for name, value in columns.items() if name in names}
 
 
 def _load_module(source: str, spec: str, noun: str) -> ModuleType:

@@ -10,9 +10,9 @@ Higher ratings are better, rank 1 is best, equal numbers are ties; where a line 
 are ratings of single qualities under names of your choice; a reward model may learn from one of them instead. `ended`
 says which completions ended by themselves (if it is missing, all did). Only the prompt, the completions and ratings or
 ranks are required, so a file may be written by hand. `completion_ids` are the tokens that a model sampled, including
-the token that ended the completion, and `vocabulary` identifies their tokenizer; they are used instead of the text if
-they decode to it. A file only grows: if one annotator has several lines about the same prompt and completions, the
-last counts. `readers.py` converts other tools' rows to this schema.
+the token or the `stop` text of `sampling` that ended the completion, and `vocabulary` identifies their tokenizer; they
+are used instead of the text if they decode to it. A file only grows: if one annotator has several lines about the same
+prompt and completions, the last counts. `readers.py` converts other tools' rows to this schema.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class Ranking:
     model: str | None = None
     completion_ids: list[list[int]] | None = None  # as sampled
     vocabulary: str | None = None  # `encoding.vocabulary_id` of the tokenizer of completion_ids
+    sampling: dict[str, Any] | None = None  # options that they were sampled with
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """The texts that ended completions: at the end of their tokens, but not in their text."""
+        texts = (self.sampling or {}).get("stop")
+        return tuple(text for text in texts if isinstance(text, str)) if isinstance(texts, list) else ()
 
     @property
     def texts(self) -> list[str]:
@@ -65,6 +72,8 @@ class Ranking:
         }
         if isinstance(self.prompt, Chat):
             row |= self.prompt.columns()
+        if self.sampling is not None:
+            row["sampling"] = self.sampling
         if self.completion_ids is not None:
             row |= {"completion_ids": self.completion_ids, "vocabulary": self.vocabulary}
         return row
@@ -187,7 +196,10 @@ def parse(row: dict[str, Any], where: str) -> Ranking:
             raise UserError(f'{where}: "{name}" must be text, got {repr(text)[:60]}')
     ids = _token_ids(row.get("completion_ids"), size, where)
     criteria = _criteria(row.get("criteria"), size, where)
-    return Ranking(prompt, completions, ended, goodness, where, ratings, criteria, completion_ids=ids, **texts)
+    sampling = row["sampling"] if isinstance(row.get("sampling"), dict) else None
+    return Ranking(
+        prompt, completions, ended, goodness, where, ratings, criteria, completion_ids=ids, sampling=sampling, **texts
+    )
 
 
 def _criteria(values: Any, size: int, where: str) -> dict[str, list[float]]:

@@ -47,6 +47,8 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
     names = {"a": find_model(options.a), "b": find_model(options.b)}
     lines = read_prompts(options.prompts)[: options.limit]
     rater = load_rater(options.rater) if options.rater else None
+    if rater is not None:
+        rater.check_columns(lines)
     tokenizer = load_tokenizer(names["a"])
     if load_tokenizer(names["b"]).get_vocab() != tokenizer.get_vocab():
         raise UserError(f"{names['a']} and {names['b']} have different vocabularies, so there is no KL between them")
@@ -68,7 +70,7 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
             lambda: nullcontext(reference),
             None if reader is not None else reward,
             tokenizer,
-            [line.prompt for line in lines],
+            lines,
             encoded,
             SamplingParams(max_new_tokens=options.max_new_tokens, temperature=options.temperature),
             samples=options.samples,

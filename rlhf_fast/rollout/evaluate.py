@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.feedback.raters import Rater
 from rlhf_fast.models.batches import NO_ROWS, Batch, MicroBatch, in_micro_batches
 from rlhf_fast.models.fsdp import pad_to_ranks
 from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logprobs_entropy
@@ -19,7 +21,6 @@ from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logpro
 from .builtin import generate
 from .rollout import Rollout, Sampler, SamplingParams, needs_all_ranks
 
-Rater = Callable[[Any, list[str]], list[float]]
 Reference = Callable[[], AbstractContextManager[Any]]  # yields the model that the KL is measured from
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
 
@@ -29,7 +30,7 @@ def evaluate(
     reference: Reference,
     reward: Any,
     tokenizer: Any,
-    prompts: list[Any],
+    prompts: Sequence[PromptLine],
     encoded: list[list[int]],
     params: SamplingParams,
     *,
@@ -68,9 +69,10 @@ def evaluate(
     rows = [row for start in sorted(parts) for row in parts[start]]
     groups = [[row["completion"] for row in rows[place : place + samples]] for place in range(0, len(rows), samples)]
     for place, row in enumerate(rows):
-        row["prompt"] = prompts[place // samples]
+        row["prompt"] = prompts[place // samples].prompt
     if rater is not None:
-        ratings = ranks().once(lambda: [rater(*group) for group in zip(prompts, groups, strict=True)])
+        by_prompt = list(zip(prompts, groups, strict=True))
+        ratings = ranks().once(lambda: [rater(line.prompt, group, **line.columns) for line, group in by_prompt])
         for row, rating in zip(rows, (x for group in ratings for x in group), strict=True):
             row["gold"] = rating
     return figures_of(rows), rows

@@ -165,8 +165,7 @@ def assemble(tokenizer: Any, prompts: list[list[int]], completions: Completions,
         input_ids[row, start : start + count] = sampled[row, :count]
         if logprobs is not None and completions.logprobs is not None:
             logprobs[row, start : start + count] = completions.logprobs[row, :count].cpu()
-        text = decode_completion(tokenizer, prompts[row // samples], sampled[row, :count].tolist())
-        texts.append(text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))])
+        texts.append(decode_completion(tokenizer, prompts[row // samples], sampled[row, :count].tolist(), stop))
     support = completions.support
     if support is not None:  # a copy, as inference-mode tensors cannot be used in autograd
         support = support.take(torch.arange(int(counts.sum()), device=support.offsets.device)).to("cpu")

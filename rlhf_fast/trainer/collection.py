@@ -67,6 +67,8 @@ def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
         return finished
     lines = read_prompts(config.prompts_file, config.strict)
     rater = load_rater(config.rater) if config.rater else None
+    if rater is not None:
+        rater.check_columns(lines)
     timer = Timer()
     sampled_before = _rows_done(run)
     if len(sampled_before) >= len(lines):
@@ -162,25 +164,21 @@ def _sample(
     model, tokenizer, sampler = policy
     if not lines and not needs_all_ranks(sampler, model):
         return []
+    params = SamplingParams.of(config)
     with timer("generate"):
         rollout = sampler(
             model,
             tokenizer,
             prompts,
-            SamplingParams.of(config),
+            params,
             seed=config.seed * 1_000_003 + start,
             samples_per_prompt=config.samples_per_prompt,
         )
     k = config.samples_per_prompt
     rows = zip(rollout.input_ids.cpu(), rollout.response_mask.cpu(), strict=True)
     ids = [row[mask].tolist() for row, mask in rows]
-    sampling = {
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
-    }
+    sampling = {**vars(params), "stop": list(params.stop), "seed": config.seed}
+    del sampling["batch_size"]  # changes no sample
     return [
         {
             "prompt": line.prompt,

@@ -154,7 +154,16 @@ def test_eval_of_a_model_against_itself_and_another(
         other.lm_head.weight[AutoTokenizer.from_pretrained(tiny / "model").eos_token_id] += 1.0
     for part in (other, AutoTokenizer.from_pretrained(tiny / "model")):
         part.save_pretrained(tmp_path / "other")
-    options = ["--prompts", str(tiny / "heldout.jsonl"), "--rater", tiny_rater, "--dtype", "float32"]
+    rows = [json.loads(line) for line in (tiny / "heldout.jsonl").read_text().splitlines()[:7]]
+    for row in rows[2:]:  # a rater gets the columns of each prompt's row as in `collect`: None where a row lacks one
+        row["answer"] = row["prompt"].split()[-1]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rules.py").write_text(
+        f"from rlhf_fast.feedback.raters import load_rater\nshare = load_rater({tiny_rater!r})\n"
+        "def rate(prompt, completions, answer):\n"
+        "    return [number + 10 * (prompt.split()[-1] == answer) for number in share(prompt, completions)]\n"
+    )
+    options = ["--prompts", f"{tmp_path}/prompts.jsonl", "--rater", f"{tmp_path}/rules.py:rate", "--dtype", "float32"]
     options += ["--max-new-tokens", "6", "--samples", "2", "--limit", "6"]
     output = tmp_path / "eval.json"
     model = str(tiny / "model")
@@ -164,5 +173,6 @@ def test_eval_of_a_model_against_itself_and_another(
     assert "B wins by gold" in text and result["win_rate_of_b"]["gold"]["prompts"] == 6
     assert result["figures"]["a"]["kl"] == pytest.approx(0, abs=1e-4) and "reward" not in result["figures"]["a"]
     assert result["figures"]["b"]["kl"] != pytest.approx(0, abs=1e-3) and len(result["samples"]["b"]) == 12
+    assert [row["gold"] >= 10 for row in result["samples"]["a"]] == [False] * 4 + [True] * 8
     assert cli.main(["eval", model, model, *options, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err

@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_fast import cli
 from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.answer_file import AnswerFile
+from rlhf_fast.feedback.encoded import encode
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.feedback.schema import read_feedback
+from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer.collection import CollectConfig, collect
 
@@ -83,6 +88,36 @@ def test_a_rater_is_a_function_of_a_file_or_a_module(raters: str) -> None:
     assert callable(load_rater("json:dumps"))
 
 
+def test_a_rater_gets_the_columns_that_it_names(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "def right(prompt, completions, answer, level=2): return [level * (answer in c) for c in completions]\n"
+        "def none(prompt, completions, answer): return [answer is None for c in completions]\n"
+        "def any(prompt, completions, **columns): return [len(columns)] * len(completions)\n"
+    )
+    rate = {name: load_rater(f"{tmp_path}/f.py:{name}") for name in ("right", "none", "any")}
+    assert rate["right"]("p", ["a", "b"], answer="a", other=1) == [2, 0]
+    assert rate["right"]("p", ["a", "b"], answer="a", level=3) == [3, 0]
+    assert rate["none"]("p", ["a"], other=1) == [1]  # the row lacks it
+    assert rate["any"]("p", ["a"], answer="a", completions=["x"], prompt="y", self=1) == [2]  # answer and self
+
+
+@pytest.mark.parametrize("phase", ["collect", "ppo", "eval"])
+def test_a_column_that_a_rater_must_have_is_missed_before_a_model_is_loaded(
+    tmp_path: Path, write_jsonl: Any, phase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "f.py").write_text("def right(prompt, completions, answer): return [1] * len(completions)\n")
+    file, rater = write_jsonl("p.jsonl", {"prompt": "p", "hint": 1}), f"{tmp_path}/f.py:right"
+    run = f"--model nowhere --output-dir {tmp_path}/run --prompts-file {file}"
+    command = {
+        "collect": f"collect {run}",
+        "ppo": f"ppo {run} --reward-model nowhere --eval-prompts-file {file}",
+        "eval": f"eval nowhere nowhere --prompts {file}",
+    }[phase]
+    assert cli.main([*command.split(), "--rater", rater]) == 2
+    message = f"rater '{rater}' takes answer, which no row of {file} has; its columns beside the prompt: hint"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -140,10 +175,32 @@ def test_collect_writes_what_read_feedback_reads(tiny: Path, tmp_path: Path, pro
     rows = rows_of(tmp_path / "run")
     assert summary["prompts"] == len(rows) == 5 and summary["completions"] == 20
     assert all(len(set(row["completions"])) > 1 and len(row["ended"]) == 4 for row in rows)
-    assert rows[0]["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 6, "seed": 0}
+    assert rows[0]["sampling"] == {
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 6, "min_new_tokens": 0,
+        "stop": [], "seed": 0,
+    }  # fmt: skip
     assert rows[0]["annotator"] == f"simulated rater {raters}:length"
     ranking = read_feedback(tmp_path / "run" / "feedback.jsonl")[0]
     assert ranking.goodness == [len(text) for text in rows[0]["completions"]]
+
+
+def test_a_completion_that_a_stop_text_ended_keeps_its_tokens(tiny: Path, tmp_path: Path, prompts: str) -> None:
+    """The reward model and DPO learn from the tokens that the policy sampled, also of lines that a person rated."""
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts, stop=("e", "o"))
+    collect(settings, RunFolder.create(settings.output_dir))
+    file = AnswerFile(tmp_path / "run" / "feedback.jsonl", tmp_path / "labels.jsonl", rate=True)
+    for place in range(5):
+        file.answer("ann", place, [1, 2, 3, 4])
+    tokenizer = load_tokenizer(str(tiny / "model"))
+    stopped = 0
+    for ranking in read_feedback(tmp_path / "labels.jsonl"):
+        assert ranking.completion_ids is not None
+        encoded = encode(tokenizer, ranking, 99)
+        assert [ids[encoded.prompt_length :] for ids in encoded.sequences] == ranking.completion_ids
+        stopped += sum(ids[-1] != tokenizer.eos_token_id for ids in ranking.completion_ids)
+        written = replace(ranking, completions=[f"{text} egg" for text in ranking.texts])  # edited by a person
+        assert encode(tokenizer, written, 99).sequences[0][-1] == tokenizer.eos_token_id
+    assert stopped > 5
 
 
 def test_without_a_rater_a_person_fills_the_ratings_in(tiny: Path, tmp_path: Path, prompts: str) -> None:

@@ -41,7 +41,7 @@ from .ahead import OneStepAhead
 from .kl_controller import KLController
 from .prompts import PromptOptions, Prompts, encode_lines
 from .ptx import Demonstrations
-from .reward_functions import check_columns, load_functions
+from .reward_functions import load_functions
 from .reward_reader import reader_of
 from .rewards import Rewards
 
@@ -232,7 +232,6 @@ def calibrate_critic(critic: Any, values: Tensor, rewards: Tensor, mask: Tensor)
 
 def encode_prompts(lines: Sequence[PromptLine | Ranking], agent: Agent, options: PromptOptions) -> Prompts:
     """Token ids of what `read_data` read; the options decide what happens to those that do not fit."""
-    check_columns(agent.rewards.functions, lines)
     limits = reading_limits(agent.policy, options.limits)
     prompts = encode_lines(lines, agent.tokenizer, limits, options.max_new_tokens, options.every_pair)
     check_head(agent.policy, torch.tensor([prompts.ids[0]], device=agent.policy.device))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.feedback.raters import Rater
 from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.rollout.builtin import generate
-from rlhf_fast.rollout.evaluate import Rater, evaluate, figures_of
+from rlhf_fast.rollout.evaluate import evaluate, figures_of
 from rlhf_fast.rollout.rollout import Sampler, SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer, notice
@@ -60,7 +61,7 @@ class Evaluator:
                 self.agent.reference,
                 None if self.agent.rewards.reader is not None else self.agent.rewards.model,
                 self.agent.tokenizer,
-                [line.prompt for line in self.held_out.lines[:count]],
+                self.held_out.lines[:count],
                 self.held_out.ids[:count],
                 options.params,
                 samples=options.samples,

@@ -57,6 +57,7 @@ from .metrics import Watch, rollout_metrics
 from .pace import Pace
 from .prompts import Prompts, read_data
 from .ptx import encode_demonstrations
+from .reward_functions import load_functions
 from .sample import collect
 from .score import choose_samples, plan_minibatches, score
 from .settings import Settings, StepOptions
@@ -84,6 +85,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     rater = load_rater(config.rater) if config.rater else None
     settings = Settings(config)  # from here on each part gets its own options, not the config
     data = read_data(settings.data)
+    data.check_columns(load_functions(config.reward_functions), rater)
     if sampler is None:
         sampler = servers.enter_context(open_sampler(settings.sampler, settings.served, run.path / SERVER_LOG))
     with timer("load"):

@@ -16,9 +16,12 @@ from rlhf_fast.data.examples import Demonstration, PromptLine, pad_right, read_p
 from rlhf_fast.data.limits import Limits, encode_prompts
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.encoded import EncodedRanking, encode_all
+from rlhf_fast.feedback.raters import Rater
 from rlhf_fast.feedback.schema import Ranking, holds_feedback, read_feedback
 from rlhf_fast.models.loading import device
 from rlhf_fast.rollout.rollout import Rollout
+
+from .reward_functions import RewardFunction, check_columns
 
 
 class DataOptions(NamedTuple):
@@ -46,6 +49,13 @@ class Data(NamedTuple):
     prompts: Sequence[PromptLine | Ranking]
     held_out: list[PromptLine]
     demonstrations: list[Demonstration]
+
+    def check_columns(self, functions: Sequence[RewardFunction], rater: Rater | None) -> None:
+        """UserError naming a reward function or rater that must have a column which no prompt has."""
+        for lines in (self.prompts, self.held_out):
+            check_columns(functions, lines)
+        if rater is not None:
+            rater.check_columns(self.held_out)
 
 
 class Pair(NamedTuple):

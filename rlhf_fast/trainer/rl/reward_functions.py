@@ -20,12 +20,13 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf_fast.data.examples import PromptLine, prompt_text
 from rlhf_fast.errors import UserError
+from rlhf_fast.feedback.columns import Columns, first_two, parameters_of
 from rlhf_fast.feedback.raters import finite_numbers, load_function
 
 from .remote_reward import RemoteReward
@@ -52,7 +53,9 @@ class RewardFunction:
             }
             shown = [as_messages(line, text) for line, text in zip(lines, texts, strict=True)]
             samples_of = {"prompts": [line.prompt for line in lines], "completions": shown}
-            lists |= {name: value for name, value in samples_of.items() if name in self.parameters or self.takes_any}
+            lists |= {
+                name: value for name, value in samples_of.items() if name in self.parameters or self.columns.every
+            }
             return self.checked(partial(self.function, **lists), prompts[0], texts)
         numbers: list[float] = []
         for place, line in enumerate(prompts):
@@ -69,33 +72,20 @@ class RewardFunction:
             first is not None and (first.name == "completions" or first.kind is first.VAR_KEYWORD)
         )
 
-    @property
-    def takes_any(self) -> bool:
-        """Whether it takes `**columns`."""
-        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+    @cached_property
+    def columns(self) -> Columns:
+        """The columns that it takes."""
+        own = () if self.takes_all else first_two(self.parameters)
+        return Columns.of(self.parameters, {*OURS, "prompts", *own})
 
-    @property
-    def named_columns(self) -> dict[str, bool]:
-        """Name of each column that its parameters name -> whether it must be given, having no default."""
-        parameters = list(self.parameters.values())
-        own = (*OURS, "prompts") if self.takes_all else [p.name for p in parameters[:2]]
-        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        return {p.name: p.default is p.empty for p in parameters if p.kind not in variadic and p.name not in own}
-
-    @property
+    @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """Its parameters by name; of a built-in without a signature, `OURS`."""
-        try:
-            return dict(inspect.signature(self.function).parameters)
-        except ValueError:
-            return {}
+        """Its parameters by name."""
+        return parameters_of(self.function)
 
     def columns_taken(self, lines: Sequence[PromptLine]) -> list[str]:
         """The names of the columns that it takes; one that it must have and no row of `lines` has is given as None."""
-        known = dict.fromkeys(name for line in lines for name in line.columns)
-        named = self.named_columns
-        taken = [name for name in known if name in named or (self.takes_any and name not in (*OURS, "prompts"))]
-        return [*taken, *(name for name, needed in named.items() if needed and name not in known)]
+        return self.columns.taken(dict.fromkeys(name for line in lines for name in line.columns))
 
     def checked(self, call: Callable[[], Any], line: PromptLine, texts: Sequence[str]) -> list[float]:
         """The numbers that `call()` returns, NaN for None; RaterError unless there is one finite number per text."""
@@ -138,16 +128,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def check_columns(functions: Sequence[RewardFunction], lines: Sequence[object]) -> None:
     """UserError naming a function that must have a column which no prompt of `lines` has."""
-    prompts = [line for line in lines if isinstance(line, PromptLine)]
-    known = dict.fromkeys(name for line in prompts for name in line.columns)
     for function in functions:
-        missing = [name for name, needed in function.named_columns.items() if needed and name not in known]
-        if missing and prompts:
-            file, has = prompts[0].where.rpartition(":")[0], ", ".join(known) or "none"
-            raise UserError(
-                f"reward function {function.spec!r} takes {', '.join(missing)}, which no row of {file} has; its "
-                f"columns beside the prompt: {has}"
-            )
+        function.columns.check(f"reward function {function.spec!r}", lines)
 
 
 def as_messages(line: PromptLine, text: str) -> str | list[dict[str, str]]:
