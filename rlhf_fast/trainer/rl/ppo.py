@@ -84,8 +84,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     timer = Timer()
     rater = load_rater(config.rater) if config.rater else None
     settings = Settings(config)  # from here on each part gets its own options, not the config
-    data = read_data(settings.data)
-    data.check_columns(load_functions(config.reward_functions), rater)
+    data = read_data(settings.data, load_functions(config.reward_functions), rater)
     if sampler is None:
         sampler = servers.enter_context(open_sampler(settings.sampler, settings.served, run.path / SERVER_LOG))
     with timer("load"):

@@ -50,13 +50,6 @@ class Data(NamedTuple):
     held_out: list[PromptLine]
     demonstrations: list[Demonstration]
 
-    def check_columns(self, functions: Sequence[RewardFunction], rater: Rater | None) -> None:
-        """UserError naming a reward function or rater that must have a column which no prompt has."""
-        for lines in (self.prompts, self.held_out):
-            check_columns(functions, lines)
-        if rater is not None:
-            rater.check_columns(self.held_out)
-
 
 class Pair(NamedTuple):
     """Two completions of a ranking."""
@@ -117,14 +110,19 @@ def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
     return [max(pairs, key=lambda pair: goodness[pair.better] - goodness[pair.worse])]
 
 
-def read_data(options: DataOptions) -> Data:
-    """All rows of all files."""
+def read_data(options: DataOptions, functions: Sequence[RewardFunction], rater: Rater | None) -> Data:
+    """All rows of all files; UserError naming a function or rater that must have a column which no prompt has."""
     feedback, scored, strict = options.feedback, options.scored, options.strict
-    return Data(
+    data = Data(
         prompts=read_prompts_or_feedback(options.prompts_file, feedback=feedback, scored=scored, strict=strict),
         held_out=read_prompts(options.eval_prompts_file, strict) if options.eval_prompts_file else [],
         demonstrations=read_sft(options.ptx_file, strict) if options.ptx_file else [],
     )
+    check_columns(functions, data.prompts)
+    check_columns(functions, data.held_out)
+    if rater is not None:
+        rater.check_columns(data.held_out)
+    return data
 
 
 def read_prompts_or_feedback(
