@@ -23,6 +23,7 @@ from rlhf_fast.trainer.rl.policy_update import PolicyResult, policy_backward
 from rlhf_fast.trainer.rl.settings import Settings
 
 LONGEST, ROWS = 6, 4
+TEMPERATURE = 0.8  # of all losses: each way to a log-probability must divide by it
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,8 @@ def experience(models: tuple[Any, Any], spread: float = 0.6, cut: bool = False) 
 
 def logprobs_entropy(model: Any, ids: Tensor, real: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T) from whole logits."""
-    logp = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1].float().log_softmax(-1)
+    logits = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1].float()
+    logp = (logits / TEMPERATURE).log_softmax(-1)
     pad = torch.nn.functional.pad
     sampled = pad(logp.gather(-1, ids[:, 1:, None]).squeeze(-1), (1, 0))
     return sampled * mask, pad(-(logp.exp() * logp).sum(-1), (1, 0)) * mask
@@ -96,9 +98,14 @@ def paper_loss(name: str, found: Experience, logprobs: Tensor, entropy: Tensor, 
             losses = torch.where(advantages < 0, torch.minimum(losses, -config.dual_clip * advantages), losses)
         if config.importance_ratio == "sequence" and name != "cispo":  # one number a sequence
             losses = losses / len(losses)
-        if config.kl_in == "loss":
-            extra = {"k2": 0.5 * (own - ref) ** 2, "k3": (ref - own).exp() - 1 - (ref - own)}
-            losses = losses + config.kl_coef * extra[str(config.kl_estimator)]
+        if str(config.kl_in).startswith("loss"):
+            gap = own - ref
+            kl = {"k1": gap, "k2": 0.5 * gap**2, "k3": (-gap).exp() - 1 + gap}[str(config.kl_estimator)]
+            if config.kl_in == "loss-straight-through":  # the value with the gradient of k2
+                kl = kl.detach() + 0.5 * (gap**2 - gap.detach() ** 2)
+            elif config.kl_in == "loss-importance":
+                kl = log_ratio.exp() * kl
+            losses = losses + config.kl_coef * kl
         losses = losses - config.entropy_coef * entropy[b][keep]
         if name in ("grpo", "gspo"):
             total = total + losses.mean() / ROWS
@@ -135,6 +142,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {}),
     ("ppo", {"dual_clip": 1.05, "entropy_coef": 0.3}),
     ("grpo", {"kl_coef": 0.5}),
+    ("grpo", {"kl_coef": 0.5, "kl_in": "loss-straight-through", "kl_estimator": "k1"}),
+    ("grpo", {"kl_coef": 0.5, "kl_in": "loss-importance"}),
     ("dr_grpo", {}),
     ("dapo", {"kl_coef": 0.3, "kl_estimator": "k2"}),
     ("cispo", {"cliprange": 0.1, "cliprange_high": 0.1}),
@@ -156,7 +165,7 @@ WAYS = [(*case, cut) for case in CASES for cut in (False, True) if not (cut and 
 def test_loss_and_gradients_are_the_papers(
     models: tuple[Any, Any], name: str, values: dict[str, Any], cut: bool
 ) -> None:
-    config = PPOConfig(objective=name, num_minibatches=2, **values).resolved()
+    config = PPOConfig(objective=name, num_minibatches=2, temperature=TEMPERATURE, **values).resolved()
     found = experience(models, cut=cut)
     result, gradients = ours(models, found, config)
     models[0].zero_grad()
@@ -176,7 +185,7 @@ def test_the_exact_kl_in_the_loss_is_that_of_both_heads_at_the_temperature(model
     for model in models:
         model.lm_head.bias = torch.nn.Parameter(0.5 * torch.randn(model.config.vocab_size))
     config = PPOConfig(
-        objective="dapo", kl_in="loss", kl_estimator="exact", kl_coef=0.7, num_minibatches=2, temperature=0.8
+        objective="dapo", kl_in="loss", kl_estimator="exact", kl_coef=0.7, num_minibatches=2, temperature=TEMPERATURE
     ).resolved()
     found = experience(models)
     found = found._replace(advantages=torch.zeros_like(found.advantages))
@@ -184,7 +193,8 @@ def test_the_exact_kl_in_the_loss_is_that_of_both_heads_at_the_temperature(model
     policy.zero_grad()
     ids, real, _ = found.batch[:3]
     own, other = (
-        (model(ids, attention_mask=real.long()).logits[:, :-1] / 0.8).log_softmax(-1) for model in (policy, reference)
+        (model(ids, attention_mask=real.long()).logits[:, :-1] / TEMPERATURE).log_softmax(-1)
+        for model in (policy, reference)
     )
     kl = torch.nn.functional.pad((own.exp() * (own - other.detach())).sum(-1), (1, 0))
     loss = 0.7 * kl[found.learned].mean()
@@ -198,7 +208,7 @@ def test_the_exact_kl_in_the_loss_is_that_of_both_heads_at_the_temperature(model
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++-baseline"])
 def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[Any, Any], name: str, cut: bool) -> None:
     """Loss and gradient are those at ratio 1, though nobody took old log-probabilities before."""
-    values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1}
+    values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1, "temperature": TEMPERATURE}
     config = PPOConfig(objective=name, **values).resolved()
     found = experience(models, spread=0.0, cut=cut)
     assert Settings(config).step.update.loss.on_policy
@@ -214,6 +224,24 @@ def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[An
     if not cut:
         assert result.entropy is not None
         torch.testing.assert_close(result.entropy, entropy, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("values", [{"label_smoothing": 0.2}, {"dpo_loss": "ipo"}], ids=str)
+def test_pairs_have_the_loss_and_gradients_of_the_papers(models: tuple[Any, Any], values: dict[str, Any]) -> None:
+    """Of sums over a sequence, at the temperature, in a mean over pairs; the second row of each pair is the better."""
+    config = PPOConfig(objective="dpo", temperature=TEMPERATURE, kl_coef=0.3, num_minibatches=1, **values).resolved()
+    found = experience(models)
+    result, gradients = ours(models, found, config)
+    models[0].zero_grad()
+    worse, better = (logprobs_entropy(models[0], *found.batch[:3])[0] - found.ref_logprobs).sum(1).view(2, 2).unbind(1)
+    margins, smoothing = better - worse, config.label_smoothing
+    losses = -(1 - smoothing) * (0.3 * margins).sigmoid().log() - smoothing * (-0.3 * margins).sigmoid().log()
+    if config.dpo_loss == "ipo":
+        losses = (margins - 1 / 0.6) ** 2
+    losses.mean().backward()
+    assert result.figures["loss/policy_avg"] == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert result.figures["rewards/accuracies"] == (margins > 0).float().mean()
+    assert_close(gradients, {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("values", [{}, {"importance_ratio": "sequence-mean"}, {"kl_in": "loss", "epochs": 2}], ids=str)
