@@ -40,6 +40,7 @@ class Recorded:
             parameter.data += spread * torch.randn_like(parameter)
         self.models: list[tuple[Any, Any]] = [self._copies()]  # as they sampled, then before each optimizer step
         self.gradients: dict[str, list[dict[str, Tensor]]] = {"policy": [], "critic": []}
+        self.limits: list[float | None] = []  # of the gradients' norms
         self._watch("policy", self.agent.policy, self.agent.policy_optimizer)
         if self.agent.critic_optimizer is not None:
             self._watch("critic", self.agent.critic, self.agent.critic_optimizer)
@@ -61,6 +62,7 @@ class Recorded:
                 self.models.append(self._copies())
             found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
             self.gradients[name].append(found)
+            self.limits.append(norm)
             return float(step(norm))
 
         optimizer.step = watched
@@ -69,10 +71,14 @@ class Recorded:
 # --------------------------------------------------------------------------------------- PPO in plain Python
 
 
+def distribution_of(model: Any, ids: Tensor, start: int, temperature: float) -> Tensor:
+    """(n, V) log-probabilities of all ids in the places of the completion's tokens, of one sequence without pads."""
+    return (model(ids[None]).logits[0, start - 1 : -1].float() / temperature).log_softmax(-1)
+
+
 def logprobs_of(model: Any, ids: Tensor, start: int, temperature: float) -> Tensor:
-    """(n,) of the completion's tokens, from the whole logits of one sequence without pads."""
-    logits = model(ids[None]).logits[0, start - 1 : -1].float() / temperature
-    return logits.log_softmax(-1).gather(-1, ids[start:, None]).squeeze(-1)
+    """(n,) of the completion's tokens."""
+    return distribution_of(model, ids, start, temperature).gather(-1, ids[start:, None]).squeeze(-1)
 
 
 def values_of(critic: Any, ids: Tensor, start: int) -> Tensor:
@@ -97,48 +103,75 @@ def advantages_of(rewards: list[float], values: list[float], gamma: float, lam: 
 
 
 def oracle(seen: Recorded) -> tuple[dict[str, list[dict[str, Tensor]]], dict[str, float]]:
-    """The gradients of each optimizer step, and some metrics, of PPO as the papers write it; one minibatch an epoch."""
+    """The gradients of each optimizer step, and metrics, of PPO as the papers write it; one minibatch an epoch.
+
+    The policy does not learn from completions that were cut off, the critic does.
+    """
     config, made = seen.config, seen.rollout
     policy, critic = seen.models[0]
     rows = [ids[keep] for ids, keep in zip(made.input_ids, made.attention_mask, strict=True)]
     starts = [len(ids) - int(mask.sum()) for ids, mask in zip(rows, made.response_mask, strict=True)]
-    old, values, plain, kls, scores = [], [], [], [], []
+    old, values, plain, kls, scores, earned, entropies = [], [], [], [], [], [], []
     with torch.no_grad():
         for ids, start, ended in zip(rows, starts, made.ended.tolist(), strict=True):
             old.append(logprobs_of(policy, ids, start, config.temperature))
+            law = distribution_of(policy, ids, start, config.temperature)
+            entropies += (-law.exp() * law).sum(-1).tolist()
             kls.append(old[-1] - logprobs_of(seen.agent.frozen, ids, start, config.temperature))
             values.append(values_of(critic, ids, start))
             scores.append(score_of(seen.agent.rewards.model, ids))
             penalty = 0.0 if ended else config.missing_eos_penalty
             rewards = [-config.kl_coef * float(kl) for kl in kls[-1]]
             rewards[-1] += max(-config.score_clip, min(config.score_clip, scores[-1])) - penalty
+            earned.append(sum(rewards))
             plain.append(advantages_of(rewards, values[-1].tolist(), config.gamma, config.lam))
     every = [a for row in plain for a in row]
     mean = sum(every) / len(every)
     deviation = math.sqrt(sum((a - mean) ** 2 for a in every) / (len(every) - 1))
+    returns = [torch.tensor(a) + v for a, v in zip(plain, values, strict=True)]
+    learned = sum(len(a) for a, ended in zip(plain, made.ended.tolist(), strict=True) if ended)
     gradients: dict[str, list[dict[str, Tensor]]] = {"policy": [], "critic": []}
-    losses = []
+    losses, ratios = [], []
     for policy, critic in seen.models[1:]:
         policy_loss, value_loss = torch.tensor(0.0), torch.tensor(0.0)
         for b, (ids, start) in enumerate(zip(rows, starts, strict=True)):
             white = (torch.tensor(plain[b]) - mean) / deviation
-            ratio = (logprobs_of(policy, ids, start, config.temperature) - old[b]).exp()
-            near = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
-            policy_loss = policy_loss + torch.maximum(-white * ratio, -white * near).sum()
-            now, returns = values_of(critic, ids, start), torch.tensor(plain[b]) + values[b]
+            now = values_of(critic, ids, start)
             held = values[b] + (now - values[b]).clamp(-config.cliprange_value, config.cliprange_value)
-            value_loss = value_loss + 0.5 * torch.maximum((now - returns) ** 2, (held - returns) ** 2).sum()
-        for name, model, loss in (("policy", policy, policy_loss), ("critic", critic, value_loss)):
+            value_loss = value_loss + 0.5 * torch.maximum((now - returns[b]) ** 2, (held - returns[b]) ** 2).sum()
+            if made.ended[b]:
+                ratio = (logprobs_of(policy, ids, start, config.temperature) - old[b]).exp()
+                near = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
+                policy_loss = policy_loss + torch.maximum(-white * ratio, -white * near).sum()
+                ratios.append(ratio.detach().double())
+        for name, model, loss in (
+            ("policy", policy, policy_loss / learned),
+            ("critic", critic, value_loss / len(every)),
+        ):
             model.zero_grad()
-            (loss / len(every)).backward()
+            loss.backward()
             gradients[name].append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-        losses.append((float(policy_loss.detach()) / len(every), float(value_loss.detach()) / len(every)))
+        losses.append((float(policy_loss.detach()) / learned, float(value_loss.detach()) / len(every)))
+    ratio, targets, guesses = torch.cat(ratios), torch.cat(returns), torch.cat(values)
+    norms = {
+        name: [torch.stack([g.norm() for g in made.values()]).norm() for made in of] for name, of in gradients.items()
+    }
     figures = {
         "loss/policy_avg": sum(one for one, _ in losses) / len(losses),
         "loss/value_avg": sum(other for _, other in losses) / len(losses),
         "objective/kl": sum(float(kl.sum()) for kl in kls) / len(kls),
         "objective/scores": sum(scores) / len(scores),
+        "objective/scores_std": float(torch.tensor(scores).clamp(-config.score_clip, config.score_clip).std()),
+        "objective/rlhf_reward": sum(earned) / len(earned),
+        "objective/entropy": sum(entropies) / len(entropies),
+        "policy/ratio": float(ratio.mean()),
+        "policy/approxkl_avg": float((ratio - 1 - ratio.log()).mean()),
+        "policy/grad_norm": float(sum(norms["policy"])) / 3,
+        "val/grad_norm": float(sum(norms["critic"])) / 3,
+        "val/mean": float(guesses.mean()),
+        "val/explained_variance": 1 - float((targets - guesses).var() / targets.var()),
         "sample/length": len(every) / len(rows),
+        "sample/learned": learned / len(every),
     }
     return gradients, figures
 
@@ -147,11 +180,12 @@ def test_a_step_of_ppo_is_that_of_plain_python(job_data: Path) -> None:
     config = replace(
         phases.jobs(job_data)["ppo"], num_minibatches=1, epochs=3, temperature=0.7, kl_coef=0.3, gamma=0.98, lam=0.9,
         score_clip=1.0, micro_batch_size=3, lr=3e-3, critic_lr=3e-3, max_new_tokens=16, prompts_per_step=8,
+        overlong_filter=True, max_grad_norm=0.75,
     )  # fmt: skip
     seen = Recorded(config)
     gradients, figures = oracle(seen)
     assert figures["objective/kl"] > 0.05 and seen.figures["policy/clipfrac_avg"] > 0.05  # there is something to see
-    assert 0 < seen.figures["sample/ended"] < 1
+    assert 0 < seen.figures["sample/ended"] < 1 and seen.limits == [0.75] * 6
     for name in ("policy", "critic"):
         assert len(seen.gradients[name]) == len(gradients[name]) == 3
         for ours, theirs in zip(seen.gradients[name], gradients[name], strict=True):
