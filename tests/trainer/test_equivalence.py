@@ -7,7 +7,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -102,78 +102,108 @@ def advantages_of(rewards: list[float], values: list[float], gamma: float, lam: 
     return made
 
 
+class Sampled(NamedTuple):
+    """The sequences of a step, and what PPO computes from them before the update."""
+
+    rows: list[Tensor]  # ids without pads
+    starts: list[int]  # of the completions
+    old: list[Tensor]
+    kls: list[Tensor]
+    values: list[Tensor]
+    advantages: list[list[float]]  # before whitening
+    returns: list[Tensor]
+    scores: list[float]
+    earned: list[float]  # of all tokens of a completion
+    entropies: list[float]  # of all tokens
+
+
+@torch.no_grad()
+def sampled(seen: Recorded) -> Sampled:
+    config, made = seen.config, seen.rollout
+    policy, critic = seen.models[0]
+    found = Sampled(*([] for _ in Sampled._fields))
+    for ids, mask, ended in zip(made.input_ids, made.attention_mask, made.ended.tolist(), strict=True):
+        found.rows.append(ids[mask])
+        start = int(mask.sum() - made.response_mask[len(found.starts)].sum())
+        found.starts.append(start)
+        law = distribution_of(policy, ids[mask], start, config.temperature)
+        found.entropies.extend((-law.exp() * law).sum(-1).tolist())
+        found.old.append(logprobs_of(policy, ids[mask], start, config.temperature))
+        found.kls.append(found.old[-1] - logprobs_of(seen.agent.frozen, ids[mask], start, config.temperature))
+        found.values.append(values_of(critic, ids[mask], start))
+        found.scores.append(score_of(seen.agent.rewards.model, ids[mask]))
+        penalty = 0.0 if ended else config.missing_eos_penalty
+        rewards = [-config.kl_coef * float(kl) for kl in found.kls[-1]]
+        rewards[-1] += max(-config.score_clip, min(config.score_clip, found.scores[-1])) - penalty
+        found.earned.append(sum(rewards))
+        found.advantages.append(advantages_of(rewards, found.values[-1].tolist(), config.gamma, config.lam))
+        found.returns.append(torch.tensor(found.advantages[-1]) + found.values[-1])
+    return found
+
+
+def mean(values: Any) -> float:
+    return sum(map(float, values)) / len(values)
+
+
 def oracle(seen: Recorded) -> tuple[dict[str, list[dict[str, Tensor]]], dict[str, float]]:
     """The gradients of each optimizer step, and metrics, of PPO as the papers write it; one minibatch an epoch.
 
     The policy does not learn from completions that were cut off, the critic does.
     """
-    config, made = seen.config, seen.rollout
-    policy, critic = seen.models[0]
-    rows = [ids[keep] for ids, keep in zip(made.input_ids, made.attention_mask, strict=True)]
-    starts = [len(ids) - int(mask.sum()) for ids, mask in zip(rows, made.response_mask, strict=True)]
-    old, values, plain, kls, scores, earned, entropies = [], [], [], [], [], [], []
-    with torch.no_grad():
-        for ids, start, ended in zip(rows, starts, made.ended.tolist(), strict=True):
-            old.append(logprobs_of(policy, ids, start, config.temperature))
-            law = distribution_of(policy, ids, start, config.temperature)
-            entropies += (-law.exp() * law).sum(-1).tolist()
-            kls.append(old[-1] - logprobs_of(seen.agent.frozen, ids, start, config.temperature))
-            values.append(values_of(critic, ids, start))
-            scores.append(score_of(seen.agent.rewards.model, ids))
-            penalty = 0.0 if ended else config.missing_eos_penalty
-            rewards = [-config.kl_coef * float(kl) for kl in kls[-1]]
-            rewards[-1] += max(-config.score_clip, min(config.score_clip, scores[-1])) - penalty
-            earned.append(sum(rewards))
-            plain.append(advantages_of(rewards, values[-1].tolist(), config.gamma, config.lam))
-    every = [a for row in plain for a in row]
-    mean = sum(every) / len(every)
-    deviation = math.sqrt(sum((a - mean) ** 2 for a in every) / (len(every) - 1))
-    returns = [torch.tensor(a) + v for a, v in zip(plain, values, strict=True)]
-    learned = sum(len(a) for a, ended in zip(plain, made.ended.tolist(), strict=True) if ended)
+    config, ended, made = seen.config, seen.rollout.ended.tolist(), sampled(seen)
+    every = [a for row in made.advantages for a in row]
+    deviation = math.sqrt(sum((a - mean(every)) ** 2 for a in every) / (len(every) - 1))
+    learned = sum(len(row) for row, whole in zip(made.advantages, ended, strict=True) if whole)
     gradients: dict[str, list[dict[str, Tensor]]] = {"policy": [], "critic": []}
-    losses, ratios = [], []
+    losses: dict[str, list[float]] = {"policy": [], "critic": []}
+    ratios = []
     for policy, critic in seen.models[1:]:
         policy_loss, value_loss = torch.tensor(0.0), torch.tensor(0.0)
-        for b, (ids, start) in enumerate(zip(rows, starts, strict=True)):
-            white = (torch.tensor(plain[b]) - mean) / deviation
-            now = values_of(critic, ids, start)
-            held = values[b] + (now - values[b]).clamp(-config.cliprange_value, config.cliprange_value)
-            value_loss = value_loss + 0.5 * torch.maximum((now - returns[b]) ** 2, (held - returns[b]) ** 2).sum()
-            if made.ended[b]:
-                ratio = (logprobs_of(policy, ids, start, config.temperature) - old[b]).exp()
+        for b, (ids, start) in enumerate(zip(made.rows, made.starts, strict=True)):
+            now, old, target = values_of(critic, ids, start), made.values[b], made.returns[b]
+            held = old + (now - old).clamp(-config.cliprange_value, config.cliprange_value)
+            value_loss = value_loss + 0.5 * torch.maximum((now - target) ** 2, (held - target) ** 2).sum()
+            if ended[b]:
+                white = (torch.tensor(made.advantages[b]) - mean(every)) / deviation
+                ratio = (logprobs_of(policy, ids, start, config.temperature) - made.old[b]).exp()
                 near = ratio.clamp(1 - config.cliprange, 1 + config.cliprange)
                 policy_loss = policy_loss + torch.maximum(-white * ratio, -white * near).sum()
                 ratios.append(ratio.detach().double())
-        for name, model, loss in (
-            ("policy", policy, policy_loss / learned),
-            ("critic", critic, value_loss / len(every)),
-        ):
+        of_models = {"policy": (policy, policy_loss / learned), "critic": (critic, value_loss / len(every))}
+        for name, (model, loss) in of_models.items():
             model.zero_grad()
             loss.backward()
+            losses[name].append(float(loss))
             gradients[name].append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-        losses.append((float(policy_loss.detach()) / learned, float(value_loss.detach()) / len(every)))
-    ratio, targets, guesses = torch.cat(ratios), torch.cat(returns), torch.cat(values)
     norms = {
-        name: [torch.stack([g.norm() for g in made.values()]).norm() for made in of] for name, of in gradients.items()
+        name: [torch.stack([g.norm() for g in one.values()]).norm() for one in of] for name, of in gradients.items()
     }
-    figures = {
-        "loss/policy_avg": sum(one for one, _ in losses) / len(losses),
-        "loss/value_avg": sum(other for _, other in losses) / len(losses),
-        "objective/kl": sum(float(kl.sum()) for kl in kls) / len(kls),
-        "objective/scores": sum(scores) / len(scores),
-        "objective/scores_std": float(torch.tensor(scores).clamp(-config.score_clip, config.score_clip).std()),
-        "objective/rlhf_reward": sum(earned) / len(earned),
-        "objective/entropy": sum(entropies) / len(entropies),
+    ratio = torch.cat(ratios)
+    return gradients, {
+        "loss/policy_avg": mean(losses["policy"]),
+        "loss/value_avg": mean(losses["critic"]),
+        "policy/grad_norm": mean(norms["policy"]),
+        "val/grad_norm": mean(norms["critic"]),
         "policy/ratio": float(ratio.mean()),
         "policy/approxkl_avg": float((ratio - 1 - ratio.log()).mean()),
-        "policy/grad_norm": float(sum(norms["policy"])) / 3,
-        "val/grad_norm": float(sum(norms["critic"])) / 3,
+        "sample/learned": learned / len(every),
+        **figures_of(made, config),
+    }
+
+
+def figures_of(made: Sampled, config: PPOConfig) -> dict[str, float]:
+    """Metrics of the samples."""
+    targets, guesses = torch.cat(made.returns), torch.cat(made.values)
+    return {
+        "objective/kl": mean([kl.sum() for kl in made.kls]),
+        "objective/scores": mean(made.scores),
+        "objective/scores_std": float(torch.tensor(made.scores).clamp(-config.score_clip, config.score_clip).std()),
+        "objective/rlhf_reward": mean(made.earned),
+        "objective/entropy": mean(made.entropies),
         "val/mean": float(guesses.mean()),
         "val/explained_variance": 1 - float((targets - guesses).var() / targets.var()),
-        "sample/length": len(every) / len(rows),
-        "sample/learned": learned / len(every),
+        "sample/length": mean(list(map(len, made.advantages))),
     }
-    return gradients, figures
 
 
 def test_a_step_of_ppo_is_that_of_plain_python(job_data: Path) -> None:
