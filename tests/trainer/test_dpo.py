@@ -13,10 +13,13 @@ import torch
 from helpers.ppo_runs import load_agent, prompts_of, replace, steps, train_step
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_loss
 from rlhf_fast.trainer.rl.prompts import read_prompts_or_feedback
+from rlhf_fast.trainer.rl.score import choose_samples
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:
@@ -60,6 +63,17 @@ def test_dpo_takes_the_best_and_the_worst_sample() -> None:
     assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15)))) and right == 1
     loss.backward()
     assert not log_ratios.grad[1].any()  # type: ignore[index]  # a tie teaches nothing
+
+
+def test_the_best_and_the_worst_are_those_of_the_rewards_with_all_penalties(config: PPOConfig) -> None:
+    """The first score of each prompt is the highest, and that of a sample that was cut off."""
+    options = Settings(replace(config, objective="dpo", missing_eos_penalty=4.0).resolved()).step.score
+    ids = torch.arange(6)[:, None].repeat(1, 3)
+    real, ended = torch.ones(6, 3, dtype=torch.bool), torch.tensor([False, True, True, False, True, True])
+    scores = torch.tensor([3.0, 1.0, 2.0, 9.0, 7.0, 6.0])
+    rollout = Rollout(ids, real, real & (torch.arange(3) > 0), list("abcdef"), ended, scores=scores)
+    chosen, unit = choose_samples(rollout, options, prompts=2)
+    assert unit == 2 and chosen.texts == ["c", "a", "e", "d"] and chosen.input_ids[:, 0].tolist() == [2, 0, 4, 3]
 
 
 @pytest.mark.parametrize("options", [PairOptions(0.3), PairOptions(0.3, label_smoothing=0.2), PairOptions(0.3, "ipo")])

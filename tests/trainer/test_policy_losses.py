@@ -285,3 +285,5 @@ def test_minibatches_hold_every_row_once() -> None:
     parts = minibatches(12, 3, 4, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(parts).tolist()) == list(range(12))
     assert all(part.view(-1, 3).diff(dim=1).eq(1).all() for part in parts)
+    orders = [torch.cat(minibatches(12, 3, 4, torch.Generator().manual_seed(seed))).tolist() for seed in range(4)]
+    assert len(set(map(tuple, orders))) > 2

@@ -172,6 +172,27 @@ def test_an_update_stops_when_the_policy_has_moved_far(config: PPOConfig, tmp_pa
     assert 1 < steps(config, tmp_path / "short", early_stop_kl=1e-3, **common)[0]["policy/updates"] < 10
 
 
+def test_an_update_stops_behind_the_minibatch_that_moved_too_far(
+    config: PPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances = iter([0.02, 0.04, 0.03, 0.07, 0.01])
+    monkeypatch.setattr(learn, "learn", lambda *rest: {"policy/approxkl_avg": next(distances)})
+    config = replace(config, objective="grpo", epochs=3, num_minibatches=2, early_stop_kl=0.05)
+    agent = load_agent(config)
+    figures = train_step(agent, prompts_of(config, agent), config, 0)
+    assert figures["policy/updates"] == 4 and figures["policy/approxkl_avg"] == pytest.approx(0.04)
+
+
+def test_the_gap_of_two_passes_is_the_largest_of_a_steps_first_minibatch(
+    config: PPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, micro_batch_size=6, num_minibatches=1, epochs=2)
+    agent = load_agent(config)
+    prompts, gaps = prompts_of(config, agent), iter([0.1, 0.3, 0.2, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(learn, "check_ratio", lambda *rest: next(gaps))
+    assert [train_step(agent, prompts, config, step)["policy/ratio_gap"] for step in range(2)] == [0.3, 0.0]
+
+
 def test_the_critic_warms_up_alone(config: PPOConfig, tmp_path: Path) -> None:
     rows = steps(config, tmp_path / "run", critic_warmup=2)
     assert [("policy/ratio" in row, "loss/value_avg" in row) for row in rows] == [(False, True)] * 2 + [(True, True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from rlhf_fast.errors import UserError
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
@@ -108,6 +109,7 @@ def test_dropout_is_noticed(config: PPOConfig) -> None:
         ("reward", "the score is nan at sample"),
         ("frozen", "ref_logprobs is nan at sample"),
         ("critic", "values is nan"),
+        ("policy", "old_logprobs is nan at sample"),
     ],
 )
 def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str) -> None:
@@ -115,8 +117,9 @@ def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str
     prompts = prompts_of(config, agent)
     broken = agent.rewards.model if model == "reward" else getattr(agent, model)
     broken.base_model.norm.weight.data[3] = float("nan")
+    sound = agent.frozen if model == "policy" else agent.policy  # which samples
     with pytest.raises(UserError, match=message):
-        train_step(agent, prompts, config, 1)
+        train_step(agent, prompts, config, 1, lambda _, *rest, **more: generate(sound, *rest, **more))
 
 
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:

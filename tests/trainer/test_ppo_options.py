@@ -106,7 +106,9 @@ def test_advantages_and_the_critics_start_see_the_rewards_with_all_penalties(
     config: PPOConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a sample that was cut off goes on with the critic's value of the state after its last token."""
-    config = replace(config, bootstrap_truncated=True, missing_eos_penalty=0.7)
+    config = replace(
+        config, bootstrap_truncated=True, missing_eos_penalty=0.7, overlong_penalty=0.4, overlong_buffer=0.5
+    )
     agent, rollouts = load_agent(config), list[Rollout]()
     stats, fitted, final_values = list[Any](), list[torch.Tensor](), list[torch.Tensor]()
     of_stats, calibrate = score.RolloutStats, score.calibrate_critic
@@ -134,7 +136,9 @@ def test_advantages_and_the_critics_start_see_the_rewards_with_all_penalties(
         train_step(agent, prompts_of(config, agent), config, step, sampler)
     ended, scores = rollouts[0].ended, rollouts[0].scores
     assert scores is not None and 0 < int(ended.sum()) < len(ended)
-    rewards = scores - 0.7 * ~ended
+    lengths = rollouts[0].response_mask.sum(1)  # of at most 8 tokens, the last half of which is punished
+    assert len(lengths.unique()) > 1
+    rewards = scores - 0.7 * ~ended - 0.4 * ((lengths - 4) / 4).clamp(min=0)
     torch.testing.assert_close(stats[0].rewards, rewards)
     assert torch.equal(stats[0].truncated, ~ended)
     torch.testing.assert_close(stats[0].final_values, torch.cat(final_values[: len(ended)]), atol=1e-5, rtol=1e-5)
@@ -148,6 +152,7 @@ def test_overlong_samples_are_not_learned_from(config: PPOConfig) -> None:
     figures = train_step(agent, prompts_of(config, agent), config, 0)
     assert 0 < figures["sample/ended"] < 1 and 0 < figures["sample/learned"] < 1
     assert figures["policy/ratio"] == pytest.approx(1.0, abs=1e-4)  # a mean over what is learned from
+    assert figures["objective/entropy"] > 1  # of the update's own pass, the only one
 
     def endless(*args: Any, **options: Any) -> Rollout:
         rollout = generate(*args, **options)
