@@ -88,7 +88,10 @@ def jobs(data: Path) -> dict[str, Any]:
         centering=0.01,
     )
     four_bit: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "max_steps": 3}
-    quantised = {"sft-4bit": replace(sft, **four_bit), "grpo-4bit": replace(ppo, objective="grpo", **four_bit)}
+    quantised = {
+        "sft-4bit": replace(sft, **four_bit),
+        "reinforce-4bit": replace(ppo, objective="reinforce++", **four_bit),
+    }
     return {
         **(quantised if find_spec("bitsandbytes") else {}),
         "sft": sft,
@@ -123,7 +126,9 @@ def jobs(data: Path) -> dict[str, Any]:
         "ranked": replace(
             ppo, objective="dpo", prompts_file=str(data / "feedback.jsonl"), num_minibatches=4, kl_coef=0.3
         ),
-        "scarce": replace(ppo, samples_per_prompt=1, prompts_per_step=4, num_minibatches=4, kl_estimator="exact"),
+        "scarce": replace(
+            ppo, samples_per_prompt=1, prompts_per_step=4, num_minibatches=4, kl_estimator="exact", whiten_rewards=True
+        ),
     }
 
 

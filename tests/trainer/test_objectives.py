@@ -31,19 +31,22 @@ def random_batch(length: int = 7, rewards: Tensor | None = None) -> RolloutStats
     return RolloutStats(found, logprobs, reference, values, mask)
 
 
-def options(coef: float = 0.1, place: Any = "reward", **values: Any) -> AdvantageOptions:
-    return AdvantageOptions(KLOptions(coef, "k1", place), samples_per_prompt=3, **values)
+def options(coef: float = 0.1, place: Any = "reward", estimator: Any = "k1", **values: Any) -> AdvantageOptions:
+    return AdvantageOptions(KLOptions(coef, estimator, place), samples_per_prompt=3, **values)
 
 
-def by_hand(stats: RolloutStats, lam: float, gamma: float, coef: float, final: Tensor | None = None) -> Tensor:
+def by_hand(
+    stats: RolloutStats, lam: float, gamma: float, coef: float, final: Tensor | None = None, estimator: str = "k1"
+) -> Tensor:
     """GAE token by token, masked tokens left out; `final` is the value of what would have followed each sample."""
+    kls = kl_by_hand(stats, estimator)
     found = []
     for b in range(6):
         n, carry = int(stats.mask[b].sum()), 0.0
         following = 0.0 if final is None else float(final[b])
         row: list[float] = []
         for t in reversed(range(n)):
-            reward = -coef * float(stats.logprobs[b, t] - stats.ref_logprobs[b, t])
+            reward = -coef * float(kls[b, t])
             reward += float(stats.rewards[b]) if t == n - 1 else 0.0
             carry = reward + gamma * following - float(stats.values[b, t]) + gamma * lam * carry
             following = float(stats.values[b, t])
@@ -52,23 +55,40 @@ def by_hand(stats: RolloutStats, lam: float, gamma: float, coef: float, final: T
     return torch.tensor(found)
 
 
+def kl_by_hand(stats: RolloutStats, estimator: str) -> Tensor:
+    gap = stats.logprobs - stats.ref_logprobs
+    return {"k1": gap, "k2": 0.5 * gap**2, "k3": (-gap).exp() - 1 + gap}[estimator] * stats.mask
+
+
 def whitened(values: Tensor) -> Tensor:
     return (values - values.mean()) / values.std()
 
 
-def test_ppo_is_gae_by_hand() -> None:
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_ppo_is_gae_by_hand(estimator: str) -> None:
     stats = random_batch()
-    found = OBJECTIVES["ppo"].advantages(stats, options(gamma=0.97, lam=0.9))
-    plain = by_hand(stats, lam=0.9, gamma=0.97, coef=0.1)
+    found = OBJECTIVES["ppo"].advantages(stats, options(gamma=0.97, lam=0.9, estimator=estimator))
+    plain = by_hand(stats, lam=0.9, gamma=0.97, coef=0.1, estimator=estimator)
     torch.testing.assert_close(found.returns[stats.mask], plain + stats.values[stats.mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.advantages[stats.mask], whitened(plain), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_reinforce_is_the_discounted_reward_to_go(estimator: str) -> None:
+    """Whitened over the batch; Hu 2025, section 3."""
+    stats = random_batch()
+    found = OBJECTIVES["reinforce++"].advantages(stats, options(gamma=0.97, estimator=estimator))
+    plain = by_hand(
+        stats._replace(values=torch.zeros_like(stats.values)), lam=1.0, gamma=0.97, coef=0.1, estimator=estimator
+    )
     torch.testing.assert_close(found.advantages[stats.mask], whitened(plain), atol=1e-5, rtol=1e-5)
 
 
 def test_a_truncated_sample_goes_on_with_the_critics_value() -> None:
     final = torch.tensor([2.0, 0.0, -1.0, 0.0, 0.5, 3.0])
     stats = random_batch()._replace(truncated=final != 0, final_values=final)
-    found = OBJECTIVES["ppo"].advantages(stats, options(gamma=0.97, lam=0.9))
-    plain = by_hand(stats, lam=0.9, gamma=0.97, coef=0.1, final=final)
+    found = OBJECTIVES["ppo"].advantages(stats, options(gamma=0.97, lam=0.9, estimator="k2"))
+    plain = by_hand(stats, lam=0.9, gamma=0.97, coef=0.1, final=final, estimator="k2")
     torch.testing.assert_close(found.advantages[stats.mask], whitened(plain), atol=1e-5, rtol=1e-5)
 
 
@@ -90,9 +110,9 @@ def test_whitened_rewards_are_divided_by_their_deviation() -> None:
     torch.testing.assert_close(found.advantages[stats.mask], whitened(errors[stats.mask]), atol=1e-4, rtol=1e-4)
 
 
-def paper_advantages(name: str, stats: RolloutStats, coef: float) -> Tensor:
+def paper_advantages(name: str, stats: RolloutStats, coef: float, estimator: str) -> Tensor:
     """(B, T) by the paper's formula, the KL charged in the reward."""
-    kl = ((stats.logprobs - stats.ref_logprobs) * stats.mask).double()
+    kl = kl_by_hand(stats, estimator).double()
     rewards = stats.rewards.double()
     found = torch.zeros_like(kl)
     for b in range(6):
@@ -110,11 +130,11 @@ def paper_advantages(name: str, stats: RolloutStats, coef: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", GROUPS)
-@pytest.mark.parametrize("place", ["reward", "loss"])
-def test_groups_are_compared_by_their_scores_alone(name: str, place: str) -> None:
+@pytest.mark.parametrize(("place", "estimator"), [("reward", "k1"), ("reward", "k2"), ("loss", "k1")])
+def test_groups_are_compared_by_their_scores_alone(name: str, place: str, estimator: str) -> None:
     stats = random_batch()
-    found = OBJECTIVES[name].advantages(stats, options(place=place)).advantages
-    wanted = paper_advantages(name, stats, coef=0.1 if place == "reward" else 0.0)[stats.mask]
+    found = OBJECTIVES[name].advantages(stats, options(place=place, estimator=estimator)).advantages
+    wanted = paper_advantages(name, stats, 0.1 if place == "reward" else 0.0, estimator)[stats.mask]
     if name == "reinforce++-baseline":
         wanted = whitened(wanted)
     torch.testing.assert_close(found[stats.mask].double(), wanted, atol=1e-4, rtol=1e-4)

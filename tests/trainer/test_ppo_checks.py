@@ -21,6 +21,8 @@ from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import checks, ppo
 from rlhf_fast.trainer.rl.metrics import Watch
+from rlhf_fast.trainer.rl.reward_functions import RewardFunction
+from rlhf_fast.trainer.rl.rewards import Rewards
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,16 @@ def test_what_is_not_finite_is_named(config: PPOConfig, model: str, message: str
     sound = agent.frozen if model == "policy" else agent.policy  # which samples
     with pytest.raises(UserError, match=message):
         train_step(agent, prompts, config, 1, lambda _, *rest, **more: generate(sound, *rest, **more))
+
+
+def test_advantages_that_overflow_stop_the_run(config: PPOConfig) -> None:
+    """Each reward is finite in float32, the distance of the first from their mean is not."""
+    config = replace(config, objective="dr_grpo")
+    agent = load_agent(config)
+    one = RewardFunction("one", "one", 1.0, lambda prompt, completions: [3e38, -3e38, -3e38, -3e38])
+    agent.rewards = Rewards(None, [one])
+    with pytest.raises(UserError, match="advantages is inf at sample 0"):
+        train_step(agent, prompts_of(config, agent), config, 1)
 
 
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:

@@ -134,7 +134,7 @@ def test_every_phase_learns_and_saves_a_plain_model(
 
 
 def test_the_reference_is_the_quantised_model(bitsandbytes: Any, job_data: Path) -> None:
-    config = phases.jobs(job_data)["grpo-4bit"]
+    config = phases.jobs(job_data)["reinforce-4bit"]
     agent = load_agent(config)
     untouched = loading.load_causal_lm(config.model, "nf4", load_in_4bit=True)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_it_resumes_bit_for_bit(
     stop_at: Callable[[int], Any],
 ) -> None:
     jobs = phases.jobs(job_data)
-    for name, module, phase in (("grpo-4bit", ppo, ppo.train_ppo), ("sft-4bit", sft, sft.train_sft)):
+    for name, module, phase in (("reinforce-4bit", ppo, ppo.train_ppo), ("sft-4bit", sft, sft.train_sft)):
         config = jobs[name]
         straight, stopped = tmp_path / name / "straight", tmp_path / name / "stopped"
         phase(config, RunFolder.create(straight))

@@ -31,7 +31,7 @@ JOBS = (
     "ranked",
     "scarce",
 )
-JOBS += ("sft-4bit", "grpo-4bit") if find_spec("bitsandbytes") else ()
+JOBS += ("sft-4bit", "reinforce-4bit") if find_spec("bitsandbytes") else ()
 LEARN = (*(name for name in JOBS if name != "collect"), *(f"{name}-fsdp" for name in phases.CUT))
 RESUMED = ("sft-fsdp", "lora-fsdp", "reward-fsdp", "ppo-fsdp", "ppo-lora-fsdp")
 
