@@ -87,11 +87,8 @@ def jobs(data: Path) -> dict[str, Any]:
         head_lr=1e-2,
         centering=0.01,
     )
-    four_bit: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "max_steps": 3}
-    quantised = {
-        "sft-4bit": replace(sft, **four_bit),
-        "reinforce-4bit": replace(ppo, objective="reinforce++", **four_bit),
-    }
+    nf4: dict[str, Any] = {"lora_rank": 4, "dtype": "nf4", "max_steps": 3}
+    quantised = {"sft-4bit": replace(sft, **nf4), "reinforce-4bit": replace(ppo, objective="reinforce++", **nf4)}
     return {
         **(quantised if find_spec("bitsandbytes") else {}),
         "sft": sft,
@@ -126,9 +123,7 @@ def jobs(data: Path) -> dict[str, Any]:
         "ranked": replace(
             ppo, objective="dpo", prompts_file=str(data / "feedback.jsonl"), num_minibatches=4, kl_coef=0.3
         ),
-        "scarce": replace(
-            ppo, samples_per_prompt=1, prompts_per_step=4, num_minibatches=4, kl_estimator="exact", whiten_rewards=True
-        ),
+        "scarce": replace(ppo, samples_per_prompt=1, num_minibatches=4, kl_estimator="exact", whiten_rewards=True),
     }
 
 

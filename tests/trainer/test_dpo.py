@@ -63,6 +63,10 @@ def test_dpo_takes_the_best_and_the_worst_sample() -> None:
     assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15)))) and right == 1
     loss.backward()
     assert not log_ratios.grad[1].any()  # type: ignore[index]  # a tie teaches nothing
+    _, right = pair_loss(torch.zeros(1, 2), torch.tensor([[2.0, 1.0]]), PairOptions())
+    assert right == 0  # nothing was raised more
+    near = torch.tensor([[1.0, 1.0078125]])  # scores of one text in bfloat16
+    assert pair_loss(torch.tensor([[1.0, -1.0]]), near, PairOptions(rounding=2.0**-6))[0] == 0
 
 
 def test_the_best_and_the_worst_are_those_of_the_rewards_with_all_penalties(config: PPOConfig) -> None:

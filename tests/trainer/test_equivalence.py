@@ -45,7 +45,8 @@ class Recorded:
         if self.agent.critic_optimizer is not None:
             self._watch("critic", self.agent.critic, self.agent.critic_optimizer)
         prompts = prompts_of(config, self.agent)
-        self.figures = train_step(self.agent, prompts, config, STEP, self._sample)
+        other = replace(config, kl_coef=9.0)  # the agent's coefficient counts, which a target may have moved
+        self.figures = train_step(self.agent, prompts, other, STEP, self._sample)
 
     def _copies(self) -> tuple[Any, Any]:
         return copy.deepcopy(self.agent.policy), copy.deepcopy(self.agent.critic)

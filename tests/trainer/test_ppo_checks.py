@@ -134,6 +134,18 @@ def test_advantages_that_overflow_stop_the_run(config: PPOConfig) -> None:
         train_step(agent, prompts_of(config, agent), config, 1)
 
 
+def test_scores_that_differ_by_the_models_rounding_teach_nothing(config: PPOConfig) -> None:
+    class Rounded(Rewards):
+        rounding = 2.0**-6  # as a reward model in bfloat16 has it
+
+    config = replace(config, objective="grpo", kl_coef=0.0, dynamic_sampling=1)
+    agent = load_agent(config)
+    near = RewardFunction("near", "near", 1.0, lambda prompt, completions: [1.0, 1.0078125, 1.0, 1.0])
+    agent.rewards = Rounded(None, [near])
+    figures = train_step(agent, prompts_of(config, agent), config, 1)
+    assert figures["sample/unfilled"] == config.prompts_per_step and figures["policy/grad_norm"] == 0
+
+
 def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
     agent = load_agent(config)
     prompts = prompts_of(config, agent)

@@ -38,3 +38,10 @@ def test_every_option_is_in_a_bundle(name: str) -> None:
     config = PPOConfig(top_k=5, reward_model="", reward_functions=())
     other = dataclasses.replace(config, **{name: OTHER[name] if name in OTHER else changed(getattr(config, name))})
     assert vars(Settings(other)) != vars(Settings(config))
+
+
+def test_a_step_has_the_coefficient_the_rounding_and_the_pairs_of_its_samples() -> None:
+    step = Settings(PPOConfig(objective="dpo", kl_coef=0.1, reward_model="", prompts_file="x")).step.at(0.7, 2.0**-6, 4)
+    advantages, loss = step.score.advantages, step.update.loss
+    assert (advantages.kl.coef, advantages.rounding, loss.kl.coef) == (0.7, 2.0**-6, 0.7)
+    assert (loss.pairs.beta, loss.pairs.samples, loss.pairs.rounding) == (0.7, 4, 2.0**-6)
