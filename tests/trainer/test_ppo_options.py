@@ -15,15 +15,16 @@ from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, tr
 
 from rlhf_fast.data.examples import read_sft
 from rlhf_fast.errors import Interrupted, UserError
-from rlhf_fast.models.batches import Batch
+from rlhf_fast.models.batches import Batch, MicroBatch
 from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.rollout import evaluate as evaluation
 from rlhf_fast.rollout.builtin import generate
-from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import checks, ppo, score, settings
 from rlhf_fast.trainer.rl.agent import Agent
+from rlhf_fast.trainer.rl.evaluation import EvalOptions, Evaluator
 from rlhf_fast.trainer.rl.prompts import draw
 from rlhf_fast.trainer.rl.ptx import Demonstrations, encode_demonstrations
 from rlhf_fast.trainer.rl.schedule import learning_rate_scale
@@ -73,7 +74,7 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
     config = replace(
         config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1
     )
-    rewards, kept = iter([0.0, 1.0, 3.0, 2.0, 0.5]), []
+    rewards, kept = iter([0.0, 1.0, 3.0, 3.0, 0.5]), []
     monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: {"reward": next(rewards)})
     step = ppo.train_step
 
@@ -86,7 +87,7 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
     run = RunFolder.create(tmp_path / "run")
     ppo.train_ppo(config, run)
     rows = metrics(run.path)
-    assert [row["eval/reward"] for row in rows] == [1.0, 3.0, 2.0] and "eval/kl" in rows[0]
+    assert [row["eval/reward"] for row in rows] == [1.0, 3.0, 3.0] and "eval/kl" in rows[0]
     assert json.loads((run.path / "best.json").read_text()) == {"step": 2, "reward": 3.0}
     for name, weight in weights(run.path).items():
         assert torch.equal(weight, kept[1][name])
@@ -249,6 +250,19 @@ def test_files_of_evaluations_after_the_checkpoint_are_not_read(
     summary = ppo.train_ppo(config, run)
     assert metrics(run.path)[1]["eval/reward"] < 50 and summary["reward_after"] < 50
     assert json.loads((run.path / "best.json").read_text())["reward"] < 50
+
+
+def test_a_resumed_run_knows_the_best_model_up_to_its_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    run.write_json("best.json", {"step": 2, "reward": 3.0})
+    options = EvalOptions(SamplingParams(), samples=1, micro_batch=MicroBatch(1, 0), every=1, keep_best=True)
+    for step in (2, 3):
+        run.write_json(f"eval_step-{step}.json", {})
+    for step, best in ((2, (2, 3.0)), (1, None)):
+        evaluator = Evaluator(None, None, options, run, None)  # type: ignore[arg-type]
+        evaluator.resume(step)
+        assert evaluator.best == best
+        assert not (run.path / "eval_step-3.json").exists() and (run.path / "eval_step-2.json").exists() == (step == 2)
 
 
 def test_demonstrations_are_learned_beside_the_reward(

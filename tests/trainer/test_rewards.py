@@ -29,7 +29,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.ppo import train_ppo
-from rlhf_fast.trainer.rl.reward_functions import check_columns, load_functions
+from rlhf_fast.trainer.rl.reward_functions import RewardFunction, check_columns, load_functions
 from rlhf_fast.trainer.rl.rewards import LengthRules, Rewards
 from rlhf_fast.trainer.rl.sample import sample
 from rlhf_fast.trainer.rl.settings import Settings
@@ -282,14 +282,22 @@ def test_normalised_scores_alone_are_clipped(tiny: Path, reward_model: str, norm
     assert scores.parts.keys() == (share.keys() if normalised else set())
     assert all(torch.equal(scores.parts[name], share[name]) for name in scores.parts)
     assert 0 < share["objective/scores_clipped"].mean() < 1
+    two = RewardFunction("two", "two", 1.0, lambda prompt, completions: [2.0] * len(completions))
+    both = replace(agent.rewards, score_clip=limit, functions=[two])(rollout, [torch.arange(6)], lines_of({}))
+    torch.testing.assert_close(both.total, scores.total + 2)  # of which functions are never clipped
+    torch.testing.assert_close(both.parts["rewards/reward_model"], raw)
+    if normalised:
+        torch.testing.assert_close(both.parts["objective/scores"], raw + 2)
+        assert torch.equal(both.parts["objective/scores_clipped"], share["objective/scores_clipped"])
 
 
 def test_a_sample_that_did_not_end(tiny: Path) -> None:
-    ids = torch.zeros(3, 10, dtype=torch.int64)
+    ids = torch.zeros(3, 12, dtype=torch.int64)
     lengths = torch.tensor([10, 9, 4])
-    mask = torch.arange(10) < lengths[:, None]
+    real = torch.arange(12) < 2 + lengths[:, None]
+    mask = real & (torch.arange(12) >= 2)  # behind prompts of two tokens
     rollout = Rollout(
-        ids, mask, mask, [""] * 3, torch.tensor([False, True, False]), scores=torch.tensor([2.0, 3.0, 4.0])
+        ids, real, mask, [""] * 3, torch.tensor([False, True, False]), scores=torch.tensor([2.0, 3.0, 4.0])
     )
     assert LengthRules(missing_eos_penalty=1.0).apply(rollout).tolist() == [1.0, 3.0, 3.0]
     assert LengthRules(missing_eos_score=-1.0).apply(rollout).tolist() == [-1.0, 3.0, -1.0]
