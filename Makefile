@@ -105,7 +105,7 @@ $(VENV)/trl-ppo/trl: $(VENV)/installed
 	$(BIN)/python -m pip install --no-compile --quiet $(PIP_ARGS) --no-deps --target $(VENV)/trl-ppo trl==1.12.0
 
 test-integrations: $(VENV)/built $(VENV)/peers
-	$(BIN)/pytest tests/integrations $(ARGS)
+	$(BIN)/pytest tests/integrations --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 measure-integrations: $(VENV)/built $(VENV)/peers $(VENV)/demo-model
 	$(BIN)/python benchmarks/integrations.py $(ARGS)
