@@ -101,9 +101,14 @@ def test_export_leaves_the_batch_open(op: str) -> None:
         torch.testing.assert_close(module(detached(rows)), Module(op)(detached(rows)))
 
 
+# Of the C++ compiler, which would else take longer than the test.
+QUICK = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
 def test_aot_inductor(tmp_path: Path) -> None:
     """Ops in one compiled package, which is run with sizes that it was not compiled for."""
-    path = torch._inductor.aoti_compile_and_package(exported(*OPS), package_path=str(tmp_path / "ops.pt2"))
+    with torch._inductor.config.patch(QUICK):
+        path = torch._inductor.aoti_compile_and_package(exported(*OPS), package_path=str(tmp_path / "ops.pt2"))
     package = torch._inductor.aoti_load_package(path)
     for rows in ((3, 5), (7, 2)):
         torch.testing.assert_close(package(detached(rows)), Module(*OPS)(detached(rows)))
