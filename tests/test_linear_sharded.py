@@ -4,24 +4,25 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.two import two_ranks
 
 WORKER = Path(__file__).parent / "helpers" / "ranks_linear.py"
+CASES = ("stats", "offset", "kl", "policy", "sampled", "unequal", "compiled", "dtensor", "fsdp")
 
 
-@pytest.mark.parametrize(
-    "case", ["stats", "offset", "kl", "policy", "sampled", "compiled", "unequal", "dtensor", "fsdp"]
-)
-def test_two_ranks(case: str, tmp_path: Path) -> None:
-    script = [sys.executable, str(WORKER)]
-    args = [str(tmp_path / "store"), case]
-    ranks = [
-        subprocess.Popen([*script, str(r), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]
-    results = [rank.communicate(timeout=300) for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors for _, errors in results)
-    assert [out.strip() for out, _ in results] == ["done", "done"]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[subprocess.CompletedProcess[str]]:
+    """Both have done all cases, each in a group of its own, one after the other up to the first that failed."""
+    return two_ranks(WORKER, tmp_path_factory.mktemp("ranks"), *CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks(ranks: list[subprocess.CompletedProcess[str]], case: str) -> None:
+    assert all(f" {case} done " in rank.stdout for rank in ranks), "\n".join(rank.stderr for rank in ranks)
+
+
+def test_both_end_well(ranks: list[subprocess.CompletedProcess[str]]) -> None:
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(rank.stderr for rank in ranks)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does in test_hf_sharded.py: `python -m helpers.ranks_hf RANK STORE CASE`."""
+"""What each of two processes does in test_hf_sharded.py: `python -m helpers.ranks_hf RANK STORE CASE ...`."""
 
 from __future__ import annotations
 
@@ -87,10 +87,11 @@ def fsdp_root(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    number, store, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    number, store = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=RANKS)
-    globals()[case](number)
-    dist.destroy_process_group()
-    print("done", flush=True)
+    for case in sys.argv[3:]:
+        dist.init_process_group("gloo", init_method=f"file://{store}-{case}", rank=number, world_size=RANKS)
+        globals()[case](number)
+        dist.destroy_process_group()
+        print(f" {case} done ", flush=True)
     os._exit(0)  # past the end of Python, where threads of the meshes' groups may still ask for it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each of two processes does in test_linear_sharded.py: `python ranks_linear.py RANK STORE CASE`."""
+"""What each of two processes does in test_linear_sharded.py: `python ranks_linear.py RANK STORE CASE ...`."""
 
 from __future__ import annotations
 
@@ -220,13 +220,14 @@ def fsdp(rank: int) -> None:
 
 
 if __name__ == "__main__":
-    number, store, case = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    number, store = int(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=RANKS)
-    group = weakref.ref(dist.group.WORLD)
-    globals()[case](number)
-    dist.destroy_process_group()
-    if case not in ("dtensor", "fsdp", "compiled"):  # torch itself keeps the groups of its meshes and graphs
-        assert group() is None, "the ops keep the group: its threads may abort the process at its end"
-    print("done", flush=True)
+    for case in sys.argv[3:]:
+        dist.init_process_group("gloo", init_method=f"file://{store}-{case}", rank=number, world_size=RANKS)
+        group = weakref.ref(dist.group.WORLD)
+        globals()[case](number)
+        dist.destroy_process_group()
+        if case not in ("dtensor", "fsdp", "compiled"):  # torch itself keeps the groups of its meshes and graphs
+            assert group() is None, "the ops keep the group: its threads may abort the process at its end"
+        print(f" {case} done ", flush=True)
     os._exit(0)  # past the end of Python, where the threads of those groups may still ask for it
