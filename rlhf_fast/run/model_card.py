@@ -70,6 +70,7 @@ def write_card(folder: Path, trained: Trained) -> None:
         f"# A model trained by rlhf_fast: {title}",
         _facts(trained, base, str(objective)),
         _figures(trained.summary),
+        _scores(trained.summary) if trained.kind == "RewardConfig" else "",
         _samples(trained.samples),
         _how(),
     ]
@@ -121,6 +122,26 @@ def _figures(summary: Mapping[str, Any]) -> str:
     if single:
         tables.append(_table(("", ""), single))
     return "## Figures\n\n" + "\n\n".join(tables) if tables else ""
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    """How other programs read the scores of a reward model."""
+    text = (
+        "## Reading its scores\n\nThe score of a text is `(logit - score_mean) / score_std`, both in `config.json`; "
+        "the logit is that of its last token, the one that ends the completion. "
+    )
+    if "pad_token" not in summary:
+        return text
+    if summary["pad_token"] is None:
+        return text + (
+            "The tokenizer has no pad token that ends no completion, so `config.json` names none: transformers then "
+            "scores one text at a time. Programs that pad with the end-of-sequence token, as TRL does, read the logit "
+            "of the token before it."
+        )
+    return text + (
+        f"Pad with {_code(str(summary['pad_token']))}, as the tokenizer here does: transformers and TRL read the last "
+        "token that is not the pad token, and no completion ends with this one."
+    )
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

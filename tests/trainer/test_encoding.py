@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_fast.data.encoding import (
     decode_completion,
@@ -21,6 +23,7 @@ from rlhf_fast.data.limits import Limits
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.encoded import encode
 from rlhf_fast.feedback.schema import parse
+from rlhf_fast.models.padding import NEW_PAD, give_own_padding
 from rlhf_fast.trainer.sft import labels
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[PAD]"]
@@ -130,6 +133,32 @@ def test_sft_reward_model_and_policy_have_the_same_ids(family: str) -> None:
         assert ranking.sequences[0] == ids and ranking.prompt_length == len(begin)
     shown = tokenizer.decode(ids, skip_special_tokens=True)
     assert shown == tokenizer.decode(begin, skip_special_tokens=True) + text
+
+
+@pytest.mark.parametrize(
+    ("eos", "pad", "ends", "spare", "wanted"),
+    [
+        ("<|endoftext|>", "[PAD]", ["<|im_end|>"], 0, "[PAD]"),
+        ("<|im_end|>", None, [], 0, "[PAD]"),  # a token with the name of a pad
+        ("<|im_end|>", "<|endoftext|>", ["<|endoftext|>"], 0, "[PAD]"),  # a pad that the generation config ends at
+        ("<|im_end|>", None, ["[PAD]"], 0, "<unk>"),
+        ("<|im_end|>", None, ["[PAD]", "<unk>"], 1, NEW_PAD),  # a row of the embeddings that no token has yet
+        ("<|im_end|>", None, ["[PAD]", "<unk>"], 0, None),
+    ],
+)
+def test_a_saved_reward_model_pads_with_what_ends_no_completion(
+    eos: str, pad: str | None, ends: list[str], spare: int, wanted: str | None
+) -> None:
+    tokenizer = byte_level(CHATML, eos, pad)
+    tokenizer.unk_token = "<unk>"
+    before = tokenizer.pad_token, len(tokenizer)
+    config = SimpleNamespace(get_text_config=lambda: config, pad_token_id=99)
+    embeddings = torch.nn.Embedding(len(tokenizer) + spare, 1)
+    model = SimpleNamespace(config=config, get_input_embeddings=lambda: embeddings)
+    saved = give_own_padding(model, tokenizer, tokenizer.convert_tokens_to_ids([eos, "<|im_end|>", *ends]))
+    assert config.pad_token_id == (None if wanted is None else saved.convert_tokens_to_ids(wanted))
+    assert saved.pad_token == (eos if wanted is None else wanted) and saved.padding_side == "right"
+    assert (tokenizer.pad_token, len(tokenizer)) == before and reads_ids_of(saved, tokenizer)
 
 
 def test_a_completion_is_tokenized_where_it_stands() -> None:

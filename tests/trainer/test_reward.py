@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import typing
 from pathlib import Path
 from typing import Any
@@ -303,19 +304,27 @@ def test_every_loss_learns_the_order(tiny: Path, tmp_path: Path, feedback: str, 
 
 
 def test_the_result_is_an_ordinary_sequence_classifier(tiny: Path, tmp_path: Path, feedback: str) -> None:
-    from transformers import AutoModelForSequenceClassification
+    """Also if the base pads with the end: transformers and TRL read the last token that is not the pad token."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    train(tiny, tmp_path / "run", feedback, epochs=1)
+    shutil.copytree(tiny / "model", tmp_path / "base" / "model")
+    padded = AutoTokenizer.from_pretrained(tiny / "model", pad_token="<eos>")
+    padded.save_pretrained(tmp_path / "base" / "model")
+    summary = train(tmp_path / "base", tmp_path / "run", feedback, epochs=1)
     folder = str(tmp_path / "run" / "model")
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = load_tokenizer(folder)
-    ours = load_reward_model(folder, torch.float32, tokenizer)
-    ids, mask = pad_right([encode_completion(tokenizer, text) for text in COMPLETIONS], tokenizer.pad_token_id)
+    ours = load_reward_model(folder, torch.float32, padded)
+    rows = [encode_completion(padded, text) for text in COMPLETIONS]
+    ids, mask = pad_right(rows, padded.pad_token_id)
+    plain = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():
-        raw = theirs(input_ids=ids, attention_mask=mask.long()).logits.squeeze(1)
         normalised = sequence_scores(ours, batch_of(ids, mask))
-    assert theirs.config.num_labels == 1
-    torch.testing.assert_close((raw - theirs.config.score_mean) / theirs.config.score_std, normalised)
+        for side in ("right", "left"):
+            raw = theirs(**plain.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")).logits.squeeze(1)
+            torch.testing.assert_close((raw - theirs.config.score_mean) / theirs.config.score_std, normalised)
+    assert theirs.config.num_labels == 1 and plain.padding_side == "right"
+    assert summary["pad_token"] == plain.pad_token == "<pad>"
+    assert "Pad with `<pad>`" in (tmp_path / "run" / "model" / "README.md").read_text()
 
 
 def test_scores_are_normalised_on_samples_of_the_policy_when_others_made_the_completions(

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ from rlhf_fast.models.loading import (
 )
 from rlhf_fast.models.lora import add_lora, merged
 from rlhf_fast.models.optim import AdamW
+from rlhf_fast.models.padding import generation_config_of, give_own_padding
+from rlhf_fast.rollout.builtin import end_ids
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.sampler import SERVER_LOG, Served, check_servers, open_sampler
 from rlhf_fast.run.autosave import Autosave, SaveOptions
@@ -104,10 +107,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     set_score_normalizer(model, mean, std)
     gap = read_position_gap(model, (held_out or train)[0], tokenizer.pad_token_id)
     with timer("save"):
-        if adapters is not None:
-            save_adapters(adapters, run, head="score")
-            model = merged(adapters)
-        run.save_model(model, tokenizer)
+        pad_token = _save(config, run, tokenizer, model, adapters)
         _write_samples(run, held_out, [(scores - mean) / std for scores in held_out_scores])
 
     summary = {
@@ -123,6 +123,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         "read_position_gap": gap,
         "score_mean": mean,
         "score_std": std,
+        "pad_token": pad_token,
         "seconds": timer.elapsed(),
         "seconds_by_part": timer.totals,
     }
@@ -130,6 +131,17 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         run.log({"eval/pair_accuracy": accuracy}, steps)
     run.finish(summary)
     return summary
+
+
+def _save(config: RewardConfig, run: RunFolder, tokenizer: Any, model: Any, adapters: Any | None) -> str | None:
+    """Write model/, and adapters/ with LoRA; returns the pad token, None if the tokenizer has none to pad with."""
+    if adapters is not None:
+        save_adapters(adapters, run, head="score")
+        model = merged(adapters)
+    policy = SimpleNamespace(generation_config=generation_config_of(config.model))
+    saved = give_own_padding(model, tokenizer, end_ids(policy, tokenizer))
+    run.save_model(model, saved)
+    return None if model.config.pad_token_id is None else str(saved.pad_token)
 
 
 def load(config: RewardConfig) -> tuple[Any, Any, Any | None]:

@@ -110,7 +110,7 @@ def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
     return [max(pairs, key=lambda pair: goodness[pair.better] - goodness[pair.worse])]
 
 
-def read_data(options: DataOptions, functions: Sequence[RewardFunction], rater: Rater | None) -> Data:
+def read_data(options: DataOptions, functions: Sequence[RewardFunction] = (), rater: Rater | None = None) -> Data:
     """All rows of all files; UserError naming a function or rater that must have a column which no prompt has."""
     feedback, scored, strict = options.feedback, options.scored, options.strict
     data = Data(
