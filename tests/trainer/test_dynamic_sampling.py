@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.batches import Support
+from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
@@ -79,6 +80,11 @@ def test_rounds_are_drawn_until_the_batch_is_full() -> None:
     assert figures == pytest.approx(
         {"sample/extra_rounds": 2, "sample/dropped": 5, "sample/unfilled": 0, "sample/scores_drawn": mean}
     )
+
+
+def test_as_many_as_are_wanted_are_enough() -> None:
+    _, figures = refill(lambda extra: [ROUNDS[0], ROUNDS[2]][extra], earned, wanted=3, rounds=9)
+    assert figures["sample/extra_rounds"] == 1 and figures["sample/dropped"] == 3
 
 
 def test_at_the_bound_the_oldest_fill_the_batch() -> None:
@@ -161,11 +167,22 @@ def test_the_soft_punishment_of_length_makes_no_difference() -> None:
 
 def test_samples_that_differ_in_length_alone_are_drawn_anew(config: PPOConfig, tmp_path: Path) -> None:
     (tmp_path / "one.py").write_text("def one(prompt, completions): return [1.0] * len(completions)\n")
-    one = dataclasses.replace(config, reward_functions=(f"{tmp_path}/one.py:one",), dynamic_sampling=1, max_steps=1)
+    one = dataclasses.replace(config, reward_functions=(f"{tmp_path}/one.py:one",), dynamic_sampling=1, max_steps=2)
     one = dataclasses.replace(one, overlong_penalty=1.0, overlong_buffer=1.0, missing_eos_penalty=0.0)
-    ppo.train_ppo(one, RunFolder.create(tmp_path / "run"))
-    (row,) = phases.metrics(tmp_path / "run")
-    assert row["sample/unfilled"] == one.prompts_per_step and row["sample/extra_rounds"] == 1
+    prompts, seeds = list[tuple[int, ...]](), set[int]()
+
+    def noted(model: Any, tokenizer: Any, ids: list[list[int]], *rest: Any, **more: Any) -> Rollout:
+        prompts.extend(map(tuple, ids))
+        seeds.add(more["seed"])
+        return generate(model, tokenizer, ids, *rest, **more)
+
+    ppo.train_ppo(one, RunFolder.create(tmp_path / "run"), noted)
+    for row in phases.metrics(tmp_path / "run"):
+        assert row["sample/unfilled"] == one.prompts_per_step and row["sample/extra_rounds"] == 1
+    assert len(set(prompts)) == len(prompts) == 4 * one.prompts_per_step and len(seeds) == 4  # none twice
+    other = dataclasses.replace(one, seed=one.seed + 1, max_steps=1)
+    ppo.train_ppo(other, RunFolder.create(tmp_path / "other"), noted)
+    assert len(seeds) == 6
 
 
 def test_an_interrupted_run_goes_on_behind_the_prompts_it_has_asked(

@@ -289,6 +289,9 @@ def test_normalised_scores_alone_are_clipped(tiny: Path, reward_model: str, norm
     if normalised:
         torch.testing.assert_close(both.parts["objective/scores"], raw + 2)
         assert torch.equal(both.parts["objective/scores_clipped"], share["objective/scores_clipped"])
+    assert agent.rewards.rounding == 0
+    agent.rewards.model.bfloat16()
+    assert agent.rewards.rounding == 2**-6
 
 
 def test_a_sample_that_did_not_end(tiny: Path) -> None:
