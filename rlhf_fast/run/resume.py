@@ -66,15 +66,16 @@ def _finished_summary(
 
 
 def _changes(run: RunFolder, config: RunOptions) -> dict[str, tuple[Any, Any]]:
-    """Option -> (before, now), for those that differ from config.yaml; a renamed file is not a change."""
+    """Option -> (before, now), for those that differ from config.yaml; a renamed file is not a change, another content
+    of a file is."""
     path = run.path / "config.yaml"
     before = read_yaml(path) if path.exists() else {}
     now = json.loads(json.dumps(redacted(dataclasses.asdict(config))))  # tuples are lists in YAML
-    same = _same_inputs(run, config)
+    same, others = _inputs(run, config)
     return {
         name: (before[name], value)
         for name, value in now.items()
-        if name in before and before[name] != value and name not in NEVER_COMPARED | same
+        if name in before and (before[name] != value or name in others) and name not in NEVER_COMPARED | same
     }
 
 
@@ -102,27 +103,38 @@ def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> No
         )
 
 
-def _more(before: float, now: float) -> bool:
-    """Whether an option of `EXTENDS` gives more to do; with 0 for "no limit", or for "another option decides"."""
-    return now > before or now == 0
+def _more(before: Any, now: Any) -> bool:
+    """Whether a changed option of `EXTENDS` gives more to do; with 0 for "no limit", or for "another option decides".
+
+    A file with another content may: the phase compares its rows with what is done.
+    """
+    return isinstance(now, str) or now > before or now == 0
 
 
 def _listed(changes: dict[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} {now} (was {before})" for name, (before, now) in changes.items())
+    return ", ".join(
+        f"{name} {now} ({'with another content' if before == now else f'was {before}'})"
+        for name, (before, now) in changes.items()
+    )
 
 
-def _same_inputs(run: RunFolder, config: RunOptions) -> set[str]:
-    """Options whose file or model has the same content as at the start, under any name; UserError if one changed."""
+def _inputs(run: RunFolder, config: RunOptions) -> tuple[set[str], set[str]]:
+    """Options whose file or model has the same content as at the start, under any name, and those with another.
+
+    UserError if one has another that may not.
+    """
     path = run.path / INPUTS
     before: dict[str, str] = run.read_json(INPUTS) if path.exists() else {}
     now = _digests(config)
-    for name in sorted(before.keys() & now.keys()):
-        if before[name] != now[name] and not config.may_change(name):
+    same = {name for name in now if before.get(name) == now[name]}
+    others = (before.keys() & now.keys()) - same
+    for name in sorted(others):
+        if not config.may_change(name):
             raise UserError(
                 f"{name}: {getattr(config, name)} is not what {run.path} began with; put the old one back, or begin "
                 "anew with --overwrite"
             )
-    return {name for name in now if before.get(name) == now[name]}
+    return same, others
 
 
 def _digests(config: RunOptions) -> dict[str, str]:

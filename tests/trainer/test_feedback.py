@@ -210,7 +210,9 @@ def test_without_a_rater_a_person_fills_the_ratings_in(tiny: Path, tmp_path: Pat
         read_feedback(tmp_path / "run" / "feedback.jsonl")
 
 
-def test_nothing_is_lost_and_resume_goes_on(tiny: Path, tmp_path: Path, prompts: str, raters: str) -> None:
+def test_nothing_is_lost_and_resume_goes_on(
+    tiny: Path, tmp_path: Path, prompts: str, raters: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = config(tiny, tmp_path / "whole", prompts_file=prompts, rater=f"{raters}:length")
     collect(whole, RunFolder.create(whole.output_dir))
 
@@ -226,6 +228,18 @@ def test_nothing_is_lost_and_resume_goes_on(tiny: Path, tmp_path: Path, prompts:
     ours, theirs = rows_of(tmp_path / "run"), rows_of(tmp_path / "whole")
     assert [row["completions"] for row in ours] == [row["completions"] for row in theirs]
     assert [row["ratings"] for row in ours[2:]] == [row["ratings"] for row in theirs[2:]]
+
+    # A finished run goes on if the file has grown, under the same name or another, and only then.
+    for name, added in ((prompts, ["fay wants food"]), (f"{tmp_path}/a.jsonl", ["kim wants food"]), (prompts, [])):
+        done = [row["prompt"] for row in rows_of(tmp_path / "run")] + added
+        Path(name).write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in done))
+        more = replace(mended, prompts_file=name)
+        assert collect(more, RunFolder.create(mended.output_dir, resume=True))["prompts"] == len(done)
+        assert [row["prompt"] for row in rows_of(tmp_path / "run")] == done
+    assert "with another content" in (shown := capsys.readouterr().err) and "nothing is left" in shown
+    Path(prompts).write_text('{"prompt": "leo wants food"}\n')
+    with pytest.raises(UserError, match="holds another prompt"):
+        collect(more, RunFolder.create(mended.output_dir, resume=True))
 
 
 def test_resume_with_another_prompts_file_is_refused(
