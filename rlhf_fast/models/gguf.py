@@ -64,12 +64,17 @@ def _converted(file: Path) -> Path:
     stat = file.stat()
     key = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"{file.stem}-{key}"
-    if not (folder / "config.json").exists():
-        notice(f"converting {file.name} once (some twenty seconds) into {folder}")
+    done = folder / "config.json"
+    if not done.exists():
+        from filelock import FileLock
+
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with folder_aside(folder) as aside:
-                _convert(file, aside)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):  # the other processes of a run want it as well
+                if not done.exists():
+                    notice(f"converting {file.name} once (some twenty seconds) into {folder}")
+                    with folder_aside(folder) as aside:
+                        _convert(file, aside)
         except OSError as error:
             raise UserError(
                 f"cannot write the model cache {folder} ({error}); name another with RLHF_FAST_CACHE"

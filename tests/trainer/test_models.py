@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -247,6 +248,28 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
         gguf.resolve_model(str(tmp_path / "model"))
 
 
+def test_processes_that_want_the_same_conversion_wait_for_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here they are threads: each has a lock of its own. Without one, the second removes what the first has begun."""
+    converted, found = [], []
+    second = Thread(target=lambda: found.append(gguf.resolve_model(str(tmp_path / "a.gguf"))))
+
+    def convert(file: Path, folder: Path) -> None:
+        converted.append(file)
+        if len(converted) == 1:
+            second.start()
+            second.join(0.3)  # it does not end before this one
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(gguf, "_convert", convert)
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    first = gguf.resolve_model(str(tmp_path / "a.gguf"))
+    second.join()
+    assert found == [first] and len(converted) == 1
+
+
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(file: Path, folder: Path) -> None:
         raise OSError("No space left on device")
@@ -256,4 +279,4 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="cannot write the model cache .*RLHF_FAST_CACHE"):
         gguf.resolve_model(str(tmp_path / "a.gguf"))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
