@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def load_reward_model(
             f"{', '.join((missing or other)[:3])}; rlhf-fast reward trains one from a language model"
         )
     loaded.score.float()
-    _restore_head(loaded, Path(resolve_model(model)))
+    _restore_head(loaded, resolve_model(model))
     if tokenizer is not None:
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return _ready(loaded)
@@ -206,16 +207,29 @@ def _is_valid(generation: Any) -> bool:
     return True
 
 
-def _restore_head(model: Any, folder: Path) -> None:
+def _restore_head(model: Any, source: str) -> None:
     """Reload the head's float32 weights, which from_pretrained rounded to the trunk's dtype."""
     from safetensors import safe_open
 
-    file = folder / "model.safetensors"
-    if file.is_file():
-        with safe_open(str(file), framework="pt") as tensors:
-            for name, parameter in model.score.named_parameters():
+    for name, parameter in model.score.named_parameters():
+        file = _file_with(f"score.{name}", source)
+        if file is not None:
+            with safe_open(file, framework="pt") as tensors:
                 if f"score.{name}" in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                     parameter.data.copy_(tensors.get_tensor(f"score.{name}"))
+
+
+def _file_with(weight: str, source: str) -> str | None:
+    """The file that holds a weight, if any does, of a folder or of a model in the hub's cache, one file or several."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file
+
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    name = SAFE_WEIGHTS_NAME
+    if index is not None:
+        name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(weight, name)
+    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return found
 
 
 def set_score_normalizer(model: Any, mean: float, std: float) -> None:

@@ -111,10 +111,20 @@ def test_a_critic_values_like_the_normalised_reward_model(reward: Any) -> None:
     assert models.score_normalizer(critic) == (0.0, 1.0) and critic.score.bias is not None
 
 
-def test_the_reward_head_survives_bfloat16(reward: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["one file", "several files", "the hub"])
+def test_the_reward_head_survives_bfloat16(
+    reward: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     models.set_score_normalizer(reward, 0.3, 0.5)
-    reward.save_pretrained(tmp_path)
-    back = models.load_reward_model(str(tmp_path), "bfloat16")
+    folder, name = tmp_path / "models--org--name" / "snapshots" / "abc", "org/name"
+    reward.save_pretrained(folder, max_shard_size="1GB" if source == "one file" else "100KB")
+    assert len(list(folder.glob("*.safetensors"))) == 1 or source != "one file"
+    if source == "the hub":
+        (tmp_path / "models--org--name" / "refs").mkdir()
+        (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    back = models.load_reward_model(name if source == "the hub" else str(folder), "bfloat16")
     assert back.dtype == torch.bfloat16 and back.score.weight.dtype == torch.float32
     assert torch.equal(back.score.weight, reward.score.weight)
     assert models.score_normalizer(back) == (0.3, 0.5) and back.config.pad_token_id is not None
