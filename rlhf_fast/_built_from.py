@@ -25,6 +25,8 @@ def checksum(root: Path) -> str:
 
 def stale(package: Path) -> str:
     """Why the extension in the package's folder must not be loaded; empty if it may."""
+    if not (package.parent / "setup.py").exists():  # installed: a csrc/ beside it is another package's
+        return ""
     sources = checksum(package.parent)
     note = package / NOTE
     if not sources or (note.exists() and note.read_text() == sources):

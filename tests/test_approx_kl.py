@@ -232,6 +232,14 @@ def test_the_limit_of_the_log_ratio(backend: str, estimator: str, gradient: str,
     torch.testing.assert_close(logprobs.grad[:3], inner.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_the_slope_of_abs_is_a_sign(backend: str, dtype: torch.dtype) -> None:
+    """However small the difference is."""
+    tiny = torch.finfo(dtype).tiny
+    logprobs = torch.tensor([[tiny, -tiny, 0.0]], dtype=dtype, requires_grad=True)
+    rf.approx_kl(logprobs, torch.zeros(1, 3, dtype=dtype), estimator="abs").sum().backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [[1, -1, 0]]
+
+
 def test_what_happens_where_k3_overflows(backend: str) -> None:
     """As the docstring says: infinite below d = -88.7, finite above; the other estimators are finite everywhere."""
     d = torch.tensor([-88.0, -89.0])

@@ -132,3 +132,20 @@ def test_what_rows_must_be(generator: torch.Generator) -> None:
             call(rows=rows)
     with pytest.raises(ValueError, match="mask and rows say the same"):
         call(rows=case.rows, mask=case.mask)
+
+
+def test_the_default_device_is_not_that_of_the_inputs(generator: torch.Generator) -> None:
+    """As under torch.set_default_device("cuda") with tensors on the CPU."""
+    case = Case(generator)
+    wanted = rf.linear_token_logprobs(**case.leaves, targets=case.targets, rows=case.rows)
+    count = case.targets.numel()
+    with torch.device("meta"):
+        got = rf.linear_token_logprobs(**case.leaves, targets=case.targets, rows=case.rows)
+        kept = rf.linear_sampled_logprobs(
+            **case.leaves,
+            targets=case.targets,
+            support_ids=case.targets.flatten(),
+            support_offsets=torch.arange(count + 1, device="cpu"),
+        )
+    assert torch.equal(got, wanted)
+    assert not bool(kept.any())  # one kept id has probability 1

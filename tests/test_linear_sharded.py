@@ -10,7 +10,7 @@ import pytest
 from helpers.two import two_ranks
 
 WORKER = Path(__file__).parent / "helpers" / "ranks_linear.py"
-CASES = ("stats", "offset", "kl", "policy", "sampled", "unequal", "compiled", "dtensor", "fsdp")
+CASES = ("stats", "offset", "kl", "policy", "blocks", "sampled", "unequal", "compiled", "dtensor", "fsdp")
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,20 @@ def test_the_reference_needs_none(name: str, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(got[key], wanted[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_far_from_zero(shift_mean: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of squares in float32 would give a variance of 0.0029 for 0.0025."""
+    monkeypatch.setattr(sys.modules["rlhf_fast.ops.reference.gae"], "wide_dtype", lambda device: torch.float32)
+    values = 100 + 0.05 * torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(values, dtype=torch.bool)
+    with rf.use_backend("torch"):
+        got = rf.masked_whiten(values, mask, shift_mean=shift_mean).double()
+    true = (values.double() - values.double().mean()) / (values.double().var() + 1e-8).sqrt()
+    if not shift_mean:
+        true += values.double().mean()
+    assert (got - true).abs().max().item() < 1e-3  # half a float32 step of 100, over 0.05
+
+
 def test_which_devices_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert common.wide_dtype(torch.device("cpu")) == torch.float64 == common.wide_dtype(torch.device("cuda"))
     assert common.wide_dtype(torch.device("mps")) == torch.float32

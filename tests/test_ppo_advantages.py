@@ -168,6 +168,20 @@ def test_whiten_a_far_away_mean(backend: str, generator: torch.Generator) -> Non
     assert (got.double() - true).abs().max().item() < 5e-4  # |x| * float32 step / std, of the subtraction itself
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("mean", [1e4, 1e8])
+def test_whiten_float64_far_away(mean: float, shift_mean: bool, generator: torch.Generator) -> None:
+    """The digits that the subtraction of the mean leaves are all there, in the sums of squares too."""
+    values = randn(8, 100, generator=generator, dtype=torch.float64) + mean
+    mask = random_mask(8, 100, generator=generator)
+    got = rf.masked_whiten(values, mask, shift_mean=shift_mean)
+    real = values[mask]
+    centred = real - real.mean()  # the values differ from their mean by few units in the last place of 1e8
+    wanted = centred / (centred.square().sum() / (len(real) - 1) + 1e-8).sqrt()
+    torch.testing.assert_close(got[mask], wanted if shift_mean else wanted + real.mean(), rtol=1e-14, atol=1e-8)
+    assert not bool(got[~mask].any())
+
+
 def test_whiten_one_token_and_a_constant(backend: str) -> None:
     mask = torch.tensor([[False, True, False]])
     values = torch.tensor([[NAN, 7.0, NAN]])

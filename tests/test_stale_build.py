@@ -21,6 +21,7 @@ def checkout(tmp_path: Path) -> Path:
     if _ext._C is None or not (ROOT / "csrc").exists():
         pytest.skip("no extension, or no checkout")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copy(ROOT / "setup.py", tmp_path)
     ignore = shutil.ignore_patterns("__pycache__", "kernels")
     shutil.copytree(ROOT / "rlhf_fast", tmp_path / "rlhf_fast", ignore=ignore)
     shutil.copytree(ROOT / "kernels", tmp_path / "rlhf_fast" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,4 +55,11 @@ def test_a_build_from_before_there_was_a_note_is_not(checkout: Path) -> None:
 
 def test_an_installed_package_has_no_sources_to_compare(checkout: Path) -> None:
     shutil.rmtree(checkout / "csrc")
+    assert _built_from.stale(checkout / "rlhf_fast") == ""
+
+
+def test_nor_does_another_package_that_brings_sources(checkout: Path) -> None:
+    """One that puts a csrc/ of its own into site-packages."""
+    (checkout / "setup.py").unlink()
+    (checkout / "csrc" / "args.h").write_text("// theirs\n")
     assert _built_from.stale(checkout / "rlhf_fast") == ""

@@ -24,7 +24,7 @@ from rlhf_fast.ops.linear.inputs import check_head
 from rlhf_fast.ops.linear.stats import linear_stats
 from rlhf_fast.ops.logprob import TokenStats, as_token_stats, output_bits
 
-from .lm_head import language_model_head, without_adapter_wrapper
+from .lm_head import LanguageModelHead, language_model_head, without_adapter_wrapper
 from .wrappers import as_forward_of, unwrapped
 
 # The kinds of head of each model that passed `check_model`.
@@ -159,9 +159,8 @@ def check_model(model: Any) -> None:
     if kind in _checked.get(inner, ()):
         return
     name = type(without_adapter_wrapper(inner)).__name__
-    vocabulary = head.weight.shape[0]
-    ids = ((vocabulary // 2 + 7 * torch.arange(8)) % vocabulary).unsqueeze(0).to(head.weight.device)
-    with _in_eval_mode(inner):
+    ids = sample_ids(head)
+    with in_eval_mode(inner):
         ours = as_forward_of(model, lambda ids: _logits_taken_apart(inner, ids), ids)
         theirs = model(input_ids=ids, use_cache=False).logits.float()
     exact = head.weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(ids.device.type)
@@ -188,8 +187,14 @@ def _logits_taken_apart(inner: Any, ids: Tensor) -> Tensor:
     return as_forward_of(_head_layer(inner), lambda hidden: language_model_head(inner).logits(hidden), hidden)
 
 
+def sample_ids(head: LanguageModelHead) -> Tensor:
+    """(1, 8) token ids to try a model with, all different."""
+    vocabulary = head.weight.shape[0]
+    return ((vocabulary // 2 + 7 * torch.arange(8, device=head.weight.device)) % vocabulary).unsqueeze(0)
+
+
 @contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
+def in_eval_mode(model: Any) -> Iterator[None]:
     """Without dropout; afterwards each module has its previous mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -204,7 +209,7 @@ def _head_layer(model: Any) -> Any:
     return without_adapter_wrapper(model).get_output_embeddings()
 
 
-def _trunk(model: Any) -> Any:
+def trunk_of(model: Any) -> Any:
     """The module that computes hidden states: `base_model`, or `model` where that is the model itself (Llama 4)."""
     model = without_adapter_wrapper(model)
     trunk = model.base_model
@@ -215,7 +220,7 @@ def _hidden_states(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, trunk_inputs: dict[str, Any]
 ) -> Tensor:  # (B, T, H)
     """The head's input. Positions count real tokens, so left padding does not shift them."""
-    trunk = _trunk(model)
+    trunk = trunk_of(model)
     given: dict[str, Any] = {"use_cache": False}
     if attention_mask is not None:
         given["attention_mask"] = attention_mask

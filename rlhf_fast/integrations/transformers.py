@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_fast.ops.linear import linear_token_logprobs
 
 from ._patch import Patch, disabled
-from .causal_lm import check_model
+from .causal_lm import check_model, in_eval_mode, sample_ids, trunk_of
 from .lm_head import language_model_head
 
 IGNORE = -100  # transformers' label of positions without a loss
@@ -81,7 +81,7 @@ def _fused_forward(model: Any, original: Any, memory_budget: int | None) -> Any:
             return original(*args, **kwargs)
         for name in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "output_router_logits"):
             given.pop(name, None)
-        trunk = model.base_model(**given)
+        trunk = trunk_of(model)(**given)
         head = language_model_head(model)
         hidden = trunk.last_hidden_state
         if shifted is None:
@@ -123,10 +123,22 @@ def _output(trunk: Any, loss: Tensor) -> Any:
     )
 
 
+@torch.no_grad()
 def _check_model(model: Any) -> None:
-    """Raise unless the loss is the usual one and `check_model` passes."""
+    """Raise unless `check_model` passes and the loss is the mean of -log p of the next token, which a forward checks.
+
+    Some models compute a loss of their own whatever their `loss_function` says: Bart's labels are not shifted.
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
+    own_loss = ValueError(f"rlhf_fast.patch_loss: {type(model).__name__} has its own loss function")
     if model.loss_function is not ForCausalLMLoss:
-        raise ValueError(f"rlhf_fast.patch_loss: {type(model).__name__} has its own loss function")
+        raise own_loss
     check_model(model)
+    ids = sample_ids(language_model_head(model))
+    without = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    with in_eval_mode(model):
+        output = model(input_ids=ids, labels=ids, use_cache=False, **without)
+    ours = F.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:])
+    if not (output.loss - ours).abs() <= 1e-2 * ours.abs() + 1e-3:
+        raise own_loss

@@ -155,8 +155,7 @@ def ppo_advantages(
         _check.in_unit_interval(op, "lam", lam), clip,
     )  # fmt: skip
     if _check.flag(op, "whiten", whiten):
-        moments = _over_ranks(moments, process_group)
-        advantages = _dispatch.call(ops.whiten.default, advantages, mask, moments, True)
+        advantages = _whiten(ops, advantages, mask, moments, True, process_group)
     return Advantages(kl, rewards, advantages, returns)
 
 
@@ -183,8 +182,23 @@ def masked_whiten(
     _check.flag(op, "shift_mean", shift_mean)
     _check.is_group(op, process_group)
     ops = _dispatch.select(op, values)
-    moments = _over_ranks(_dispatch.call(ops.whiten_moments.default, values, mask), process_group)
-    return _dispatch.call(ops.whiten.default, values, mask, moments, shift_mean)
+    moments = _dispatch.call(ops.whiten_moments.default, values, mask)
+    return _whiten(ops, values, mask, moments, shift_mean, process_group)
+
+
+def _whiten(ops: Any, values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, process_group: Any) -> Tensor:
+    """`values` whitened; `moments` are those of this rank."""
+    moments = _over_ranks(moments, process_group)
+    dtype = reference.accumulate_dtype(values.dtype)
+    if moments.dtype != dtype:  # they are wider
+        return _dispatch.call(ops.whiten.default, values, mask, moments, shift_mean)
+    # The sum of squares has no more digits than the values: a mean far from 0 would leave none to the variance. So the
+    # values are centred first.
+    mean = moments[1] / moments[0].clamp(min=1)
+    centred = values.to(dtype) - mean
+    moments = _over_ranks(_dispatch.call(ops.whiten_moments.default, centred, mask), process_group)
+    whitened = _dispatch.call(ops.whiten.default, centred, mask, moments, shift_mean)
+    return whitened if shift_mean else torch.where(mask, whitened + mean, 0.0)
 
 
 def _over_ranks(moments: Tensor, process_group: Any) -> Tensor:

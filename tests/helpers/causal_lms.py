@@ -108,7 +108,25 @@ def outcome(model: Any) -> str:
             return reason(str(error))
     wanted = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     gap = float((got - wanted).abs().max())
-    return "served" if gap < 1e-3 else f"wrong by {gap:.2g} nats"
+    return wrong_loss(model, ids) or "served" if gap < 1e-3 else f"wrong by {gap:.2g} nats"
+
+
+def wrong_loss(model: Any, ids: torch.Tensor) -> str:
+    """What is wrong with the loss under `rf.hf.patch_loss`; '' if it is the model's own, or the patch is refused."""
+    model.training = True  # the model alone, not its layers: no dropout
+    try:
+        wanted = float(model(input_ids=ids, labels=ids, use_cache=False).loss.detach())
+        patch = rf.hf.patch_loss(model)
+    except ValueError as error:
+        assert "has its own loss function" in str(error), error
+        return ""
+    try:
+        gap = abs(float(model(input_ids=ids, labels=ids, use_cache=False).loss.detach()) - wanted)
+    except Exception as error:
+        return f"wrong: patch_loss: {type(error).__name__}: {error}"
+    finally:
+        patch.undo()
+    return "" if gap < 1e-3 else f"wrong loss by {gap:.2g} nats"
 
 
 def reason(message: str) -> str:

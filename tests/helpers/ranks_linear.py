@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import rlhf_fast as rf
+from rlhf_fast.ops.linear import tiles
 
 RANKS, ROWS, HIDDEN, VOCABULARY = 2, (3, 5), 8, 46
 HALF = VOCABULARY // RANKS
@@ -107,21 +108,37 @@ def kl(rank: int) -> None:
                 ref_weight=x["ref_weight"])  # fmt: skip
 
 
-def policy(rank: int) -> None:
+def policy(rank: int, **options: Any) -> None:
     _, x = inputs()
+    targets = x["targets"] % options.get("vocab_size", VOCABULARY)
 
     def loss(leaves: dict[str, Tensor], cut: Any, group: Any, exact: bool) -> Any:
         reference = {"ref_logprobs": x["old"]}
         if exact:
             reference = {"ref_hidden": x["ref_hidden"], "ref_weight": cut(x["ref_weight"])}
         return rf.linear_policy_loss(
-            leaves["hidden"], leaves["weight"], x["targets"], x["old"], x["advantages"], bias=leaves["bias"],
+            leaves["hidden"], leaves["weight"], targets, x["old"], x["advantages"], bias=leaves["bias"],
             mask=x["mask"], kl_coef=0.1, estimator="exact" if exact else "k3", entropy_coef=0.01,
-            temperature=0.8, process_group=group, **reference,
+            temperature=0.8, process_group=group, **reference, **options,
         )  # fmt: skip
 
     for exact in (False, True):
         compare(rank, lambda leaves, cut, group, e=exact: tuple(loss(leaves, cut, group, e)))
+
+
+def blocks(rank: int) -> None:
+    """Several blocks of rows, where fewer columns of the last rank count, or none: all ranks need as many blocks."""
+    _, x = inputs()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("CPU_TILE", 4 * 40), ("CPU_ROW_TILE", 4 * 60), ("CPU_MIN_ROWS", 2)):
+            patch.setattr(tiles, name, value)
+        for vocab_size in (30, 20):
+            for options in ({"vocab_size": vocab_size}, {"vocab_size": vocab_size, "memory_budget": 0}):
+                policy(rank, **options)
+                for kind in ("reverse", "jsd"):
+                    compare(rank, lambda leaves, cut, group, k=kind, o=options: rf.linear_token_kl(
+                        **leaves, kind=k, process_group=group, **o), ref_hidden=x["ref_hidden"],
+                        ref_weight=x["ref_weight"])  # fmt: skip
 
 
 def sampled(rank: int) -> None:

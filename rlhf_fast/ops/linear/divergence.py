@@ -220,13 +220,14 @@ class _Loop:
         return policy.hidden.new_empty(elements, dtype=policy.tile_dtype)
 
     def tiles(self, buffer: Tensor) -> Tiles:
-        width = 2 * self.policy.columns
-        height = rows_of_pair(self.policy.count, width * buffer.element_size(), buffer.device.type, self.budget)
-        return Tiles(self.policy.count, width, buffer, height, max(1, width))
+        policy, width = self.policy, 2 * self.policy.columns
+        row_bytes = 2 * policy.block_columns * buffer.element_size()
+        height = rows_of_pair(policy.count, row_bytes, buffer.device.type, self.budget)
+        return Tiles(policy.count, width, buffer, height, max(1, width), whole_rows=True)
 
     def pair(self, tile: Tile, fill: bool) -> Pair:
         """Splits a tile into its pair; fill: compute the logits first."""
-        policy, ref = tile.logits.view(-1).view(2, -1, self.policy.columns)
+        policy, ref = tile.logits.view(-1).view(2, tile.rows.stop - tile.rows.start, self.policy.columns)
         if fill:
             self.policy.fill(policy, tile.rows, self.everything)
             self.ref.fill(ref, tile.rows, self.everything)

@@ -22,6 +22,9 @@ class HeadRows:
         self.vocabulary = tensors.weight.shape[0]  # of this rank, padding included
         self.shard = Shard(options.group, self.vocabulary)
         self.columns = self.shard.counting(options.vocab_size)
+        # Ranks that talk to each other in every block of rows need blocks of the same height, however many of their
+        # columns count.
+        self.block_columns = self.columns if self.shard.group is None else self.vocabulary
         head = Head(tensors.weight, tensors.bias, tensors.lora_a, tensors.lora_b, options.lora_scale)
         self.head = head.first(self.columns)
         taken = selection.take(tensors.hidden, (tensors.hidden.shape[-1],))

@@ -131,7 +131,7 @@ class _Loop(HeadRows):
         saved = self.hidden.dtype != self.sum_dtype and needs.weight
         spare = self.vocabulary * self.hidden.shape[1] * self.sum_dtype.itemsize if saved else 0
         buffers = 1 if self.ref is None else 3  # the exact KL: both logits, and the gradient of one
-        row_bytes = max(1, self.columns) * self.tile_dtype.itemsize * buffers
+        row_bytes = max(1, self.block_columns) * self.tile_dtype.itemsize * buffers
         return whole_rows(self.count, row_bytes, spare, self.device.type, self.budget)
 
     def block(self, rows: slice, memory: Tensor) -> Tiles:

@@ -74,7 +74,7 @@ def _check_rows(op: str, rows: Tensor, hidden: Tensor) -> None:
 def _mask_of(rows: Tensor, hidden: Tensor) -> Tensor | None:
     if not _check.can_look(rows):
         return None
-    mask = torch.zeros(row_count(hidden), dtype=torch.bool)
+    mask = torch.zeros(row_count(hidden), dtype=torch.bool, device=rows.device)
     mask[rows[rows >= 0].long()] = True
     return mask.view(hidden.shape[:-1])
 

@@ -148,8 +148,9 @@ def _check_support(
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
         bad = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
         raise ValueError(f"rlhf_fast.{op}: support_ids must be between 0 and {vocabulary - 1}, got {bad}")
-    row = torch.repeat_interleave(torch.arange(targets.numel()), counts.long())
-    has_target = torch.zeros(targets.numel(), dtype=torch.bool) if mask is None else ~mask.reshape(-1)
+    device = ids.device
+    row = torch.repeat_interleave(torch.arange(targets.numel(), device=device), counts.long())
+    has_target = torch.zeros(targets.numel(), dtype=torch.bool, device=device) if mask is None else ~mask.reshape(-1)
     has_target[row[ids == targets.reshape(-1)[row]]] = True
     if not bool(has_target.all()):
         lacking = int((~has_target).nonzero()[0])

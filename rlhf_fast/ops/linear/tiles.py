@@ -43,17 +43,22 @@ class Tile(NamedTuple):
 
 
 class Tiles:
-    """All tiles of `(rows, columns)` logits, one column of tiles after the other; the first ones are in `buffer`."""
+    """All tiles of `(rows, columns)` logits, one column of tiles after the other; the first ones are in `buffer`.
 
-    def __init__(self, rows: int, columns: int, buffer: Tensor, height: int, width: int) -> None:
-        self.rows, self.columns, self.buffer = rows, columns, buffer
+    whole_rows: every block of rows has a tile, if need be without columns; otherwise there are no empty tiles.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, buffer: Tensor, height: int, width: int, whole_rows: bool = False
+    ) -> None:
+        self.rows, self.columns, self.buffer, self.whole_rows = rows, columns, buffer, whole_rows
         self.height, self.width = height, width
         self.row_blocks = -(-rows // height)
         self.column_blocks = -(-columns // width)
 
     def __iter__(self) -> Iterator[Tile]:
         used, scratch = 0, None
-        for left in range(0, self.columns if self.rows else 0, self.width):
+        for left in range(0, max(self.columns, int(self.whole_rows)) if self.rows else 0, self.width):
             columns = slice(left, min(left + self.width, self.columns))
             for top in range(0, self.rows, self.height):
                 rows = slice(top, min(top + self.height, self.rows))

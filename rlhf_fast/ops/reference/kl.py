@@ -363,7 +363,7 @@ def _slope(logprobs: Tensor, ref_logprobs: Tensor, estimator: int, gradient: int
         return d
     if estimator == codes.K3:
         return d.neg_().expm1_().neg_()
-    return d.mul_(3e38).clamp_(-1, 1)  # sign(NaN) would be 0, and NaN must stay NaN
+    return torch.where(d == d, d.sign(), d)  # sign(NaN) would be 0, and NaN must stay NaN
 
 
 def _clamped(value: Tensor, clamp: float | None) -> Tensor:
