@@ -8,7 +8,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: of PyTorch's and transformers' ten thousand files few are imported, and Python compiles those by itself.
-PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PIP_ANY := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(PIP_ARGS)
+PIP := $(PIP_ANY) -c constraints.txt
 SOURCES := CMakeLists.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 # Where a compiler is, a build that fails is an error here; pip would install less and say so.
 STRICT := $(if $(shell command -v c++ || command -v g++ || command -v clang++),RLHF_FAST_EXT=$${RLHF_FAST_EXT:-1})
@@ -229,7 +230,7 @@ check-cuda-torch: $(VENV)/built .venv-cuda/installed
 # 2.11 (3.6.0), 2.12 (3.7.1) and 2.14 (3.8.0), 200 MB each.
 TRITONS ?= 3.6.0 3.7.1 3.8.0
 build/triton-%/installed: $(VENV)/installed
-	$(PIP) --no-deps --target build/triton-$* triton==$*
+	$(PIP_ANY) --no-deps --target build/triton-$* triton==$*
 	touch $@
 
 check-triton: $(VENV)/installed $(TRITONS:%=build/triton-%/installed)

@@ -99,16 +99,16 @@ def _merge_pair(top_a, top_b, sum_a, sum_b, cross, lost, factor_a, factor_b):
 
 
 @triton.jit
-def _log2_sum(top, total):
-    """log2 of a sum; 0 for a row of -inf, and at least 0, since the maximum itself adds 1 to the sum."""
-    return tl.log2(tl.where(((top == float("-inf")) & (total == 0)) | (total < 1), 1.0, total))
+def _log2_sum(total):
+    """log2 of a sum; at least 0, since the maximum itself adds 1 to it, and 0 for a row of -inf."""
+    return tl.log2(tl.where(total < 1, 1.0, total))
 
 
 @triton.jit
 def _finish_pair(top_a, top_b, sum_a, sum_b, cross, lost):
     """Maxima and log2 sums of both sides, sum a (log a - log b) with log b floored, and the divergence, in nats."""
-    bits_a = _log2_sum(top_a, sum_a)
-    bits_b = _log2_sum(top_b, sum_b)
+    bits_a = _log2_sum(sum_a)
+    bits_b = _log2_sum(sum_b)
     dead = (top_a == float("-inf")) & (sum_a == 0)
     safe_sum = tl.where(dead, 1.0, sum_a)
     mean = cross / safe_sum + (bits_b - bits_a) - lost / safe_sum * (bits_b + LOG_FLOOR)

@@ -55,8 +55,7 @@ def _store_stats(
     SHAPE: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """A row's outputs from its merged sums."""
-    dead = (top == float("-inf")) & (total == 0)  # with a NaN the sum would be NaN
-    total = tl.where(dead | (total < 1), 1.0, total)  # the maximum itself adds 1; less can only be rounding
+    total = tl.where(total < 1, 1.0, total)  # the maximum itself adds 1: a row of -inf has 0, one with a NaN has NaN
     bits = tl.log2(total)
     log_sum = bits * LN2
     tl.store(parts_ptr + rows * 2, tl.where(real, tl.where(total == total, top, total), 0.0), mask=exists)

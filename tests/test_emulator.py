@@ -8,8 +8,10 @@ GPU's approximate instructions, or speed: `make gpu-check` is for those.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +88,17 @@ def test_every_mutant_still_finds_its_line() -> None:
         for mutant in (mutant for family in lists.values() for mutant in family):
             found = (ROOT / folder / mutant.file).read_text().count(mutant.old)
             assert found > mutant.which, f"{mutant.file} no longer has {mutant.old!r}"
+
+
+def test_a_kernel_that_ends_the_process_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does that reads far outside of its tensors, in Triton's interpreter."""
+
+    def end(kernels: Path, family: str, log: Path) -> None:
+        log.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(triton_mutants, "_run_tests", end)
+    assert triton_mutants.caught_by(None, "gae") == "a test that ends by SIGTERM"
 
 
 def test_a_run_of_mutants_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,3 +157,18 @@ def test_long_rows(backend: str, name: str) -> None:
     for got, true, eager in zip(op(**options), *truth(name, short), strict=True):
         assert got.dtype == torch.float32
         assert_values(got, true, eager, dtype=torch.float32, what=name)
+
+
+def test_triton_divides_long_rows_only_where_they_are_few() -> None:
+    """Undivided, a row or a long sequence would leave most of a GPU idle; enough of them fill it in one launch."""
+    pytest.importorskip("triton")
+    from rlhf_fast.kernels.scan import PROGRAMS, plan_for
+
+    length = 1_000_000
+    for rows, packed in ((1, None), (3, None), (63, None), (1, 1), (1, 63)):
+        plan = plan_for(rows, length, [length], packed=packed)
+        assert len(plan.passes) == 2 and PROGRAMS // 2 <= plan.programs <= PROGRAMS
+        assert (plan.parts - 1) * plan.part < length <= plan.parts * plan.part
+    for rows, packed in ((64, None), (1, 64)):
+        assert len(plan_for(rows, length, [length], packed=packed).passes) == 1
+    assert plan_for(64, length, [length]).programs == 64

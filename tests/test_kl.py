@@ -264,6 +264,16 @@ def test_nan_beside_a_row_without_probability_is_nan(
     assert all(bool(grad[2].isfinite().all()) for grad in grads.values())
 
 
+@pytest.mark.parametrize("kind", ["reverse", "forward"])
+def test_nan_beside_a_forbidden_column_is_nan(backend: str, kind: str, generator: torch.Generator) -> None:
+    """A column that only one side forbids makes the divergence infinite, unless the row holds a NaN elsewhere."""
+    allowing, forbidding = (randn(3, 1037, generator=generator) for _ in range(2))
+    forbidding[:, 40], allowing[0, 900], forbidding[1, 900] = -INF, NAN, NAN
+    sides = (allowing, forbidding) if kind == "reverse" else (forbidding, allowing)
+    got = rf.token_kl(*sides, kind=kind)
+    assert got[:2].isnan().all() and got[2].item() == INF
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_and_one_and_all_masked(backend: str, dtype: torch.dtype, kind: str) -> None:
     for shape in [(0,), (0, 4), (3, 0)]:

@@ -63,6 +63,16 @@ def test_estimators(backend: str, dtype: torch.dtype, estimator: str, generator:
     check(*batch(generator, dtype, 7, 33), kl_coef=0.3, estimator=estimator, whiten=False)
 
 
+def test_k3_of_nearly_equal_policies_keeps_its_digits(backend: str) -> None:
+    """e^x - 1 - x of a small x, which differences of numbers near 1 would lose."""
+    logprobs, mask = torch.full((1, 5), -1.0), torch.ones(1, 5, dtype=torch.bool)
+    apart = torch.tensor([[2.0**-6, -(2.0**-6), 2.0**-9, 2.0**-12, -(2.0**-12)]])  # exact, also beside -1
+    zeros = torch.zeros(1, 5)
+    got = rf.ppo_advantages(torch.zeros(1), logprobs, logprobs + apart, zeros, mask, kl_coef=0.1, estimator="k3")
+    x = apart.double()
+    torch.testing.assert_close(got.kl.double(), x.square() / 2 + x**3 / 6 + x**4 / 24, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("options", [
     {"gamma": 0.9, "lam": 0.5}, {"gamma": 1.0, "lam": 1.0}, {"gamma": 0.97, "lam": 0.0}, {"kl_coef": 0.0},
     {"score_clip": 2.0}, {"score_clip": 0.5, "gamma": 0.9, "estimator": "k3"},
@@ -189,6 +199,8 @@ def test_whiten_one_token_and_a_constant(backend: str) -> None:
     assert rf.masked_whiten(values, mask, shift_mean=False).tolist() == [[0, 7, 0]]
     constant = rf.masked_whiten(torch.full((2, 5), 0.1), torch.ones(2, 5, dtype=torch.bool))
     assert constant.abs().max().item() <= 1e-3  # the mean of equal floats may round, and 1e-8 is all that it meets
+    large = torch.full((1, 237), 123456789.0)  # the difference of two sums of squares is below 0 here
+    assert rf.masked_whiten(large, torch.ones(1, 237, dtype=torch.bool)).abs().max().item() <= 1e-3
 
 
 RANKS = """
