@@ -257,7 +257,7 @@ def test_the_launcher_patches_the_workers_of_ray(tmp_path: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     command = [sys.executable, str(tmp_path / "run.py"), "--", "--actor.model_name_or_path", "some/model"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert "RESULT [false, true] True ['--actor.model_name_or_path', 'some/model']" in done.stdout, (
         done.stdout + done.stderr
     )
