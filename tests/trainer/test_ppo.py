@@ -20,6 +20,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import learn, objectives, ppo
+from rlhf_fast.trainer.rl.metrics import Watch
 from rlhf_fast.trainer.rl.prompts import Prompts
 
 
@@ -97,6 +98,7 @@ def test_held_out_prompts_are_sampled_before_and_after(
 def test_an_interrupted_run_goes_on_bit_for_bit(
     config: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int], Any]
 ) -> None:
+    known = list[int]()  # rows of metrics that a resumed run judges
     for dtype in ("float32", "bfloat16"):
         config = replace(config, dtype=dtype)
         straight, stopped = tmp_path / f"straight-{dtype}", tmp_path / f"stopped-{dtype}"
@@ -106,11 +108,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
             with pytest.raises(Interrupted, match="stopped after 1 of 3 steps; --resume goes on"):
                 ppo.train_ppo(config, RunFolder.create(stopped))
         assert not (stopped / "model").exists() and (stopped / "checkpoints" / "step-1").is_dir()
-        summary = ppo.train_ppo(config, RunFolder.create(stopped, resume=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(ppo, "Watch", lambda rows: known.append(len(rows)) or Watch(rows))
+            summary = ppo.train_ppo(config, RunFolder.create(stopped, resume=True))
         assert summary["steps"] == 3 and metrics(stopped) == metrics(straight)
         ours, theirs = weights(straight), weights(stopped)
         assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
         assert ppo.train_ppo(config, RunFolder.create(stopped, resume=True)) == summary  # a finished run is left alone
+    assert known == [1, 1]
 
 
 def test_checkpoints_come_every_save_steps_and_at_the_end(config: PPOConfig, tmp_path: Path) -> None:
@@ -161,9 +166,13 @@ def test_each_epoch_has_the_minibatches_in_an_order_of_its_own(
 
     monkeypatch.setattr(learn, "learn", noted)
     agent = load_agent(config)
-    train_step(agent, prompts_of(config, agent), config, 0)
+    prompts = prompts_of(config, agent)
+    train_step(agent, prompts, config, 0)
     epochs = [tuple(order[i : i + 4]) for i in range(0, 16, 4)]
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and len(set(epochs)) > 2
+    train_step(agent, prompts, config, 1)
+    first, second = ({frozenset(part) for part in order[i : i + 4]} for i in (0, 16))
+    assert first != second  # each step divides its samples anew
 
 
 def test_an_update_stops_when_the_policy_has_moved_far(config: PPOConfig, tmp_path: Path) -> None:

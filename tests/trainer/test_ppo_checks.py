@@ -172,3 +172,5 @@ def test_what_goes_wrong_silently_is_said_once() -> None:
     ):
         (message,) = watch.look({**good, name: value})
         assert word in message and watch.look({**good, name: value}) == []
+    (message,) = Watch([good, good]).look({**good, "objective/entropy": 0.3})  # of a resumed run
+    assert "from 2.00 to 0.30" in message

@@ -326,8 +326,13 @@ def test_a_sampler_without_support_is_refused(config: PPOConfig, tmp_path: Path)
 
 
 def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
-    for hotter, message in ((3.0, "less likely .* a higher temperature"), (0.3, "more likely .* a lower temperature")):
-        agent = load_agent(config)
+    """Before the update, or behind it where only that has the log-probabilities."""
+    for objective, hotter, message in (
+        ("ppo", 3.0, "less likely .* a higher temperature"),
+        ("grpo", 0.3, "more likely .* a lower temperature"),
+    ):
+        some = replace(config, prompts_per_step=16, objective=objective)
+        agent = load_agent(some)
         for model in (agent.policy, agent.frozen):
             model.base_model.norm.weight.data.mul_(8.0)  # logits that a temperature makes a difference to
 
@@ -336,7 +341,6 @@ def test_a_sampler_of_another_distribution_is_named(config: PPOConfig) -> None:
         ) -> Rollout:
             return generate(model, tokenizer, prompts, changed(params, temperature=hotter), **rest)
 
-        some = replace(config, prompts_per_step=16)
         with pytest.raises(UserError, match=message):
             train_step(agent, prompts_of(some, agent), some, 0, other)
 

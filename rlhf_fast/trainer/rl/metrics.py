@@ -22,9 +22,9 @@ class Watch:
     """Warns of problems that each step's metrics show and that raise no error; each warning once."""
 
     def __init__(self, rows: Rows = ()) -> None:
-        """`rows`: metrics of the steps before, in a resumed run, for the verdict."""
+        """`rows`: metrics of the steps before, in a resumed run, for the verdict and the entropy at the start."""
         self.verdict = LiveVerdict(of_rl_so_far, rows)
-        self.first_entropy: float | None = None
+        self.first_entropy: float | None = rows[0].get("objective/entropy") if rows else None
         self.warned: set[str] = set()
 
     def look(self, metrics: dict[str, float]) -> list[str]:
