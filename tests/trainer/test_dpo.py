@@ -71,13 +71,15 @@ def test_dpo_takes_the_best_and_the_worst_sample() -> None:
 
 def test_the_best_and_the_worst_are_those_of_the_rewards_with_all_penalties(config: PPOConfig) -> None:
     """The first score of each prompt is the highest, and that of a sample that was cut off."""
-    options = Settings(replace(config, objective="dpo", missing_eos_penalty=4.0).resolved()).step.score
+    config = replace(config, objective="dpo", missing_eos_penalty=4.0)
     ids = torch.arange(6)[:, None].repeat(1, 3)
     real, ended = torch.ones(6, 3, dtype=torch.bool), torch.tensor([False, True, True, False, True, True])
     scores = torch.tensor([3.0, 1.0, 2.0, 9.0, 7.0, 6.0])
     rollout = Rollout(ids, real, real & (torch.arange(3) > 0), list("abcdef"), ended, scores=scores)
-    chosen, unit = choose_samples(rollout, options, prompts=2)
+    chosen, unit = choose_samples(rollout, Settings(config.resolved()).step.score, prompts=2)
     assert unit == 2 and chosen.texts == ["c", "a", "e", "d"] and chosen.input_ids[:, 0].tolist() == [2, 0, 4, 3]
+    every = Settings(replace(config, dpo_pairs="all").resolved()).step.score
+    assert choose_samples(rollout, every, prompts=2) == (rollout, 3)
 
 
 @pytest.mark.parametrize("options", [PairOptions(0.3), PairOptions(0.3, label_smoothing=0.2), PairOptions(0.3, "ipo")])

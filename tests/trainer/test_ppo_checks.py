@@ -32,6 +32,7 @@ from rlhf_fast.trainer.rl.rewards import Rewards
         ({"kl_in": "loss", "kl_estimator": "k1"}, "no gradient on average"),
         ({"kl_in": "loss-importance", "kl_estimator": "exact"}, "take loss"),
         ({"objective": "dpo", "kl_estimator": "exact"}, "in its own loss"),
+        ({"objective": "dpo", "dpo_loss": "ipo", "kl_coef": 0.0}, "beta of 'dpo'.* above 0"),
         ({"objective": "dpo", "kl_estimator": "k2", "kl_in": "loss"}, "in its own loss"),
         ({"kl_target": 1.0, "kl_coef": 0.0}, "above 0"),
         ({"critic_warmup": 1, "objective": "rloo"}, "with a critic"),

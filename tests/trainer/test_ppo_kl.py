@@ -11,13 +11,16 @@ import pytest
 import torch
 from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step
 
-from rlhf_fast.models.batches import Support
+from rlhf_fast.models.batches import Batch, Support
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl.experience import Experience
 from rlhf_fast.trainer.rl.kl_controller import KLController
+from rlhf_fast.trainer.rl.metrics import rollout_metrics
+from rlhf_fast.trainer.rl.objectives.objective import KLOptions
 from rlhf_fast.trainer.rl.reward_functions import RewardFunction
 from rlhf_fast.trainer.rl.rewards import Rewards
 
@@ -102,6 +105,23 @@ def test_cut_sampling_keeps_the_ratio_at_one(config: PPOConfig, tmp_path: Path, 
     rows = steps(config, tmp_path / "run", num_minibatches=1, max_steps=2, **values)
     assert rows[0]["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("place", "share"), [("reward", 0.5), ("loss", 0.0)])
+def test_the_metrics_have_the_estimate_and_the_place_of_the_options(place: Any, share: float) -> None:
+    ids, real = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    mask = torch.tensor([[False, True, True], [False, True, False]])
+    old, ref = torch.tensor([[0.0, -1.0, -2.0], [0.0, -3.0, 0.0]]), torch.tensor([[0.0, -2.0, -1.5], [0.0, -1.0, 9.0]])
+    rewards, none = torch.tensor([1.0, 3.0]), torch.zeros(2, 3)
+    found = Experience(Batch(ids, real, mask), mask, rewards, old, none, ref, none, none, none)
+    parts = {"rewards/one": torch.tensor([4.0, torch.nan])}  # which has no opinion of the second
+    rollout = Rollout(ids, real, mask, ["", ""], torch.ones(2).bool(), scores=rewards, score_parts=parts)
+    figures = rollout_metrics(rollout, found, KLOptions(0.5, "k3", place), critic=False)
+    gaps = (old - ref)[mask]
+    kl = float(((-gaps).exp() - 1 + gaps).sum()) / 2
+    assert figures["objective/kl"] == pytest.approx(kl, rel=1e-5)
+    assert figures["objective/rlhf_reward"] == pytest.approx(2.0 - share * kl, rel=1e-5)
+    assert figures["rewards/one"] == 4 and "val/mean" not in figures
 
 
 def test_kl_coef_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:

@@ -304,6 +304,10 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
             f"objective {self.objective!r} has its KL in its own loss: leave kl_estimator k1 and kl_in reward",
         )
         yield (
+            objective.pairs and self.kl_coef == 0,
+            f"kl_coef is the beta of {self.objective!r}: with 0 its loss teaches nothing, so it must be above 0",
+        )
+        yield (
             self.kl_target > 0 and self.kl_coef == 0,
             "kl_target moves kl_coef, which must then be above 0",
         )

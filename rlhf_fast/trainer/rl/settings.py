@@ -245,8 +245,8 @@ def _update(config: PPOConfig) -> UpdateOptions:
 
 
 def needs_reference(config: PPOConfig) -> bool:
-    """True if a step reads log-probabilities of the reference: for a KL that counts, or for pairs."""
-    return _given(config.kl_coef) > 0 or OBJECTIVES[config.objective].pairs
+    """True if a step reads log-probabilities of the reference: for a KL that counts, which pairs always have."""
+    return _given(config.kl_coef) > 0
 
 
 def learned_from_once(config: PPOConfig) -> bool:
