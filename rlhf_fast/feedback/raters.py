@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -137,12 +139,33 @@ def _load_module(source: str, spec: str, noun: str) -> ModuleType:
             return importlib.import_module(source)
         if not Path(source).is_file():
             raise UserError(f"{noun} {spec!r}: there is no file {source}")
-        module_spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-        assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        return module
+        return _module_of(Path(source).resolve())
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{noun} {spec!r}: importing {source} raised {type(error).__name__}: {error}") from error
+
+
+def _module_of(file: Path) -> ModuleType:
+    """The module of a file, executed once for all functions of it, as an import would be, and again if it changed.
+
+    Its folder is searched for modules from then on, as Python does for a script, but last. It is in sys.modules, where
+    dataclasses and pickle look for it, under a name that no other module has.
+    """
+    stat = file.stat()
+    version = hashlib.sha256(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    name = f"rlhf_fast_file_{version}_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, file)
+    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))  # last, so that the files there hide no installed module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

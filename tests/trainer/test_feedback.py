@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.data.examples import PromptLine
 from rlhf_fast.errors import UserError
 from rlhf_fast.feedback.answer_file import AnswerFile
 from rlhf_fast.feedback.encoded import encode
@@ -19,6 +20,7 @@ from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer.collection import CollectConfig, collect
+from rlhf_fast.trainer.rl.reward_functions import load_functions
 
 ROW = {"prompt": "p", "completions": ["a", "b", "c"]}
 
@@ -86,6 +88,35 @@ def raters(tmp_path: Path) -> str:
 def test_a_rater_is_a_function_of_a_file_or_a_module(raters: str) -> None:
     assert load_rater(f"{raters}:length")("p", ["a", "bb"]) == [1.0, 2.0]
     assert callable(load_rater("json:dumps"))
+
+
+def test_the_functions_of_a_file_share_one_module(tmp_path: Path) -> None:
+    """Executed once, by whatever name and for whatever use it is asked for; again when it has been edited."""
+    (tmp_path / "beside.py").write_text("WORD = 'cat'\n")
+    path = tmp_path / "rules.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses, pickle\nfrom beside import WORD\n"
+        "@dataclasses.dataclass\nclass Score:\n    value: float = 0.0\n"
+        "shared = []\n"
+        "def rate(prompt, completions):\n    shared.append(prompt)\n"
+        "    return [pickle.loads(pickle.dumps(Score(c.count(WORD)))).value for c in completions]\n"
+        "def calls(prompt, completions): return [len(shared)] * len(completions)\n"
+    )
+    (tmp_path / "folder").mkdir()
+    rater = load_rater(f"{path}:rate")
+    (first,) = load_functions((f"0.5*{tmp_path}/folder/../rules.py:calls",))
+    assert rater("p", ["cat cat", ""]) == [2, 0]
+    assert first.of_prompts([PromptLine("p", "f:1")], ["x"]) == [1]
+    path.write_text(path.read_text().replace("len(shared)", "100 + len(shared)"))
+    assert load_rater(f"{path}:calls")("p", ["x"]) == [100]
+
+
+def test_a_file_that_raises_is_executed_again(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def rate(prompt, completions): return [0.0]\nraise ValueError('no')\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="raised ValueError: no"):
+            load_rater(f"{tmp_path}/f.py:rate")
 
 
 def test_a_rater_gets_the_columns_that_it_names(tmp_path: Path) -> None:

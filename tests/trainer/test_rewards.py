@@ -109,6 +109,7 @@ def test_a_function_that_fails_stops_the_run_and_resume_goes_on_as_if_it_had_not
     whole = config(tiny, tmp_path / "whole", reward_functions=(f"{rules}:flaky",))
     train_ppo(whole, RunFolder.create(whole.output_dir))
     (tmp_path / "broken").touch()
+    Path(rules).touch()  # so that it is executed again, as another launch would
     options = ["ppo", "--config", str(tmp_path / "c.yaml")]
     stopped = config(tiny, tmp_path / "run", reward_functions=(f"{rules}:flaky",))
     names = ("model", "prompts_file", "dtype", "max_length", "max_new_tokens", "prompts_per_step", "max_steps")
