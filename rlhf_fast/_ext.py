@@ -98,9 +98,11 @@ def constant_in_graphs(query: Query) -> Query:
 
 @constant_in_graphs
 def _refused(index: int | None, native: bool) -> str:
+    known, ask = (_native_refused, _why_not_native) if native else (_gpu_refused, _why_not_capability)
+    if index in known:
+        return known[index]
     if not torch.cuda.is_available():  # the tensor is a fake one
         return ""
-    known, ask = (_native_refused, _why_not_native) if native else (_gpu_refused, _why_not_capability)
     index = torch.cuda.current_device() if index is None else index
     if index not in known:
         known[index] = ask(index)
