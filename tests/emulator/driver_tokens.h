@@ -120,7 +120,9 @@ void check_gae() {
     check_gae({3, 3 * cuda::kTile + 8}, decoupled, 1, false);  // half a pair of lanes
     check_gae({3, 3 * cuda::kTile + 16}, decoupled, 3, true);
     check_gae({2, cuda::kTile - 48}, decoupled, 2, true, !decoupled);
-    check_gae(Bounds({1, 0, 3, 0, 0, 2 * cuda::kTile, 13, cuda::kTile - 17, 1, 0, 40}), decoupled, 1, false, decoupled);
+    // Sequences that begin within a thread's tokens, at its first, and at a tile's.
+    check_gae(Bounds({1, 0, 3, 0, 0, 2 * cuda::kTile, 13, cuda::kTile - 17, 1, 0, 7, 40}), decoupled, 1, false,
+              decoupled);
   }
   for (const auto& bounds : kAnyBounds) check_gae_of_any_bounds(bounds);
   check_far_tiles();

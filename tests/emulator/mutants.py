@@ -140,7 +140,12 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("scan.cuh", "if (bounds[middle] <= token) {", "if (bounds[middle] < token) {"),
         Mutant("scan.cuh", "if (begin == 0 || sequence == 0) return;", "if (begin == 0) return;", MEMORY),
         Mutant("scan.cuh", "stop = bound < sequences.total ? bound : sequences.total;", "stop = bound;", MEMORY),
-        Mutant("scan.cuh", " || sequences.begin_of(sequence) == next) return end;", ") return end;"),
+        Mutant(
+            "scan.cuh",
+            " || sequences.begin_of(sequence) == next) return end;",
+            ") return end;",
+            equivalent="spares waiting: the tile's last thread enters the sequence before, and forgets the state",
+        ),
         Mutant("scan.cuh", "sequence == sequences.count || sequences.begin_of", "sequences.begin_of", MEMORY),
     ],
     "vtrace": [
