@@ -247,6 +247,36 @@ def test_rows_of_minus_infinity_and_nan_stay_alone(backend: str, kind: str, gene
         assert bool((grad[1] == 0).all()), "a row without probability takes no gradient"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_without_probability_takes_no_gradient(backend: str, kind: str, generator: torch.Generator) -> None:
+    """Also where the other side has one, and the divergence is +inf."""
+    logits, ref_logits = (randn(3, 137, generator=generator) for _ in range(2))
+    logits[0], ref_logits[1] = -INF, -INF
+    got, grads = with_gradients(
+        lambda **x: rf.token_kl(**x, **KINDS[kind]), {"logits": logits, "ref_logits": ref_logits}
+    )
+    assert not bool(got["out"].isnan().any())
+    assert bool((grads["logits"][0] == 0).all()) and bool((grads["ref_logits"][1] == 0).all())
+    assert all(bool(grad.isfinite().all()) for grad in grads.values())
+
+
+def test_tv_takes_the_sign_of_0_as_0(backend: str) -> None:
+    """Each side allows six tokens, four of them in common, where p - q is exactly 0."""
+    tokens = torch.arange(3, 40, 4)
+    common, left, right = tokens[:4], tokens[4:6], tokens[6:8]
+    inputs, wanted = {}, {}
+    for side, own in (("logits", left), ("ref_logits", right)):
+        inputs[side] = torch.full((1, 41), -INF)
+        inputs[side][0, torch.cat([common, own])] = 2.0
+        wanted[side] = torch.zeros(1, 41, dtype=torch.float64)  # p (s - 1/6), s = 0 or 1/2
+        wanted[side][0, common], wanted[side][0, own] = -1 / 36, 1 / 18
+    leaves = {k: v.requires_grad_() for k, v in inputs.items()}
+    kl = rf.token_kl(**leaves, kind="tv")
+    assert kl.item() == pytest.approx(1 / 3, abs=1e-6)
+    for (side, true), grad in zip(wanted.items(), torch.autograd.grad(kl.sum(), list(leaves.values())), strict=True):
+        assert_gradient(grad, true, dtype=torch.float32, what=side)
+
+
 @pytest.mark.parametrize("nans", ["one", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_beside_a_row_without_probability_is_nan(

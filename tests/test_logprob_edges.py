@@ -99,6 +99,7 @@ def test_nan_row(backend: str, dtype: torch.dtype, column: int, generator: torch
     for name in ("logprobs", "entropy", "logsumexp", "sum_sq_probs"):
         assert got[name][1].isnan(), name
         assert_values(got[name], torch.where(torch.tensor([0, 1, 0]) == 1, NAN, true[name]), dtype=dtype, what=name)
+    assert 0 <= got["argmax"][1] < WIDTH
     assert bool(grad[1].isnan().all())
     assert bool(grad[[0, 2]].isfinite().all())
 

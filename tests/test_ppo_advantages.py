@@ -197,8 +197,9 @@ def test_whiten_one_token_and_a_constant(backend: str) -> None:
     values = torch.tensor([[NAN, 7.0, NAN]])
     assert rf.masked_whiten(values, mask).tolist() == [[0, 0, 0]]
     assert rf.masked_whiten(values, mask, shift_mean=False).tolist() == [[0, 7, 0]]
-    constant = rf.masked_whiten(torch.full((2, 5), 0.1), torch.ones(2, 5, dtype=torch.bool))
-    assert constant.abs().max().item() <= 1e-3  # the mean of equal floats may round, and 1e-8 is all that it meets
+    for number in (0.1, 1234.567, *(1e6 / k for k in range(3, 12))):  # the variance may round to less than -1e-8
+        constant = rf.masked_whiten(torch.full((3, 101), number), torch.ones(3, 101, dtype=torch.bool))
+        assert constant.abs().max().item() <= 1e-3  # the mean of equal floats may round, and 1e-8 is all that it meets
     large = torch.full((1, 237), 123456789.0)  # the difference of two sums of squares is below 0 here
     assert rf.masked_whiten(large, torch.ones(1, 237, dtype=torch.bool)).abs().max().item() <= 1e-3
 

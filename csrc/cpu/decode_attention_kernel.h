@@ -118,23 +118,19 @@ void decode_attention(const DecodeAttentionArgs& args, int64_t begin, int64_t en
     const T* values =
         static_cast<const T*>(args.value) + row * args.value_strides[0] + key_head * args.value_strides[1];
     const bool* mask = args.mask ? args.mask + row * args.mask_stride : nullptr;
-    for (int64_t h = 0; h < args.shared;) {
+    for (int64_t h = 0; h < args.shared; h += kHeadsAtOnce) {
       const int64_t head = n * args.shared + h;
       const T* query = static_cast<const T*>(args.query) + head * args.size;
       T* output = static_cast<T*>(args.output) + head * args.value_size;
       const int64_t left = args.shared - h;
       if (left >= kHeadsAtOnce) {
         attend_heads<kHeadsAtOnce>(args, query, keys, values, mask, scratch.data(), output);
-        h += kHeadsAtOnce;
       } else if (left == 3) {
         attend_heads<3>(args, query, keys, values, mask, scratch.data(), output);
-        h += 3;
       } else if (left == 2) {
         attend_heads<2>(args, query, keys, values, mask, scratch.data(), output);
-        h += 2;
       } else {
         attend_heads<1>(args, query, keys, values, mask, scratch.data(), output);
-        h += 1;
       }
     }
   }

@@ -77,11 +77,8 @@ struct GaeScan {
   // The S that each lane receives; *handed is the S that the last lane receives, then the S that the first passes on.
   template <bool kMixed>
   Vec operator()(Vec own, Vec next, Int real, float* handed) const {
-    Vec b = fma(decay, own, next), c = decay;
-    if (kMixed) {
-      b = real ? b : Vec{};
-      c = real ? c : splat(1.0f);
-    }
+    Vec b = fma(decay, own, next), c = decay;  // of a skipped token own and next are 0, and so is b
+    if (kMixed) c = real ? c : splat(1.0f);
     join<kMixed>(&b, &c);
     const Vec hands_on = fma(kMixed ? c : powers, splat(*handed), b);
     const Vec given = shift_down<1>(hands_on, splat(*handed));

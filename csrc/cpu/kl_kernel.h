@@ -118,12 +118,13 @@ inline void fold_pair(const T* x, const T* y, int64_t columns, const RowTransfor
 }
 
 // KL(p, q) from the sums of fold_pair, and the mean of the log-ratio as defined by log_ratio: the same number except
-// for the rounding of the log-sums. False if a side is all -inf, q forbids a token that p allows, or there is a NaN.
+// for the rounding of the log-sums. False if a side is all -inf, q forbids a token that p allows, or there is a NaN:
+// then the gap is no number.
 inline bool kl_of_folds(const RowFold& p, const RowFold& q, float* kl, float* mean) {
   const double gap = p.weighted / p.sum;
   *kl = static_cast<float>(gap - std::log(p.sum) + std::log(q.sum));
   *mean = static_cast<float>(gap - (p.log_sum() - q.log_sum()));
-  return p.max != -kInf && q.max != -kInf && std::isfinite(gap);
+  return std::isfinite(gap);
 }
 
 // sum p s_p and sum q s_q of a row, and the divergence, which is their sum for all kinds except tv.
@@ -158,7 +159,7 @@ inline void kl_row(const T* x, const T* y, int64_t columns, const RowNorm& polic
   *mean_p = static_cast<float>(total_p);
   *mean_q = static_cast<float>(total_q);
   const double total = kKind == kTv ? distance : total_p + total_q;
-  *kl = unbounded && total == total ? kInf : static_cast<float>(total);
+  *kl = unbounded ? kInf : static_cast<float>(total);
 }
 
 // Calls f with the kind and the presence of a softcap as compile-time constants.

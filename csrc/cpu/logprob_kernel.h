@@ -110,11 +110,8 @@ struct RowFold {
   float safe_max() const { return max == -kInf ? 0.0f : max; }
   bool dead() const { return max == -kInf && sum == 0; }  // all -inf (with a NaN the sum would be NaN)
   float log_sum() const { return dead() ? 0.0f : static_cast<float>(std::log(sum)); }
-  float entropy() const {
-    if (dead()) return 0.0f;
-    const float nats = static_cast<float>(std::log(sum) - weighted / sum);
-    return nats < 0 ? 0.0f : nats;  // rounding may give less than 0; NaN stays NaN
-  }
+  // Never below 0: the maximum itself adds 1 to the sum, and no term of `weighted` is above 0.
+  float entropy() const { return dead() ? 0.0f : static_cast<float>(std::log(sum) - weighted / sum); }
 
   // Updates the maximum with that of the block at `start` and rescales the sums so far. Returns by how much the maximum
   // rose, in units of the exponent.
@@ -248,8 +245,8 @@ struct RowGradient {
       const Vec capped = u / t.cap;
       *slope *= 1.0f - capped * capped;
     }
-    const Vec result = p * (constant - grad_entropy * (max(splat(-104.0f), logp) + entropy));
-    return p == 0.0f ? Vec{} : result;
+    const Vec result = p * (constant - grad_entropy * (logp + entropy));
+    return p == 0.0f ? Vec{} : result;  // 0 * (-inf) must be 0
   }
 
   float at(float x, float extra, const RowTransform& t) const {  // one entry, with a target's gradient

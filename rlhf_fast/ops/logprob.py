@@ -34,7 +34,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None  # (...), nats
     logsumexp: Tensor | None = None  # (...)
     sum_sq_probs: Tensor | None = None  # (...)
-    argmax: Tensor | None = None  # (...), lowest index among ties
+    argmax: Tensor | None = None  # (...), lowest index among ties; in a row with a NaN any column
 
 
 def token_logprobs(
