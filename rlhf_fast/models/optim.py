@@ -68,6 +68,10 @@ class AdamW:
         """The torch optimizer's groups, for learning-rate schedules."""
         return self.optimizer.param_groups
 
+    def before_step(self, call: Callable[[], None]) -> None:
+        """Have `call()` called before a step changes anything, maybe several times a step."""
+        self.optimizer.register_step_pre_hook(lambda *_: call())
+
     @torch.no_grad()
     def step(self, max_norm: float | None = None) -> float:
         """Sum the gradients over the ranks, clip to `max_norm`, step, and clear; returns the norm before clipping.

@@ -22,6 +22,7 @@ from .options import RunOptions
 from .progress import notice
 
 NOT_FINITE = "the weights are not finite and were not saved"
+HALF_DONE = "the step had begun to change the weights, which were not saved"
 BYTES_PER_WEIGHT = 12  # a float32 weight and two moments
 SAVING_SHARE = 20  # saving by the clock takes at most 1 / SAVING_SHARE of the time between two saves
 
@@ -44,6 +45,9 @@ class Autosave:
 
     On an exception in the block, the current state is saved if all weights are finite and it is not on disk already,
     and the exception is raised again. The message of a UserError then says where `--resume` would begin.
+
+    A step calls `begin_change` before it changes anything that is saved. From then to the end of the step the state is
+    neither that of this step nor that of the one before, so it is not saved, and the checkpoint before is named.
     """
 
     def __init__(
@@ -53,14 +57,24 @@ class Autosave:
         self.run, self.options, self.save, self.step = run, options, save, step
         self.weights = [p for model in models if model is not None for p in model.parameters() if p.requires_grad]
         self.room_is_short = False
+        self.changing = False
         self._seconds = 0.0  # duration of the last save
         self._saved_at = time.monotonic()  # not the wall clock, which may be set back
 
     def __enter__(self) -> Autosave:
         return self
 
+    def begin_change(self) -> None:
+        """The step under way changes weights or other saved state from now on."""
+        self.changing = True
+
+    def end_change(self, step: int) -> None:
+        """The state is that after `step` steps: all of it is changed, and the step's metrics are on disk."""
+        self.step, self.changing = step, False
+
     def after_step(self, step: int, stop_requested: bool = False) -> bool:
         """Save if it is due. Returns True on every rank if a rank was asked to stop; the run is saved then."""
+        self.end_change(step)
         wanted, stopping = self.due(step, stop_requested)
         if wanted:
             self.save_now(step)
@@ -68,7 +82,6 @@ class Autosave:
 
     def due(self, step: int, stop_requested: bool = False) -> tuple[bool, bool]:
         """Whether to save after `step` steps, and whether to stop; the same on every rank."""
-        self.step = step
         interval, minutes, _ = self.options
         elapsed = time.monotonic() - self._saved_at
         saving = max(self._seconds, self.run.shard_writer.seconds)  # shards are written after `save` has returned
@@ -130,6 +143,8 @@ class Autosave:
         if not reason:
             return f"saved after {self.step} steps, --resume goes on from there"
         newest = newest_checkpoint(self.run.path)
+        if newest is None and reason == HALF_DONE:
+            return f"{reason}, and there is no checkpoint yet: --resume starts over at step 0"
         if newest is None:
             return f"{reason}, and there is no older checkpoint: begin anew with --overwrite"
         return f"{reason}; --resume goes on from the checkpoint {newest.name}"
@@ -141,6 +156,8 @@ class Autosave:
         try:
             if not self._finite():
                 return NOT_FINITE
+            if ranks().any(self.changing):
+                return HALF_DONE
             self.save(self.step)
             self.run.shard_writer.wait()
         except Exception as failure:  # report the first error, not this one

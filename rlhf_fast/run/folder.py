@@ -119,10 +119,20 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append numbers to metrics.jsonl, to TensorBoard (where it is installed) and to the trackers."""
+        self.append_jsonl("metrics.jsonl", [{"step": step, **_row(metrics)}])
+        self._show(metrics, step)
+
+    def log_to_last(self, metrics: Mapping[str, float]) -> None:
+        """Add numbers to the last row of metrics.jsonl, which has a step already."""
+        if metrics and ranks().main:
+            *before, last = read_jsonl(self.path / "metrics.jsonl")
+            self.append_jsonl("metrics.jsonl", [{**last, **_row(metrics)}], keep_lines=len(before))
+            self._show(metrics, int(last["step"]))
+
+    def _show(self, metrics: Mapping[str, float], step: int) -> None:
+        """Give numbers to TensorBoard (where it is installed) and to the trackers."""
         if not ranks().main:
             return
-        row = {"step": step, **{name: _plain(value) for name, value in metrics.items()}}
-        self.append_jsonl("metrics.jsonl", [row])
         for name, value in metrics.items():
             self._tensorboard().add_scalar(name, float(value), step)
         if self._trackers is not None:
@@ -319,10 +329,10 @@ def _empty(path: Path) -> None:
             item.unlink()
 
 
-def _plain(value: Any) -> float | None:
-    """The number, or None if it is not finite: strict JSON has no NaN or infinity."""
-    number = float(value)
-    return number if math.isfinite(number) else None
+def _row(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Numbers for JSON, None where one is not finite: strict JSON has no NaN or infinity."""
+    numbers = {name: float(value) for name, value in metrics.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _step_of(line: str) -> float:

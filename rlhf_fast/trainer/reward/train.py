@@ -244,8 +244,10 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
     run.truncate_metrics(step)
     verdict = LiveVerdict(of_reward, read_jsonl(run.path / "metrics.jsonl"))
 
+    drawn = rng_state()  # when the last step ended: one that fails has drawn numbers, for dropout
+
     def save(step: int) -> None:
-        run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
+        run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": drawn})
 
     model.train()
     with (
@@ -253,6 +255,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
         Progress("reward", total) as bar,
         Autosave(run, SaveOptions.of(config), [model], step, save) as autosave,
     ):
+        optimizer.before_step(autosave.begin_change)
         while step < total:
             epoch, place = divmod(step, per_epoch)
             order = torch.randperm(len(rankings), generator=torch.Generator().manual_seed(config.seed + epoch)).tolist()
@@ -262,6 +265,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             threads().fit()
             metrics = _step(config, model, optimizer, batch, pad_id)
             step += 1
+            drawn = rng_state()
             run.log({**metrics, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.update(step, verdict.after(metrics), **metrics)
             if autosave.after_step(step, stop.requested) and step < total:

@@ -64,6 +64,7 @@ class Agent:
     prompts_drawn: int = 0  # so far: index of the next step's first prompt
     largest_gap: float = 0.0  # of the last step, between old and new log-probabilities, which should be equal
     load_reference: Callable[[], Any] | None = None  # for evaluations, if no step needs it
+    begin_change: Callable[[], None] = lambda: None  # called before a step changes what `save` writes
 
     @contextmanager
     def reference(self) -> Iterator[Any]:
@@ -98,6 +99,13 @@ class Agent:
         for optimizer, lr in ((self.policy_optimizer, policy), (self.critic_optimizer, critic)):
             for group in () if optimizer is None else optimizer.param_groups:
                 group["lr"] = lr
+
+    def watch_changes(self, begin_change: Callable[[], None]) -> None:
+        """Have `begin_change()` called before a step changes weights or anything else that `save` writes."""
+        self.begin_change = begin_change
+        for optimizer in (self.policy_optimizer, self.critic_optimizer):
+            if optimizer is not None:
+                optimizer.before_step(begin_change)
 
     def parameter_count(self) -> int:
         """Number of weights of policy and critic, which is as large."""

@@ -98,7 +98,7 @@ class Evaluator:
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
-        return self.options.every > 0 and step % self.options.every == 0
+        return self.held_out is not None and self.options.every > 0 and step % self.options.every == 0
 
     def at_step(self, step: int) -> Figures:
         """Figures of a step as metrics `eval/...`; with keep_best the best model so far is saved in model/."""
@@ -108,6 +108,12 @@ class Evaluator:
             save_policy(self.agent, self.run)
             self.run.write_json("best.json", {"step": step, "reward": figures["reward"]})
         return {f"eval/{name}": value for name, value in figures.items()}
+
+    def missed(self, step: int) -> bool:
+        """Whether the step that a run resumes from is still to be evaluated: the run ended by an error of that."""
+        if not step or not self.due(step):
+            return False
+        return ranks().once(lambda: not any(name.startswith("eval/") for name in self.run.last_metrics()))
 
     def resume(self, step: int) -> None:
         """Restore the best evaluation up to the step that a run resumes from, and remove the files of later ones.

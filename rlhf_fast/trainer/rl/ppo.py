@@ -58,7 +58,7 @@ from .pace import Pace
 from .prompts import Prompts, read_data
 from .ptx import encode_demonstrations
 from .reward_functions import load_functions
-from .sample import collect
+from .sample import collect, prompts_used
 from .score import choose_samples, plan_minibatches, score
 from .settings import Settings, StepOptions
 from .sizes import Sizes
@@ -108,10 +108,13 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     evaluator.resume(step)
     with timer("evaluate"):
         before = evaluator.at("before")
+        if evaluator.missed(step):
+            run.log_to_last(evaluator.at_step(step))
 
     metrics = run.last_metrics()  # of the step that a resumed run begins behind, should none be left
     watch = Watch(read_jsonl(run.path / "metrics.jsonl"))
     autosave = Autosave(run, settings.saving, (agent.policy, agent.critic), step, partial(save, agent, run))
+    agent.watch_changes(autosave.begin_change)
     pace = Pace(settings.duration, settings.sizes, timer)
     with StopFlag() as stop, Progress("ppo", max_steps) as bar, autosave:
         while step < max_steps and not pace.ended(step):
@@ -121,10 +124,13 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
             step += 1
             for message in watch.look(metrics):
                 notice(f"step {step}: {message}")
-            if evaluator.due(step):
-                with timer("evaluate"):
-                    metrics |= evaluator.at_step(step)
-            run.log({**metrics, **timer.lap()}, step)
+            try:
+                if evaluator.due(step):
+                    with timer("evaluate"):
+                        metrics |= evaluator.at_step(step)
+            finally:  # the step is done, also if its evaluation fails, which a resumed run repeats
+                run.log({**metrics, **timer.lap()}, step)
+                autosave.end_change(step)
             shown = {name.partition("/")[2]: metrics[name] for name in SHOWN if name in metrics}
             bar.update(step, watch.verdict.after(metrics), **shown)
             if autosave.after_step(step, stop.requested):
@@ -163,6 +169,8 @@ def train_step(
     samples, unit = choose_samples(rollout, options.score, sizes.prompts)
     options = options.at(agent.kl_controller.coef, agent.rewards.rounding, unit)
     plans = plan_minibatches(samples.batch, unit, sizes, agent.policy, generator)
+    if step == 0:
+        agent.begin_change()  # as the critic's head is fitted
     experience = score(agent, samples, plans, options.score, timer, calibrate=step == 0)
     # Whether these are all samples, drawn from the full distribution of this policy, not selected by reward.
     selected = prompts.pairs is not None or unit > 1 or bool(drawn.get("sample/dropped"))
@@ -194,4 +202,5 @@ def train_step(
     metrics["policy/ratio_gap"] = agent.largest_gap
     if kl is not None and not warming_up:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
+    agent.prompts_drawn += prompts_used(sizes, drawn)  # not before: a step that fails is repeated with the same prompts
     return metrics

@@ -38,15 +38,18 @@ def collect(
 
     Samples of one prompt are next to each other. The figures are those of dynamic sampling.
     """
-    rollout, figures = refill(
+    return refill(
         lambda extra: sample(agent, prompts, options, sizes, step, extra, timer, sampler),
         lambda rollout: options.rules.apply(rollout, punish=False),
         sizes.prompts,
         options.extra_rounds,
         agent.rewards.rounding,
     )
-    agent.prompts_drawn += sizes.prompts * (1 + int(figures.get("sample/extra_rounds", 0)))
-    return rollout, figures
+
+
+def prompts_used(sizes: Sizes, figures: dict[str, float]) -> int:
+    """Prompts that a step has drawn, over all ranks; `figures` as `collect` returns them."""
+    return sizes.prompts * (1 + int(figures.get("sample/extra_rounds", 0)))
 
 
 def sample(

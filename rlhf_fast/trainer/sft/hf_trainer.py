@@ -46,6 +46,7 @@ class SumTrainer(Trainer):
     fsdp_size = 0
     fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
     shards: Mapping[str, Tensor] = MappingProxyType({})  # of the checkpoint whose other files have just been written
+    rng: Mapping[str, Any] | None = None  # when the last step ended: one that fails has drawn numbers, for dropout
 
     def compute_loss(
         self,
@@ -120,7 +121,7 @@ class SumTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_state(Path(output_dir) / f"rng-{ranks().index}", rng_state())
+        save_state(Path(output_dir) / f"rng-{ranks().index}", dict(self.rng or rng_state()))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and (folder := Path(checkpoint) / f"rng-{ranks().index}").exists():
@@ -143,7 +144,7 @@ class Bridge(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove metrics that will be logged again, and checkpoints that a kill left incomplete."""
-        self.autosave.step = state.global_step
+        self._end_step(state.global_step)
         self.run.truncate_metrics(state.global_step)
         for unfinished in (self.run.path / "checkpoints").glob("checkpoint-*") if ranks().main else ():
             shutil.rmtree(unfinished)
@@ -151,14 +152,23 @@ class Bridge(TrainerCallback):
         self.verdict = LiveVerdict(of_sft, read_jsonl(self.run.path / "metrics.jsonl"))
         self.bar = Progress("sft", state.max_steps).__enter__()
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From here to the step's metrics nothing can be saved."""
+        self.autosave.begin_change()
+
+    def _end_step(self, step: int) -> None:
+        self.autosave.end_change(step)
+        self.trainer.rng = rng_state()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        """Log a row of metrics."""
+        """Log a row of metrics, with which a step ends."""
         if not logs or "loss" not in logs:
             return  # the Trainer's own closing summary
         if not math.isfinite(logs["loss"]):
             raise UserError(f"the SFT loss is {logs['loss']} at step {state.global_step}; lower lr")
         row = {"loss": logs["loss"], "lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
         self.run.log(row, state.global_step)
+        self._end_step(state.global_step)
         if self.bar is not None:
             self.bar.update(state.global_step, self.verdict.after(row), loss=logs["loss"])
 
@@ -199,7 +209,17 @@ class Evaluation(TrainerCallback):
         """`loss` leaves the model in eval mode; the Trainer's next step puts it into training mode."""
         self.run, self.every, self.loss = run, every, loss
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate the step that a run resumes from, if it ended by an error of that evaluation."""
+        if state.global_step and ranks().once(lambda: "eval/nll" not in self.run.last_metrics()):
+            self._evaluate(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Evaluate once the step's own metrics are logged."""
+        if logs and "loss" in logs:
+            self._evaluate(state)
+
+    def _evaluate(self, state: Any) -> None:
         """The last step is followed by an evaluation in any case."""
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.run.log({"eval/nll": self.loss()}, state.global_step)
