@@ -23,6 +23,8 @@ from rlhf_fast.run.verdicts import Level, column, graded, of_rl
 
 from .page import PHASES, Phase
 
+Pair = tuple[float, float]  # a figure before and after
+
 
 class Finding(NamedTuple):
     """The result of one check."""
@@ -134,21 +136,33 @@ def _engine(phase: Phase) -> Iterator[tuple[Level, str]]:
         yield graded(min(counted) > 0.9, min(counted) > 0.5, text, "the others were too unlikely for the policy")
 
 
+def _scored(reward: Pair | None, gold: Pair | None) -> Iterator[tuple[Level, str]]:
+    """Of the means before and after; without both, nothing scored the samples."""
+    rose = reward is not None and reward[1] > reward[0]
+    if reward is not None:
+        text = f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}"
+        yield graded(rose, True, text, "did not rise: lr, steps, kl_coef")
+    elif gold is None:
+        yield "look", "nothing scores the samples of the held-out prompts: set reward_model, reward_functions or rater"
+    if gold is not None:
+        text = f"held-out gold {gold[0]:.2f} -> {gold[1]:.2f}"
+        hacked = rose and gold[1] < gold[0]
+        if reward is None:
+            yield graded(gold[1] > gold[0], True, text, "did not rise: lr, steps, kl_coef")
+        else:
+            yield graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
+
+
 def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
-    def both(name: str) -> tuple[float, float] | None:
+    def both(name: str) -> Pair | None:
         values = summary.get(f"{name}_before"), summary.get(f"{name}_after")
         return None if None in values else values  # type: ignore[return-value]
 
     reward, gold, entropy, ended = (both(name) for name in ("reward", "gold", "entropy", "ended"))
-    if reward is None:
+    if entropy is None and reward is None:
         yield "look", "no held-out prompts (eval_prompts_file), so only the reward it was trained on is known"
         return
-    rose = reward[1] > reward[0]
-    yield graded(rose, True, f"held-out reward {reward[0]:.2f} -> {reward[1]:.2f}", "did not rise: lr, steps, kl_coef")
-    if gold is not None:
-        text = f"held-out gold {gold[0]:.2f} -> {gold[1]:.2f}"
-        hacked = rose and gold[1] < gold[0]
-        yield graded(not hacked, not hacked, text, "the reward rose and gold fell: it exploits the reward model")
+    yield from _scored(reward, gold)
     if entropy is not None:
         remaining = entropy[1] / max(entropy[0], 1e-9)
         text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"

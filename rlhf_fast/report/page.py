@@ -204,8 +204,8 @@ def _ppo(phase: Phase) -> str:
             card("Reward against KL", caption, plots.scatter(kl.y, reward.y, "KL", "score", color_by=reward.x))
         )
     cards.append(timeline(phase.metrics))
-    rows = [row for row in read_jsonl(phase.folder / "samples.jsonl") if "reward" in row]
-    return grid(*cards) + _extremes(rows) + _samples(rows)
+    rows = read_jsonl(phase.folder / "samples.jsonl")
+    return grid(*cards) + _extremes([row for row in rows if "reward" in row]) + _samples(rows)
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> str:
@@ -254,7 +254,7 @@ def _sample_table(entries: list[str], first: str = "prompt") -> str:
 def _sample(row: dict[str, Any] | None) -> str:
     if row is None:
         return "<td></td>"
-    figures = [f"reward {row['reward']:+.2f}"] + ([f"gold {row['gold']:+.2f}"] if "gold" in row else [])
+    figures = [f"{name} {row[name]:+.2f}" for name in ("reward", "gold") if name in row]
     figures += [
         f"{escaped(name.partition('/')[2])} {value:+.2f}" for name, value in row.items() if name.startswith("rewards/")
     ]

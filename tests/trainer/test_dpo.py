@@ -13,7 +13,10 @@ import torch
 from helpers.ppo_runs import load_agent, prompts_of, replace, steps, train_step
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.report.doctor import diagnose
+from rlhf_fast.report.page import write_report
 from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_loss
@@ -27,10 +30,20 @@ def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, t
     rows = [{"prompt": p, "completions": [" the cat", " a dog", " red"], "ratings": [3, 1, 2]} for p in prompts]
     path = write_jsonl("feedback.jsonl", *rows)
     config = replace(config, objective="dpo", prompts_file=path, reward_model="", kl_coef=0.5, max_steps=8, lr=5e-3)
-    config = replace(config, num_minibatches=1)
-    rows = steps(config, tmp_path / "run")
+    config = replace(config, num_minibatches=1, eval_prompts_file=write_jsonl("held_out.jsonl", {"prompt": prompts[0]}))
+    rows = steps(config, tmp_path / "ppo")
     assert rows[0]["loss/policy_avg"] == pytest.approx(math.log(2), abs=0.05)
     assert rows[-1]["loss/policy_avg"] < 0.3 and rows[-1]["rewards/accuracies"] == 1
+    # Nothing scores the samples of held-out prompts: they have no reward, not one of 0.
+    summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
+    assert "kl_after" in summary and not [name for name in summary if name.startswith("reward")]
+    samples = read_jsonl(tmp_path / "ppo" / "samples.jsonl")
+    assert len(samples) == 2 * config.eval_samples and not any("reward" in row for row in samples)
+    assert [finding for finding in diagnose(tmp_path) if "nothing scores the samples" in finding.text]
+    assert samples[0]["completion"].split()[0] in write_report(tmp_path).read_text().partition("Held-out samples")[2]
+    config = replace(config, eval_steps=2, keep_best=True)
+    with pytest.raises(UserError, match="keep_best compares rewards: set reward_model or reward_functions"):
+        config.validate()
 
 
 def test_dpo_pairs_completions_of_one_prompt(

@@ -21,6 +21,7 @@ from rlhf_fast.rollout import evaluate as evaluation
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout, SamplingParams
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import checks, ppo, score, settings
 from rlhf_fast.trainer.rl.agent import Agent
@@ -70,12 +71,28 @@ def test_the_kl_target_waits_for_the_critics_warm_up(config: PPOConfig, tmp_path
     assert coefs[:3] == [0.1] * 3 and coefs[3] != 0.1
 
 
-def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("every", "rewards", "best"),
+    [
+        (1, [0.0, 1.0, 3.0, 3.0], 2),  # before, and after each step: of equals the first
+        (2, [0.0, 1.0, 3.0], 3),  # the last policy competes also if its step is not evaluated on the way
+        (2, [0.0, 3.0, 1.0], 2),
+    ],
+)
+def test_the_best_model_is_kept_and_what_is_reported_is_of_it(
+    every: int,
+    rewards: list[float],
+    best: int,
+    config: PPOConfig,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = replace(
-        config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=1, keep_best=True, eval_samples=1
+        config, eval_prompts_file=str(tiny / "heldout.jsonl"), eval_steps=every, keep_best=True, eval_samples=1
     )
-    rewards, kept = iter([0.0, 1.0, 3.0, 3.0, 0.5]), []
-    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: {"reward": next(rewards)})
+    left, kept = iter(rewards), []
+    monkeypatch.setattr("rlhf_fast.trainer.rl.rewards.Rewards.add_to", lambda *_: {"reward": next(left)})
     step = ppo.train_step
 
     def recorded(agent: Agent, *args: Any) -> dict[str, float]:
@@ -85,13 +102,20 @@ def test_the_best_model_is_kept(config: PPOConfig, tiny: Path, tmp_path: Path, m
 
     monkeypatch.setattr(ppo, "train_step", recorded)
     run = RunFolder.create(tmp_path / "run")
-    ppo.train_ppo(config, run)
+    summary = ppo.train_ppo(config, run)
     rows = metrics(run.path)
-    assert [row["eval/reward"] for row in rows] == [1.0, 3.0, 3.0] and "eval/kl" in rows[0]
-    assert json.loads((run.path / "best.json").read_text()) == {"step": 2, "reward": 3.0}
-    for name, weight in weights(run.path).items():
-        assert torch.equal(weight, kept[1][name])
-    assert any(not torch.equal(weight, kept[2][name]) for name, weight in weights(run.path).items())
+    assert [row["eval/reward"] for row in rows if "eval/kl" in row] == rewards[1 : 1 + 3 // every]
+    assert json.loads((run.path / "best.json").read_text()) == {"step": best, "reward": 3.0}
+    for n, other in enumerate(kept, start=1):
+        assert all(torch.equal(weight, other[name]) for name, weight in weights(run.path).items()) == (n == best)
+    # What the summary, samples.jsonl and so the card and the report tell of the model is of that one.
+    assert summary["best_step"] == best and summary["reward_after"] == 3.0
+    figures = json.loads((run.path / f"eval_step-{best}.json").read_text())
+    assert json.loads((run.path / "eval_after.json").read_text()) == figures
+    assert summary["kl_final"] == summary["kl_after"] == figures["kl"]
+    after = [row for row in read_jsonl(run.path / "samples.jsonl") if row["when"] == "after"]
+    assert sum(row["kl"] for row in after) / len(after) == pytest.approx(figures["kl"])
+    assert "best step" in (run.path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -255,6 +279,7 @@ def test_files_of_evaluations_after_the_checkpoint_are_not_read(
 def test_a_resumed_run_knows_the_best_model_up_to_its_checkpoint(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     run.write_json("best.json", {"step": 2, "reward": 3.0})
+    run.append_jsonl("best_samples.jsonl", [{"reward": 3.0}])
     options = EvalOptions(SamplingParams(), samples=1, micro_batch=MicroBatch(1, 0), every=1, keep_best=True)
     for step in (2, 3):
         run.write_json(f"eval_step-{step}.json", {})

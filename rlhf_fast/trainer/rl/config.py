@@ -315,6 +315,10 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
             self.keep_best and not (self.eval_steps and self.eval_prompts_file),
             "keep_best compares evaluations: set eval_steps and eval_prompts_file",
         )
+        yield (
+            self.keep_best and not self.reward_model and not self.reward_functions,
+            "keep_best compares rewards: set reward_model or reward_functions",
+        )
         yield from self._not_ahead()
         yield 0 < self.dual_clip <= 1, f"dual_clip must be above 1, or 0 for none, got {self.dual_clip}"
 

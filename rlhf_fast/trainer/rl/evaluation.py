@@ -21,6 +21,8 @@ from .agent import Agent, save_policy
 from .prompts import Prompts
 
 Figures = dict[str, float]
+Rows = list[dict[str, Any]]  # of samples
+BEST, BEST_SAMPLES = "best.json", "best_samples.jsonl"  # with keep_best
 
 
 class EvalOptions(NamedTuple):
@@ -52,35 +54,44 @@ class Evaluator:
         """
         if self.held_out is None:
             return {}
-        name, run, options = f"eval_{when}.json", self.run, self.options
-        if when == "before" and run.resume and (run.path / name).exists():
-            return run.read_json(name)
+        if when == "before" and self.run.resume and (self.run.path / "eval_before.json").exists():
+            return self.run.read_json("eval_before.json")
+        figures, rows = self._measure(self.held_out, count)
+        self._write(when, figures, rows)
+        return figures
+
+    def _measure(self, held_out: Prompts, count: int | None) -> tuple[Figures, Rows]:
+        options = self.options
         with self.agent.keep_reference():
             figures, rows = evaluate(
                 self.agent.policy,
                 self.agent.reference,
                 None if self.agent.rewards.reader is not None else self.agent.rewards.model,
                 self.agent.tokenizer,
-                self.held_out.lines[:count],
-                self.held_out.ids[:count],
+                held_out.lines[:count],
+                held_out.ids[:count],
                 options.params,
                 samples=options.samples,
                 micro_batch=options.micro_batch,
-                total=None if count is None else len(self.held_out.lines),
+                total=None if count is None else len(held_out.lines),
                 rater=self.rater,
                 sampler=self.sampler,
             )
-        figures |= self.agent.rewards.add_to(rows, self.held_out.lines[:count])
-        if when in ("before", "after"):
-            kept = 0 if when == "before" else len(self._before_rows())  # which come first
-            run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], kept)
-        run.write_json(name, figures)
-        return figures
+        return figures | self.agent.rewards.add_to(rows, held_out.lines[:count]), rows
 
-    def at_end(self, before: Figures, fitting: Callable[[int], int]) -> tuple[Figures, Figures]:
+    def _write(self, when: str, figures: Figures, rows: Rows) -> None:
+        """eval_<when>.json, and the rows in samples.jsonl, where those before come first."""
+        if when in ("before", "after"):
+            kept = 0 if when == "before" else len(self._before_rows())
+            self.run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], kept)
+        self.run.write_json(f"eval_{when}.json", figures)
+
+    def at_end(self, step: int, before: Figures, fitting: Callable[[int], int]) -> tuple[Figures, Figures]:
         """Figures before and after, of the same prompts: those of all that `fitting` says there is time for.
 
-        eval_before.json and samples.jsonl keep those of all before, for a longer run that resumes with time for more.
+        After: of the model in model/, which with keep_best may be that of an earlier step. The policy of the last
+        `step` competes for it as well. eval_before.json and samples.jsonl keep those of all before, for a longer run
+        that resumes with time for more.
         """
         if self.held_out is None:
             return before, {}
@@ -88,26 +99,67 @@ class Evaluator:
         # Earlier versions may have kept fewer.
         known = len(before_rows) // self.options.samples or len(self.held_out.lines)
         count = min(fitting(len(self.held_out.lines)), known)
-        after = self.at("after", count if count < len(self.held_out.lines) else None)
-        if before_rows and count < len(self.held_out.lines):
+        if self.options.keep_best:
+            if self.best is None or not self.due(step):
+                self.at_step(step, self._part(count))
+            count, after = self._best_after(count)
+        else:
+            after = self.at("after", self._part(count))
+        if before_rows and self._part(count) is not None:
             before = figures_of(before_rows[: count * self.options.samples])
         return before, after
 
-    def _before_rows(self) -> list[dict[str, Any]]:
+    def _part(self, count: int) -> int | None:
+        """As `at` takes it: None for all prompts."""
+        assert self.held_out is not None
+        return count if count < len(self.held_out.lines) else None
+
+    def _best_after(self, count: int) -> tuple[int, Figures]:
+        """Write what the best policy sampled as that after training: (of how many of `count` prompts, figures)."""
+        assert self.best is not None
+        step, reward = self.best
+        rows = read_jsonl(self.run.path / BEST_SAMPLES)
+        part = rows[: count * self.options.samples]
+        figures = self.run.read_json(f"eval_step-{step}.json") if len(part) == len(rows) else figures_of(part)
+        self._write("after", figures, part)
+        notice(f"model/ is that of step {step}, whose held-out reward was the highest: {reward:.4g}")
+        return len(part) // self.options.samples, figures
+
+    def _before_rows(self) -> Rows:
         return [row for row in read_jsonl(self.run.path / "samples.jsonl") if row.get("when") == "before"]
 
     def due(self, step: int) -> bool:
         """Whether to evaluate after `step` steps."""
         return self.held_out is not None and self.options.every > 0 and step % self.options.every == 0
 
-    def at_step(self, step: int) -> Figures:
+    def at_step(self, step: int, count: int | None = None) -> Figures:
         """Figures of a step as metrics `eval/...`; with keep_best the best model so far is saved in model/."""
-        figures = self.at(f"step-{step}")
-        if self.options.keep_best and figures and (self.best is None or figures["reward"] > self.best[1]):
-            self.best = step, figures["reward"]
+        if self.held_out is None:
+            return {}
+        figures, rows = self._measure(self.held_out, count)
+        self._write(f"step-{step}", figures, rows)
+        if self.options.keep_best and self._is_best(figures, rows):
+            if ranks().main:  # no best until the files below belong together
+                (self.run.path / BEST).unlink(missing_ok=True)
+            self.run.append_jsonl(BEST_SAMPLES, rows, keep_lines=0)
             save_policy(self.agent, self.run)
-            self.run.write_json("best.json", {"step": step, "reward": figures["reward"]})
+            self.best = step, figures["reward"]
+            self.run.write_json(BEST, {"step": step, "reward": figures["reward"]})
         return {f"eval/{name}": value for name, value in figures.items()}
+
+    def best_step(self) -> dict[str, int]:
+        """For the summary: the step whose policy is in model/, with keep_best."""
+        return {} if self.best is None else {"best_step": self.best[0]}
+
+    def _is_best(self, figures: Figures, rows: Rows) -> bool:
+        """Whether a reward is the highest so far, of the prompts that both evaluations have."""
+        if self.best is None:
+            return True
+        best = read_jsonl(self.run.path / BEST_SAMPLES)
+        if len(best) == len(rows):
+            return figures["reward"] > self.best[1]
+        common = min(len(best), len(rows))
+        return figures_of(rows[:common])["reward"] > figures_of(best[:common])["reward"]
 
     def missed(self, step: int) -> bool:
         """Whether the step that a run resumes from is still to be evaluated: the run ended by an error of that."""
@@ -124,8 +176,9 @@ class Evaluator:
             for path in self.run.path.glob("eval_step-[0-9]*.json"):
                 if int(path.stem.rpartition("-")[2]) > step:
                     path.unlink()
-        if self.options.keep_best and (self.run.path / "best.json").exists():
-            best = self.run.read_json("best.json")
+        files = [self.run.path / name for name in (BEST, BEST_SAMPLES)]
+        if self.options.keep_best and all(file.exists() for file in files):
+            best = self.run.read_json(BEST)
             if int(best["step"]) <= step:
                 self.best = int(best["step"]), float(best["reward"])
             else:
@@ -134,14 +187,6 @@ class Evaluator:
                     "best is sought anew from here"
                 )
         ranks().wait()
-
-    @property
-    def last_is_best(self) -> bool:
-        """Whether the last model is the one to save."""
-        if self.best is None:
-            return True
-        notice(f"model/ is that of step {self.best[0]}, whose held-out reward was the highest: {self.best[1]:.4g}")
-        return False
 
 
 def summarise(

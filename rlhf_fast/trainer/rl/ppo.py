@@ -96,9 +96,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
                 data.demonstrations, agent.tokenizer, ranks().device, settings.ptx
             )
     run.save_config(config)
-    if config.prompt_epochs:
-        steps = math.ceil(config.prompt_epochs * len(prompts.ids) / config.prompts_per_step)
-        settings = Settings(replace(config, max_steps=steps))
+    settings = Settings(with_steps(config, len(prompts.ids)))
     max_steps = settings.duration.max_steps
     # If one can go on from the last step, also that one samples ahead.
     agent.ahead = one_step_ahead(settings.one_step_ahead, sampler, max_steps + settings.saving.last)
@@ -138,15 +136,21 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
 
         with timer("save"):  # inside of `stop`: a signal now waits until all is written
             autosave.finish(step)
-            if evaluator.last_is_best:
+            if not settings.evaluation.keep_best:
                 save_policy(agent, run)
-        with timer("evaluate"):
-            before, after = evaluator.at_end(before, pace.held_out)
+    with autosave, timer("evaluate"):
+        before, after = evaluator.at_end(step, before, pace.held_out)
     summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}
-    return summarise(summary, run, timer, before, after, metrics)
+    return summarise(summary | evaluator.best_step(), run, timer, before, after, metrics)
 
 
 SHOWN = ("objective/scores", "objective/kl", "objective/entropy")
+
+
+def with_steps(config: PPOConfig, prompts: int) -> PPOConfig:
+    """A copy whose max_steps follows from prompt_epochs, if that is set, and the number of prompts."""
+    steps = math.ceil(config.prompt_epochs * prompts / config.prompts_per_step)
+    return replace(config, max_steps=steps) if config.prompt_epochs else config
 
 
 def train_step(

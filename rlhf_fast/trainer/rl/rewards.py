@@ -98,9 +98,11 @@ class Rewards:
         """Add the functions' rewards to each evaluation row's "reward" (the model's score); returns the means.
 
         They are "reward" and, for each function, "rewards/NAME", which a row has too. With a `reader` the model's score
-        is missing in the rows and is computed here.
+        is missing in the rows and is computed here. Where nothing scores (offline dpo), rows and means have no reward.
         `prompts` (P,) are in the order of `rows`, each with equally many.
         """
+        if self.model is None and not self.functions:
+            return {}
         texts = [row["completion"] for row in rows]
         if self.reader is not None:
             scores = self.reader.scores(self.model, prompts, texts, [row["ended"] for row in rows])
