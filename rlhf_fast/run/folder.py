@@ -56,6 +56,7 @@ class RunFolder:
         self.resume = resume
         self.part = False  # of a pipeline, which uploads the models of all phases at its end
         self.keep = 2  # checkpoints
+        self.stop_requested = False  # in the phase's last step, after which it ends as usual
         self.changed: frozenset[str] = frozenset()  # options that differ from those the run started with
         self.shard_writer = ShardWriter()
         self._resume_from: Path | None = None

@@ -125,8 +125,9 @@ def _collect(
                 columns = [line.columns for line in lines[start + len(rows) - len(new) : start + len(rows)]]
                 ranks().once(partial(_rate_and_append, run, new, columns, rater, timer))
                 bar.update(min(start + together, len(lines)))
-                if ranks().any(stop.requested):
+                if ranks().any(stop.requested) and start + len(rows) < len(lines):
                     raise Interrupted(f"stopped after {start + len(rows)} of {len(lines)} prompts; --resume goes on")
+            run.stop_requested = stop.requested
 
 
 def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import rlhf_fast as rf
+from rlhf_fast.distributed.ranks import ranks
+from rlhf_fast.errors import Interrupted
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import Timer, notice
@@ -155,6 +157,8 @@ def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config:
         gc.collect()  # free a phase's models before the next one loads its own
     summary["seconds"] = timer.elapsed()
     child.write_json("summary.json", summary)
+    if later and ranks().any(child.stop_requested):
+        raise Interrupted(f"stopped after {name}, which is finished; --resume goes on with what follows")
     return summary
 
 

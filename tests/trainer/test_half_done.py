@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from helpers import phases
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.checkpoint import checkpoints
+from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.trainer import SFTConfig, collection, pipeline
+from rlhf_fast.trainer.reward import train as reward_train
 from rlhf_fast.trainer.rl import evaluation, learn, ppo
 from rlhf_fast.trainer.sft import train as sft_train
 from rlhf_fast.trainer.sft.hf_trainer import SumTrainer
@@ -159,3 +162,40 @@ def test_the_other_phases_repeat_it_too(
     assert int(checkpoints(tmp_path / "cut")[-1].name.removeprefix("step-")) == saved
     phases.run(config, tmp_path / "cut", resume=True)
     assert_same(tmp_path / "cut", whole(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "one_step"),
+    [
+        ("sft", sft_train, {"max_steps": 1}),
+        ("collect", collection, {"micro_batch_size": 48}),
+        ("reward", reward_train, {"epochs": 0.1}),
+        ("grpo", ppo, {"max_steps": 1, "eval_prompts_file": None}),
+    ],
+)
+def test_a_stop_in_the_last_step_is_no_reason_to_stop(
+    name: str,
+    module: Any,
+    one_step: dict[str, Any],
+    job_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: Callable[[int], Any],
+) -> None:
+    """Nothing is left to go on with. In a pipeline, no later phase begins."""
+    config = replace(phases.jobs(job_data)[name], **one_step)
+    monkeypatch.setattr(module, "StopFlag", stop_at(1))
+    phases.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_pipeline_stops_behind_a_phase_that_was_asked_to(tmp_path: Path) -> None:
+    def asked(config: Any, run: RunFolder) -> dict[str, Any]:
+        run.stop_requested = True
+        return {"steps": 1}
+
+    run = RunFolder.create(tmp_path / "run")
+    with pytest.raises(Interrupted, match="stopped after reward, which is finished; --resume goes on"):
+        pipeline._phase("reward", asked, SFTConfig(), run)
+    assert json.loads((tmp_path / "run" / "reward" / "summary.json").read_text())["steps"] == 1
+    assert pipeline._phase("ppo", asked, SFTConfig(), run)["steps"] == 1

@@ -271,6 +271,7 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
             if autosave.after_step(step, stop.requested) and step < total:
                 raise Interrupted(f"reward model stopped at step {step} of {total}; --resume goes on from there")
         autosave.finish(step)
+        run.stop_requested = stop.requested
     return step
 
 

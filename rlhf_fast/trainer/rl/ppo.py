@@ -131,13 +131,14 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
                 autosave.end_change(step)
             shown = {name.partition("/")[2]: metrics[name] for name in SHOWN if name in metrics}
             bar.update(step, watch.verdict.after(metrics), **shown)
-            if autosave.after_step(step, stop.requested):
+            if autosave.after_step(step, stop.requested) and step < max_steps:
                 raise Interrupted(f"stopped after {step} of {max_steps} steps; --resume goes on")
 
         with timer("save"):  # inside of `stop`: a signal now waits until all is written
             autosave.finish(step)
             if not settings.evaluation.keep_best:
                 save_policy(agent, run)
+        run.stop_requested = stop.requested
     with autosave, timer("evaluate"):
         before, after = evaluator.at_end(step, before, pace.held_out)
     summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}

@@ -202,6 +202,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
         finally:
             bridge.close()
             del model.forward
+        run.stop_requested = stop.requested
         if ranks().any(stop.requested) and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(f"SFT stopped at step {trainer.state.global_step}; --resume goes on from there")
     return int(trainer.state.global_step)
