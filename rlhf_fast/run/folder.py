@@ -62,6 +62,7 @@ class RunFolder:
         self._resume_from: Path | None = None
         self._config: Any = None
         self._board: Any = None
+        self._purge_step: int | None = None  # TensorBoard forgets what earlier launches logged from here on
         self._trackers: Trackers | None = None
 
     @classmethod
@@ -152,7 +153,9 @@ class RunFolder:
             write_text(path, "".join(line + "\n" for line in old_lines if line) + text)
 
     def truncate_metrics(self, step: int) -> None:
-        """Remove metrics after `step`, which a resumed run will log again."""
+        """Remove metrics after `step`, which a resumed run will log again; TensorBoard is told to drop them."""
+        if self.resume:
+            self._purge_step = step + 1
         path = self.path / "metrics.jsonl"
         if ranks().main and path.exists():
             rows = [line for line in whole_lines(path) if _step_of(line) <= step]
@@ -279,7 +282,8 @@ class RunFolder:
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(str(self.path / "tensorboard"))  # type: ignore[no-untyped-call]
+                folder, purge = str(self.path / "tensorboard"), self._purge_step
+                self._board = SummaryWriter(folder, purge_step=purge)  # type: ignore[no-untyped-call]
             except ImportError:
                 self._board = _NoBoard()
         return self._board

@@ -59,14 +59,18 @@ class Timer:
         self.counts: dict[str, int] = {}
         self._lap: dict[str, float] = {}
         self.start = time.perf_counter()
+        self._open: dict[str, float] = {}  # parts under way -> when they began
+        self._before = 0.0  # seconds of earlier launches, and by part
+        self._parts_before: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Add the time of the block to `part`."""
-        start = time.perf_counter()
+        start = self._open[part] = time.perf_counter()
         try:
             yield
         finally:
+            self._open.pop(part, None)
             seconds = time.perf_counter() - start
             self.totals[part] = self.totals.get(part, 0.0) + seconds
             self.counts[part] = self.counts.get(part, 0) + 1
@@ -77,9 +81,29 @@ class Timer:
         lap, self._lap = self._lap, {}
         return {f"time/{part}": seconds for part, seconds in lap.items()}
 
-    def elapsed(self) -> float:
-        """Seconds since the timer was created."""
+    def since_start(self) -> float:
+        """Seconds since the timer was created, in this launch."""
         return time.perf_counter() - self.start
+
+    def elapsed(self) -> float:
+        """Seconds of this launch and of those before it, up to the checkpoint that each was resumed from."""
+        return self._before + self.since_start()
+
+    def parts(self) -> dict[str, float]:
+        """The same by part, with those under way."""
+        now = time.perf_counter()
+        launches = (self._parts_before, self.totals, {name: now - start for name, start in self._open.items()})
+        names = dict.fromkeys(name for parts in launches for name in parts)
+        return {name: sum(parts.get(name, 0.0) for parts in launches) for name in names}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"seconds": self.elapsed(), "parts": self.parts()}
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go on counting from what `state` returned; None, of a checkpoint without it, changes nothing."""
+        if state is not None:
+            self._before, self._parts_before = float(state["seconds"]), dict(state["parts"])
 
 
 class Progress:

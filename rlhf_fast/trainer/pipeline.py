@@ -155,7 +155,7 @@ def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config:
     finally:
         child.close()
         gc.collect()  # free a phase's models before the next one loads its own
-    summary["seconds"] = timer.elapsed()
+    summary["seconds"] = max(summary.get("seconds", 0.0), timer.elapsed())  # the phase counts earlier launches, too
     child.write_json("summary.json", summary)
     if later and ranks().any(child.stop_requested):
         raise Interrupted(f"stopped after {name}, which is finished; --resume goes on with what follows")
@@ -164,8 +164,9 @@ def _phase(name: str, phase: Callable[[Any, RunFolder], dict[str, Any]], config:
 
 def summarise(config: PipelineConfig, phases: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The figures that other tools read; keys as documented in docs/demo.md."""
+    each = {name: phases.get(name, {}).get("seconds", 0.0) for name in PHASES}
     return {
-        "seconds": {"total": seconds, **{name: phases.get(name, {}).get("seconds", 0.0) for name in PHASES}},
+        "seconds": {"total": max(seconds, sum(each.values())), **each},  # `seconds` are those of this launch
         "sft": {key: phases["sft"].get(key) for key in ("loss_before", "loss_after")},
         "reward": {key: phases["reward"].get(key) for key in ("heldout_pair_accuracy", "pairs")},
         "ppo": {**{key: phases["ppo"].get(key) for key in PPO_KEYS}, **_extra(phases["ppo"])},

@@ -30,6 +30,7 @@ from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.engine import EngineSampler, Pending
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.rollout.vllm_server import VLLMServers
+from rlhf_fast.run.checkpoint import checkpoints
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
@@ -246,9 +247,11 @@ def test_weights_wait_until_the_batch_before_is_sampled(
     torch.testing.assert_close(rollout.logprobs, own, atol=1e-5, rtol=1e-5)
 
 
-def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, tiny: Path, tmp_path: Path) -> None:
-    """Bit for bit: one that SIGKILL ended within a step, while the server sampled the next one's batch, and a finished
-    one that gets more steps."""
+def test_runs_go_on_as_if_they_had_not_ended(
+    ahead: PPOConfig, stub: Recording, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: one that SIGKILL ended within a step, while the server sampled the next one's batch, a finished one
+    that gets more steps, and one that failed within a step, whose samples the checkpoint then has."""
     held_out = tmp_path / "heldout.jsonl"
     held_out.write_text("".join(f"{line}\n" for line in (tiny / "heldout.jsonl").read_text().splitlines()[:2]))
     ahead = dataclasses.replace(
@@ -270,7 +273,12 @@ def test_runs_go_on_as_if_they_had_not_ended(ahead: PPOConfig, stub: Recording, 
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(metrics(tmp_path / "cut")) == 2
     ppo.train_ppo(dataclasses.replace(ahead, max_steps=2), RunFolder.create(tmp_path / "short"))
-    for name in ("cut", "short"):
+    scores = iter([ppo.score, ppo.score])  # none in the third step
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(ppo, "score", lambda *args, **options: next(scores)(*args, **options))
+        ppo.train_ppo(dataclasses.replace(ahead, save_steps=0), RunFolder.create(tmp_path / "failed"))
+    assert [path.name for path in checkpoints(tmp_path / "failed")] == ["step-2"]
+    for name in ("cut", "short", "failed"):
         ppo.train_ppo(ahead, RunFolder.create(tmp_path / name, resume=True))
         assert_same_run(tmp_path / name, tmp_path / "whole")
 

@@ -17,13 +17,18 @@ import torch
 from helpers import phases
 
 from rlhf_fast import _spin
+from rlhf_fast.errors import Interrupted
 from rlhf_fast.rollout.evaluate import figures_of
+from rlhf_fast.run import progress
 from rlhf_fast.run import threads as threads_module
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import Threads
+from rlhf_fast.trainer.reward import train as reward_train
+from rlhf_fast.trainer.rl import ppo
 from rlhf_fast.trainer.rl.config import PPOConfig
 from rlhf_fast.trainer.rl.pace import Pace
 from rlhf_fast.trainer.rl.settings import Settings
+from rlhf_fast.trainer.sft import train as sft_train
 
 
 class Clock:
@@ -120,6 +125,66 @@ def test_a_smaller_last_evaluation_leaves_more_to_the_steps() -> None:
     clock = Clock(2.0, max_seconds=100, max_steps=5, min_steps=1)
     clock.timer.totals["evaluate"], clock.timer.totals["load"] = 60.0, 5.0
     assert clock.run(5) == [8, 3, 3, 4, 4]
+
+
+def test_a_resumed_phase_has_the_time_that_is_left(
+    job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock that stands still but for 450 s an update. Steps of both launches count for min_steps."""
+    now, learn = [0.0], ppo.update
+
+    def slow(*args: Any, **options: Any) -> Any:
+        now[0] += 450.0
+        return learn(*args, **options)
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0))
+    monkeypatch.setattr(ppo, "update", slow)
+    options: dict[str, Any] = {"max_seconds": 1000.0, "max_steps": 4, "min_steps": 2, "save_steps": 0}
+    config = replace(phases.jobs(job_data)["grpo"], eval_samples=1, **options)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(ppo, "StopFlag", stop_at(2))
+        phases.run(config, tmp_path / "run")
+    phases.run(config, tmp_path / "run", resume=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "the time limit of 1000 s ends the phase after 2 steps" in capsys.readouterr().err
+    assert summary["steps"] == 2 and summary["seconds"] == summary["seconds_by_part"]["update"] == 900.0
+
+
+def test_what_is_known_of_steps_and_evaluation_survives_a_resume() -> None:
+    clock, other = Clock(15.8, max_seconds=400), Clock(15.8, max_seconds=400)
+    whole = Clock(15.8, max_seconds=400)
+    wanted, found = whole.run(16), clock.run(3)
+    other.timer.totals["evaluate"] = 0.0  # read back from the run's folder
+    other.pace.resume(json.loads(json.dumps(clock.pace.state())))
+    other.now = clock.now
+    while len(found) < 16 and not other.pace.ended(len(found)):
+        found.append(other.pace.sizes.prompts)
+        other.now += other.each * found[-1]
+        other.timer.totals["step"] += other.each * found[-1]
+    assert found == wanted
+    other.now = whole.now = 393.9
+    assert other.pace.held_out(48) == whole.pace.held_out(48) == 24
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_the_seconds_of_a_phase_are_those_of_all_launches(
+    name: str, job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Any
+) -> None:
+    now, fit = [0.0], threads_module.Threads.fit
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0))
+
+    def slow(threads: Threads) -> None:
+        now[0] += 100.0
+        fit(threads)
+
+    monkeypatch.setattr(Threads, "fit", slow)  # once a step
+    config = replace(phases.jobs(job_data)[name], save_steps=0)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr({"sft": sft_train, "reward": reward_train}[name], "StopFlag", stop_at(2))
+        phases.run(config, tmp_path / "run")
+    phases.run(config, tmp_path / "run", resume=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["seconds"] == now[0] and summary["seconds_by_part"]["train"] == 100.0 * summary["steps"] > 200
 
 
 def test_before_and_after_are_of_the_same_prompts(

@@ -91,6 +91,21 @@ def test_metrics_go_to_jsonl_and_tensorboard(tmp_path: Path) -> None:
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_tensorboard_forgets_the_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume, steps, value in ((False, (1, 2, 3, 4), 1.0), (True, (3,), 2.0)):
+        run = RunFolder.create(tmp_path / "run", resume=resume)
+        run.truncate_metrics(2)
+        for step in steps:
+            run.log({"loss": value}, step)
+        run.close()
+        (file,) = (run.path / "tensorboard").glob("events.*.*.*.*")
+        file.rename(file.with_name(f"events.out.tfevents.{int(resume)}"))  # they are read in the order of their names
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
 def test_the_configuration_is_kept(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
     run.save_config(SFTConfig(train_file="a.jsonl", lr=0.5))

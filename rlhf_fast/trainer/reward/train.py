@@ -96,7 +96,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
     run.save_config(config)
 
     with timer("train"):
-        steps = _train(config, run, model, tokenizer.pad_token_id, train)
+        steps = _train(config, run, model, tokenizer.pad_token_id, train, timer)
     with timer("evaluate"):
         shown = train if mostly_of(config.model, train + held_out) else spread(train, TRAIN_SHOWN)
         train_scores = score_all(model, shown, tokenizer.pad_token_id, largest(config))
@@ -125,7 +125,7 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         "score_std": std,
         "pad_token": pad_token,
         "seconds": timer.elapsed(),
-        "seconds_by_part": timer.totals,
+        "seconds_by_part": timer.parts(),
     }
     if (accuracy := pair_accuracy(held_out, held_out_scores)) is not None:
         run.log({"eval/pair_accuracy": accuracy}, steps)
@@ -225,8 +225,10 @@ def usual_lr(parameters: int, adapters: bool = False) -> float:
     return 10 * lr if adapters else lr
 
 
-def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankings: Sequence[EncodedRanking]) -> int:
-    """Train `model` in place; returns the number of steps."""
+def _train(
+    config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankings: Sequence[EncodedRanking], timer: Timer
+) -> int:
+    """Train `model` in place; returns the number of steps. Checkpoints hold what `timer` has counted."""
     head = list(model.score.parameters())
     trunk = [p for p in model.parameters() if all(p is not h for h in head)]
     assert config.lr is not None  # `resolved`
@@ -241,13 +243,15 @@ def _train(config: RewardConfig, run: RunFolder, model: Any, pad_id: int, rankin
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])
         step = int(state["step"])
+        timer.resume(state.get("timer"))
     run.truncate_metrics(step)
     verdict = LiveVerdict(of_reward, read_jsonl(run.path / "metrics.jsonl"))
 
     drawn = rng_state()  # when the last step ended: one that fails has drawn numbers, for dropout
 
     def save(step: int) -> None:
-        run.save_checkpoint(step, {"step": step, "optimizer": optimizer.state_dict(), "rng": drawn})
+        state = {"step": step, "optimizer": optimizer.state_dict(), "rng": drawn, "timer": timer.state()}
+        run.save_checkpoint(step, state)
 
     model.train()
     with (

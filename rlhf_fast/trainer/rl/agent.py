@@ -39,6 +39,7 @@ from rlhf_fast.run.progress import notice
 
 from .ahead import OneStepAhead
 from .kl_controller import KLController
+from .pace import Pace
 from .prompts import PromptOptions, Prompts, encode_lines
 from .ptx import Demonstrations
 from .reward_functions import load_functions
@@ -246,14 +247,16 @@ def encode_prompts(lines: Sequence[PromptLine | Ranking], agent: Agent, options:
     return prompts
 
 
-def save(agent: Agent, run: RunFolder, step: int) -> None:
-    """A checkpoint: float32 weights and moments of the trained models, kl_coef, the position among the prompts, and the
-    samples that were drawn ahead."""
+def save(agent: Agent, pace: Pace, run: RunFolder, step: int) -> None:
+    """A checkpoint: float32 weights and moments of the trained models, kl_coef, the position among the prompts, the
+    samples that were drawn ahead, and the time taken."""
     state: dict[str, Any] = {
         "step": step,
         "policy": agent.policy_optimizer.state_dict(),
         "kl_coef": agent.kl_controller.coef,
         "prompts_drawn": agent.prompts_drawn,
+        "timer": pace.timer.state(),
+        "pace": pace.state(),
     }
     if agent.critic_optimizer is not None:
         state["critic"] = agent.critic_optimizer.state_dict()
@@ -269,7 +272,7 @@ def save_policy(agent: Agent, run: RunFolder) -> None:
     run.save_model(agent.merged_policy(), agent.tokenizer)
 
 
-def restore(agent: Agent, run: RunFolder) -> int:
+def restore(agent: Agent, pace: Pace, run: RunFolder) -> int:
     """Steps done: those of the newest checkpoint, which is loaded if the run was asked to resume, else 0."""
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
@@ -282,6 +285,8 @@ def restore(agent: Agent, run: RunFolder) -> int:
     if agent.kl_controller.target and "kl_coef" not in run.changed:  # a fixed coefficient comes from the options
         agent.kl_controller.coef = float(state["kl_coef"])
     agent.prompts_drawn = int(state["prompts_drawn"])
+    pace.timer.resume(state.get("timer"))
+    pace.resume(state.get("pace"))
     if agent.ahead is not None:
         agent.ahead.load(state.get("ahead"), int(state["step"]))
     run.truncate_metrics(state["step"])

@@ -200,6 +200,6 @@ def summarise(
         summary[f"{name}_before"], summary[f"{name}_after"] = before.get(name), after.get(name)
     summary["kl_final"] = after.get("kl", metrics.get("objective/kl"))
     summary["seconds"] = timer.elapsed()
-    summary["seconds_by_part"] = {part: seconds for part, seconds in timer.totals.items() if part != "step"}
+    summary["seconds_by_part"] = {part: seconds for part, seconds in timer.parts().items() if part != "step"}
     run.finish(summary)
     return summary

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.run.progress import Timer, notice
@@ -38,8 +38,8 @@ class Pace:
         self.sizes = self.full = sizes
         self.duration, self.timer = duration, timer
         self._first: int | None = None
-        self._seconds = 0.0  # total of all steps at the end of the last one
-        self._evaluation = 0.0  # seconds of the evaluation before; none in a run that resumes
+        self._seconds = 0.0  # total of all steps of this launch at the end of the last one
+        self._evaluation = 0.0  # seconds of the evaluation before
         self._each: list[float] = []  # seconds per prompt of the first step and of the last one
         self._notified = False
 
@@ -47,16 +47,26 @@ class Pace:
         """Whether no further step fits after `step` of them; the same on every rank. Sets `sizes` for the next one."""
         if self._first is None:
             self._first, self._evaluation = step, self.timer.totals["evaluate"]
-        if step == self._first:
+        if last := self.timer.totals.get("step", 0.0) - self._seconds:
+            self._seconds += last
+            self._each = [*self._each[:1], last / self.sizes.prompts]
+        if not self._each:
             return False
-        last = self.timer.totals["step"] - self._seconds
-        self._seconds = self.timer.totals["step"]
-        self._each = [*self._each[:1], last / self.sizes.prompts]
         # the main process decides for all, as clocks differ
         prompts, stop = ranks().once(lambda: self._plan(step))
         if not stop:
             self.sizes = self.full._replace(prompts=prompts)
         return stop
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: what is known of how long steps and the evaluation take, and where the run began."""
+        return {"first": self._first, "evaluation": self._evaluation, "each": self._each}
+
+    def resume(self, state: dict[str, Any] | None) -> None:
+        """Go on with what `state` returned; None, of a checkpoint without it, changes nothing."""
+        if state is not None and state["first"] is not None:
+            self._first, self._evaluation = int(state["first"]), float(state["evaluation"])
+            self._each = [float(seconds) for seconds in state["each"]]
 
     def held_out(self, prompts: int) -> int:
         """How many of the held-out prompts the evaluation at the end takes: all, or those that there is time for.

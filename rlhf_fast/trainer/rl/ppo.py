@@ -98,10 +98,11 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     run.save_config(config)
     settings = Settings(with_steps(config, len(prompts.ids)))
     max_steps = settings.duration.max_steps
-    # If one can go on from the last step, also that one samples ahead.
+    # With save_last a finished run can go on with more steps, so its last step samples ahead as well.
     agent.ahead = one_step_ahead(settings.one_step_ahead, sampler, max_steps + settings.saving.last)
     require_space(run.path, agent.parameter_count(), settings.saving.steps)
-    step = restore(agent, run)
+    pace = Pace(settings.duration, settings.sizes, timer)
+    step = restore(agent, pace, run)
     evaluator = Evaluator(agent, held_out, settings.evaluation, run, rater, sampler)
     evaluator.resume(step)
     with timer("evaluate"):
@@ -109,11 +110,10 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
         if evaluator.missed(step):
             run.log_to_last(evaluator.at_step(step))
 
-    metrics = run.last_metrics()  # of the step that a resumed run begins behind, should none be left
+    metrics = run.last_metrics()  # for the summary, if a resumed run has no step left to do
     watch = Watch(read_jsonl(run.path / "metrics.jsonl"))
-    autosave = Autosave(run, settings.saving, (agent.policy, agent.critic), step, partial(save, agent, run))
+    autosave = Autosave(run, settings.saving, (agent.policy, agent.critic), step, partial(save, agent, pace, run))
     agent.watch_changes(autosave.begin_change)
-    pace = Pace(settings.duration, settings.sizes, timer)
     with StopFlag() as stop, Progress("ppo", max_steps) as bar, autosave:
         while step < max_steps and not pace.ended(step):
             threads().fit()
@@ -165,7 +165,7 @@ def train_step(
 ) -> dict[str, float]:
     """One step of the algorithm; returns its metrics."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step + 500_000)
-    began = timer.elapsed()
+    began = timer.since_start()
 
     # Collect: completions and their scores, each rank for its share of the prompts.
     rollout, drawn = collect(agent, prompts, options.sample, sizes, step, timer, sampler)

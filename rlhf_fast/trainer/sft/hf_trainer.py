@@ -32,7 +32,7 @@ from rlhf_fast.run.checkpoint import (
 )
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import OptimizerKind
-from rlhf_fast.run.progress import Progress, StopFlag
+from rlhf_fast.run.progress import Progress, StopFlag, Timer
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import threads
 from rlhf_fast.run.verdicts import LiveVerdict, of_sft
@@ -46,6 +46,7 @@ class SumTrainer(Trainer):
     fsdp_size = 0
     fsdp = False  # True shards the model over the ranks, by FSDP as we use it; accelerate has none for CPUs
     shards: Mapping[str, Tensor] = MappingProxyType({})  # of the checkpoint whose other files have just been written
+    timer: Timer | None = None  # of the phase
     rng: Mapping[str, Any] | None = None  # when the last step ended: one that fails has drawn numbers, for dropout
 
     def compute_loss(
@@ -95,6 +96,8 @@ class SumTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.lr_scheduler is not None and self.model is not None
         state = {"moments": saved_moments(self._inner(), self.pairs), "scheduler": self.lr_scheduler.state_dict()}
+        if self.timer is not None:
+            state["timer"] = self.timer.state()
         if is_sharded(self.model):
             state["weights"] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         parts = Parts.of(state)
@@ -107,6 +110,8 @@ class SumTrainer(Trainer):
             assert self.optimizer is not None and self.lr_scheduler is not None and self.model is not None
             state = load_state(checkpoint, "moments", "scheduler", shard_size=shard_size(self.model))
             restore_moments(self._inner(), self.pairs, state["moments"])
+            if self.timer is not None:
+                self.timer.resume(state.get("timer"))
             lrs = self.lr_scheduler.base_lrs  # from the options, which may have changed
             for name, saved in state.get("weights", {}).items():
                 weight = self.model.get_parameter(name)

@@ -95,7 +95,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         run.truncate_metrics(-1)
         run.log({"eval/nll": before}, 0)
     with timer("train"):
-        steps = _train(config, run, model, tokenizer, Data(examples, eval_examples), dtype)
+        steps = _train(config, run, model, tokenizer, Data(examples, eval_examples), dtype, timer)
     with timer("evaluate"):
         after = evaluate(model, eval_examples, tokenizer.pad_token_id, most, dtype)
     with timer("save"):
@@ -112,7 +112,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
         "loss_after": after if eval_examples else None,
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": timer.elapsed(),
-        "seconds_by_part": timer.totals,
+        "seconds_by_part": timer.parts(),
     }
     if eval_examples:
         run.log({"eval/nll": after}, steps)
@@ -153,8 +153,13 @@ class Data(NamedTuple):
     held_out: list[Example]
 
 
-def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: Data, dtype: torch.dtype) -> int:
-    """Run the Trainer over `data`, changing `model` in place; returns the number of optimizer steps."""
+def _train(
+    config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: Data, dtype: torch.dtype, timer: Timer
+) -> int:
+    """Run the Trainer over `data`, changing `model` in place; returns the number of optimizer steps.
+
+    Checkpoints hold what `timer` has counted.
+    """
     from transformers import PrinterCallback
 
     from .hf_trainer import Bridge, Evaluation, SumTrainer
@@ -179,6 +184,7 @@ def _train(config: SFTConfig, run: RunFolder, model: Any, tokenizer: Any, data: 
                 data_collator=gather,
             )
         trainer.fsdp, trainer.fsdp_size, trainer.kind = config.fsdp, config.fsdp_size, config.optimizer
+        trainer.timer = timer
         if trainer.args.n_gpu > 1:
             raise UserError("start one process a GPU: accelerate launch -m rlhf_fast ..., or set CUDA_VISIBLE_DEVICES")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
