@@ -18,14 +18,18 @@ from helpers import phases
 
 from rlhf_fast import _spin
 from rlhf_fast.errors import Interrupted
+from rlhf_fast.models.batches import MicroBatch
 from rlhf_fast.rollout.evaluate import figures_of
+from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run import progress
 from rlhf_fast.run import threads as threads_module
+from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.run.threads import Threads
 from rlhf_fast.trainer.reward import train as reward_train
-from rlhf_fast.trainer.rl import ppo
+from rlhf_fast.trainer.rl import evaluation, ppo
 from rlhf_fast.trainer.rl.config import PPOConfig
+from rlhf_fast.trainer.rl.evaluation import Evaluator
 from rlhf_fast.trainer.rl.pace import Pace
 from rlhf_fast.trainer.rl.settings import Settings
 from rlhf_fast.trainer.sft import train as sft_train
@@ -220,6 +224,38 @@ def test_before_and_after_are_of_the_same_prompts(
         assert {name: again[f"{name}_{when}"] for name in names} == pytest.approx(
             {name: whole[f"{name}_{when}"] for name in names}
         )
+
+
+def test_the_best_policy_is_the_best_of_the_prompts_that_both_were_evaluated_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four held-out prompts, of which there is time for two at the end."""
+    rewards: list[list[float]] = [[0, 0, 8, 8], [1, 1, 5, 5], [2, 2], [1, 1, 9, 9]]
+    saved: list[int] = []
+    run = RunFolder.create(tmp_path / "run")
+
+    def measure(
+        evaluator: Evaluator, held_out: Any, count: int | None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        rows: list[dict[str, Any]] = [{"reward": reward, "completion": "a b"} for reward in rewards.pop(0)]
+        assert len(rows) == (4 if count is None else count)
+        return figures_of(rows), rows
+
+    monkeypatch.setattr(Evaluator, "_measure", measure)
+    monkeypatch.setattr(evaluation, "save_policy", lambda agent, run: saved.append(len(rewards)))
+    options = evaluation.EvalOptions(SamplingParams(), samples=1, micro_batch=MicroBatch(1, 0), every=2, keep_best=True)
+    held_out: Any = SimpleNamespace(lines=[None] * 4, ids=[None] * 4)
+    evaluator = Evaluator(None, held_out, options, run, None)  # type: ignore[arg-type]
+    before = evaluator.at("before")
+    evaluator.at_step(2)
+    before, after = evaluator.at_end(3, before, lambda prompts: 2)
+    assert before["reward"] == 0.0 and after["reward"] == 2.0 and evaluator.best == (3, 2.0)
+    assert [row["reward"] for row in read_jsonl(run.path / "samples.jsonl")] == [0, 0, 8, 8, 2, 2]
+    resumed = Evaluator(None, held_out, options, RunFolder(run.path, resume=True), None)  # type: ignore[arg-type]
+    resumed.resume(3)
+    resumed.at_step(4)
+    before, after = resumed.at_end(4, resumed.at("before"), lambda prompts: pytest.fail("nothing is evaluated again"))
+    assert before["reward"] == 0.0 and after["reward"] == 2.0 and saved == [2, 1]
 
 
 @pytest.mark.parametrize(("samples", "minibatches", "smallest"), [(1, 4, 4), (3, 3, 3), (4, 8, 4)])

@@ -98,9 +98,10 @@ class Evaluator:
         before_rows = self._before_rows()
         # Earlier versions may have kept fewer.
         known = len(before_rows) // self.options.samples or len(self.held_out.lines)
-        count = min(fitting(len(self.held_out.lines)), known)
+        competed = self.options.keep_best and self.best is not None and self.due(step)
+        count = known if competed else min(fitting(len(self.held_out.lines)), known)
         if self.options.keep_best:
-            if self.best is None or not self.due(step):
+            if not competed:
                 self.at_step(step, self._part(count))
             count, after = self._best_after(count)
         else:
@@ -138,7 +139,7 @@ class Evaluator:
             return {}
         figures, rows = self._measure(self.held_out, count)
         self._write(f"step-{step}", figures, rows)
-        if self.options.keep_best and self._is_best(figures, rows):
+        if self.options.keep_best and ranks().once(lambda: self._is_best(figures, rows)):  # before a file is replaced
             if ranks().main:  # no best until the files below belong together
                 (self.run.path / BEST).unlink(missing_ok=True)
             self.run.append_jsonl(BEST_SAMPLES, rows, keep_lines=0)
