@@ -55,7 +55,7 @@ from .evaluation import Evaluator, summarise
 from .learn import update
 from .metrics import Watch, rollout_metrics
 from .pace import Pace
-from .prompts import Prompts, read_data
+from .prompts import Data, Prompts, read_data
 from .ptx import encode_demonstrations
 from .reward_functions import load_functions
 from .sample import collect, prompts_used
@@ -88,13 +88,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     if sampler is None:
         sampler = servers.enter_context(open_sampler(settings.sampler, settings.served, run.path / SERVER_LOG))
     with timer("load"):
-        agent = load_agent(settings.agent)
-        prompts = encode_prompts(data.prompts, agent, settings.prompts)
-        held_out = encode_prompts(data.held_out, agent, settings.prompts) if data.held_out else None
-        if data.demonstrations:
-            agent.demonstrations = encode_demonstrations(
-                data.demonstrations, agent.tokenizer, ranks().device, settings.ptx
-            )
+        agent, prompts, held_out = _load(settings, data)
     run.save_config(config)
     settings = Settings(with_steps(config, len(prompts.ids)))
     max_steps = settings.duration.max_steps
@@ -143,6 +137,16 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
         before, after = evaluator.at_end(step, before, pace.held_out)
     summary = {"steps": step, "max_steps": max_steps, "objective": settings.step.score.objective.name}
     return summarise(summary | evaluator.best_step(), run, timer, before, after, metrics)
+
+
+def _load(settings: Settings, data: Data) -> tuple[Agent, Prompts, Prompts | None]:
+    """The models, and the token ids of the prompts and of the held-out ones."""
+    agent = load_agent(settings.agent)
+    prompts = encode_prompts(data.prompts, agent, settings.prompts)
+    held_out = encode_prompts(data.held_out, agent, settings.prompts) if data.held_out else None
+    if data.demonstrations:
+        agent.demonstrations = encode_demonstrations(data.demonstrations, agent.tokenizer, ranks().device, settings.ptx)
+    return agent, prompts, held_out
 
 
 SHOWN = ("objective/scores", "objective/kl", "objective/entropy")
