@@ -13,3 +13,8 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; everything was saved before this was raised. Exit code 130."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the message of another library's error."""
+    return str(error).strip().partition("\n")[0]

@@ -51,8 +51,20 @@ def read_lines(source: str | Path, parse: Callable[[Row, str], T], strict: bool 
             dropped.add(error)
     dropped.report(len(parsed))
     if not parsed:
-        raise UserError(f"{source} holds no data: wanted one JSON object on each line")
+        raise no_data(source)
     return parsed
+
+
+def no_data(source: str | Path) -> UserError:
+    """The error for a source without a row, naming the form of its format."""
+    forms = {".parquet": "rows", ".csv": "a line of column names and lines of cells", ".json": "a list of objects"}
+    wanted = forms.get(_kind(Path(source)), "one JSON object on each line")
+    return UserError(f"{source} holds no data: wanted {'rows' if str(source).startswith(HUB) else wanted}")
+
+
+def _kind(path: Path) -> str:
+    """The suffix that tells the format, before .gz."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
 def read_rows(source: str | Path) -> Iterator[RowAndPlace]:
@@ -63,8 +75,7 @@ def read_rows(source: str | Path) -> Iterator[RowAndPlace]:
     if not path.is_file():
         reason = "it is a folder" if path.is_dir() else "No such file"
         raise UserError(f"cannot read the data file {path}: {reason}")
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(kind, _jsonl)(path)
+    return {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(_kind(path), _jsonl)(path)
 
 
 def _jsonl(path: Path) -> Iterator[RowAndPlace]:

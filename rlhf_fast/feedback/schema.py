@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.data.dropped import Dropped
-from rlhf_fast.data.files import RowAndPlace, read_rows
+from rlhf_fast.data.files import RowAndPlace, no_data, read_rows
 from rlhf_fast.data.messages import Chat, Completion, Prompt, check_completion, check_prompt, completion_text
 from rlhf_fast.errors import UserError
 from rlhf_fast.run.progress import notice
@@ -111,7 +111,7 @@ def read_feedback(path: str | Path, strict: bool = False, criterion: str = "") -
             rankings.append(ranking)
     dropped.report(len(rankings))
     if not rankings:
-        raise UserError(f"{path} holds no data: wanted one JSON object on each line")
+        raise no_data(path)
     latest = latest_lines(rankings)
     if criterion:
         return _rated_by(criterion, latest, path)

@@ -7,7 +7,7 @@ The split changes speed and memory, never results: each row's result depends on 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ class MicroBatch(NamedTuple):
 
     rows: int
     tokens: int = 0  # pads included, unless it is a single row; 0: no limit
+
+    @classmethod
+    def of(cls, options: Any) -> MicroBatch:
+        """Of a phase's options `micro_batch_size` and `micro_batch_tokens`."""
+        return cls(options.micro_batch_size, options.micro_batch_tokens)
 
 
 def in_groups(units: Sequence[tuple[int, int]], most: MicroBatch) -> list[range]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 
 from .fsdp import decoder_layers, head_of
 from .gguf import resolve_model
@@ -156,8 +156,7 @@ class Footprint:
             with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
                 self.model.base_model(inputs_embeds=inputs, position_ids=positions, use_cache=False)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise UserError(f"{type(self.model).__name__} does not run on shapes alone: {first}") from None
+            raise UserError(f"{type(self.model).__name__} does not run on shapes alone: {first_line(error)}") from None
         return [size / count for size in kept.sizes]
 
 

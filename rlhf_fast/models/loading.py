@@ -14,7 +14,7 @@ from torch import nn
 
 from rlhf_fast.data.limits import Limits
 from rlhf_fast.distributed.ranks import ranks
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.run.progress import notice
 from rlhf_fast.run.quiet import quiet
 
@@ -65,7 +65,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
             resolve_model(model), padding_side="left", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {model!r}: {_first_line(error)}") from None
+        raise UserError(f"cannot load the tokenizer of {model!r}: {first_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model!r} has no EOS token; completions could not end")
     if tokenizer.pad_token_id is None:
@@ -162,7 +162,7 @@ def _from_pretrained(auto: Any, source: Source, **options: Any) -> tuple[Any, di
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load the {source.kind} {source.model!r}: {_first_line(error)}") from None
+        raise UserError(f"cannot load the {source.kind} {source.model!r}: {first_line(error)}") from None
     for name, shape, wanted in sorted(info["mismatched_keys"], key=str):
         heads = f": {shape[0]} outputs where one score is wanted" if name == "score.weight" else ""
         raise UserError(
@@ -292,9 +292,5 @@ def reward_parameter_count(model: str, trust_remote_code: bool = False) -> int:
         with torch.device("meta"):
             empty = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the reward model {model!r}: {_first_line(error)}") from None
+        raise UserError(f"cannot load the reward model {model!r}: {first_line(error)}") from None
     return parameter_count(empty)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

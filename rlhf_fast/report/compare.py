@@ -54,7 +54,7 @@ def compare(options: argparse.Namespace, sampler: Sampler) -> dict[str, Any]:
         raise UserError(f"{names['a']} and {names['b']} have different vocabularies, so there is no KL between them")
     reference = load_causal_lm(find_model(options.reference or options.a), options.dtype)
     reward = reader = None
-    micro_batch = MicroBatch(options.micro_batch_size, options.micro_batch_tokens)
+    micro_batch = MicroBatch.of(options)
     if options.reward_model:
         source = find_reward(options.reward_model)
         reward = load_reward_model(source, options.dtype, tokenizer, new_head=False)

@@ -19,7 +19,7 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.run.options import read_yaml
 from rlhf_fast.run.records import read_json, read_jsonl
 from rlhf_fast.run.terminal import printable
-from rlhf_fast.run.verdicts import Level, column, graded, of_rl
+from rlhf_fast.run.verdicts import Level, column, graded, of_entropy, of_rl
 
 from .page import PHASES, Phase
 
@@ -164,9 +164,7 @@ def _before_and_after(summary: dict[str, Any]) -> Iterator[tuple[Level, str]]:
         return
     yield from _scored(reward, gold)
     if entropy is not None:
-        remaining = entropy[1] / max(entropy[0], 1e-9)
-        text = f"entropy {entropy[0]:.2f} -> {entropy[1]:.2f} nats per token"
-        yield graded(remaining > 0.4, remaining > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+        yield of_entropy(*entropy)
     if (length := both("length")) is not None:
         change = length[1] / max(length[0], 1e-9)
         advice = "nearly empty answers score best: min_new_tokens" if change < 1 else "it rewards length"

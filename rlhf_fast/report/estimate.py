@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.optimizers import PORTION, pinned_bytes, state_bytes
+from rlhf_fast.models.prefix_sharing import WORTH_IT
 from rlhf_fast.run.options import NAME, NOT_NEGATIVE, POSITIVE, PROBABILITY, OptimizerKind, Options, check_groups
 from rlhf_fast.trainer.rl.config import COMMON_DEFAULTS
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
@@ -19,7 +20,6 @@ GIB = 2**30
 LOGITS = {"cuda": 2**31, "cpu": 2**29}
 TILE = {"cuda": 2**28, "cpu": 2**24}
 POLICY_LOGITS = {"cuda": 2**31, "cpu": 48 * 2**20}  # of a policy loss, which keeps none
-WORTH_PACKING = 0.93  # of the tokens; `models/prefix_sharing.py`
 PAIR = 2  # completions of a prompt for the reward model and DPO
 BASE = 2**30  # of a process: libraries, and the context of a GPU
 SPARE = 0.08  # of the memory: fragments, and buffers that no count knows
@@ -171,7 +171,7 @@ def pass_tokens(options: PlanOptions, rows: int) -> int:
     split = 1 if options.samples == PAIR else -(-options.batch_size // options.gpus) // step_rows(options)
     together = max(1, options.samples // split)
     shared = rows * options.completion + -(-rows // together) * options.prompt_length
-    return shared if shared <= WORTH_PACKING * whole else whole
+    return shared if shared <= WORTH_IT * whole else whole
 
 
 def micro_batch_rows(options: PlanOptions, setup: Setup) -> int:

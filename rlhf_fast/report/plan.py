@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models.footprint import Footprint
 from rlhf_fast.models.loading import resolve_dtype
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
@@ -46,8 +46,7 @@ def load(options: PlanOptions) -> Models:
         try:
             return Footprint.of(name, dtype), Footprint.of(name, dtype, options.lora_rank or 32)
         except (OSError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise UserError(f"cannot read the configuration of {name!r}: {first}") from None
+            raise UserError(f"cannot read the configuration of {name!r}: {first_line(error)}") from None
 
     policy, adapted = both(options.model)
     if policy.context is not None and options.length > policy.context:

@@ -21,13 +21,13 @@ from rlhf_fast.models.heads import sequence_scores, token_logprobs, token_logpro
 from .builtin import generate
 from .rollout import Rollout, Sampler, SamplingParams, needs_all_ranks
 
-Reference = Callable[[], AbstractContextManager[Any]]  # yields the model that the KL is measured from
+OpenReference = Callable[[], AbstractContextManager[Any]]  # yields the model that the KL is measured from
 EVAL_SEED = 20_000_003  # one seed for every evaluation, so that before and after draw the same random numbers
 
 
 def evaluate(
     policy: Any,
-    reference: Reference,
+    reference: OpenReference,
     reward: Any,
     tokenizer: Any,
     prompts: Sequence[PromptLine],
@@ -95,7 +95,7 @@ SHOWN_AS = {"reward": "reward", "gold": "gold", "kl": "kl", "tokens": "length", 
 
 
 def _measure(
-    policy: Any, reference: Reference, reward: Any, rollout: Rollout, temperature: float, micro_batch: MicroBatch
+    policy: Any, reference: OpenReference, reward: Any, rollout: Rollout, temperature: float, micro_batch: MicroBatch
 ) -> list[dict[str, Any]]:
     """One row for each sample; its entropy is the sum over its tokens."""
     batch = rollout.batch

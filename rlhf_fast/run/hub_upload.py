@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 
 from .progress import notice
 
@@ -30,7 +30,7 @@ def open_repository(repository: str) -> None:
         HfApi().auth_check(repository, write=True)
     except Exception as error:  # of the hub's client, or of the network library below it
         raise UserError(
-            f"push_to_hub: cannot make the repository {repository!r} or write to it ({_first_line(error)}); log in "
+            f"push_to_hub: cannot make the repository {repository!r} or write to it ({first_line(error)}); log in "
             "with `hf auth login` or set HF_TOKEN to a token that may write"
         ) from None
 
@@ -56,12 +56,8 @@ def upload(repository: str, folder: Path, inside: str = "", stale: Sequence[str]
     except Exception as error:
         target = f" {inside}" if inside else ""
         notice(
-            f"{folder} is saved but was not uploaded ({_first_line(error)}); to try again: the same command with "
+            f"{folder} is saved but was not uploaded ({first_line(error)}); to try again: the same command with "
             f"--resume, or hf upload {repository} {folder}{target}"
         )
         return None
     return str(commit.commit_url)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -304,7 +304,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 def _relative(name: str, value: Any, folder: Path | None) -> Any:
     """A file name from a configuration file, resolved against that file's folder."""
-    if isinstance(value, tuple):
+    if name == "reward_functions":
         return tuple(_relative("rater", item, folder) for item in value)
     if folder is None or not isinstance(value, str) or not value or value.startswith("datasets:"):
         return value

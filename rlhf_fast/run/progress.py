@@ -56,7 +56,6 @@ class Timer:
     def __init__(self) -> None:
         """Start with nothing measured."""
         self.totals: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
         self._lap: dict[str, float] = {}
         self.start = time.perf_counter()
         self._open: dict[str, float] = {}  # parts under way -> when they began
@@ -73,7 +72,6 @@ class Timer:
             self._open.pop(part, None)
             seconds = time.perf_counter() - start
             self.totals[part] = self.totals.get(part, 0.0) + seconds
-            self.counts[part] = self.counts.get(part, 0) + 1
             self._lap[part] = self._lap.get(part, 0.0) + seconds
 
     def lap(self) -> dict[str, float]:

@@ -29,10 +29,17 @@ def finished_summary(run: RunFolder, config: RunOptions, may_extend: bool = True
     does changed data. With more steps (`config.EXTENDS`) a finished run continues from its last checkpoint, if
     `may_extend`.
     """
+    tell_if_new(run)
     summary, run.changed = ranks().once(lambda: _finished_summary(run, config, may_extend))
     if summary is not None and not run.part:
         run.upload(config.push_to_hub)  # which may have failed, or is wanted now
     return summary
+
+
+def tell_if_new(run: RunFolder) -> None:
+    """Say that a run that was asked to resume has nothing to go on from, as its folder's name may be mistyped."""
+    if run.resume and not run.part and not (run.path / "config.yaml").exists():
+        notice(f"nothing to resume in {run.path}: starting from the beginning")
 
 
 def _finished_summary(

@@ -73,12 +73,17 @@ def of_rl_so_far(rows: Rows) -> Iterator[Verdict]:
     yield from of_rl(rows, kl[-1] if kl else None)
     entropy, ended = column(rows, "objective/entropy"), column(rows, "sample/ended")
     if entropy:
-        left = entropy[-1] / max(entropy[0], 1e-9)
-        text = f"entropy {entropy[0]:.2f} -> {entropy[-1]:.2f} nats per token"
-        yield graded(left > 0.4, left > 0.1, text, "collapsing: raise kl_coef, fewer steps")
+        yield of_entropy(entropy[0], entropy[-1])
     if ended:
         text = f"{ended[-1]:.0%} of the samples end by themselves"
         yield graded(ended[-1] > 0.5, ended[-1] > 0.1, text, "raise max_new_tokens or missing_eos_penalty")
+
+
+def of_entropy(before: float, after: float) -> Verdict:
+    """Whether the policy's entropy, in nats per token, collapses."""
+    left = after / max(before, 1e-9)
+    text = f"entropy {before:.2f} -> {after:.2f} nats per token"
+    return graded(left > 0.4, left > 0.1, text, "collapsing: raise kl_coef, fewer steps")
 
 
 class LiveVerdict:

@@ -3,7 +3,7 @@
 
 `rlhf-fast` is the command; from Python each phase is a configuration and a function:
 
-    from . import PPOConfig, RunFolder, train_ppo
+    from rlhf_fast.trainer import PPOConfig, RunFolder, train_ppo
     summary = train_ppo(PPOConfig(model="runs/sft/model", ...), RunFolder.create("runs/ppo"))
 
 The heavy libraries (transformers and what it brings) are imported when a phase starts, not here.

@@ -46,10 +46,10 @@ def test_overrides_win(tmp_path: Path) -> None:
 
 
 def test_lists_of_functions_and_names_of_data_sets(tmp_path: Path) -> None:
-    text = "reward_functions: [a.py:f, 0.5*b.py:g, mod:h]\nprompts_file: datasets:org/name\n"
+    text = 'reward_functions: [a.py:f, 0.5*b.py:g, mod:h]\nprompts_file: datasets:org/name\nstop: ["x.py:"]\n'
     config = load_config(PPOConfig, yaml(tmp_path, text))
     assert config.reward_functions == (f"{tmp_path}/a.py:f", f"0.5*{tmp_path}/b.py:g", "mod:h")
-    assert config.prompts_file == "datasets:org/name"
+    assert config.prompts_file == "datasets:org/name" and config.stop == ("x.py:",)
     with pytest.raises(UserError, match="reward_functions must be a list of texts, got 3"):
         load_config(PPOConfig, yaml(tmp_path, "reward_functions: 3"))
 

@@ -73,8 +73,10 @@ def test_a_missing_prompt_is_named(write_jsonl: Any) -> None:
 def test_missing_empty_and_binary_files(write_jsonl: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the data file .*nowhere.jsonl: No such file"):
         read_prompts(tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match=r"empty.jsonl holds no data"):
+    with pytest.raises(UserError, match=r"empty.jsonl holds no data: wanted one JSON object on each line"):
         read_prompts(write_jsonl("empty.jsonl", "", "  "))
+    with pytest.raises(UserError, match=r"empty.csv holds no data: wanted a line of column names and lines of cells"):
+        read_prompts(write_jsonl("empty.csv", "prompt,answer"))
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         read_prompts(tmp_path / "binary.jsonl")

@@ -234,9 +234,12 @@ def test_a_completion_that_a_stop_text_ended_keeps_its_tokens(tiny: Path, tmp_pa
     assert stopped > 5
 
 
-def test_without_a_rater_a_person_fills_the_ratings_in(tiny: Path, tmp_path: Path, prompts: str) -> None:
-    settings = config(tiny, tmp_path / "run", prompts_file=prompts)
-    assert collect(settings, RunFolder.create(settings.output_dir))["mean_rating"] is None
+def test_without_a_rater_a_person_fills_the_ratings_in(
+    tiny: Path, tmp_path: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tiny, tmp_path / "run", prompts_file=prompts, resume=True)  # of nothing, which is said
+    assert collect(settings, RunFolder.create(settings.output_dir, resume=True))["mean_rating"] is None
+    assert f"nothing to resume in {tmp_path}/run: starting from the beginning" in capsys.readouterr().err
     with pytest.raises(UserError, match="no line is rated yet"):
         read_feedback(tmp_path / "run" / "feedback.jsonl")
 

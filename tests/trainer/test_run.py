@@ -234,7 +234,7 @@ def test_the_timer_adds_up_parts_and_laps() -> None:
         with timer("part"):
             pass
     assert set(timer.lap()) == {"time/part"} and timer.lap() == {}
-    assert timer.counts["part"] == 2 and 0 <= timer.totals["part"] <= timer.elapsed()
+    assert 0 <= timer.totals["part"] <= timer.elapsed()
 
 
 def test_progress_without_a_terminal_prints_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phase 2b: train a reward model on rankings or ratings.
+"""Phase 2: train a reward model on rankings or ratings.
 
 The language model with a scalar head scores each completion at its last real token (by the mask); a completion is
-read once, not once for each of its pairs. `reward_losses.py` has what is learned from the scores. Prompts are held out
+read once, not once for each of its pairs. `losses.py` has what is learned from the scores. Prompts are held out
 to measure how often the better one of a pair gets the higher score, and how sure the model is when it is right.
 
 At the end scores are normalised to mean 0 and standard deviation 1 on samples of the model that RL will start from,
@@ -99,8 +99,8 @@ def train_reward(config: RewardConfig, run: RunFolder) -> dict[str, Any]:
         steps = _train(config, run, model, tokenizer.pad_token_id, train, timer)
     with timer("evaluate"):
         shown = train if mostly_of(config.model, train + held_out) else spread(train, TRAIN_SHOWN)
-        train_scores = score_all(model, shown, tokenizer.pad_token_id, largest(config))
-        held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, largest(config))
+        train_scores = score_all(model, shown, tokenizer.pad_token_id, MicroBatch.of(config))
+        held_out_scores = score_all(model, held_out, tokenizer.pad_token_id, MicroBatch.of(config))
     with timer("normalise"):
         log = run.path / SERVER_LOG
         mean, std = normalizer(config, model, tokenizer, shown + held_out, train_scores + held_out_scores, log)
@@ -180,11 +180,6 @@ def forward_scores(model: Any, rankings: Sequence[EncodedRanking], pad_id: int) 
     input_ids, attention_mask = (x.to(device()) for x in pad_right(sequences, pad_id))
     scores = sequence_scores(model, Batch(input_ids, attention_mask.bool(), attention_mask.bool()))
     return list(scores.split([len(ranking.sequences) for ranking in rankings]))
-
-
-def largest(config: RewardConfig) -> MicroBatch:
-    """The largest micro-batch."""
-    return MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
 
 
 def micro_batches(rankings: Sequence[EncodedRanking], most: MicroBatch) -> list[list[EncodedRanking]]:
@@ -284,7 +279,7 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of `batch`, in micro-batches, each rank on its share."""
     loss, right, pairs = 0.0, 0.0, 0
-    for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], largest(config)), model, []):
+    for part in pad_to_ranks(micro_batches(batch[ranks().index :: ranks().count], MicroBatch.of(config)), model, []):
         shown = part or batch[:1]  # a rank without rankings still runs: the others need its shards
         scores = forward_scores(model, shown, pad_id)
         part_loss = ranking_loss(scores, shown, config.loss, config.centering) * bool(part) / len(batch)

@@ -62,13 +62,13 @@ class Settings:
             coef=config.ptx_coef,
             size=self.sizes.prompts * self.sizes.samples // self.sizes.minibatches,
             max_length=config.max_length,
-            micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
+            micro_batch=MicroBatch.of(config),
             seed=config.seed,
         )
         self.evaluation = EvalOptions(
             params=SamplingParams.of(config),
             samples=config.eval_samples,
-            micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
+            micro_batch=MicroBatch.of(config),
             every=config.eval_steps,
             keep_best=config.keep_best,
         )
@@ -147,7 +147,7 @@ def _agent(config: PPOConfig) -> AgentOptions:
         adam=adam,
         reward_functions=config.reward_functions,
         score_clip=_given(config.score_clip),
-        micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
+        micro_batch=MicroBatch.of(config),
         kl_coef=_given(config.kl_coef),
         kl_target=config.kl_target,
         reference=needs_reference(config),
@@ -159,7 +159,7 @@ def _sizes(config: PPOConfig) -> Sizes:
         prompts=config.prompts_per_step,
         samples=config.samples_per_prompt,
         minibatches=_given(config.num_minibatches),
-        micro_batch=MicroBatch(config.micro_batch_size, config.micro_batch_tokens),
+        micro_batch=MicroBatch.of(config),
     )
 
 

@@ -89,7 +89,7 @@ def train_sft(config: SFTConfig, run: RunFolder) -> dict[str, Any]:
     run.save_config(config)
 
     with timer("evaluate"):
-        most = MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
+        most = MicroBatch.of(config)
         before = evaluate(model, eval_examples, tokenizer.pad_token_id, most, dtype)
     if run.latest_checkpoint() is None and eval_examples:
         run.truncate_metrics(-1)
@@ -198,7 +198,7 @@ def _train(
         autosave = Autosave(run, SaveOptions.of(config), [model], 0, save)
         trainer.add_callback(bridge := Bridge(run, stop, autosave, trainer))
         if config.eval_steps and data.held_out:
-            most = MicroBatch(config.micro_batch_size, config.micro_batch_tokens)
+            most = MicroBatch.of(config)
             held_out = partial(evaluate, model, data.held_out, pad_id, most, dtype)
             trainer.add_callback(Evaluation(run, config.eval_steps, held_out))
         checkpoint = run.latest_checkpoint()
