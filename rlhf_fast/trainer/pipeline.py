@@ -7,6 +7,7 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import rlhf_fast as rf
@@ -15,7 +16,7 @@ from rlhf_fast.errors import Interrupted
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.run.options import RunOptions
 from rlhf_fast.run.progress import Timer, notice
-from rlhf_fast.run.resume import finished_summary
+from rlhf_fast.run.resume import finished_summary, tell_if_new
 
 from .collection import CollectConfig, CollectOptions
 from .reward.config import RewardConfig, RewardOptions
@@ -48,11 +49,8 @@ class PipelineConfig(RunOptions):
     def validate(self) -> None:
         """Raise UserError if an option is out of its range; the output of an earlier phase need not be named."""
         super().validate()
-        self.sft.validate()
-        self.reward.validate()
-        if not self.reward.feedback_file:
-            self.collect.validate()
-        dataclasses.replace(self.ppo, reward_model=self.ppo.reward_model or "reward/model").validate()
+        for phase in phase_configs(self).values():
+            phase.validate()
 
 
 def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
@@ -71,64 +69,68 @@ def run_pipeline(config: PipelineConfig) -> dict[str, Any]:
     config.validate()
     check_files(config)
     run = RunFolder.create(config.output_dir, overwrite=config.overwrite, resume=config.resume)
+    tell_if_new(run)
     run.save_config(config, tracked=False)  # each phase opens its own trackers
     timer = Timer()
-    folder = run.path
-    sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")
-    feedback = config.reward.feedback_file or str(folder / "collect" / "feedback.jsonl")
-
-    phases: dict[str, dict[str, Any]] = {}
-    sft = _config(SFTConfig, config, config.sft)
-    phases["sft"] = _phase("sft", train_sft, sft, run)
-    if not config.reward.feedback_file:
-        phases["collect"] = _phase(
-            "collect", collect, _config(CollectConfig, config, config.collect, model=sft_model), run
-        )
-    reward = _config(RewardConfig, config, config.reward, model=sft_model, feedback_file=feedback)
-    phases["reward"] = _phase("reward", train_reward, resolved(reward), run)
-    ppo = _config(
-        PPOConfig,
-        config,
-        config.ppo,
-        model=sft_model,
-        reward_model=config.ppo.reward_model or reward_model,
-        rater=config.ppo.rater or config.collect.rater,
-    ).resolved()  # as train_ppo stores it: else options that are None would seem to change at each resume
-    phases["ppo"] = _phase("ppo", train_ppo, ppo, run)
+    parts = phase_configs(config)
+    phases = {"sft": _phase("sft", train_sft, parts["sft"], run)}
+    if "collect" in parts:
+        phases["collect"] = _phase("collect", collect, parts["collect"], run)
+    phases["reward"] = _phase("reward", train_reward, resolved(parts["reward"]), run)
+    # Resolved, as train_ppo stores it: else options that are None would seem to change at each resume.
+    phases["ppo"] = _phase("ppo", train_ppo, parts["ppo"].resolved(), run)
 
     summary = summarise(config, phases, timer.elapsed())
     run.write_json("summary.json", summary)
-    notice(f"report: {write_report(folder)}")
-    for name, part in (("sft", sft), ("reward", reward), ("ppo", ppo)):
-        RunFolder(folder / name).upload(part.push_to_hub)
+    notice(f"report: {write_report(run.path)}")
+    for name in ("sft", "reward", "ppo"):
+        RunFolder(run.path / name).upload(parts[name].push_to_hub)
     return summary
 
 
+def phase_configs(config: PipelineConfig) -> dict[str, Any]:
+    """The configuration of each phase that runs, by its name, with the outputs of earlier phases as its inputs."""
+    folder = Path(config.output_dir)
+    sft_model, reward_model = str(folder / "sft" / "model"), str(folder / "reward" / "model")
+    feedback = config.reward.feedback_file or str(folder / "collect" / "feedback.jsonl")
+    rater = config.ppo.rater or config.collect.rater
+    reward_model = config.ppo.reward_model or reward_model
+    parts: dict[str, Any] = {"sft": _config(SFTConfig, config, config.sft)}
+    if not config.reward.feedback_file:
+        parts["collect"] = _config(CollectConfig, config, config.collect, model=sft_model)
+    parts["reward"] = _config(RewardConfig, config, config.reward, model=sft_model, feedback_file=feedback)
+    parts["ppo"] = _config(PPOConfig, config, config.ppo, model=sft_model, reward_model=reward_model, rater=rater)
+    return parts
+
+
 def check_files(config: PipelineConfig) -> None:
-    """Read every file that the configuration names, so that a bad line in the last one is not found at the end."""
+    """Read every file and find every function that the configuration names, with the columns that it takes.
+
+    So what is wrong with the last phase's is not found at the end.
+    """
     from rlhf_fast.data.examples import read_prompts, read_sft
     from rlhf_fast.feedback.raters import load_rater
     from rlhf_fast.feedback.schema import read_feedback
+    from rlhf_fast.models.gguf import resolve_model
 
-    from .rl.objectives import OBJECTIVES
-    from .rl.prompts import read_prompts_or_feedback
+    from .rl.prompts import read_data
     from .rl.reward_functions import load_functions
+    from .rl.settings import Settings
 
-    strict = config.strict
+    strict, ppo = config.strict, phase_configs(config)["ppo"].resolved()
     read_sft(config.sft.train_file, strict)
     if config.sft.eval_file:
         read_sft(config.sft.eval_file, strict)
+    rater = load_rater(config.collect.rater) if config.collect.rater else None
     if config.reward.feedback_file:
         read_feedback(config.reward.feedback_file, strict, config.reward.criterion)
     else:
-        read_prompts(config.collect.prompts_file, strict)
-    pairs = OBJECTIVES[config.ppo.objective].pairs
-    read_prompts_or_feedback(config.ppo.prompts_file, feedback=pairs, scored=True, strict=strict)
-    if config.ppo.eval_prompts_file:
-        read_prompts(config.ppo.eval_prompts_file, strict)
-    for rater in {config.collect.rater, config.ppo.rater} - {None, ""}:
-        load_rater(str(rater))
-    load_functions(config.ppo.reward_functions)
+        lines = read_prompts(config.collect.prompts_file, strict)
+        if rater is not None:
+            rater.check_columns(lines)
+    read_data(Settings(ppo).data, load_functions(ppo.reward_functions), load_rater(ppo.rater) if ppo.rater else None)
+    for model in filter(None, (config.model, config.ppo.reward_model)):
+        resolve_model(model)
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:

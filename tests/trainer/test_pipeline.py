@@ -62,12 +62,28 @@ def test_the_tiny_pipeline_learns(backend: str, tiny: Path, tmp_path: Path) -> N
     assert run_pipeline(config)["ppo"] == ppo
 
 
-def test_a_bad_line_of_the_last_phase_is_found_before_the_first_begins(
-    tiny: Path, tmp_path: Path, write_jsonl: Any
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ppo.eval_prompts_file", "bad.jsonl", r"bad.jsonl:2: not valid JSON"),
+        ("ppo.ptx_file", "bad.jsonl", r"bad.jsonl:1: wanted the keys .* or \"text\""),
+        ("ppo.max_new_tokens", 9999, r"max_new_tokens \(9999\) must leave room for a prompt in max_length"),
+        ("ppo.reward_model", "no/such/model", r"there is no folder 'no/such/model'"),
+        ("ppo.reward_functions", ("rules.py:score",), r"'rules.py:score' takes answer, which no row of .* has"),
+        ("ppo.rater", "rules.py:score", r"rater 'rules.py:score' takes answer, which no row of .*heldout.jsonl has"),
+        ("collect.rater", "rules.py:score", r"takes answer, which no row of .*feedback_prompts.jsonl has"),
+    ],
+)
+def test_what_is_wrong_with_a_later_phase_is_found_before_the_first_begins(
+    tiny: Path, tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch, option: str, value: Any, message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules.py").write_text("def score(prompt, completions, answer): return [0.0] * len(completions)\n")
+    write_jsonl("bad.jsonl", {"prompt": "ann wants food"}, "{")
     config = tiny_config(tiny, tmp_path / "run")
     config.strict = True
-    config.ppo.eval_prompts_file = write_jsonl("bad.jsonl", {"prompt": "ann wants food"}, "{")
-    with pytest.raises(UserError, match=r"bad.jsonl:2: not valid JSON"):
+    section, name = option.split(".")
+    setattr(getattr(config, section), name, value)
+    with pytest.raises(UserError, match=message):
         run_pipeline(config)
     assert not (tmp_path / "run").exists()
