@@ -69,6 +69,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two_temperatures": {"temperature": 0.7, "ref_temperature": 1.6},
     "ref_temperature": {"ref_temperature": 2.0},
     "logit_scale": {"logit_scale": 0.3},
+    "negative_scale": {"logit_scale": -0.8},
     "softcap": {"softcap": 3.0},
     "vocab_size": {"vocab_size": 119},
     "all": {"temperature": 1.5, "ref_temperature": 0.8, "logit_scale": 2.0, "softcap": 5.0, "vocab_size": 97},

@@ -153,3 +153,21 @@ def test_a_row_that_is_nan_throughout_is_nan_in_value_and_gradient(
     if not one_side:
         both = rf.token_kl_and_grad(**inputs, grad_kl=torch.ones(6), kind=kind, **options)
         assert torch.equal(both[0].isnan(), hurt) and not bool(both[1][hurt][:, 6].isfinite().any())
+
+
+@pytest.mark.parametrize("kind", ["logprobs", *KINDS])
+def test_padding_of_a_row_with_a_nan_takes_no_gradient(backend: str, kind: str, generator: torch.Generator) -> None:
+    """Its other columns do: their probabilities are NaN."""
+    inputs = {k: randn(2, 40, generator=generator) for k in ("logits", "ref_logits")}
+    inputs["logits"][1, 3] = NAN
+
+    def ours(logits: Tensor, ref_logits: Tensor) -> Tensor:
+        if kind == "logprobs":
+            return rf.token_logprobs(logits, torch.tensor([1, 2]), vocab_size=37)
+        return rf.token_kl(logits, ref_logits, kind=kind, vocab_size=37)
+
+    sides = ("logits",) if kind == "logprobs" else ("logits", "ref_logits")
+    leaves = {k: v.clone().requires_grad_(k in sides) for k, v in inputs.items()}
+    grads = torch.autograd.grad(ours(**leaves).sum(), [leaves[k] for k in sides])
+    for grad in grads:
+        assert bool(grad[1, :37].isnan().any()) and not bool(grad[:, 37:].any())
