@@ -210,13 +210,15 @@ def figures_of(made: Sampled, config: PPOConfig) -> dict[str, float]:
 def test_a_step_of_ppo_is_that_of_plain_python(job_data: Path) -> None:
     config = replace(
         phases.jobs(job_data)["ppo"], num_minibatches=1, epochs=3, temperature=0.7, kl_coef=0.3, gamma=0.98, lam=0.9,
-        score_clip=1.0, micro_batch_size=3, lr=3e-3, critic_lr=3e-3, max_new_tokens=16, prompts_per_step=8,
+        score_clip=1.0, micro_batch_size=3, lr=3e-3, critic_lr=2e-3, max_new_tokens=16, prompts_per_step=8,
         overlong_filter=True, max_grad_norm=0.75,
     )  # fmt: skip
     seen = Recorded(config)
     gradients, figures = oracle(seen)
     assert figures["objective/kl"] > 0.05 and seen.figures["policy/clipfrac_avg"] > 0.05  # there is something to see
     assert 0 < seen.figures["sample/ended"] < 1 and seen.limits == [0.75] * 6
+    optimizers = seen.agent.policy_optimizer, seen.agent.critic_optimizer
+    assert [one.param_groups[0]["lr"] for one in optimizers if one is not None] == [3e-3, 2e-3]
     for name in ("policy", "critic"):
         assert len(seen.gradients[name]) == len(gradients[name]) == 3
         for ours, theirs in zip(seen.gradients[name], gradients[name], strict=True):

@@ -20,6 +20,7 @@ from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import learn, objectives, ppo
+from rlhf_fast.trainer.rl.kl_controller import KLController
 from rlhf_fast.trainer.rl.metrics import Watch
 from rlhf_fast.trainer.rl.prompts import Prompts
 
@@ -116,6 +117,16 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         assert all(torch.equal(ours[name], theirs[name]) for name in ours) and ours.keys() == theirs.keys()
         assert ppo.train_ppo(config, RunFolder.create(stopped, resume=True)) == summary  # a finished run is left alone
     assert known == [1, 1]
+
+
+def test_an_adapted_kl_coef_comes_back_unless_the_options_change_it(config: PPOConfig, tmp_path: Path) -> None:
+    agent, run = load_agent(config), RunFolder.create(tmp_path / "run", resume=True)
+    agent.kl_controller = KLController(0.9, target=1.0)
+    agents.save(agent, run, 1)
+    for target, changed, coef in ((1.0, (), 0.9), (1.0, ("kl_coef",), 0.1), (0.0, ("kl_target",), 0.1)):
+        agent.kl_controller = KLController(0.1, target)
+        run.changed = frozenset(changed)
+        assert agents.restore(agent, run) == 1 and agent.kl_controller.coef == coef
 
 
 def test_checkpoints_come_every_save_steps_and_at_the_end(config: PPOConfig, tmp_path: Path) -> None:
