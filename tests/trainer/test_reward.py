@@ -260,6 +260,9 @@ def test_the_other_losses_by_hand() -> None:
     gaps = {(2, 0): 4.0, (2, 1): 6.0, (0, 1): 2.0}  # of the ratings 3, 1, 7
     pairs = sum(math.log1p(math.exp(-(float(scores[b] - scores[w]) - gap))) for (b, w), gap in gaps.items())
     assert loss("margin", [3, 1, 7]) == pytest.approx(pairs / 3)
+    ranked = ranked_and_rated([2, 1, 0])  # its ranks count, where ratings say otherwise: no margin against them
+    other = losses.with_ratings(ranked, [1.0, 5.0, 7.0])
+    assert torch.equal(losses.margin(scores, other), losses.bradley_terry(scores, ranked))
     assert loss("regression", [1, 1, 1]) == pytest.approx((0 + 1.5**2 + 1) / 6)
     centered = loss("bradley_terry", [1, 1, 1], centering=0.1)
     assert centered == pytest.approx(0.1 * (0.5**2 + 3.0**2 + 1.5**2) / 3)
