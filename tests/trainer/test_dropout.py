@@ -88,8 +88,12 @@ def test_sft_of_a_stock_gpt2_with_held_out_data(others: Path, job_data: Path, tm
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # with dropout it would be neither's
     saved = json.loads((tmp_path / "--packing" / "model" / "config.json").read_text())
     assert saved["attn_pdrop"] == saved["resid_pdrop"] == saved["embd_pdrop"] == 0.1
-    assert cli.main(command("sft", others / "gpt2", tmp_path / "wanted", *options, "--dropout")) == 0
-    assert phases.metrics(tmp_path / "wanted")[1]["loss"] != pytest.approx(losses[1], abs=1e-4)
+    more = ["--dropout", "--eval-steps", "1", "--lr", "1e-12"]
+    assert cli.main(command("sft", others / "gpt2", tmp_path / "wanted", *options, *more)) == 0
+    rows = phases.metrics(tmp_path / "wanted")
+    assert [row["loss"] for row in rows if "loss" in row][1] != pytest.approx(losses[1], abs=1e-4)
+    before, *rest = [row["eval/nll"] for row in rows if "eval/nll" in row]
+    assert rest == pytest.approx([before] * 2, abs=1e-5)  # evaluated without dropout
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
@@ -113,6 +117,8 @@ def test_the_reward_model_of_a_stock_gpt2(processes: int, others: Path, job_data
     )  # fmt: skip
     if processes == 1:
         assert cli.main(words) == 0
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["read_position_gap"] < 1e-3  # scored without dropout
         return
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "rlhf_fast"]
     done = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=200)

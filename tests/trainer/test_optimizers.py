@@ -241,12 +241,12 @@ def test_8_bit_moments_of_other_rows_are_rounded_anew_where_blocks_differ(
         first += rows
 
 
-@pytest.mark.parametrize("version", [None, "0.49.2"])
+@pytest.mark.parametrize("version", [None, "0.9.2"])
 def test_without_its_package_8_bits_are_refused(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a checkpoint that another optimizer resumes from."""
     found = version and SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "bitsandbytes", found)  # type: ignore[arg-type]
-    got = r", 0\.50 or later, and this is 0\.49\.2" if version else ""
+    got = r", 0\.50 or later, and this is 0\.9\.2" if version else ""
     ending = rf"package bitsandbytes{got}: pip install 'rlhf-fast\[8bit\]'"
     with pytest.raises(UserError, match=f"^optimizer adamw-8bit needs the {ending}"):
         AdamW(weights(torch.float32), lr=0.1, kind="adamw-8bit")

@@ -23,6 +23,7 @@ from rlhf_fast.feedback.schema import Ranking, read_feedback
 from rlhf_fast.models.batches import Batch, MicroBatch
 from rlhf_fast.models.heads import sequence_scores
 from rlhf_fast.models.loading import load_reward_model, load_tokenizer
+from rlhf_fast.models.optim import AdamW
 from rlhf_fast.rollout import sampler
 from rlhf_fast.run.folder import RunFolder
 from rlhf_fast.trainer import RewardConfig
@@ -117,13 +118,19 @@ def test_a_budget_of_tokens_bounds_every_pass(
         assert cut[name] == pytest.approx(whole[name], rel=1e-3)
 
 
-def test_the_learning_rate_that_is_used_is_in_the_configuration(feedback: str, tiny: Path, tmp_path: Path) -> None:
-    train(tiny, tmp_path / "run", feedback, epochs=0.1, lr=None)
+def test_the_learning_rate_that_is_used_is_in_the_configuration(
+    feedback: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[AdamW] = []
+    monkeypatch.setattr(reward, "AdamW", lambda *args, **more: made.append(AdamW(*args, **more)) or made[-1])
+    train(tiny, tmp_path / "run", feedback, epochs=0.1, lr=None, head_lr=0.25)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lr"]
     model = reward.load(RewardConfig(model=str(tiny / "model"), dtype="float32"))[1]
     assert written == pytest.approx(reward.usual_lr(sum(p.numel() for p in model.parameters())), rel=1e-6)
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["lr"] == pytest.approx(written)
+    trunk, head = made[0].param_groups  # of one step, at the peak
+    assert (trunk["lr"], head["lr"]) == (pytest.approx(written), 0.25) and len(head["params"]) == 1
 
 
 @pytest.fixture
