@@ -14,7 +14,7 @@ from rlhf_fast.integrations.causal_lm import language_model_head
 from rlhf_fast.models import heads
 from rlhf_fast.models import loading as models
 from rlhf_fast.rollout import builtin, distribution
-from rlhf_fast.rollout.builtin import Ends, end_ids, generate
+from rlhf_fast.rollout.builtin import end_ids, generate
 from rlhf_fast.rollout.cache import take_rows
 from rlhf_fast.rollout.decoder import reads_padded_prompts
 from rlhf_fast.rollout.distribution import draw
@@ -294,17 +294,6 @@ def test_a_stop_string_ends_a_completion_and_is_left_out_of_its_text(lm: Any, to
     assert stop in tokenizer.decode(tokens) and stop not in tokenizer.decode(tokens[:-1])
     for one, other in zip(stopped.texts, free.texts, strict=True):
         assert stop not in one and other.startswith(one)
-
-
-def test_stop_strings_end_nothing_before_min_new_tokens() -> None:
-    class Letters:
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return " ".join("abcdef"[i] for i in ids)
-
-    ends = Ends([5], SamplingParams(stop=("z", "a b"), min_new_tokens=3, top_k=5), Letters())
-    assert not ends.reached(torch.tensor([[0, 1]])).any()
-    assert ends.reached(torch.tensor([[0, 1, 2], [1, 0, 2], [1, 2, 5]])).tolist() == [True, False, True]
-    assert [ends.forbidden(step) for step in (2, 3)] == [[5], []]
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 7, "top_p": 0.9}])
