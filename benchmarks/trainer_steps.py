@@ -122,7 +122,7 @@ def losses(model: str) -> dict[str, float]:
         batch=batch, learned=mask, rewards=advantages, old_logprobs=old, entropy=nothing, ref_logprobs=ref,
         values=nothing, advantages=advantages[:, None] * mask, returns=nothing,
     )  # fmt: skip
-    loss = replace(Settings(config).step.update.loss, on_policy=False)
+    loss = replace(Settings(config).step.update.loss, single_update=False)
     totals = Totals(float(mask.sum()), count, NEW_TOKENS)
     found = policy_backward(policy, nullcontext, experience, totals, loss)
     return {"TRL": theirs.item(), "rlhf_fast": found.figures["loss/policy_avg"]}

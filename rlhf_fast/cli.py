@@ -30,10 +30,10 @@ usage: rlhf-fast COMMAND [--config FILE.yaml] [options]
   sft      fine-tune a language model on demonstrations
   collect  sample several completions of each prompt and have them rated
   reward   train a reward model on rankings or ratings
-  ppo      improve the model against the reward model by PPO
+  ppo      RL against the reward model (PPO, GRPO, RLOO, ...), or DPO
   data     check FILE: wrong lines, counts, agreement between annotators
   label    compare, rank or rate completions in a local web page
-  report   write a run's report anew, or compare several runs on one page
+  report   write a run's report again, or compare several runs on one page
   doctor   say which phase of a run is bad, and why
   eval     compare two models on prompts: reward, gold, win rate, KL
   plan     memory and time of a run on given GPUs, and the options that fit, before any weight is loaded

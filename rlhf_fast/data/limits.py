@@ -39,6 +39,17 @@ class Limits:
         tail = ids[len(ids) - longest :]
         return [ids[0], *tail[1:]] if ids[0] == bos and longest > 1 else tail
 
+    def prompt_of(self, ids: list[int], start: int, tokenizer: Any, where: str) -> list[int]:
+        """The prompt `ids[:start]` of an example `ids`, with room for the completion, or for its first token at least.
+
+        With truncate-left there is room for as much of the completion as fits. Raises as `check` and `fit_prompt`.
+        """
+        self.check(ids, tokenizer, where)
+        room = self.max_length - 1
+        if self.overlong == "truncate-left":
+            room = max(1, min(room, self.max_length - len(ids) + start))
+        return self.fit_prompt(ids[:start], room, where, tokenizer.bos_token_id)
+
     def check(self, ids: Sequence[int], tokenizer: Any, where: str) -> None:
         """UserError for a token that the model's embeddings do not have."""
         if self.vocabulary is not None and max(ids, default=0) >= self.vocabulary:

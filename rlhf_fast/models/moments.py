@@ -38,7 +38,7 @@ def restore_moments(optimizer: torch.optim.Optimizer, pairs: Pairs, saved: dict[
     """Put back what `saved_moments` returned, of this optimizer or of another kind.
 
     Raises:
-        UserError: moments of 8 bits without bitsandbytes, or with an old one.
+        UserError: 8-bit moments without bitsandbytes, or with an old one.
     """
     for i, values in saved.items():
         weight, stepped = pairs[int(i)]
@@ -114,7 +114,7 @@ def _numbers(rows: dict[str, Any], name: str) -> Tensor:
     codes, by_row = rows[name], rows.get(f"{name}_scales")
     if by_row is None:
         return codes.float()
-    package = eight_bit_package("this checkpoint has moments of 8 bits, which need the package bitsandbytes")
+    package = eight_bit_package("this checkpoint has 8-bit moments, which need the package bitsandbytes")
     table = package.functional.create_dynamic_map(signed=name == MOMENTS[0]).to(codes.device)
     return table[codes.long()] * _spread(codes, by_row).view(codes.shape)
 

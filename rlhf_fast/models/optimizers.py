@@ -115,7 +115,7 @@ def eight_bit_package(needed: str) -> Any:
 
 
 def _eight_bit(groups: list[dict[str, Any]], large: set[Tensor], adam: dict[str, Any]) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW; `large` weights have moments of 8 bits, whichever part of them this rank has."""
+    """bitsandbytes' AdamW; `large` weights have 8-bit moments, whichever part of them this rank has."""
     bitsandbytes = eight_bit_package("optimizer adamw-8bit needs the package bitsandbytes")
     base: Any = bitsandbytes.optim.AdamW8bit
 

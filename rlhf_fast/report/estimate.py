@@ -78,7 +78,7 @@ class PlanOptions(Options):
     bandwidth: Annotated[float, PROBABILITY] = 0.6
     """Share of its bandwidth that generation reaches."""
     host_bandwidth: Annotated[float, POSITIVE] = 20.0
-    """GB a second between a GPU's memory and the CPU's, for what is offloaded; every process has so many."""
+    """GB/s between a GPU's memory and the CPU's, for what is offloaded, per process."""
 
     @property
     def samples(self) -> int:

@@ -24,6 +24,7 @@ from .timeline import timeline
 
 PHASES = {"sft": "Supervised fine-tuning", "collect": "Feedback", "reward": "Reward model", "ppo": "PPO"}
 SHOWN_SAMPLES = 12
+OF_PAIRS = {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}  # not of a reward
 
 
 class Phase:
@@ -180,15 +181,7 @@ def _ppo(phase: Phase) -> str:
             held_out("kl", "held out", ORANGE),
         ),
         chart("Entropy", "Nats per token.", line("objective/entropy")),
-        *[
-            chart(
-                f"Reward: {escaped(name.partition('/')[2])}",
-                "Before its weight, mean of each step's samples.",
-                line(name),
-            )
-            for name in sorted({name for row in phase.metrics for name in row if name.startswith("rewards/")})
-            if name != "rewards/accuracies"
-        ],
+        *_terms(phase),
         chart("Length", "Tokens in a completion.", line("sample/length")),
         chart("Clip fraction", "Share of tokens whose ratio was clipped.", line("policy/clipfrac_avg")),
         chart(
@@ -206,6 +199,24 @@ def _ppo(phase: Phase) -> str:
     cards.append(timeline(phase.metrics))
     rows = read_jsonl(phase.folder / "samples.jsonl")
     return grid(*cards) + _extremes([row for row in rows if "reward" in row]) + _samples(rows)
+
+
+def _terms(phase: Phase) -> list[str]:
+    """Charts of what `rewards/` holds: each term of the reward, and the pairs of dpo."""
+    margin = "Of dpo: kl_coef times log p / p_ref of the better completion less that of the worse."
+    names = {name for row in phase.metrics for name in row if name.startswith("rewards/")} - OF_PAIRS
+    return [
+        *[
+            phase.chart(
+                f"Reward: {escaped(name.partition('/')[2])}",
+                "Before its weight, mean of each step's samples.",
+                phase.line(name),
+            )
+            for name in sorted(names)
+        ],
+        phase.chart("Margin", margin, phase.line("rewards/margins"), zero=True),
+        phase.chart("Pairs", "Share of pairs in the right order.", phase.line("rewards/accuracies")),
+    ]
 
 
 def _samples(rows: Sequence[dict[str, Any]]) -> str:

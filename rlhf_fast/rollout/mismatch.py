@@ -31,12 +31,15 @@ OTHER_WEIGHTS_16 = 0.15
 MOST_A_STEP = 1.0  # with samples of the weights one update ago: then a weight of 2 is no correction any more
 
 
+CAPS = {"truncate": 2.0, "sequence-mask": 3.0}  # the defaults of the kinds that have a cap
+
+
 class Correction(NamedTuple):
     """How samples of an engine are weighted."""
 
     kind: Kind = "none"
-    cap: float = 2.0
-    low: float = 0.5
+    cap: float = 2.0  # of truncate and sequence-mask
+    low: float = 0.5  # of mask, as `high`
     high: float = 5.0
 
 

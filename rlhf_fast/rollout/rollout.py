@@ -77,6 +77,7 @@ class Rollout:
     ended: Tensor  # (B,) bool, True = ended by itself with EOS
     support: Support | None = None  # the ids that top-k and top-p kept for each sampled token; None = all
     scores: Tensor | None = None  # (B,) if the completions are scored or rated
+    rounding: Tensor | None = None  # (B,) each score is exact up to this; None: exact
     logprobs: Tensor | None = None  # (B, T) the engine's, of the completions' tokens; else 0
     score_parts: dict[str, Tensor] = field(default_factory=dict)  # metric -> (B,): the terms of the scores
     steps_behind: int = 0  # updates of the policy since the weights that it was sampled from
@@ -97,6 +98,7 @@ class Rollout:
             ended=self.ended[index],
             support=batch.support,
             scores=None if self.scores is None else self.scores[index],
+            rounding=None if self.rounding is None else self.rounding[index],
             logprobs=None if self.logprobs is None else self.logprobs[index, : batch.input_ids.shape[1]],
             score_parts={name: part[index] for name, part in self.score_parts.items()},
             steps_behind=self.steps_behind,
@@ -112,7 +114,7 @@ class Rollout:
 
     @staticmethod
     def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-        """The rows of all rollouts, in order, padded to one width. All or none must have support, scores, logprobs."""
+        """The rows of all rollouts, in order, padded to one width. All or none must have an optional tensor."""
         width = max(one.input_ids.shape[1] for one in rollouts)
 
         def columns(name: str) -> Tensor:
@@ -124,7 +126,7 @@ class Rollout:
                 raise ValueError(f"{len(values)} of {len(rollouts)} rollouts have {name}: either all or none must")
             return values
 
-        supports, scores = optional("support"), optional("scores")
+        supports, scores, rounding = optional("support"), optional("scores"), optional("rounding")
         return Rollout(
             input_ids=columns("input_ids"),
             attention_mask=columns("attention_mask"),
@@ -133,6 +135,7 @@ class Rollout:
             ended=torch.cat([one.ended for one in rollouts]),
             support=Support.concatenate(supports) if supports else None,
             scores=torch.cat(scores) if scores else None,
+            rounding=torch.cat(rounding) if rounding else None,
             logprobs=columns("logprobs") if optional("logprobs") else None,
             score_parts={
                 name: torch.cat([one.score_parts[name] for one in rollouts]) for name in rollouts[0].score_parts
@@ -205,5 +208,5 @@ class Sampler(Protocol):
 
 
 def needs_all_ranks(sampler: Sampler, model: Any) -> bool:
-    """Whether every rank must call the sampler, even one that has no prompts left: it then samples others in vain."""
+    """Whether every rank must call the sampler, even one that has no prompts left: its samples are then discarded."""
     return is_sharded(model) or getattr(sampler, "needs_all_ranks", False)

@@ -136,12 +136,12 @@ class VLLMInProcess:
     def _guarded(self, work: Any) -> Any:
         """Its result. After an exception vLLM may wait for ever at the next call, so that is refused."""
         if self._failed:
-            raise EngineError(f"{NAME} has failed before: start anew with --resume")
+            raise EngineError(f"{NAME} has failed before: start again with --resume")
         try:
             return work()
         except Exception as error:  # vLLM's own, of any kind
             self._failed = True
-            raise EngineError(f"{NAME} failed ({type(error).__name__}: {error}): start anew with --resume") from error
+            raise EngineError(f"{NAME} failed ({type(error).__name__}: {error}): start again with --resume") from error
 
     def _sleep(self) -> None:
         """Leave the memory of the weights (kept on the host) and of the KV cache to the trainer."""

@@ -146,7 +146,7 @@ class Autosave:
         if newest is None and reason == HALF_DONE:
             return f"{reason}, and there is no checkpoint yet: --resume starts over at step 0"
         if newest is None:
-            return f"{reason}, and there is no older checkpoint: begin anew with --overwrite"
+            return f"{reason}, and there is no older checkpoint: start over with --overwrite"
         return f"{reason}; --resume goes on from the checkpoint {newest.name}"
 
     def _saving_failed(self, together: bool) -> str:

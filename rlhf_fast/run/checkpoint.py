@@ -196,7 +196,7 @@ def load_state(folder: str | Path, *names: str, shard_size: int | None = None) -
     if missing := [name for name in names if name not in state]:
         raise UserError(
             f"the checkpoint {folder} has no {', '.join(missing)}: another version wrote it, or another phase; resume "
-            "with that version, or begin anew with --overwrite"
+            "with that version, or start over with --overwrite"
         )
     return state
 
@@ -303,7 +303,7 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
         damaged = f"the checkpoint {path} is damaged: its file {file} is missing or not as it was written"
         notice(f"{damaged}; trying the one before")
     if damaged:
-        raise UserError(f"{damaged}, and there is no older one; begin anew with --overwrite")
+        raise UserError(f"{damaged}, and there is no older one; start over with --overwrite")
     return None
 
 

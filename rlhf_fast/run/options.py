@@ -96,7 +96,7 @@ class RunOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "nf4"] = "auto"
     """Dtype of the weights; auto: bfloat16 where it is fast; nf4 (QLoRA): the same, with a 4-bit trunk under LoRA."""
     max_length: Annotated[int, POSITIVE] = 512
-    """Most tokens in a sequence, prompt and completion together."""
+    """Maximum number of tokens in a sequence, prompt and completion together."""
     overlong: Overlong = "drop"
     """A prompt that leaves no room for a completion is dropped, truncated at the left, or ends the run."""
     strict: bool = False
@@ -104,13 +104,13 @@ class RunOptions(Options):
     micro_batch_size: Annotated[int, POSITIVE] = 32
     """Sequences in one forward pass; smaller takes less memory and gives the same result."""
     micro_batch_tokens: Annotated[int, NOT_NEGATIVE] = 0
-    """Most tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
+    """Maximum number of tokens, pads included, in one forward pass, in addition to micro_batch_size; 0: no limit."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward instead of storing them: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep what the backward needs in CPU memory meanwhile: less memory of the GPU; same result."""
     optimizer: OptimizerKind = "adamw"
-    """adamw-offload: its state is in CPU memory, with the same result; adamw-8bit (bitsandbytes): moments of 8 bits."""
+    """adamw-offload: its state is in CPU memory, with the same result; adamw-8bit (bitsandbytes): 8-bit moments."""
     lora_rank: Annotated[int, NOT_NEGATIVE] = 0
     """Train adapters of this rank (by peft) instead of all weights; the saved model has them merged in. 0: off."""
     fsdp: bool = False
@@ -169,7 +169,7 @@ class SamplingOptions(Options):
     samples_per_prompt: Annotated[int, POSITIVE] = 4
     """Completions sampled for each prompt."""
     max_new_tokens: Annotated[int, POSITIVE] = 64
-    """Most tokens in a completion, the end-of-sequence token included."""
+    """Maximum number of tokens in a completion, the end-of-sequence token included."""
     temperature: Annotated[float, POSITIVE] = 1.0
     """Divides the logits in sampling and in every log-probability."""
     top_k: Annotated[int, NOT_NEGATIVE] = 0

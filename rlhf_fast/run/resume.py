@@ -94,7 +94,7 @@ def _refuse(run: RunFolder, config: RunOptions, changes: dict[str, tuple[Any, An
         if not config.may_change(name) or (name == "dtype" and "nf4" in change)  # quantised weights differ
     }
     if fixed:
-        raise UserError(f"{run.path} cannot go on with {_listed(fixed)}: put that back, or begin anew with --overwrite")
+        raise UserError(f"{run.path} cannot go on with {_listed(fixed)}: put that back, or start over with --overwrite")
 
 
 def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> None:
@@ -106,7 +106,7 @@ def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> No
     if config.KEEPS_CHECKPOINTS and newest_checkpoint(run.path) is None:
         raise UserError(
             f"{run.path} is finished and has no checkpoint to go on from (it ran with save_last off, or its disk was "
-            "full): begin anew with --overwrite"
+            "full): start over with --overwrite"
         )
 
 
@@ -138,8 +138,8 @@ def _inputs(run: RunFolder, config: RunOptions) -> tuple[set[str], set[str]]:
     for name in sorted(others):
         if not config.may_change(name):
             raise UserError(
-                f"{name}: {getattr(config, name)} is not what {run.path} began with; put the old one back, or begin "
-                "anew with --overwrite"
+                f"{name}: {getattr(config, name)} is not what {run.path} began with; put the old one back, or start "
+                "over with --overwrite"
             )
     return same, others
 

@@ -62,4 +62,6 @@ def check_trackers(names: Sequence[str]) -> None:
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in installed:
-            raise UserError(f"trackers: {name!r} is none of those that accelerate finds installed here: {installed}")
+            raise UserError(
+                f"trackers: {name!r} is not among the trackers that accelerate found installed here: {installed}"
+            )

@@ -53,14 +53,21 @@ def of_rl(rows: Rows, kl: float | None) -> Iterator[Verdict]:
         wrong = "log-probs are not of the distribution that was sampled from"
         advice = wrong if kl < 0 else "far from it: raise kl_coef, lower lr"
         yield graded(-1 < kl < 40, kl > -1, f"KL {kl:.1f} nats per sequence from the reference", advice)
-    update = max(column(rows, "policy/approxkl_avg"), default=0.0)
-    yield graded(update < 0.1, update < 1, f"largest update {update:.3g} nats per token", "lower lr or epochs")
+    if updates := column(rows, "policy/approxkl_avg"):
+        update = max(updates)
+        yield graded(update < 0.1, update < 1, f"largest update {update:.3g} nats per token", "lower lr or epochs")
     if explained := column(rows[-max(1, len(rows) // 4) :], "val/explained_variance"):
         text = f"the critic explains {mean(explained):.0%} of the returns"
         yield graded(mean(explained) > 0, True, text, "less than a constant would")
     if spread := column(rows, "objective/scores_std"):
         text = f"scores spread by {spread[-1]:.2g}"
         yield graded(spread[-1] > 0.05, spread[-1] > 1e-3, text, "nothing to learn from")
+    accuracy = column(rows, "rewards/accuracies")
+    if len(accuracy) >= FEWEST:
+        last = mean(accuracy[-(len(accuracy) // 4) :])
+        yield graded(
+            last > 0.5, True, f"{last:.0%} of the last pairs are in the right order", "50% is chance; look at lr"
+        )
     if clipped := column(rows, "objective/scores_clipped"):
         share = mean(clipped)
         text = f"score_clip clips {share:.0%} of the scores"

@@ -16,11 +16,13 @@ from rlhf_fast.errors import UserError
 from rlhf_fast.report.doctor import diagnose
 from rlhf_fast.report.page import write_report
 from rlhf_fast.rollout.rollout import Rollout
+from rlhf_fast.run.progress import Timer
 from rlhf_fast.run.records import read_jsonl
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import ppo
-from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_loss
-from rlhf_fast.trainer.rl.prompts import read_prompts_or_feedback
+from rlhf_fast.trainer.rl.objectives.dpo import PairOptions, best_and_worst, pair_figures, pair_loss
+from rlhf_fast.trainer.rl.pace import Duration, Pace
+from rlhf_fast.trainer.rl.prompts import read_data, read_prompts_or_feedback
 from rlhf_fast.trainer.rl.score import choose_samples
 from rlhf_fast.trainer.rl.settings import Settings
 
@@ -33,7 +35,13 @@ def test_dpo_learns_what_people_preferred(config: PPOConfig, write_jsonl: Any, t
     config = replace(config, num_minibatches=1, eval_prompts_file=write_jsonl("held_out.jsonl", {"prompt": prompts[0]}))
     rows = steps(config, tmp_path / "ppo")
     assert rows[0]["loss/policy_avg"] == pytest.approx(math.log(2), abs=0.05)
-    assert rows[-1]["loss/policy_avg"] < 0.3 and rows[-1]["rewards/accuracies"] == 1
+    last = rows[-1]
+    assert last["loss/policy_avg"] < 0.3 and last["rewards/accuracies"] == 1
+    assert last["rewards/chosen"] - last["rewards/rejected"] == pytest.approx(last["rewards/margins"])
+    assert last["rewards/margins"] == pytest.approx(-math.log(math.exp(last["loss/policy_avg"]) - 1), rel=0.5)
+    # People's texts are not samples: what the policy thinks of them is no KL, no reward, and no sign of a collapse.
+    assert not [name for name in last if name.startswith("sample/") or name in ("objective/kl", "objective/scores")]
+    assert not [finding for finding in diagnose(tmp_path) if "log-probs are not of the distribution" in finding.text]
     # Nothing scores the samples of held-out prompts: they have no reward, not one of 0.
     summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
     assert "kl_after" in summary and not [name for name in summary if name.startswith("reward")]
@@ -72,14 +80,16 @@ def test_dpo_takes_the_best_and_the_worst_sample() -> None:
     scores = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
     assert best_and_worst(scores, 3).tolist() == [1, 0, 3, 3]
     log_ratios = torch.tensor([[1.0, -0.5], [-1.0, -1.0]]).requires_grad_()
-    loss, right = pair_loss(log_ratios, torch.tensor([[3.0, 1.0], [5.0, 5.0]]), PairOptions(beta=0.1))
-    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15)))) and right == 1
+    rewards = torch.tensor([[3.0, 1.0], [5.0, 5.0]])
+    loss = pair_loss(log_ratios, rewards, PairOptions(beta=0.1))
+    assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.15))))
+    (found,) = pair_figures(log_ratios.detach(), rewards, 0.1).tolist()  # of the first prompt alone
+    assert found == pytest.approx([0.1, -0.05, 1])
     loss.backward()
     assert not log_ratios.grad[1].any()  # type: ignore[index]  # a tie teaches nothing
-    _, right = pair_loss(torch.zeros(1, 2), torch.tensor([[2.0, 1.0]]), PairOptions())
-    assert right == 0  # nothing was raised more
-    near = torch.tensor([[1.0, 1.0078125]])  # scores of one text in bfloat16
-    assert pair_loss(torch.tensor([[1.0, -1.0]]), near, PairOptions(rounding=2.0**-6))[0] == 0
+    assert pair_figures(torch.zeros(1, 2), torch.tensor([[2.0, 1.0]]), 0.1)[0, 2] == 0  # nothing was raised more
+    near, rounding = torch.tensor([[1.0, 1.0078125]]), torch.full((1, 2), 2.0**-6)  # scores of one text in bfloat16
+    assert pair_loss(torch.tensor([[1.0, -1.0]]), near, PairOptions(), rounding) == 0
 
 
 def test_the_best_and_the_worst_are_those_of_the_rewards_with_all_penalties(config: PPOConfig) -> None:
@@ -100,7 +110,7 @@ def test_every_two_samples_that_differ_are_a_pair(options: PairOptions) -> None:
     generator = torch.Generator().manual_seed(0)
     log_ratios = torch.randn(3, 4, generator=generator)
     rewards = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 2.0, 1.0 + 1e-8], [7.0, 7.0, 7.0, 7.0]])
-    total = accuracy = 0.0
+    total = accuracy = gap = 0.0
     for row, goodness in zip(log_ratios.tolist(), rewards.tolist(), strict=True):
         pairs = [(i, j) for i in range(4) for j in range(4) if goodness[i] - goodness[j] > 1e-5]
         for i, j in pairs:
@@ -112,8 +122,14 @@ def test_every_two_samples_that_differ_are_a_pair(options: PairOptions) -> None:
                 loss += smoothing * math.log1p(math.exp(beta * margin))
             total += loss / len(pairs)
             accuracy += (margin > 0) / len(pairs)
-    loss, right = pair_loss(log_ratios, rewards, options)
-    assert float(loss) == pytest.approx(total, rel=1e-5) and float(right) == pytest.approx(accuracy)
+            gap += margin / len(pairs)
+    assert float(pair_loss(log_ratios, rewards, options)) == pytest.approx(total, rel=1e-5)
+    near = rewards.where(rewards != 2, 1.01)  # as good as 1 for a model that rounds by 1/64, not for people
+    assert float(pair_loss(log_ratios, near, options, torch.full_like(near, 2.0**-6))) == pytest.approx(
+        float(pair_loss(log_ratios, rewards.where(rewards != 2, 1.0), options))
+    )
+    chosen, rejected, right = pair_figures(log_ratios, rewards, options.beta).sum(0).tolist()
+    assert right == pytest.approx(accuracy) and chosen - rejected == pytest.approx(options.beta * gap, rel=1e-5)
 
 
 def test_all_pairs_of_a_ranking_by_epochs(config: PPOConfig, write_jsonl: Any, tmp_path: Path) -> None:
@@ -139,6 +155,41 @@ def test_online_pairs_do_not_depend_on_the_micro_batches(
         assert other == pytest.approx(one, rel=2e-3, abs=2e-4)
 
 
+@pytest.mark.parametrize("values", [{"kl_target": 1.0}, {"missing_eos_penalty": 1.0}, {"missing_eos_score": 0.0}])
+def test_people_do_not_rank_by_options_of_samples(config: PPOConfig, write_jsonl: Any, values: dict[str, Any]) -> None:
+    row = {"prompt": "ann", "completions": [" cat", " dog"], "ratings": [1, 2]}
+    config = replace(config, objective="dpo", prompts_file=write_jsonl("feedback.jsonl", row), **values)
+    config.validate()  # with prompts alone there are samples
+    with pytest.raises(
+        UserError, match=f"holds ranked completions, so nothing is sampled: leave out {[*values][0]}, or"
+    ):
+        read_data(Settings(config).data, [], None)
+
+
+def test_minibatches_share_prompts_not_samples(config: PPOConfig) -> None:
+    """The samples of a prompt stay together, so four minibatches cannot share six prompts, whose samples are 24."""
+    config = replace(config, objective="dpo", prompts_per_step=6)
+    assert (
+        config.resolved().num_minibatches == 2 and replace(config, prompts_per_step=3).resolved().num_minibatches == 1
+    )
+    with pytest.raises(UserError, match="num_minibatches 4 must divide prompts_per_step = 6"):
+        replace(config, num_minibatches=4).validate()
+    replace(config, num_minibatches=4, objective="rloo").validate()
+    pace = Pace(Duration(9, 1, 1.0), Settings(replace(config, prompts_per_step=8, num_minibatches=4)).sizes, Timer())
+    assert pace._valid(7) == 4
+
+
 def test_dpo_on_prompts_alone_needs_something_that_scores(config: PPOConfig) -> None:
     with pytest.raises(UserError, match="say what samples are worth"):
         read_prompts_or_feedback(config.prompts_file, feedback=True, scored=False)
+
+
+def test_people_who_rate_99_and_100_prefer_one(config: PPOConfig, write_jsonl: Any) -> None:
+    """A reward model in 16 bits, here for evaluations alone, says nothing about how exact people's ratings are."""
+    prompts = [json.loads(line)["prompt"] for line in Path(config.prompts_file).read_text().splitlines()[:4]]
+    rows = [{"prompt": p, "completions": [" cat", " dog"], "ratings": [99, 100]} for p in prompts]
+    config = replace(config, objective="dpo", prompts_file=write_jsonl("feedback.jsonl", *rows), dtype="bfloat16")
+    agent = load_agent(config)
+    assert train_step(agent, prompts_of(config, agent), config, 0)["loss/policy_avg"] == pytest.approx(
+        math.log(2), rel=0.2
+    )

@@ -149,7 +149,8 @@ def test_every_prompt_of_a_full_batch_teaches(
 def test_equal_up_to_rounding_is_equal() -> None:
     """The scores of the first two prompts differ by float32's rounding, or by bfloat16's."""
     near = rollout(1, [6.65, float(torch.nextafter(torch.tensor(6.65), torch.tensor(9.0))), 1.0, 1.0078125, 0, 1])
-    found, figures = refill(lambda extra: [near, ROUNDS[1]][extra], earned, wanted=3, rounds=1, rounding=2.0**-6)
+    rounded = [dataclasses.replace(one, rounding=torch.full((6,), 2.0**-6)) for one in (near, ROUNDS[1])]
+    found, figures = refill(rounded.__getitem__, earned, wanted=3, rounds=1)
     assert found.texts[:4] == ["3-0", "3-1", "5-0", "5-1"] and figures["sample/unfilled"] == 1
     _, figures = refill(lambda extra: [near, ROUNDS[1]][extra], earned, wanted=3, rounds=1)
     assert figures["sample/unfilled"] == 0  # of functions, 1.0078 is not 1

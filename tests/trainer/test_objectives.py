@@ -17,6 +17,7 @@ from rlhf_fast.trainer.rl.config import COMMON_DEFAULTS
 from rlhf_fast.trainer.rl.objectives import OBJECTIVES
 from rlhf_fast.trainer.rl.objectives.objective import AdvantageOptions, KLOptions, RolloutStats, equal_up_to_rounding
 from rlhf_fast.trainer.rl.objectives.ppo import value_loss
+from rlhf_fast.trainer.rl.settings import Settings
 
 GROUPS = sorted(name for name, found in OBJECTIVES.items() if found.compares and not found.pairs)
 
@@ -164,15 +165,15 @@ def test_in_a_group_of_equal_scores_the_kl_is_not_amplified(name: str) -> None:
 def test_equal_up_to_rounding_is_equal(name: str, rewards: list[float], rounding: float) -> None:
     scores = torch.tensor(rewards)
     scores[1] = torch.nextafter(scores[1], torch.tensor(9.0))
-    stats = random_batch(rewards=scores)
-    assert not OBJECTIVES[name].advantages(stats, options(place="loss", rounding=rounding)).advantages.any()
-    assert equal_up_to_rounding(scores.view(2, 3), rounding).all()
+    stats = random_batch(rewards=scores)._replace(rounding=torch.full((6,), rounding))
+    assert not OBJECTIVES[name].advantages(stats, options(place="loss")).advantages.any()
+    assert equal_up_to_rounding(scores.view(2, 3), torch.full((2, 3), rounding)).all()
 
 
 def test_small_differences_are_still_differences() -> None:
     groups = torch.tensor([[0.0, 1e-3, 0.0], [1e-9, 2e-9, 0.0], [100.0, 100.001, 100.0], [0.0, 0.95, 0.95]])
     assert not equal_up_to_rounding(groups).any()
-    assert equal_up_to_rounding(groups, rounding=2.0**-6).tolist() == [True, True, True, False]
+    assert equal_up_to_rounding(groups, rounding=torch.full((4, 3), 2.0**-6)).tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 1.00001, 1.0], [1.0, 1.001, 0.999], [0.0, 1.0, 0.5]])
@@ -233,6 +234,24 @@ def test_an_option_that_is_given_is_kept() -> None:
     assert PPOConfig(cliprange=0.3).resolved().cliprange_high == 0.3
     assert PPOConfig(objective="gspo", prompts_per_step=3, samples_per_prompt=2).resolved().num_minibatches == 2
     assert math.isclose(PPOConfig(objective="grpo", kl_in="loss-importance").resolved().kl_coef or 0, 0.04)
+
+
+def test_a_default_goes_with_the_kind_that_is_chosen() -> None:
+    """GSPO's narrow range is of a mean over tokens, TRL's larger cap of a whole sequence's weight."""
+
+    def clips(**values: Any) -> tuple[float | None, float | None]:
+        resolved = PPOConfig(**values).resolved()
+        assert resolved.resolved() == resolved
+        return resolved.cliprange, resolved.cliprange_high
+
+    assert clips(objective="dapo", importance_ratio="sequence-mean") == clips(objective="gspo") == (3e-4, 4e-4)
+    assert clips(objective="gspo", importance_ratio="token") == clips(objective="grpo") == (0.2, 0.2)
+    assert clips(objective="dapo", importance_ratio="sequence") == (0.2, 0.28)
+    assert clips(objective="cispo", importance_ratio="sequence-mean") == (1.0, 4.0)
+    assert clips(objective="grpo", importance_ratio="sequence-mean", cliprange=0.1)[0] == 0.1
+    for kind, cap in (("truncate", 2.0), ("sequence-mask", 3.0), ("mask", None), ("none", None)):
+        assert PPOConfig(sampler_correction=kind).resolved().sampler_cap == cap  # type: ignore[arg-type]
+    assert Settings(PPOConfig(sampler_correction="sequence-mask")).step.score.correction.cap == 3.0
 
 
 def test_the_docs_list_every_objective_and_every_default() -> None:

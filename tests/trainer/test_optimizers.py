@@ -255,5 +255,5 @@ def test_without_its_package_8_bits_are_refused(version: str | None, monkeypatch
     saved |= {f"{name}{end}": x for name in moments.MOMENTS for end, x in (("", codes), ("_scales", scales))}
     for kind in KINDS[:2]:
         ours = AdamW(weights(torch.float32)[:1], lr=0.1, kind=kind)  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=f"^this checkpoint has moments of 8 bits, which need the {ending}"):
+        with pytest.raises(UserError, match=f"^this checkpoint has 8-bit moments, which need the {ending}"):
             moments.restore_moments(ours.optimizer, ours.pairs, {"0": saved})

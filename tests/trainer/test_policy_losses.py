@@ -18,6 +18,7 @@ from rlhf_fast.models.loading import load_causal_lm
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl.experience import Experience
 from rlhf_fast.trainer.rl.learn import minibatches
+from rlhf_fast.trainer.rl.metrics import pair_metrics
 from rlhf_fast.trainer.rl.objectives.objective import Totals
 from rlhf_fast.trainer.rl.policy_update import PolicyResult, policy_backward
 from rlhf_fast.trainer.rl.settings import Settings
@@ -206,12 +207,12 @@ def test_the_exact_kl_in_the_loss_is_that_of_both_heads_at_the_temperature(model
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dapo", "gspo", "cispo", "rloo", "reinforce++-baseline"])
-def test_learned_from_once_the_old_logprobs_are_the_updates_own(models: tuple[Any, Any], name: str, cut: bool) -> None:
+def test_single_update_the_old_logprobs_are_the_updates_own(models: tuple[Any, Any], name: str, cut: bool) -> None:
     """Loss and gradient are those at ratio 1, though nobody took old log-probabilities before."""
     values = {"kl_in": "loss", "kl_estimator": "k3", "kl_coef": 0.2, "num_minibatches": 1, "temperature": TEMPERATURE}
     config = PPOConfig(objective=name, **values).resolved()
     found = experience(models, spread=0.0, cut=cut)
-    assert Settings(config).step.update.loss.on_policy
+    assert Settings(config).step.update.loss.single_update
     result, gradients = ours(models, found._replace(old_logprobs=torch.zeros_like(found.old_logprobs)), config)
     models[0].zero_grad()
     logprobs, entropy = logprobs_entropy(models[0], *found.batch[:3])
@@ -240,7 +241,11 @@ def test_pairs_have_the_loss_and_gradients_of_the_papers(models: tuple[Any, Any]
         losses = (margins - 1 / 0.6) ** 2
     losses.mean().backward()
     assert result.figures["loss/policy_avg"] == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert result.figures["rewards/accuracies"] == (margins > 0).float().mean()
+    told = pair_metrics(
+        found._replace(old_logprobs=result.logprobs), Settings(config).step.at(0.3, 2).update.loss.pairs
+    )
+    assert told["rewards/accuracies"] == (margins > 0).float().mean()
+    assert told["rewards/margins"] == pytest.approx(0.3 * margins.mean().item(), rel=1e-4)
     assert_close(gradients, {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None})
 
 
@@ -278,7 +283,7 @@ def test_a_micro_batch_waits_for_no_device(
 )
 def test_when_the_pass_of_old_logprobs_is_left_out(values: dict[str, Any], once: bool) -> None:
     config = PPOConfig(**values).resolved()
-    assert Settings(config).step.update.loss.on_policy == once
+    assert Settings(config).step.update.loss.single_update == once
 
 
 def test_minibatches_hold_every_row_once() -> None:

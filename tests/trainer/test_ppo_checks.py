@@ -22,7 +22,7 @@ from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import checks, ppo
 from rlhf_fast.trainer.rl.metrics import Watch
 from rlhf_fast.trainer.rl.reward_functions import RewardFunction
-from rlhf_fast.trainer.rl.rewards import Rewards
+from rlhf_fast.trainer.rl.rewards import Rewards, Scores
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,24 @@ from rlhf_fast.trainer.rl.rewards import Rewards
         ({"objective": "cispo", "dual_clip": 3.0}, "PPO's loss"),
         ({"objective": "gspo", "kl_in": "loss", "kl_estimator": "exact"}, "importance_ratio token"),
         ({"entropy_coef": 0.1, "top_k": 5}, "entropy_coef is of the whole vocabulary"),
-        ({"objective": "grpo", "bootstrap_truncated": True}, "bootstrap_truncated is for an objective with a critic"),
+        (
+            {"objective": "grpo", "bootstrap_truncated": True},
+            "bootstrap_truncated needs an objective with a critic; 'grpo' has none",
+        ),
         ({"dpo_pairs": "all"}, "for the objective 'dpo' alone"),
         ({"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1}, "not for ipo"),
         ({"keep_best": True}, "eval_steps"),
+        ({"objective": "grpo", "lam": 0.9}, "lam needs an objective with a critic"),
+        ({"objective": "rloo", "cliprange_value": 0.0}, "cliprange_value needs an objective with a critic"),
+        ({"objective": "dpo", "cliprange": 0.1}, "cliprange is not for 'dpo', which learns from pairs"),
+        ({"objective": "dpo", "cliprange_high": 0.1}, "cliprange_high is not for 'dpo'"),
+        ({"objective": "dpo", "importance_ratio": "sequence-mean"}, "importance_ratio is not for 'dpo'"),
+        ({"objective": "dpo", "overlong_filter": True}, "overlong_filter is not for 'dpo'"),
+        ({"objective": "dpo", "gamma": 0.9}, "gamma is not for 'dpo'"),
+        ({"ptx_coef": 1.0}, "ptx_coef needs ptx_file"),
+        ({"overlong_buffer": 0.1}, "overlong_buffer needs overlong_penalty"),
+        ({"eval_steps": 1}, "eval_steps needs eval_prompts_file"),
+        ({"sampler_cap": 3.0, "sampler_correction": "mask"}, "sampler_cap needs sampler_correction truncate or"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
@@ -137,7 +151,9 @@ def test_advantages_that_overflow_stop_the_run(config: PPOConfig) -> None:
 
 def test_scores_that_differ_by_the_models_rounding_teach_nothing(config: PPOConfig) -> None:
     class Rounded(Rewards):
-        rounding = 2.0**-6  # as a reward model in bfloat16 has it
+        def __call__(self, *args: Any) -> Scores:
+            found = super().__call__(*args)
+            return found._replace(rounding=torch.full_like(found.total, 2.0**-6))  # as of a reward model in bfloat16
 
     config = replace(config, objective="grpo", kl_coef=0.0, dynamic_sampling=1)
     agent = load_agent(config)
@@ -151,8 +167,12 @@ def test_a_gradient_that_explodes_stops_the_run(config: PPOConfig) -> None:
     agent = load_agent(config)
     prompts = prompts_of(config, agent)
     agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(UserError, match="policy/grad_norm is (nan|inf)"):
-        train_step(agent, prompts, config, 0)
+    for step, advice in ((0, "No weight has changed yet, so lr is not the cause"), (1, "Lower lr, or set dtype")):
+        message = f"policy/grad_norm is (nan|inf) in step {step + 1}, minibatch 1. {advice}"
+        with pytest.raises(UserError, match=message):
+            train_step(agent, prompts, config, step)
+        agent = load_agent(config)
+        agent.policy.base_model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * float("inf"))
 
 
 def test_logprobs_above_zero_stop_the_run() -> None:

@@ -124,6 +124,21 @@ def test_the_metrics_have_the_estimate_and_the_place_of_the_options(place: Any, 
     assert figures["rewards/one"] == 4 and "val/mean" not in figures
 
 
+@pytest.mark.parametrize("values", [{}, {"top_k": 5}])
+def test_a_single_update_knows_the_entropy_and_leaves_out_the_gap(config: PPOConfig, values: dict[str, Any]) -> None:
+    """A step with a second update has a pass before it for both, of the same samples."""
+    rows = []
+    for epochs in (1, 2):
+        config = replace(config, objective="grpo", num_minibatches=1, epochs=epochs, temperature=0.7, **values)
+        agent = load_agent(config)
+        rows.append(train_step(agent, prompts_of(config, agent), config, 0))
+    assert (
+        rows[0]["objective/entropy"] == pytest.approx(rows[1]["objective/entropy"], rel=1e-4)
+        and rows[0]["objective/entropy"] > 0.1
+    )
+    assert "policy/ratio_gap" not in rows[0] and "policy/ratio_gap" in rows[1]
+
+
 def test_kl_coef_follows_its_target(config: PPOConfig, tmp_path: Path) -> None:
     rows = steps(config, tmp_path / "far", kl_target=1e-3, kl_coef=0.1, lr=1e-2, max_steps=4, objective="grpo")
     coefs = [row["objective/kl_coef"] for row in rows]

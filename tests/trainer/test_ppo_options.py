@@ -13,10 +13,8 @@ import pytest
 import torch
 from helpers.ppo_runs import load_agent, metrics, prompts_of, replace, steps, train_step, weights
 
-from rlhf_fast.data.examples import read_sft
 from rlhf_fast.errors import Interrupted, UserError
 from rlhf_fast.models.batches import Batch, MicroBatch
-from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.rollout import evaluate as evaluation
 from rlhf_fast.rollout.builtin import generate
 from rlhf_fast.rollout.rollout import Rollout, SamplingParams
@@ -26,10 +24,7 @@ from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import checks, ppo, score, settings
 from rlhf_fast.trainer.rl.agent import Agent
 from rlhf_fast.trainer.rl.evaluation import EvalOptions, Evaluator
-from rlhf_fast.trainer.rl.prompts import draw
-from rlhf_fast.trainer.rl.ptx import Demonstrations, encode_demonstrations
 from rlhf_fast.trainer.rl.schedule import learning_rate_scale
-from rlhf_fast.trainer.rl.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -288,54 +283,6 @@ def test_a_resumed_run_knows_the_best_model_up_to_its_checkpoint(tmp_path: Path)
         evaluator.resume(step)
         assert evaluator.best == best
         assert not (run.path / "eval_step-3.json").exists() and (run.path / "eval_step-2.json").exists() == (step == 2)
-
-
-def test_demonstrations_are_learned_beside_the_reward(
-    config: PPOConfig, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The gradient is that of plain PPO plus ptx_coef times that of the demonstrations' mean loss."""
-    config = replace(config, ptx_file=str(tiny / "sft.jsonl"), ptx_coef=0.5, num_minibatches=1)
-    found: list[dict[str, Any]] = []
-    for demonstrations in (True, False):
-        agent = load_agent(config)
-        if demonstrations:
-            lines = read_sft(config.ptx_file or "")
-            options = Settings(config).ptx
-            agent.demonstrations = encode_demonstrations(lines, agent.tokenizer, torch.device("cpu"), options)
-            whole = agent.demonstrations.batch
-            learned = [ids[mask] for ids, mask in zip(whole.input_ids, whole.mask, strict=True)]
-            texts = agent.tokenizer.batch_decode(learned, skip_special_tokens=True)
-            assert [text.strip() for text in texts] == [str(line.completion).strip() for line in lines]
-            batch = whole.rows(torch.tensor(draw(16, 16, len(lines), config.seed + 1)))
-            agent.policy.zero_grad()
-            loss = -token_logprobs(agent.policy, batch).sum() / batch.mask.sum()
-            (0.5 * loss).backward()
-            assert 0 < float(batch.mask.sum()) < float(batch.attention_mask.sum())
-            extra = {name: p.grad.clone() for name, p in agent.policy.named_parameters()}
-            agent.policy.zero_grad()
-        kept: dict[str, Any] = {}
-        step = agent.policy_optimizer.step
-
-        def watched(norm: float | None, agent: Any = agent, kept: Any = kept, step: Any = step) -> float:
-            kept.update({name: p.grad.clone() for name, p in agent.policy.named_parameters()})
-            return float(step(norm))
-
-        agent.policy_optimizer.step = watched  # type: ignore[method-assign]
-        figures = train_step(agent, prompts_of(config, agent), config, 1)
-        found.append(kept)
-        assert not demonstrations or figures["loss/ptx"] == pytest.approx(loss.item(), rel=1e-4)
-    for name, gradient in extra.items():
-        torch.testing.assert_close(found[0][name], found[1][name] + gradient, atol=1e-5, rtol=1e-3)
-    numbers: list[int] = []
-    backward = Demonstrations.backward
-
-    def noted(demonstrations: Demonstrations, policy: Any, number: int) -> Any:
-        numbers.append(number)
-        return backward(demonstrations, policy, number)
-
-    monkeypatch.setattr(Demonstrations, "backward", noted)
-    rows = steps(config, tmp_path / "run", max_steps=2, epochs=2, num_minibatches=2)
-    assert "loss/ptx" in rows[0] and numbers == list(range(8))  # each optimizer step has others
 
 
 # ------------------------------------------------------------------------------------------ samplers and rounding

@@ -95,7 +95,7 @@ def updated(policy: Any, models: Models, found: Drawn, *, first: bool) -> tuple[
     """Figures and gradients of an update on all samples by the trainer, in micro-batches."""
     agent: Any = SimpleNamespace(policy=policy, reference=lambda: nullcontext(models.reference), largest_gap=0.0)
     options: UpdateOptions = Settings(found.config).step.update
-    assert not options.loss.on_policy
+    assert not options.loss.single_update
     mask = found.experience.learned
     totals, figures = Totals(float(mask.sum()), float(len(mask)), LONGEST), dict[str, float]()
     policy.zero_grad()

@@ -112,10 +112,12 @@ def test_the_doctor_speaks_while_rl_runs(change: dict[str, float], verdict: str)
     assert verdict in live.after({**GOOD, **change})
 
 
-def test_the_doctor_speaks_while_sft_and_the_reward_model_learn() -> None:
+def test_the_doctor_speaks_while_sft_the_reward_model_and_dpo_learn() -> None:
+    ranked = "rewards/accuracies"  # of DPO on ranked completions, which has no KL, scores or entropy of samples
     for judge, name, good, bad in (
         (of_sft, "loss", [3.0 - 0.1 * n for n in range(8)], [3.0] * 8),
         (of_reward, "pair_accuracy", [0.5 + 0.05 * n for n in range(8)], [0.5] * 8),
+        (of_rl_so_far, ranked, [0.0] + [0.7] * 7, [0.4] * 8),
     ):
         for values, level in ((good, "good so far"), (bad, "look: ")):
             live = LiveVerdict(judge)

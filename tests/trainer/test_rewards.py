@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.ppo_runs import load_agent, prompts_of
+from helpers.ppo_runs import load_agent, prompts_of, train_step
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
@@ -77,6 +77,17 @@ def test_the_reward_is_a_weighted_sum(tiny: Path, rules: str) -> None:
         {"prompt": "ann", "completion": "dog", "reward": 0.0},
     ]
     assert Rewards(model, functions).add_to(rows, lines[:1])["reward"] == pytest.approx((3.5 - 0.5) / 2)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+def test_only_the_models_own_score_is_rounded(tiny: Path, reward_model: str, tmp_path: Path, objective: str) -> None:
+    """Functions are exact: 50 and 50.6 differ, whatever the dtype of the reward model whose small score is added."""
+    (tmp_path / "steps.py").write_text("def steps(prompt, completions): return [1 + i / 250 for i in range(4)]\n")
+    more = {"dtype": "bfloat16", "reward_model": reward_model, "reward_functions": (f"50*{tmp_path}/steps.py:steps",)}
+    settings = config(tiny, tmp_path / "run", objective=objective, score_clip=1e-3, dynamic_sampling=1, **more)
+    agent = load_agent(settings)
+    row = train_step(agent, prompts_of(settings, agent), settings, 0)
+    assert row["policy/grad_norm"] > 0.01 and row["sample/dropped"] == row["sample/unfilled"] == 0
 
 
 def test_wrong_functions_are_named(rules: str) -> None:
@@ -290,9 +301,10 @@ def test_normalised_scores_alone_are_clipped(tiny: Path, reward_model: str, norm
     if normalised:
         torch.testing.assert_close(both.parts["objective/scores"], raw + 2)
         assert torch.equal(both.parts["objective/scores_clipped"], share["objective/scores_clipped"])
-    assert agent.rewards.rounding == 0
+    assert both.rounding is not None and not both.rounding.any()
     agent.rewards.model.bfloat16()
-    assert agent.rewards.rounding == 2**-6
+    half = replace(agent.rewards, score_clip=limit, functions=[two])(rollout, [torch.arange(6)], lines_of({}))
+    assert half.rounding is not None and torch.equal(half.rounding, 2**-6 * (half.total - 2).abs().clamp(min=1))
 
 
 def test_a_sample_that_did_not_end(tiny: Path) -> None:

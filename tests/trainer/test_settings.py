@@ -21,7 +21,7 @@ OTHER: dict[str, Any] = {
     "dtype": "float32", "overlong": "error", "kl_coef": 0.7, "cliprange": 0.7, "cliprange_high": 0.7,
     "score_clip": 0.7, "overlong_penalty": 0.7, "overlong_filter": True, "missing_eos_score": 0.7,
     "num_minibatches": 4, "dynamic_sampling": 3, "eval_prompts_file": "x.jsonl", "ptx_file": "x.jsonl",
-    "min_new_tokens": 3, "gamma": 0.7,
+    "min_new_tokens": 3, "gamma": 0.7, "sampler_cap": 3.0,
 }  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def test_every_option_is_in_a_bundle(name: str) -> None:
     assert vars(Settings(other)) != vars(Settings(config))
 
 
-def test_a_step_has_the_coefficient_the_rounding_and_the_pairs_of_its_samples() -> None:
-    step = Settings(PPOConfig(objective="dpo", kl_coef=0.1, reward_model="", prompts_file="x")).step.at(0.7, 2.0**-6, 4)
+def test_a_step_has_the_coefficient_and_the_pairs_of_its_samples() -> None:
+    step = Settings(PPOConfig(objective="dpo", kl_coef=0.1, reward_model="", prompts_file="x")).step.at(0.7, 4)
     advantages, loss = step.score.advantages, step.update.loss
-    assert (advantages.kl.coef, advantages.rounding, loss.kl.coef) == (0.7, 2.0**-6, 0.7)
-    assert (loss.pairs.beta, loss.pairs.samples, loss.pairs.rounding) == (0.7, 4, 2.0**-6)
+    assert (advantages.kl.coef, loss.kl.coef) == (0.7, 0.7)
+    assert (loss.pairs.beta, loss.pairs.samples) == (0.7, 4)

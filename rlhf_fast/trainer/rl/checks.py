@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +49,17 @@ def check_finite(name: str, values: Tensor, mask: Tensor | None = None) -> None:
             f"{name} is {_at(values, bad)}, {int(bad.sum())} such entries in all. "
             "Lower the learning rate, or set dtype to float32"
         )
+
+
+def check_figures(figures: Mapping[str, float], step: int, update: int) -> None:
+    """Stop unless the losses and gradient norms of an optimizer step are finite: number `update`, from 0, of `step`."""
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            lr = "critic_lr" if name in ("loss/value_avg", "val/grad_norm") else "lr"
+            advice = f"Lower {lr}, or set dtype to float32"
+            if step == update == 0:
+                advice = f"No weight has changed yet, so {lr} is not the cause: set dtype to float32"
+            raise UserError(f"{name} is {value:.4g} in step {step + 1}, minibatch {update + 1}. {advice}")
 
 
 def check_logprobs(name: str, logprobs: Tensor, mask: Tensor) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.rollout.mismatch import CAPS
 from rlhf_fast.rollout.mismatch import Kind as CorrectionKind
 from rlhf_fast.rollout.rollout import SamplingParams
 from rlhf_fast.run.options import (
@@ -61,6 +62,11 @@ ESTIMATORS: dict[str, KLEstimator] = {
     "loss-straight-through": "k1",
     "loss-importance": "k3",
 }
+# Clip ranges that belong to a ratio: a mean over tokens moves far less than one token's ratio or than their product.
+MEAN_RATIO_CLIPS = {name: OBJECTIVES["gspo"].defaults[name] for name in ("cliprange", "cliprange_high")}
+# Without effect without a critic (as critic_lr, which a file of several objectives may set), or without token losses.
+OF_CRITIC = ("critic_warmup", "whiten_rewards", "bootstrap_truncated", "lam", "cliprange_value")
+OF_TOKENS = ("importance_ratio", "cliprange", "cliprange_high", "dual_clip", "entropy_coef", "gamma", "overlong_filter")
 
 
 @dataclass
@@ -87,7 +93,7 @@ class ObjectiveOptions(Options):
     importance_ratio: RatioLevel | None = None
     """Ratio of a token, of its sequence (rloo), or the geometric mean over the sequence (gspo)."""
     cliprange: Annotated[float | None, PROBABILITY] = None
-    """The probability ratio is clipped to [1 - c, 1 + c]. None: the objective's."""
+    """The probability ratio is clipped to [1 - c, 1 + c]. None: the objective's, or that of its ratio."""
     cliprange_high: Annotated[float | None, POSITIVE] = None
     """A separate upper limit, 1 + c ("clip higher" of DAPO). None: the objective's, else that of cliprange."""
     dual_clip: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -188,8 +194,8 @@ class EngineOptions(SamplerOptions):
 
     sampler_correction: CorrectionKind = "truncate"
     """Weights of an engine's tokens by p_trainer / p_engine: limited to sampler_cap, or 0 outside of a band."""
-    sampler_cap: Annotated[float, POSITIVE] = 2.0
-    """Largest weight of a token by truncate, of a sequence by sequence-mask."""
+    sampler_cap: Annotated[float | None, POSITIVE] = None
+    """Largest weight of a token by truncate (None: 2), of a sequence by sequence-mask (None: 3)."""
     one_step_ahead: bool = False
     """A server samples each step's completions while the step before learns, by the weights before that update."""
 
@@ -223,7 +229,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     prompts_per_step: Annotated[int, POSITIVE] = 8
     """Prompts in a step; each is sampled `samples_per_prompt` times."""
     dynamic_sampling: Annotated[int | None, NOT_NEGATIVE] = None
-    """Most extra rounds of prompts to replace those with equal rewards for all samples; 0 keeps them."""
+    """Maximum number of extra rounds of prompts, to replace those whose samples all earn the same; 0 keeps them."""
     max_steps: Annotated[int, NOT_NEGATIVE] = 100
     """Steps of sampling and learning."""
     prompt_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -245,12 +251,34 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
         if self.kl_in not in (None, defaults["kl_in"]):
             defaults |= {"kl_in": self.kl_in, "kl_estimator": ESTIMATORS[str(self.kl_in)]}
         defaults.setdefault("kl_estimator", ESTIMATORS[defaults["kl_in"]])
-        defaults["num_minibatches"] = math.gcd(
-            defaults["num_minibatches"], self.prompts_per_step * self.samples_per_prompt
-        )
+        defaults["num_minibatches"] = math.gcd(defaults["num_minibatches"], self._units[0])
+        if self.importance_ratio not in (None, defaults["importance_ratio"]):
+            defaults |= self._clips_of_ratio(defaults["importance_ratio"])
         cliprange = defaults["cliprange"] if self.cliprange is None else self.cliprange
         defaults.setdefault("cliprange_high", cliprange)
+        defaults["sampler_cap"] = CAPS.get(self.sampler_correction)
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def _clips_of_ratio(self, usual: str) -> dict[str, float]:
+        """Defaults of the clip ranges with another `importance_ratio` than the objective's `usual` one."""
+        if OBJECTIVES[self.objective].token_loss != "ppo":
+            return {}  # its range is of weights
+        if self.importance_ratio == "sequence-mean":
+            return MEAN_RATIO_CLIPS
+        return dict.fromkeys(MEAN_RATIO_CLIPS, COMMON_DEFAULTS["cliprange"]) if usual == "sequence-mean" else {}
+
+    @property
+    def _units(self) -> tuple[int, str]:
+        """How many units the minibatches of a step share, and of what: samples, or prompts with all their pairs."""
+        if OBJECTIVES[self.objective].pairs:
+            return self.prompts_per_step, "prompts_per_step"
+        return self.prompts_per_step * self.samples_per_prompt, "prompts_per_step x samples_per_prompt"
+
+    def changed(self, *names: str) -> tuple[str, ...]:
+        """Those of these options that are not what they would be by default, with the others as they are."""
+        default: dict[str, Any] = {f.name: f.default for f in fields(self) if f.name in names}
+        mine, others = self.resolved(), replace(self, **default).resolved()
+        return tuple(name for name in names if getattr(mine, name) != getattr(others, name))
 
     def validate(self) -> None:
         """Raise UserError if an option is out of its range or conflicts with another."""
@@ -262,14 +290,14 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
 
     def _contradictions(self) -> Iterator[tuple[bool, str]]:
         """(whether it holds, message) for conflicting options, once resolved."""
-        objective, samples = OBJECTIVES[self.objective], self.prompts_per_step * self.samples_per_prompt
+        objective, (units, of_what) = OBJECTIVES[self.objective], self._units
         yield (
             not self.reward_model and not self.reward_functions and not objective.pairs,
             "reward_model must be a folder or an id of a reward model, or name reward_functions",
         )
         yield (
-            samples % (self.num_minibatches or 1) != 0,
-            f"num_minibatches {self.num_minibatches} must divide prompts_per_step x samples_per_prompt = {samples}",
+            units % (self.num_minibatches or 1) != 0,
+            f"num_minibatches {self.num_minibatches} must divide {of_what} = {units}",
         )
         yield (
             objective.compares and self.samples_per_prompt < 2,
@@ -289,7 +317,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
         )
         yield (
             self.kl_in in ("loss-straight-through", "loss-importance") and self.kl_estimator == "exact",
-            f"kl_in {self.kl_in!r} mends estimates; the exact KL has the right gradient: take loss",
+            f"kl_in {self.kl_in!r} only applies to sampled estimators; the exact KL has the right gradient: take loss",
         )
         yield (
             self.kl_in == "loss" and self.kl_estimator == "exact" and self.importance_ratio != "token",
@@ -336,22 +364,23 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) for options that the objective does not use."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
-        for option in ("critic_warmup", "whiten_rewards", "bootstrap_truncated"):
-            yield (
-                bool(getattr(self, option)) and not objective.critic,
-                f"{option} is for an objective with a critic, which {name} has not",
-            )
-        for option in ("dual_clip", "entropy_coef"):
-            yield (
-                bool(getattr(self, option)) and objective.pairs,
-                f"{option} is not for {name}, which learns from pairs",
-            )
+        for option in () if objective.critic else self.changed(*OF_CRITIC):
+            yield True, f"{option} needs an objective with a critic; {name} has none"
+        for option in self.changed(*OF_TOKENS) if objective.pairs else ():
+            yield True, f"{option} is not for {name}, which learns from pairs"
         yield (
             self.dual_clip > 0 and objective.token_loss != "ppo",
             f"dual_clip is for objectives with PPO's loss, not for {name}",
         )
-        for option, default in (("dpo_loss", "sigmoid"), ("dpo_pairs", "best-worst"), ("label_smoothing", 0.0)):
-            yield getattr(self, option) != default and not objective.pairs, f"{option} is for the objective 'dpo' alone"
+        for option in () if objective.pairs else self.changed("dpo_loss", "dpo_pairs", "label_smoothing"):
+            yield True, f"{option} is for the objective 'dpo' alone"
+        for option, other, there in (
+            ("overlong_buffer", "overlong_penalty", self.resolved().overlong_penalty),
+            ("ptx_coef", "ptx_file", self.ptx_file),
+            ("eval_steps", "eval_prompts_file", self.eval_prompts_file),
+            ("sampler_cap", "sampler_correction truncate or sequence-mask", self.sampler_correction in CAPS),
+        ):
+            yield not there and bool(self.changed(option)), f"{option} needs {other}"
         yield (
             self.label_smoothing > 0 and self.dpo_loss == "ipo",
             "label_smoothing is for the sigmoid loss of dpo, not for ipo",
@@ -360,7 +389,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
 
 @dataclass
 class PPOConfig(PPOOptions, RunOptions):
-    """Improve a language model against a reward model by PPO."""
+    """Improve a language model against a reward model by RL (PPO, GRPO, RLOO, ...) or DPO."""
 
     def validate(self) -> None:
         """Raise UserError if an option is out of its range or conflicts with another."""

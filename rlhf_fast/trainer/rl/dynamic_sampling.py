@@ -24,13 +24,11 @@ def refill(
     rewards: Callable[[Rollout], Tensor],
     wanted: int,
     rounds: int,
-    rounding: float = 0.0,
 ) -> tuple[Rollout, dict[str, float]]:
     """This rank's share of the samples of `wanted` prompts, and figures of the rounds.
 
     `draw(n)` samples round n, this rank's share of `wanted` new prompts. `rewards` (B,) that differ by rounding only
-    (`rounding` as in `AdvantageOptions`) are equal. After `rounds` extra rounds the batch is filled up with prompts of
-    equal rewards, oldest first.
+    are equal. After `rounds` extra rounds the batch is filled up with prompts of equal rewards, oldest first.
     """
     rollout = draw(0)
     if not rounds:
@@ -38,6 +36,7 @@ def refill(
     device, samples, extra = rollout.input_ids.device, len(rollout.texts) * ranks().count // wanted, 0
     pool = Rollout.concatenate(ranks().every(rollout.to("cpu")))
     while True:
+        rounding = None if pool.rounding is None else pool.rounding.view(-1, samples)
         teaches = ~equal_up_to_rounding(rewards(pool).double().view(-1, samples), rounding)
         if int(teaches.sum()) >= wanted or extra == rounds:
             break

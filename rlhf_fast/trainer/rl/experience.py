@@ -22,6 +22,7 @@ class Experience(NamedTuple):
     values: Tensor  # (B, T)
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T)
+    rounding: Tensor | None = None  # (B,) of the rewards; None: they are exact
     learned_copy: Tensor | None = None  # `learned` on the CPU, if it is elsewhere
 
     def with_copies(self) -> Experience:
@@ -42,5 +43,5 @@ class Experience(NamedTuple):
         per_token = (self.old_logprobs, self.entropy, self.ref_logprobs, self.values, self.advantages, self.returns)
         rows = Experience(
             batch, self.learned[index, :width], self.rewards[index], *(x[index, :width] for x in per_token)
-        )
+        )._replace(rounding=None if self.rounding is None else self.rounding[index])
         return rows if self.learned_copy is None else rows._replace(learned_copy=self.learned_copy[index.cpu(), :width])

@@ -16,7 +16,7 @@ from rlhf_fast.models.heads import token_values
 from rlhf_fast.models.optim import AdamW
 
 from .agent import Agent
-from .checks import check_finite, check_ratio
+from .checks import check_figures, check_ratio
 from .experience import Experience
 from .objectives.objective import Totals
 from .objectives.ppo import value_loss
@@ -41,8 +41,13 @@ class UpdateOptions:
 
 
 def minibatches(count: int, unit: int, parts: int, generator: torch.Generator) -> list[Tensor]:
-    """This rank's rows of each of `parts` minibatches. All ranks' rows are shuffled together, in units of `unit`."""
+    """This rank's rows of each of `parts` minibatches. All ranks' rows are shuffled together, in units of `unit`.
+
+    Raises ValueError if `parts` does not divide the number of units: some would weigh more than others.
+    """
     first = ranks().index * count
+    if ranks().count * count // unit % parts:
+        raise ValueError(f"{parts} minibatches cannot share {ranks().count * count // unit} units of {unit} samples")
     order = torch.randperm(ranks().count * count // unit, generator=generator)[:, None] * unit + torch.arange(unit)
     chunks = [chunk.flatten() for chunk in order.chunk(parts)]
     return [chunk[(chunk >= first) & (chunk < first + count)] - first for chunk in chunks]
@@ -77,13 +82,13 @@ def update(
                 policy = partial(policy_gradients, agent, experience, totals, options, epoch == index == 0)
                 ptx = None
                 if agent.demonstrations is not None:
-                    ptx = partial(agent.demonstrations.backward, agent.policy, before + done)
+                    ptx = partial(agent.demonstrations.backward, agent.policy, before + done, int(sequences))
                 figures |= learn(policy, plans[index], agent.policy_optimizer, "policy/grad_norm", options, ptx)
             if agent.critic_optimizer is not None:
                 critic = partial(critic_gradients, agent, experience, tokens, options)
                 figures |= learn(critic, plans[index], agent.critic_optimizer, "val/grad_norm", options)
+            check_figures(figures, step, done)
             for name, value in figures.items():
-                check_finite(name, torch.tensor([value]))
                 sums[name] = sums.get(name, 0.0) + value
             done += 1
             if options.early_stop_kl and figures.get("policy/approxkl_avg", 0.0) > options.early_stop_kl:
@@ -121,7 +126,7 @@ def policy_gradients(
     part = experience.rows(rows)
     result = policy_backward(agent.policy, agent.reference, part, totals, options.loss)
     width, tokens = part.batch.mask.shape[1], max(totals.tokens, 1.0)
-    if options.loss.on_policy:  # the old log-probabilities are these
+    if options.loss.single_update:  # the old log-probabilities are these
         experience.old_logprobs[rows, :width] = result.logprobs
         if result.entropy is not None:
             experience.entropy[rows, :width] = result.entropy

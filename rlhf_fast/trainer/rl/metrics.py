@@ -13,6 +13,7 @@ from rlhf_fast.run.verdicts import LiveVerdict, Rows, of_rl_so_far
 
 from .checks import RATIO_NOTABLE
 from .experience import Experience
+from .objectives.dpo import PairOptions, pair_figures
 from .objectives.objective import KLOptions, sampled_estimator
 
 MANY_CLIPPED = 0.1  # share of scores
@@ -29,14 +30,16 @@ class Watch:
 
     def look(self, metrics: dict[str, float]) -> list[str]:
         """New warnings for the user."""
-        entropy = metrics["objective/entropy"]
+        entropy, many = metrics.get("objective/entropy"), torch.inf  # ranked completions have no such metrics
         if self.first_entropy is None:
             self.first_entropy = entropy
         warnings = {
-            "entropy": entropy < 0.2 * self.first_entropy
+            "entropy": entropy is not None
+            and self.first_entropy is not None
+            and entropy < 0.2 * self.first_entropy
             and f"the entropy has fallen from {self.first_entropy:.2f} to {entropy:.2f} nats a token: samples become "
             "alike; a larger kl_coef or a smaller lr keeps them apart",
-            "ended": metrics["sample/ended"] == 0
+            "ended": metrics.get("sample/ended", many) == 0
             and "no completion of this step ended by itself: the score is read where each was cut off; raise "
             "max_new_tokens, set missing_eos_penalty, or see that SFT taught the end-of-sequence token",
             "unfilled": metrics.get("sample/unfilled", 0) > 0
@@ -52,7 +55,7 @@ class Watch:
             "mean is within bounds. dtype float32 shows whether it is rounding",
             "filtered": metrics.get("sample/learned", 1) == 0
             and "overlong_filter has left out every sample of this step, as none ended by itself: raise max_new_tokens",
-            "scores": metrics["objective/scores_std"] < 1e-6
+            "scores": metrics.get("objective/scores_std", many) < 1e-6
             and "all completions of this step got the same score: there is nothing to learn from them",
         }
         new = {name: text for name, text in warnings.items() if isinstance(text, str) and name not in self.warned}
@@ -94,6 +97,23 @@ def rollout_metrics(
         **{name: ranks().cat(numbers).nanmean() for name, numbers in sorted(rollout.score_parts.items())},
     }
     return {name: float(value) for name, value in figures.items()}
+
+
+def pair_metrics(experience: Experience, options: PairOptions) -> dict[str, float]:
+    """Means over all prompts that have pairs, by the policy before this step's update, with the names of TRL.
+
+    A completion's reward is beta log p / p_ref. Empty if no prompt has pairs.
+    """
+    log_ratios = (experience.old_logprobs - experience.ref_logprobs).sum(1)
+    by_prompt = (-1, options.samples)
+    rounding = None if experience.rounding is None else experience.rounding.view(by_prompt)
+    figures = pair_figures(log_ratios.view(by_prompt), experience.rewards.view(by_prompt), options.beta, rounding)
+    figures = ranks().cat(figures)
+    if not len(figures):
+        return {}
+    chosen, rejected, right = figures.double().mean(0).tolist()
+    names = ("chosen", "rejected", "margins", "accuracies")
+    return dict(zip((f"rewards/{name}" for name in names), (chosen, rejected, chosen - rejected, right), strict=True))
 
 
 def critic_metrics(returns: Tensor, values: Tensor) -> dict[str, Tensor]:

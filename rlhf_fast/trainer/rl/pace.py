@@ -119,10 +119,10 @@ class Pace:
 
     def _valid(self, wanted: int) -> int:
         """The largest number of prompts up to `wanted` that minibatches and ranks can share; at least a fourth."""
-        full, samples = self.full.prompts, self.full.samples
+        full = self.full.prompts
         fits = [
             n
             for n in range(max(1, full // LEAST), full + 1)
-            if n % ranks().count == 0 and n * samples % self.full.minibatches == 0
+            if n % ranks().count == 0 and self.full._replace(prompts=n).units % self.full.minibatches == 0
         ]
         return max((n for n in fits if n <= wanted), default=min(fits, default=full))

@@ -34,7 +34,7 @@ class PolicyLossOptions:
     entropy_coef: float
     temperature: float
     pairs: PairOptions
-    on_policy: bool
+    single_update: bool
 
     @property
     def token_loss(self) -> str:
@@ -101,7 +101,7 @@ def policy_backward(
         lengths=_lengths(mask, options.ratio).expand_as(mask).flatten()[places],
         places=places,
     )
-    one_pass = batch.support is None and (options.on_policy or options.ratio == "token")
+    one_pass = batch.support is None and (options.single_update or options.ratio == "token")
     result = (_fused if one_pass else _two_passes)(policy, reference, batch, tokens, options)
     result.loss.backward()
     figures = {"loss/policy_avg": result.shown, "policy/clipfrac_avg": result.clipped / max(totals.tokens, 1.0)}
@@ -112,7 +112,7 @@ def policy_backward(
 def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, options: PolicyLossOptions) -> Loss:
     """One fused op, which computes a token's gradients while its logits are in memory."""
     old, clip, name = tokens.old_logprobs, options.clip, options.token_loss
-    if options.on_policy:
+    if options.single_update:
         # Every ratio is 1, but the op itself computes the old log-probabilities. REINFORCE has the same gradient and
         # does not need them: CISPO with its weight clipped to 1.
         old, clip, name = torch.zeros_like(tokens.advantages), clip._replace(low=0.0, high=0.0), "cispo"
@@ -133,7 +133,7 @@ def _fused(policy: Any, reference: Reference, batch: Batch, tokens: Tokens, opti
         **head,
     )
     loss, logprobs, entropy = result.loss.detach(), result.logprobs, result.entropy
-    if not options.on_policy:
+    if not options.single_update:
         return Loss(result.loss, loss, logprobs, entropy, result.clip_fraction * len(tokens.learned_rows))
     # report -A * ratio instead of -A * logprobs
     change = tokens.advantages * (logprobs - 1 / tokens.lengths) / tokens.divisor
@@ -151,14 +151,17 @@ def _two_passes(policy: Any, reference: Reference, batch: Batch, tokens: Tokens,
     """First all log-probabilities, then the losses: for sequence ratios, and for top-k, top-p and min-p sampling."""
     mask = batch.mask
     entropy = None
+    weight, head = head_and_options(policy, options.temperature)
     if batch.support is None:
-        weight, head = head_and_options(policy, options.temperature)
         stats = rf.linear_token_stats(tokens.hidden, weight, tokens.targets, **head)
         assert stats.logprobs is not None and stats.entropy is not None
         logprobs, entropy = stats.logprobs, stats.entropy
     else:
         logprobs = row_logprobs(policy, tokens.hidden, tokens.targets, batch.support, options.temperature)
-    old = logprobs.detach() if options.on_policy else tokens.old_logprobs
+        if options.single_update:  # no pass before the update has computed it
+            with torch.no_grad():
+                entropy = rf.linear_token_stats(tokens.hidden, weight, outputs=("entropy",), **head).entropy
+    old = logprobs.detach() if options.single_update else tokens.old_logprobs
     if options.ratio == "token":
         log_ratio = logprobs - old
     else:
@@ -234,8 +237,8 @@ def _pairs_backward(policy: Any, part: Experience, totals: Totals, options: Poli
     logprobs = token_logprobs(policy, part.batch, options.temperature)
     samples = options.pairs.samples
     log_ratios = (logprobs - part.ref_logprobs).sum(1).view(-1, samples)
-    loss, right = pair_loss(log_ratios, part.rewards.view(-1, samples), options.pairs)
+    rounding = None if part.rounding is None else part.rounding.view(-1, samples)
+    loss = pair_loss(log_ratios, part.rewards.view(-1, samples), options.pairs, rounding)
     prompts = totals.sequences / samples
     (loss / prompts).backward()
-    figures = {"loss/policy_avg": loss.detach() / prompts, "rewards/accuracies": right / prompts}
-    return PolicyResult(logprobs.detach(), None, figures)
+    return PolicyResult(logprobs.detach(), None, {"loss/policy_avg": loss.detach() / prompts})

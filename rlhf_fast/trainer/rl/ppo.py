@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.distributed.ranks import ranks
 from rlhf_fast.errors import Interrupted
 from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.rollout.builtin import generate
@@ -53,7 +52,7 @@ from .checks import check_distribution
 from .config import PPOConfig
 from .evaluation import Evaluator, summarise
 from .learn import update
-from .metrics import Watch, rollout_metrics
+from .metrics import Watch, pair_metrics, rollout_metrics
 from .pace import Pace
 from .prompts import Data, Prompts, read_data
 from .ptx import encode_demonstrations
@@ -145,11 +144,11 @@ def _load(settings: Settings, data: Data) -> tuple[Agent, Prompts, Prompts | Non
     prompts = encode_prompts(data.prompts, agent, settings.prompts)
     held_out = encode_prompts(data.held_out, agent, settings.prompts) if data.held_out else None
     if data.demonstrations:
-        agent.demonstrations = encode_demonstrations(data.demonstrations, agent.tokenizer, ranks().device, settings.ptx)
+        agent.demonstrations = encode_demonstrations(data.demonstrations, agent.policy, agent.tokenizer, settings.ptx)
     return agent, prompts, held_out
 
 
-SHOWN = ("objective/scores", "objective/kl", "objective/entropy")
+SHOWN = ("objective/scores", "objective/kl", "objective/entropy", "rewards/margins", "rewards/accuracies")
 
 
 def with_steps(config: PPOConfig, prompts: int) -> PPOConfig:
@@ -176,7 +175,7 @@ def train_step(
 
     # Score: log-probabilities under policy and reference, values, advantages.
     samples, unit = choose_samples(rollout, options.score, sizes.prompts)
-    options = options.at(agent.kl_controller.coef, agent.rewards.rounding, unit)
+    options = options.at(agent.kl_controller.coef, unit)
     plans = plan_minibatches(samples.batch, unit, sizes, agent.policy, generator)
     if step == 0:
         agent.begin_change()  # as the critic's head is fitted
@@ -184,7 +183,7 @@ def train_step(
     # Whether these are all samples, drawn from the full distribution of this policy, not selected by reward.
     selected = prompts.pairs is not None or unit > 1 or bool(drawn.get("sample/dropped"))
     plain = samples.support is None and not selected and not samples.steps_behind
-    if plain and not options.score.on_policy:
+    if plain and not options.score.single_update:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
 
     # Learn: epochs over minibatches.
@@ -197,10 +196,14 @@ def train_step(
         agent.train(False)
 
     # Metrics, now that the log-probabilities of all samples are known.
-    if plain and options.score.on_policy:
+    if plain and options.score.single_update:
         check_distribution(experience.old_logprobs, experience.entropy, experience.batch.mask)
     kl = options.update.loss.kl if options.score.reference else None
-    metrics = {**rollout_metrics(samples, experience, kl, critic=agent.critic is not None), **drawn, **losses}
+    metrics = {**drawn, **losses}
+    if prompts.pairs is None:  # of ranked completions, which are not the policy's, neither KL nor entropy is one
+        metrics |= rollout_metrics(samples, experience, kl, critic=agent.critic is not None)
+    if options.score.objective.pairs:
+        metrics |= pair_metrics(experience, options.update.loss.pairs)
     metrics |= {"objective/kl_coef": agent.kl_controller.coef, "policy/lr": lr}
     if samples.logprobs is not None:
         correction, mask = options.score.correction, experience.batch.mask
@@ -208,8 +211,9 @@ def train_step(
         metrics["engine/steps_behind"] = float(samples.steps_behind)
     if agent.ahead is not None:
         metrics |= {"time/step_began": began, **agent.ahead.times(timer.start)}
-    metrics["policy/ratio_gap"] = agent.largest_gap
-    if kl is not None and not warming_up:  # before, the policy does not learn, so kl_coef has no effect
+    if not options.score.single_update and not warming_up:  # else there is one pass, and nothing to compare it with
+        metrics["policy/ratio_gap"] = agent.largest_gap
+    if "objective/kl" in metrics and not warming_up:  # before, the policy does not learn, so kl_coef has no effect
         agent.kl_controller.update(metrics["objective/kl"])
     agent.prompts_drawn += prompts_used(sizes, drawn)  # not before: a step that fails is repeated with the same prompts
     return metrics

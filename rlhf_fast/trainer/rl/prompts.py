@@ -32,6 +32,7 @@ class DataOptions(NamedTuple):
     ptx_file: str | None
     feedback: bool  # the prompts file may be a feedback file: the objective learns from pairs
     scored: bool  # there is a reward model or function
+    of_samples: tuple[str, ...]  # the options that are set and say something of samples, which feedback has none of
     strict: bool
 
 
@@ -113,8 +114,14 @@ def pairs_of(ranking: EncodedRanking, every: bool) -> list[Pair]:
 def read_data(options: DataOptions, functions: Sequence[RewardFunction] = (), rater: Rater | None = None) -> Data:
     """All rows of all files; UserError naming a function or rater that must have a column which no prompt has."""
     feedback, scored, strict = options.feedback, options.scored, options.strict
+    prompts = read_prompts_or_feedback(options.prompts_file, feedback=feedback, scored=scored, strict=strict)
+    if options.of_samples and isinstance(prompts[0], Ranking):
+        raise UserError(
+            f"{options.prompts_file} holds ranked completions, so nothing is sampled: leave out "
+            f"{', '.join(options.of_samples)}, or give prompts alone"
+        )
     data = Data(
-        prompts=read_prompts_or_feedback(options.prompts_file, feedback=feedback, scored=scored, strict=strict),
+        prompts=prompts,
         held_out=read_prompts(options.eval_prompts_file, strict) if options.eval_prompts_file else [],
         demonstrations=read_sft(options.ptx_file, strict) if options.ptx_file else [],
     )

@@ -22,8 +22,9 @@ from .checks import check_finite
 from .reward_functions import RewardFunction
 from .reward_reader import Reader
 
-# Rounding error of a score in bfloat16 or float16, relative to max(|score|, 1): the hidden state has 8 or 11 bits. It
-# depends on which rows are in a batch, so scores of equal completions can differ by it.
+# Rounding error of a score in bfloat16 or float16, relative to max(|score|, 1), the spread of normalised scores:
+# the hidden state has 8 or 11 bits. It depends on which rows are in a batch, so scores of equal completions can differ
+# by it.
 SCORE_ROUNDING = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 
 
@@ -37,11 +38,6 @@ class Rewards:
     reader: Reader | None = None  # for a model with another vocabulary than the policy's
 
     @property
-    def rounding(self) -> float:
-        """Largest difference of equal rewards, see `AdvantageOptions`."""
-        return 0.0 if self.model is None else SCORE_ROUNDING.get(self.model.dtype, 0.0)
-
-    @property
     def clips(self) -> bool:
         """Whether scores are clipped: only if the model normalises them to mean 0 and deviation 1."""
         return self.score_clip > 0 and self.model is not None and score_normalizer(self.model) != (0.0, 1.0)
@@ -52,7 +48,7 @@ class Rewards:
         Raises RaterError naming the sample if a function raises or returns a number that is not finite.
         """
         device, texts = rollout.input_ids.device, rollout.texts
-        total, parts = torch.zeros(len(texts), device=device), {}
+        total, rounding, parts = torch.zeros(len(texts), device=device), None, {}
         if self.model is not None:
             if self.reader is None:
                 scores = in_micro_batches(lambda part: sequence_scores(self.model, part), rollout.batch, plan)
@@ -65,10 +61,12 @@ class Rewards:
             if self.clips:
                 total = scores.clamp(-self.score_clip, self.score_clip)
                 parts["objective/scores_clipped"] = (total != scores).float()
+            # Functions are exact, so their sum with the model's score is as exact as that.
+            rounding = SCORE_ROUNDING.get(self.model.dtype, 0.0) * total.abs().clamp(min=1)
         of_functions = self.of_functions(prompts, texts).to(device)
         if self.clips:
             parts["objective/scores"] = scores + of_functions.total  # before clipping
-        return Scores(total + of_functions.total, {**parts, **of_functions.parts})
+        return Scores(total + of_functions.total, {**parts, **of_functions.parts}, rounding)
 
     def of_functions(self, prompts: Sequence[PromptLine], texts: Sequence[str]) -> Scores:
         """The weighted sum of the functions alone, and each function's own numbers: NaN, which adds 0, for None.
@@ -121,10 +119,12 @@ class Scores(NamedTuple):
 
     total: Tensor  # (B,)
     parts: dict[str, Tensor]  # metric -> (B,), NaN where a function returned None
+    rounding: Tensor | None = None  # (B,) as in `Rollout`
 
     def to(self, device: torch.device) -> Scores:
         """A copy on `device`."""
-        return Scores(self.total.to(device), {name: values.to(device) for name, values in self.parts.items()})
+        parts = {name: values.to(device) for name, values in self.parts.items()}
+        return Scores(self.total.to(device), parts, None if self.rounding is None else self.rounding.to(device))
 
 
 class LengthRules(NamedTuple):

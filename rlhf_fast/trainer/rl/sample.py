@@ -43,7 +43,6 @@ def collect(
         lambda rollout: options.rules.apply(rollout, punish=False),
         sizes.prompts,
         options.extra_rounds,
-        agent.rewards.rounding,
     )
 
 
@@ -83,7 +82,7 @@ def sample(
             lines = [prompts.lines[i] for i in own]
             plan = sizes.micro_batches(rollout.batch, agent.policy)
             scores = ranks().all_or_none(lambda: agent.rewards(rollout, plan, lines))
-            rollout.scores, rollout.score_parts = scores.total, scores.parts
+            rollout.scores, rollout.score_parts, rollout.rounding = scores.total, scores.parts, scores.rounding
     return rollout
 
 

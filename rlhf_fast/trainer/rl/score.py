@@ -36,7 +36,7 @@ class ScoreOptions(NamedTuple):
     every_pair: bool  # learn from all pairs of a prompt's samples, not only from the best and the worst
     bootstrap_truncated: bool
     overlong_filter: bool
-    on_policy: bool  # no pass for the old log-probabilities: the update has them, as every ratio is 1
+    single_update: bool  # no pass for the old log-probabilities: the update has them, as every ratio is 1
     reference: bool  # without it there is no pass for the reference's log-probabilities: nothing reads them
 
 
@@ -83,7 +83,9 @@ def score(
                 final_values = in_micro_batches(lambda part: sequence_scores(agent.critic, part), batch, plan)
     with timer("advantages"):  # of the score at the last token, minus the KL if that is in the reward
         truncated = None if final_values is None else ~rollout.ended
-        stats = RolloutStats(rewards, old_logprobs, ref_logprobs, values, batch.mask, truncated, final_values)
+        stats = RolloutStats(
+            rewards, old_logprobs, ref_logprobs, values, batch.mask, truncated, final_values, rollout.rounding
+        )
         result = options.objective.advantages(stats, options.advantages)
         check_finite("advantages", result.advantages, batch.mask)
         advantages = result.advantages
@@ -99,6 +101,7 @@ def score(
         values=values,
         advantages=advantages,
         returns=result.returns,
+        rounding=rollout.rounding,
     )
 
 
@@ -109,7 +112,7 @@ def policy_logprobs(policy: Any, rollout: Rollout, plan: list[Tensor], options: 
     """
     batch = rollout.batch
     old_logprobs, entropy = torch.zeros(2, *batch.mask.shape, device=batch.mask.device)
-    if not options.on_policy or rollout.logprobs is not None:
+    if not options.single_update or rollout.logprobs is not None:
         old_logprobs, entropy = logprobs_and_entropy(policy, batch, plan, options.temperature)
         check_logprobs("old_logprobs", old_logprobs, batch.mask)
     if rollout.logprobs is not None:

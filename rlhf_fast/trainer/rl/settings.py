@@ -39,6 +39,7 @@ from .score import ScoreOptions
 from .sizes import Sizes
 
 T = TypeVar("T")
+RULES = ("missing_eos_penalty", "missing_eos_score", "overlong_penalty")
 
 
 class Settings:
@@ -60,8 +61,7 @@ class Settings:
         self.sizes = _sizes(config)
         self.ptx = PtxOptions(
             coef=config.ptx_coef,
-            size=self.sizes.prompts * self.sizes.samples // self.sizes.minibatches,
-            max_length=config.max_length,
+            limits=Limits(config.max_length, config.overlong, config.strict),
             micro_batch=MicroBatch.of(config),
             seed=config.seed,
         )
@@ -88,17 +88,14 @@ class StepOptions:
     rates: LearningRates
     critic_warmup: int  # steps in which the critic learns alone
 
-    def at(self, kl_coef: float, rounding: float, unit: int) -> StepOptions:
-        """A copy with this step's `kl_coef`, and the unit of consecutive samples that form pairs.
-
-        `rounding` is that of what scores, see `AdvantageOptions`.
-        """
+    def at(self, kl_coef: float, unit: int) -> StepOptions:
+        """A copy with this step's `kl_coef`, and the unit of consecutive samples that form pairs."""
         advantages, loss = self.score.advantages, self.update.loss
         kl = advantages.kl._replace(coef=kl_coef)
-        pairs = loss.pairs._replace(beta=kl_coef, samples=unit, rounding=rounding)
+        pairs = loss.pairs._replace(beta=kl_coef, samples=unit)
         return replace(
             self,
-            score=self.score._replace(advantages=advantages._replace(kl=kl, rounding=rounding)),
+            score=self.score._replace(advantages=advantages._replace(kl=kl)),
             update=replace(self.update, loss=replace(loss, kl=kl, pairs=pairs)),
         )
 
@@ -116,6 +113,7 @@ def _data(config: PPOConfig) -> DataOptions:
         ptx_file=config.ptx_file,
         feedback=OBJECTIVES[config.objective].pairs,
         scored=bool(config.reward_model or config.reward_functions),
+        of_samples=config.changed("kl_target", "early_stop_kl", *RULES, "dynamic_sampling", "score_clip"),
         strict=config.strict,
     )
 
@@ -160,6 +158,7 @@ def _sizes(config: PPOConfig) -> Sizes:
         samples=config.samples_per_prompt,
         minibatches=_given(config.num_minibatches),
         micro_batch=MicroBatch.of(config),
+        pairs=OBJECTIVES[config.objective].pairs,
     )
 
 
@@ -213,13 +212,18 @@ def _score(config: PPOConfig) -> ScoreOptions:
         advantages=advantages,
         rules=_rules(config),
         temperature=config.temperature,
-        correction=Correction(config.sampler_correction, config.sampler_cap),
+        correction=_correction(config),
         every_pair=config.dpo_pairs == "all",
         bootstrap_truncated=config.bootstrap_truncated,
         overlong_filter=bool(config.overlong_filter),
-        on_policy=learned_from_once(config),
+        single_update=single_update(config),
         reference=needs_reference(config),
     )
+
+
+def _correction(config: PPOConfig) -> Correction:
+    correction = Correction(config.sampler_correction)
+    return correction if config.sampler_cap is None else correction._replace(cap=config.sampler_cap)
 
 
 def _update(config: PPOConfig) -> UpdateOptions:
@@ -231,7 +235,7 @@ def _update(config: PPOConfig) -> UpdateOptions:
         entropy_coef=config.entropy_coef,
         temperature=config.temperature,
         pairs=PairOptions(_given(config.kl_coef), config.dpo_loss, config.label_smoothing),
-        on_policy=learned_from_once(config),
+        single_update=single_update(config),
     )
     return UpdateOptions(
         loss=loss,
@@ -249,7 +253,7 @@ def needs_reference(config: PPOConfig) -> bool:
     return _given(config.kl_coef) > 0
 
 
-def learned_from_once(config: PPOConfig) -> bool:
+def single_update(config: PPOConfig) -> bool:
     """True if a step is one update and nothing before it reads the policy's log-probabilities.
 
     The update's own are then the old ones, and every ratio is 1, so the pass for the old ones is skipped.

@@ -18,6 +18,12 @@ class Sizes(NamedTuple):
     samples: int  # of each prompt
     minibatches: int
     micro_batch: MicroBatch
+    pairs: bool = False  # a prompt's samples form pairs, and stay together
+
+    @property
+    def units(self) -> int:
+        """What minibatches share."""
+        return self.prompts if self.pairs else self.prompts * self.samples
 
     def micro_batches(self, batch: Batch, model: Any, rows: Tensor | None = None, unit: int = 1) -> list[Tensor]:
         """The row indices of each forward pass over `batch` (or its `rows`); `unit` consecutive rows stay together."""

@@ -50,12 +50,8 @@ def encode(
         where = demonstration.where
         try:
             ids, spans, follows = _spans(tokenizer, demonstration, turns)
-            limits.check(ids, tokenizer, where)
             start = spans[0][0]
-            room = limits.max_length - 1
-            if limits.overlong == "truncate-left":
-                room = max(1, min(room, limits.max_length - len(ids) + start))
-            prompt = limits.fit_prompt(ids[:start], room, where, tokenizer.bos_token_id)
+            prompt = limits.prompt_of(ids, start, tokenizer, where)
         except UserError as error:
             limits.leave_out(dropped, error)
             continue

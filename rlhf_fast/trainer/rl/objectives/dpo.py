@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 import rlhf_fast as rf
 
-from .objective import AdvantageOptions, Objective, RolloutStats, by_sum, score_tolerance, token_advantages
+from .objective import AdvantageOptions, Objective, RolloutStats, by_sum, reward_tolerance, token_advantages
 
 PairLoss = Literal["sigmoid", "ipo"]
 
@@ -23,7 +23,6 @@ class PairOptions(NamedTuple):
     loss: PairLoss = "sigmoid"
     label_smoothing: float = 0.0
     samples: int = 2  # of each prompt, next to each other
-    rounding: float = 0.0  # as in AdvantageOptions
 
 
 def best_and_worst(rewards: Tensor, samples: int) -> Tensor:
@@ -33,19 +32,27 @@ def best_and_worst(rewards: Tensor, samples: int) -> Tensor:
     return torch.stack([first + groups.argmax(1), first + groups.argmin(1)], 1).flatten()
 
 
-def preferred(rewards: Tensor, rounding: float = 0.0) -> Tensor:
+def preferred(rewards: Tensor, rounding: Tensor | None = None) -> Tensor:
     """(P, K, K) bool: [p, i, j] is True if sample i of prompt p has a higher reward than j, by more than rounding."""
     gaps = rewards[:, :, None] - rewards[:, None, :]
-    return gaps > score_tolerance(rewards, rounding)[:, None, None]
+    tolerance = reward_tolerance(rewards, rounding)
+    return gaps > torch.maximum(tolerance[:, :, None], tolerance[:, None, :])
 
 
-def pair_loss(log_ratios: Tensor, rewards: Tensor, options: PairOptions) -> tuple[Tensor, Tensor]:
-    """The loss summed over prompts, and the sum over prompts of the share of pairs that are in the right order.
+def pair_weights(rewards: Tensor, rounding: Tensor | None = None) -> Tensor:
+    """(P, K, K) weight of each pair of samples, the better one first: those of a prompt weigh 1 together, or 0."""
+    pairs = preferred(rewards, rounding)
+    return pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1)
+
+
+def pair_loss(log_ratios: Tensor, rewards: Tensor, options: PairOptions, rounding: Tensor | None = None) -> Tensor:
+    """The loss summed over prompts.
 
     Args:
         log_ratios: (P, K) log p / p_ref of completions.
         rewards: (P, K). Every two samples of a prompt are a pair unless their rewards are equal; the pairs of a prompt
             weigh 1 together (Ouyang et al. 2022, eq. 1), a prompt without any weighs 0.
+        rounding: (P, K) of the rewards; None: they are exact.
 
     With m the log-ratio of the better minus that of the worse sample:
 
@@ -53,16 +60,25 @@ def pair_loss(log_ratios: Tensor, rewards: Tensor, options: PairOptions) -> tupl
                                                    (1 - e) times that - e log sigmoid(-beta m) (Mitchell 2023, cDPO)
         ipo      (m - 1 / (2 beta))^2              Azar et al. 2023 (arXiv 2310.12036), eq. 17
     """
-    pairs = preferred(rewards, options.rounding)
-    weights = pairs / pairs.sum((1, 2), keepdim=True).clamp(min=1)
+    weights = pair_weights(rewards, rounding)
     margins = log_ratios[:, :, None] - log_ratios[:, None, :]
     if options.loss == "ipo":
         losses = (margins - 1 / (2 * options.beta)) ** 2
     else:
         smoothing, scaled = options.label_smoothing, options.beta * margins
         losses = -(1 - smoothing) * logsigmoid(scaled) - smoothing * logsigmoid(-scaled)
-    right = (margins.detach() > 0) * weights
-    return (losses * weights).sum(), right.sum()
+    return (losses * weights).sum()
+
+
+def pair_figures(log_ratios: Tensor, rewards: Tensor, beta: float, rounding: Tensor | None = None) -> Tensor:
+    """(P', 3) of the prompts that have pairs: beta log-ratio of the better and of the worse samples, and the share of
+    pairs in which that of the better one is larger. Arguments as `pair_loss`.
+    """
+    weights = pair_weights(rewards, rounding)
+    better, worse = weights.sum(2) * log_ratios, weights.sum(1) * log_ratios
+    right = weights * (log_ratios[:, :, None] > log_ratios[:, None, :])
+    figures = torch.stack([beta * better.sum(1), beta * worse.sum(1), right.sum((1, 2))], 1)
+    return figures[weights.sum((1, 2)) > 0]
 
 
 def for_metrics(stats: RolloutStats, options: AdvantageOptions) -> rf.Advantages:

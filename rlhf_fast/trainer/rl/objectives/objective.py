@@ -54,6 +54,7 @@ class RolloutStats(NamedTuple):
         None  # (B,) bool: ended by the length limit; `final_values` are then the bootstrap values
     )
     final_values: Tensor | None = None  # (B,) value of the state after the last token
+    rounding: Tensor | None = None  # (B,) each reward is exact up to this; None: exact
 
 
 class AdvantageOptions(NamedTuple):
@@ -64,7 +65,6 @@ class AdvantageOptions(NamedTuple):
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
-    rounding: float = 0.0  # rewards that differ by at most this times their size (at least 1) are equal
     process_group: Any = None
 
 
@@ -128,26 +128,24 @@ def exact_reference(logprobs: Tensor, kl: Tensor) -> Tensor:
 FLOAT32_ROUNDING = 1e-6
 
 
-def equal_up_to_rounding(groups: Tensor, rounding: float = 0.0) -> Tensor:
+def equal_up_to_rounding(groups: Tensor, rounding: Tensor | None = None) -> Tensor:
     """(P,) True where the rewards (P, K) of a prompt differ by rounding only.
 
-    That of float32 is relative to the largest of them; `rounding` is that of the model that scored, relative to the
-    largest of them or to 1, the spread of normalised scores. Divided by its own deviation such a difference would
-    become advantages of 1 and more.
+    Divided by its own deviation such a difference would become advantages of 1 and more.
     """
-    return groups.amax(1) - groups.amin(1) <= score_tolerance(groups, rounding)
+    return groups.amax(1) - groups.amin(1) <= reward_tolerance(groups, rounding).amax(1)
 
 
-def score_tolerance(groups: Tensor, rounding: float = 0.0) -> Tensor:
-    """(P,) largest difference of equal rewards (P, K)."""
-    size = groups.abs().amax(1)
-    return torch.maximum(FLOAT32_ROUNDING * size, rounding * size.clamp(min=1))
+def reward_tolerance(rewards: Tensor, rounding: Tensor | None = None) -> Tensor:
+    """The largest difference of each reward from an equal one: float32's, or its `rounding`, that of the model."""
+    of_sums = FLOAT32_ROUNDING * rewards.abs()
+    return of_sums if rounding is None else torch.maximum(of_sums, rounding.to(rewards.dtype))
 
 
 def centred(stats: RolloutStats, options: AdvantageOptions) -> Tensor:
     """(P, K) float64 rewards minus their prompt's mean; exactly 0 if they are equal up to rounding."""
     groups = by_prompt(stats.rewards, options)
-    alike = equal_up_to_rounding(groups, options.rounding)
+    alike = equal_up_to_rounding(groups, None if stats.rounding is None else by_prompt(stats.rounding, options))
     return torch.where(alike[:, None], 0.0, groups - groups.mean(1, keepdim=True))
 
 
