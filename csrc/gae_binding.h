@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binding of the family gae: gae, vtrace, ppo_advantages and the two steps of whitening.
 //
-// The device has a function for each op, with the op's name and arguments (dtype, args, rows, like); scratch memory is
-// allocated like the tensor `like`. Functions that compute moments also sum those of all rows, in an order that does
+// The device has a function for each op, with the op's name and arguments (dtype, args, the number of rows or sequences,
+// for packed ones that of tokens, like); scratch memory is allocated like the tensor `like`. Functions that compute moments also sum those of all rows, in an order that does
 // not depend on threads.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace rlhf_fast {
 
-// Any shape as rows of at most a few thousand entries: the last dimension, or all of a vector.
+// Any shape as rows: the last dimension, or all of a vector, which is one row however long it is.
 inline int64_t row_length(const Tensor& x) { return x.dim() == 0 ? 1 : x.size(x.dim() - 1); }
 inline int64_t row_count(const Tensor& x) { return x.numel() == 0 ? 0 : x.numel() / row_length(x); }
 

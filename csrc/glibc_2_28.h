@@ -4,9 +4,11 @@
 // manylinux_2_28.
 #pragma once
 
-#if defined(__linux__) && defined(__x86_64__)
+#include <limits.h>  // for __GLIBC__: other libraries of C, such as musl, have no such versions
+
+#if defined(__GLIBC__) && defined(__x86_64__)
 #define RF_OLDEST "GLIBC_2.2.5"
-#elif defined(__linux__) && defined(__aarch64__)
+#elif defined(__GLIBC__) && defined(__aarch64__)
 #define RF_OLDEST "GLIBC_2.17"
 #endif
 

@@ -210,6 +210,16 @@ def test_packed_equals_padded(
         assert_values(got[which], wanted, dtype=dtype, what=name)
 
 
+def test_flags_that_could_be_per_token_or_per_row() -> None:
+    """As many sequences as tokens and some are empty: the flags of one would be taken for those of the other."""
+    rewards = torch.ones(2)
+    flags = {"truncated": torch.tensor([True, False]), "bootstrap_values": torch.tensor([10.0, 0.0])}
+    with pytest.raises(ValueError, match="some of them empty, they cannot be told apart"):
+        rf.gae(rewards, rewards, cu_seqlens=torch.tensor([0, 2, 2]), **flags)
+    got = rf.gae(rewards, rewards, cu_seqlens=torch.tensor([0, 1, 2]), **flags).advantages  # the same either way
+    assert got.tolist() == [10, 0]
+
+
 def test_packed_plain_and_float_lam(backend: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     rewards, values = batch(generator, dtype, 10)
     got = rf.gae(rewards, values, cu_seqlens=torch.tensor([0, 4, 10]), lam=0.8, gamma=0.9)

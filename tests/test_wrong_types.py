@@ -138,3 +138,14 @@ def test_public_functions_say_what_they_raise() -> None:
 def test_gae_returns_named_fields() -> None:
     result = rf.gae(R, R)
     assert isinstance(result, rf.GAE) and result._fields == ("advantages", "returns")
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_distributed_tensors_are_refused(op: str) -> None:
+    """All but the heads' weights, which `process_group` takes."""
+    for name, x in CALLS[op].items():
+        if isinstance(x, torch.Tensor) and "weight" not in name:
+            distributed = x.clone()
+            distributed.placements = ("Shard(0)",)
+            with pytest.raises(TypeError, match=rf"rlhf_fast\.{op}: {name} must be a plain tensor, got a DTensor"):
+                getattr(rf, op)(**{**CALLS[op], name: distributed})

@@ -43,8 +43,8 @@ inline void score(const T* keys, int64_t stride, const bool* mask, int64_t lengt
   }
 }
 
-// Scores become weights exp(score - largest); the result is 1 / their sum, or 0 where all keys are masked. `max` skips
-// a NaN, so `top` is also -inf where all that are not masked are NaN, and then the result is NaN.
+// Scores become weights exp(score - largest); the result is 1 / their sum, or 0 where all keys are masked. A later
+// score takes the place of a NaN in `max`, so `top` may be -inf though not all are masked, and then the result is NaN.
 inline float weigh(float* scores, int64_t length) {
   Vec largest = splat(-kInf);
   for (int64_t j = 0; j < length; j += kLanes) largest = max(largest, load_some(scores + j, length - j, -kInf));

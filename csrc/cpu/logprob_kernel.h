@@ -182,7 +182,7 @@ inline int64_t first_max(const T* x, int64_t columns, const RowTransform& transf
   for (int64_t j = fold.max_block; j < end; ++j) {
     if (transform.scalar(to_float(x[j])) == fold.max) return j;
   }
-  return 0;  // only with NaN
+  return 0;  // only where a row has a NaN: which index it then gives is undefined
 }
 
 // ------------------------------------------------------------------------------------------- forward

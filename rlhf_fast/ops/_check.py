@@ -26,7 +26,12 @@ def is_float(op: str, name: str, x: Tensor | None) -> None:
 
 
 def is_dense(op: str, name: str, x: Tensor) -> None:
-    """Refuse sparse and nested tensors, on which kernels and reference would fail with unclear errors."""
+    """Refuse sparse, nested and distributed tensors, on which kernels and reference would fail with unclear errors."""
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"rlhf_fast.{op}: {name} must be a plain tensor, got a DTensor with placements {x.placements}; give its "
+            "to_local(), if the op needs no other rank's part, or its full_tensor()"
+        )
     if x.is_nested or x.layout != torch.strided:
         came = "a nested tensor" if x.is_nested else x.layout
         raise TypeError(f"rlhf_fast.{op}: {name} must be a dense tensor, got {came}; convert it, with .to_dense() say")

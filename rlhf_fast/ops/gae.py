@@ -286,6 +286,7 @@ def token_flags(
     """dones, truncated, bootstrap_values with an entry for each token; those given per row go to the last real one."""
     _check_given_together(op, truncated, bootstrap_values)
     rows = _rows_of(rewards, cu_seqlens)
+    _check_per_token_or_per_row(op, rewards, cu_seqlens, dones, truncated)
     flags: list[Tensor | None] = []
     given = (("dones", dones), ("truncated", truncated), ("bootstrap_values", bootstrap_values))
     for name, x in given:
@@ -314,6 +315,18 @@ def token_flags(
         _check.shape_is(op, name, x, rewards.shape, "rewards (or one per row)")
         flags.append(x)
     return flags
+
+
+def _check_per_token_or_per_row(op: str, rewards: Tensor, cu_seqlens: Tensor | None, *flags: Tensor | None) -> None:
+    """Refuse flags that could be either: as many sequences as tokens, some empty."""
+    if cu_seqlens is None or cu_seqlens.shape[0] - 1 != rewards.shape[0] or all(x is None for x in flags):
+        return
+    if _check.can_look(cu_seqlens) and bool((cu_seqlens.diff() == 0).any()):
+        raise ValueError(
+            f"rlhf_fast.{op}: dones, truncated and bootstrap_values may be per token or per row, and with "
+            f"{rewards.shape[0]} tokens in as many sequences, some of them empty, they cannot be told apart; leave the "
+            "empty sequences out of cu_seqlens"
+        )
 
 
 def _spread(per_row: Tensor, rewards: Tensor, cu_seqlens: Tensor | None) -> Tensor:

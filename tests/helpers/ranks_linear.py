@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import weakref
@@ -244,6 +245,7 @@ if __name__ == "__main__":
         group = weakref.ref(dist.group.WORLD)
         globals()[case](number)
         dist.destroy_process_group()
+        gc.collect()  # frames of the case that refer to each other
         if case not in ("dtensor", "fsdp", "compiled"):  # torch itself keeps the groups of its meshes and graphs
             assert group() is None, "the ops keep the group: its threads may abort the process at its end"
         print(f" {case} done ", flush=True)
