@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Binding of the family gae: gae, vtrace, ppo_advantages and the two steps of whitening.
 //
-// The device has a function for each op, with the op's name and arguments (dtype, args, the number of rows or sequences,
-// for packed ones that of tokens, like); scratch memory is allocated like the tensor `like`. Functions that compute moments also sum those of all rows, in an order that does
-// not depend on threads.
+// The device has a function for each op, with the op's name and arguments (dtype, args, the number of rows or
+// sequences, for packed ones that of tokens, like); scratch memory is allocated like the tensor `like`. Functions that
+// compute moments also sum those of all rows, in an order that does not depend on threads.
 #pragma once
 
 #include <cmath>

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _dispatch, _triton
-from rlhf_fast.ops import _check, gae, reference
+from rlhf_fast.ops import _check, gae, reference, sequences
 from rlhf_fast.ops._register import CONSTANT, define
 
 # Of the limits of ratios. An advantage has a product of two ratios, which must not overflow in float32. No limit may be
@@ -89,10 +89,10 @@ def vtrace(
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "vtrace"
-    bounds = gae.checked_layout(op, rewards, values, mask, cu_seqlens)
-    gae.check_like(op, "log_ratios", log_ratios, rewards)
+    bounds = sequences.checked_layout(op, rewards, values, mask, cu_seqlens)
+    sequences.check_like(op, "log_ratios", log_ratios, rewards)
     carry = bool(_check.choice(op, "mask_mode", mask_mode, gae.MASK_MODES))
-    flags = gae.token_flags(op, rewards, mask, bounds, dones, truncated, bootstrap_values)
+    flags = sequences.token_flags(op, rewards, mask, bounds, dones, truncated, bootstrap_values)
     c_limit = _check.number(op, "c_clip", c_clip)
     if not SMALLEST_LIMIT <= c_limit <= 1:
         raise ValueError(f"rlhf_fast.{op}: c_clip must be between {SMALLEST_LIMIT:g} and 1, got {c_limit}")
@@ -144,11 +144,11 @@ def retrace(
         TypeError, ValueError: on a wrong dtype, shape, device or range, naming the argument.
     """
     op = "retrace"
-    bounds = gae.checked_layout(op, rewards, values, mask, cu_seqlens)
+    bounds = sequences.checked_layout(op, rewards, values, mask, cu_seqlens)
     for name, x in (("q_values", q_values), ("log_ratios", log_ratios)):
-        gae.check_like(op, name, x, rewards)
+        sequences.check_like(op, name, x, rewards)
     carry = bool(_check.choice(op, "mask_mode", mask_mode, gae.MASK_MODES))
-    flags = gae.token_flags(op, rewards, mask, bounds, dones, truncated, bootstrap_values)
+    flags = sequences.token_flags(op, rewards, mask, bounds, dones, truncated, bootstrap_values)
     gamma, lam = _check.in_unit_interval(op, "gamma", gamma), _check.in_unit_interval(op, "lam", lam)
     wide = reference.accumulate_dtype(rewards.dtype)  # no sum is rounded to half precision
     r, q, v, ratios = (x.to(wide) for x in (rewards, q_values, values, log_ratios))
@@ -194,7 +194,7 @@ def _following(rewards: Tensor, counts: Tensor | None, ends: Tensor | None, boun
         first = counted.flip(-1).cummin(-1).values.flip(-1)
         at, exists = first.clamp(max=length - 1), first < length
     if bounds is not None:
-        sequence = gae.sequence_of_token(rewards, bounds)
+        sequence = sequences.sequence_of_token(rewards, bounds)
         exists = exists & (sequence == (sequence.roll(-1) if at is None else sequence[at]))
     return _Following(at, exists if ends is None else exists & ~ends)
 
