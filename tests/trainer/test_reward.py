@@ -208,6 +208,21 @@ def test_micro_batches_do_not_change_the_result(tiny: Path, tmp_path: Path, feed
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+def test_each_epoch_has_every_ranking_in_an_order_of_its_own(
+    feedback: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def noted(config: Any, model: Any, optimizer: Any, batch: Any, pad_id: int) -> dict[str, float]:
+        seen.extend(str(ranking.source.prompt) for ranking in batch)
+        return {"loss": 1.0, "pair_accuracy": 0.5, "grad_norm": 1.0}
+
+    monkeypatch.setattr(reward, "_step", noted)
+    train(tiny, tmp_path / "run", feedback, epochs=2)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert sorted(first) == sorted(second) and len(set(first)) == len(first) and first != second
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(
     tiny: Path, tmp_path: Path, feedback: str, dtype: str, monkeypatch: pytest.MonkeyPatch, stop_at: Any
