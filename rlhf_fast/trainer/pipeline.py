@@ -129,8 +129,8 @@ def check_files(config: PipelineConfig) -> None:
         if rater is not None:
             rater.check_columns(lines)
     read_data(Settings(ppo).data, load_functions(ppo.reward_functions), load_rater(ppo.rater) if ppo.rater else None)
-    for model in filter(None, (config.model, config.ppo.reward_model)):
-        resolve_model(model)
+    if config.ppo.reward_model:
+        resolve_model(config.ppo.reward_model)
 
 
 def _config(cls: type[P], config: PipelineConfig, section: Any, **values: Any) -> P:
