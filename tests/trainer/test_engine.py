@@ -328,8 +328,8 @@ def test_the_correction_weights_the_advantages(
 ) -> None:
     stub.faults["shift"] = -8e-4  # an engine whose rounding is that of a lower precision
     found = {}
-    for kind in ("none", "truncate"):
-        config = dataclasses.replace(run_config, sampler_correction=kind, sampler_cap=1.0005, max_steps=1)
+    for kind, cap in (("none", None), ("truncate", 1.0005)):
+        config = dataclasses.replace(run_config, sampler_correction=kind, sampler_cap=cap, max_steps=1)
         found[kind] = learned_from(config, tmp_path / kind, monkeypatch)[0]
     assert float(found["none"].advantages.abs().max()) > 0.1
     torch.testing.assert_close(found["truncate"].advantages, found["none"].advantages * 1.0005)
