@@ -140,7 +140,7 @@ def test_an_engine_that_failed_is_not_asked_again(vllm: type[FakeLLM], tiny: Pat
     with pytest.raises(EngineError, match=r"failed \(ZeroDivisionError: .*--resume"):
         sampler(lm, tokenizer, PROMPTS, params, seed=0)
     del engine.llm.generate  # type: ignore[method-assign]
-    with pytest.raises(EngineError, match="has failed before: start anew with --resume"):
+    with pytest.raises(EngineError, match="has failed before: start again with --resume"):
         sampler(lm, tokenizer, PROMPTS, params, seed=0)
 
 

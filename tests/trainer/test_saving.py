@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
         phases.run(config, tmp_path / "run")
     assert steps_on_disk(tmp_path / "run") == [1, 2]
     step[0] = 0
-    with pytest.raises(UserError, match="there is no older checkpoint: begin anew with --overwrite") as caught:
+    with pytest.raises(UserError, match="there is no older checkpoint: start over with --overwrite") as caught:
         phases.run(replace(config, save_steps=0), tmp_path / "other")
     assert "--resume" not in str(caught.value) and not steps_on_disk(tmp_path / "other")
 
@@ -229,7 +229,7 @@ def test_options_that_may_not_change_are_refused(options: dict[str, Any], job_da
     run.save_config(config)
     ((name, value),) = options.items()
     resumed = RunFolder.create(tmp_path / "run", resume=True)
-    with pytest.raises(UserError, match=rf"cannot go on with {name} {value} \(was .*\): put that back, or begin anew"):
+    with pytest.raises(UserError, match=rf"cannot go on with {name} {value} \(was .*\): put that back, or start over"):
         finished_summary(resumed, replace(config, **options))
     assert finished_summary(resumed, replace(config, micro_batch_size=3, output_dir="elsewhere")) is None
 
