@@ -89,7 +89,7 @@ def learn(task: Task, steps: int, **values: Any) -> Curve:
     seed_everything(config.seed)
     options = Settings(config)
     agent = agents.load_agent(options.agent)
-    lines = read_data(options.data._replace(strict=True)).prompts
+    lines = read_data(options.data._replace(strict=True), [], None).prompts
     prompts = agents.encode_prompts(lines, agent, options.prompts)
     curve = [{"step": 0, **task.measure(agent.policy)}]
     for step in range(steps):
