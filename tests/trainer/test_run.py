@@ -133,7 +133,7 @@ def test_trackers_get_the_configuration_and_every_metric(tmp_path: Path) -> None
 def test_a_tracker_that_is_not_there_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tensorbord", "wandb"):
         monkeypatch.setattr("accelerate.tracking._available_trackers", ["tensorboard"])
-        with pytest.raises(UserError, match=rf"trackers: '{name}' is none of .* installed here: \['tensorboard'\]"):
+        with pytest.raises(UserError, match=rf"trackers: '{name}' is not among .* installed here: \['tensorboard'\]"):
             SFTConfig(train_file="a.jsonl", trackers=("tensorboard", name)).validate()
 
 
