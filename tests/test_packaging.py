@@ -81,7 +81,9 @@ def use_wheel(wheel: Path, folder: Path) -> str:
 def unoptimized_compiler(folder: Path) -> str:
     """The C++ compiler with -O0 in the last word: what is in the wheel is tested, and loads, in a third of the time."""
     script = folder / "c++"
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or "c++"} "$@" -O0\n')
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next(name for name in names if name and shutil.which(name))
+    script.write_text(f'#!/bin/sh\nexec {compiler} "$@" -O0\n')
     script.chmod(0o755)
     return str(script)
 

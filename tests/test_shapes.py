@@ -94,6 +94,23 @@ def detached(rows: tuple[int, int]) -> dict[str, Tensor]:
     return {k: v.detach() for k, v in inputs_of(rows).items()}
 
 
+def test_export_leaves_packed_sequences_open() -> None:
+    """The number of tokens and that of sequences, equal or not, with flags that could be per token or per row."""
+
+    class Packed(torch.nn.Module):
+        def forward(self, rewards: Tensor, dones: Tensor, cu_seqlens: Tensor) -> Tensor:
+            return rf.gae(rewards, rewards, dones=dones, cu_seqlens=cu_seqlens, lam=0.9).advantages
+
+    def inputs(*bounds: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.arange(float(bounds[-1])), torch.arange(bounds[-1]) % 3 == 0, torch.tensor(bounds)
+
+    tokens, sequences = torch.export.Dim("tokens", min=2), torch.export.Dim("bounds", min=2)
+    shapes = ({0: tokens}, {0: tokens}, {0: sequences})
+    module = torch.export.export(Packed(), inputs(0, 4, 7), dynamic_shapes=shapes).module()
+    for bounds in ((0, 4, 7), (0, 2, 9, 10), (0, 1, 2)):
+        torch.testing.assert_close(module(*inputs(*bounds)), Packed()(*inputs(*bounds)))
+
+
 @every_op
 def test_export_leaves_the_batch_open(op: str) -> None:
     module = exported(op).module()
@@ -102,7 +119,11 @@ def test_export_leaves_the_batch_open(op: str) -> None:
 
 
 # Of the C++ compiler, which would else take longer than the test.
-QUICK = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
+QUICK = {
+    f"aot_inductor.{name}": value
+    for name, value in (("precompile_headers", False), ("compile_wrapper_opt_level", "O0"))
+    if hasattr(torch._inductor.config.aot_inductor, name)
+}
 
 
 def test_aot_inductor(tmp_path: Path) -> None:

@@ -44,13 +44,22 @@ def test_make_help_names_every_target_that_a_user_types() -> None:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
-def test_make_lets_python_keep_what_it_has_compiled() -> None:
-    show = "show:\n\t@echo [$$PYTHONDONTWRITEBYTECODE] [$$OMP_WAIT_POLICY]"
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
-        ["make", "--silent", f"--eval={show}", "show"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+def test_make_lets_python_keep_what_it_has_compiled(tmp_path: Path) -> None:
+    makefile = tmp_path / "Makefile"
+    makefile.write_text(f"include {ROOT}/Makefile\nshow:\n\t@echo [$$PYTHONDONTWRITEBYTECODE] [$$OMP_WAIT_POLICY]\n")
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make that runs the tests
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = ["make", "--silent", "--no-print-directory", "-f", str(makefile), "show"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout == "[] [PASSIVE]\n", done.stdout + done.stderr
+
+
+def test_no_function_of_a_script_hides_a_program_that_it_looks_for() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    sought = set(re.findall(r"command -v (\w+)", script))
+    assert "chromium" in sought
+    assert not sought & set(re.findall(r"^(\w+)\(\)", script, re.MULTILINE))
 
 
 def test_hooks_look_at_the_files_of_the_commit() -> None:

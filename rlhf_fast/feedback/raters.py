@@ -158,13 +158,14 @@ def _module_of(file: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, file)
-    assert module_spec is not None and module_spec.loader is not None  # a .py file always has a loader
+    assert module_spec is not None  # a .py file always has one
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # last, so that the files there hide no installed module
     try:
-        module_spec.loader.exec_module(module)
+        # Not `exec_module`: that may take what an earlier version of the file was compiled to, as it compares seconds.
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

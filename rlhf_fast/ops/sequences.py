@@ -105,10 +105,14 @@ def token_flags(
 
 
 def _check_per_token_or_per_row(op: str, rewards: Tensor, cu_seqlens: Tensor | None, *flags: Tensor | None) -> None:
-    """Refuse flags that could be either: as many sequences as tokens, some empty."""
-    if cu_seqlens is None or cu_seqlens.shape[0] - 1 != rewards.shape[0] or all(x is None for x in flags):
+    """Refuse flags that could be either: as many sequences as tokens, some empty.
+
+    Where the bounds cannot be seen they are per token. Nothing but `can_look` is asked there: torch.export would keep
+    a comparison of sizes as a condition of the graph.
+    """
+    if cu_seqlens is None or all(x is None for x in flags) or not _check.can_look(cu_seqlens):
         return
-    if _check.can_look(cu_seqlens) and bool((cu_seqlens.diff() == 0).any()):
+    if cu_seqlens.shape[0] - 1 == rewards.shape[0] and bool((cu_seqlens.diff() == 0).any()):
         raise ValueError(
             f"rlhf_fast.{op}: dones, truncated and bootstrap_values may be per token or per row, and with "
             f"{rewards.shape[0]} tokens in as many sequences, some of them empty, they cannot be told apart; leave the "

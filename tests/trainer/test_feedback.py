@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +92,7 @@ def test_a_rater_is_a_function_of_a_file_or_a_module(raters: str) -> None:
     assert callable(load_rater("json:dumps"))
 
 
-def test_the_functions_of_a_file_share_one_module(tmp_path: Path) -> None:
+def test_the_functions_of_a_file_share_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Executed once, by whatever name and for whatever use it is asked for; again when it has been edited."""
     (tmp_path / "beside.py").write_text("WORD = 'cat'\n")
     path = tmp_path / "rules.py"
@@ -108,8 +110,10 @@ def test_the_functions_of_a_file_share_one_module(tmp_path: Path) -> None:
     (first,) = load_functions((f"0.5*{tmp_path}/folder/../rules.py:calls",))
     assert rater("p", ["cat cat", ""]) == [2, 0]
     assert first.of_prompts([PromptLine("p", "f:1")], ["x"]) == [1]
-    path.write_text(path.read_text().replace("len(shared)", "100 + len(shared)"))
-    assert load_rater(f"{path}:calls")("p", ["x"]) == [100]
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for edited in range(100, 103):  # as long as the one before, and within the same second
+        path.write_text(re.sub(r"\[(\d+ \+ )?len", f"[{edited} + len", path.read_text()))
+        assert load_rater(f"{path}:calls")("p", ["x"]) == [edited]
 
 
 def test_a_file_that_raises_is_executed_again(tmp_path: Path) -> None:
