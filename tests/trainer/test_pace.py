@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,36 +227,82 @@ def test_before_and_after_are_of_the_same_prompts(
         )
 
 
-def test_the_best_policy_is_the_best_of_the_prompts_that_both_were_evaluated_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four held-out prompts, of which there is time for two at the end."""
-    rewards: list[list[float]] = [[0, 0, 8, 8], [1, 1, 5, 5], [2, 2], [1, 1, 9, 9]]
-    saved: list[int] = []
-    run = RunFolder.create(tmp_path / "run")
+Judged = Callable[..., Evaluator]
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judged:
+    """Evaluators with keep_best on four held-out prompts, whose evaluations have the `rewards` given in turn; `saved`
+    lists how many were left whenever a model was saved."""
 
     def measure(
         evaluator: Evaluator, held_out: Any, count: int | None
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        rewards = evaluator.agent.rewards
         rows: list[dict[str, Any]] = [{"reward": reward, "completion": "a b"} for reward in rewards.pop(0)]
         assert len(rows) == (4 if count is None else count)
         return figures_of(rows), rows
 
     monkeypatch.setattr(Evaluator, "_measure", measure)
-    monkeypatch.setattr(evaluation, "save_policy", lambda agent, run: saved.append(len(rewards)))
+    monkeypatch.setattr(evaluation, "save_policy", lambda agent, run: agent.saved.append(len(agent.rewards)))
     options = evaluation.EvalOptions(SamplingParams(), samples=1, micro_batch=MicroBatch(1, 0), every=2, keep_best=True)
     held_out: Any = SimpleNamespace(lines=[None] * 4, ids=[None] * 4)
-    evaluator = Evaluator(None, held_out, options, run, None)  # type: ignore[arg-type]
-    before = evaluator.at("before")
-    evaluator.at_step(2)
-    before, after = evaluator.at_end(3, before, lambda prompts: 2)
-    assert before["reward"] == 0.0 and after["reward"] == 2.0 and evaluator.best == (3, 2.0)
-    assert [row["reward"] for row in read_jsonl(run.path / "samples.jsonl")] == [0, 0, 8, 8, 2, 2]
-    resumed = Evaluator(None, held_out, options, RunFolder(run.path, resume=True), None)  # type: ignore[arg-type]
-    resumed.resume(3)
+
+    def make(*rewards: list[float], step: int | None = None) -> Evaluator:
+        run = RunFolder.create(tmp_path / "run", resume=step is not None)
+        agent: Any = SimpleNamespace(rewards=list(rewards), saved=[])
+        evaluator = Evaluator(agent, held_out, options, run, None)
+        if step is not None:
+            evaluator.resume(step)
+        return evaluator
+
+    return make
+
+
+def test_the_best_policy_is_the_best_of_the_prompts_that_both_were_evaluated_on(judged: Judged) -> None:
+    """There is time for two prompts at the end of a run without an evaluation before."""
+    evaluator = judged([0, 0, 8, 8], [2, 2])
+    before, after = evaluator.at_end(1, evaluator.at("before"), lambda prompts: 2)
+    assert before["reward"] == 0.0 and after["reward"] == 2.0 and evaluator.best == (1, 2.0)
+    assert [row["reward"] for row in read_jsonl(evaluator.run.path / "samples.jsonl")] == [0, 0, 8, 8, 2, 2]
+    resumed = judged([1, 1, 9, 9], step=1)
     resumed.at_step(4)
     before, after = resumed.at_end(4, resumed.at("before"), lambda prompts: pytest.fail("nothing is evaluated again"))
-    assert before["reward"] == 0.0 and after["reward"] == 2.0 and saved == [2, 1]
+    assert before["reward"] == 0.0 and after["reward"] == 2.0 and not resumed.agent.saved
+
+
+def test_a_part_of_the_prompts_does_not_replace_a_model_that_was_best_of_all(
+    judged: Judged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(1.0, max_seconds=100)
+    clock.pace._evaluation, clock.now = 10.0, 98.0
+    evaluator = judged([0, 0, 8, 8], [1, 1, 5, 5], [2, 2])
+    before = evaluator.at("before")
+    evaluator.at_step(2)
+    before, after = evaluator.at_end(3, before, clock.pace.held_out)
+    assert evaluator.best == (2, 3.0) and before["reward"] == 4.0 and after["reward"] == 3.0
+    assert [row["reward"] for row in read_jsonl(evaluator.run.path / "samples.jsonl")] == [0, 0, 8, 8, 1, 1, 5, 5]
+    assert "2 s are left of max_seconds 100, too little to evaluate the last policy" in capsys.readouterr().err
+    clock.now = 50.0
+    resumed = judged([1, 1, 9, 9], step=2)
+    _, after = resumed.at_end(3, resumed.at("before"), clock.pace.held_out)
+    assert resumed.best == (3, 5.0) and after["reward"] == 5.0
+
+
+def test_a_run_of_the_version_before_keeps_its_best_model(judged: Judged) -> None:
+    """It has best.json, but not what that model sampled."""
+    old = judged([0, 0, 8, 8], [5, 5, 5, 5])
+    old.at("before")
+    old.at_step(2)
+    (old.run.path / "best_samples.jsonl").unlink()
+    resumed = judged([1, 1, 9, 2], [6, 6, 6, 6], step=2)
+    assert resumed.best == (2, 5.0)
+    resumed.at_step(4)
+    before, after = resumed.at_end(4, resumed.at("before"), lambda prompts: pytest.fail("nothing is evaluated again"))
+    assert resumed.best == (2, 5.0) and not resumed.agent.saved
+    assert before["reward"] == 4.0 and after["reward"] == 5.0
+    resumed.at_step(6)
+    assert resumed.best == (6, 6.0) and resumed.agent.saved == [0]
 
 
 @pytest.mark.parametrize(("samples", "minibatches", "smallest"), [(1, 4, 4), (3, 3, 3), (4, 8, 4)])

@@ -219,7 +219,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     eval_steps: Annotated[int, NOT_NEGATIVE] = 0
     """Steps between evaluations on the held-out prompts; 0: only before and after."""
     keep_best: bool = False
-    """Save the model with the highest held-out reward, not the last one; needs eval_steps."""
+    """Save the model with the highest held-out reward of those evaluated, the last among them; needs eval_steps."""
     rater: str | None = None
     """Simulated rater, reported beside the reward on held-out prompts; never trained on."""
     ptx_file: str | None = None

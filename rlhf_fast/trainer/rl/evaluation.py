@@ -32,7 +32,7 @@ class EvalOptions(NamedTuple):
     samples: int  # of each prompt
     micro_batch: MicroBatch
     every: int  # steps; 0: only before and after
-    keep_best: bool  # save the best model instead of the last
+    keep_best: bool  # save the best of the models evaluated, the last one among them, instead of the last
 
 
 @dataclass
@@ -86,29 +86,36 @@ class Evaluator:
             self.run.append_jsonl("samples.jsonl", [{"when": when, **row} for row in rows], kept)
         self.run.write_json(f"eval_{when}.json", figures)
 
-    def at_end(self, step: int, before: Figures, fitting: Callable[[int], int]) -> tuple[Figures, Figures]:
+    def at_end(self, step: int, before: Figures, fitting: Callable[..., int]) -> tuple[Figures, Figures]:
         """Figures before and after, of the same prompts: those of all that `fitting` says there is time for.
 
         After: of the model in model/, which with keep_best may be that of an earlier step. The policy of the last
-        `step` competes for it as well. eval_before.json and samples.jsonl keep those of all before, for a longer run
-        that resumes with time for more.
+        `step` competes for it as well, if there is time for all prompts (`fitting(prompts, whole=True)`): on a part of
+        them chance would decide. eval_before.json and samples.jsonl keep those of all before, for a longer run that
+        resumes with time for more.
         """
         if self.held_out is None:
             return before, {}
         before_rows = self._before_rows()
         # Earlier versions may have kept fewer.
         known = len(before_rows) // self.options.samples or len(self.held_out.lines)
-        competed = self.options.keep_best and self.best is not None and self.due(step)
-        count = known if competed else min(fitting(len(self.held_out.lines)), known)
         if self.options.keep_best:
-            if not competed:
-                self.at_step(step, self._part(count))
-            count, after = self._best_after(count)
+            self._compete(step, known, fitting)
+            count, after = self._best_after(known)
         else:
+            count = min(fitting(len(self.held_out.lines)), known)
             after = self.at("after", self._part(count))
         if before_rows and self._part(count) is not None:
             before = figures_of(before_rows[: count * self.options.samples])
         return before, after
+
+    def _compete(self, step: int, known: int, fitting: Callable[..., int]) -> None:
+        """Evaluate the policy of the last step, unless that is done or there is a best one and too little time."""
+        assert self.held_out is not None
+        if self.best is None:
+            self.at_step(step, self._part(min(fitting(len(self.held_out.lines)), known)))
+        elif not self.due(step) and fitting(len(self.held_out.lines), whole=True):
+            self.at_step(step)
 
     def _part(self, count: int) -> int | None:
         """As `at` takes it: None for all prompts."""
@@ -119,12 +126,12 @@ class Evaluator:
         """Write what the best policy sampled as that after training: (of how many of `count` prompts, figures)."""
         assert self.best is not None
         step, reward = self.best
-        rows = read_jsonl(self.run.path / BEST_SAMPLES)
+        rows = read_jsonl(self.run.path / BEST_SAMPLES)  # none in a run of an earlier version
         part = rows[: count * self.options.samples]
         figures = self.run.read_json(f"eval_step-{step}.json") if len(part) == len(rows) else figures_of(part)
         self._write("after", figures, part)
         notice(f"model/ is that of step {step}, whose held-out reward was the highest: {reward:.4g}")
-        return len(part) // self.options.samples, figures
+        return len(part) // self.options.samples or count, figures
 
     def _before_rows(self) -> Rows:
         return [row for row in read_jsonl(self.run.path / "samples.jsonl") if row.get("when") == "before"]
@@ -157,7 +164,7 @@ class Evaluator:
         if self.best is None:
             return True
         best = read_jsonl(self.run.path / BEST_SAMPLES)
-        if len(best) == len(rows):
+        if len(best) in (0, len(rows)):  # 0: a run of an earlier version, whose evaluations were of all prompts
             return figures["reward"] > self.best[1]
         common = min(len(best), len(rows))
         return figures_of(rows[:common])["reward"] > figures_of(best[:common])["reward"]
@@ -177,8 +184,7 @@ class Evaluator:
             for path in self.run.path.glob("eval_step-[0-9]*.json"):
                 if int(path.stem.rpartition("-")[2]) > step:
                     path.unlink()
-        files = [self.run.path / name for name in (BEST, BEST_SAMPLES)]
-        if self.options.keep_best and all(file.exists() for file in files):
+        if self.options.keep_best and (self.run.path / BEST).exists():
             best = self.run.read_json(BEST)
             if int(best["step"]) <= step:
                 self.best = int(best["step"]), float(best["reward"])

@@ -68,18 +68,24 @@ class Pace:
             self._first, self._evaluation = int(state["first"]), float(state["evaluation"])
             self._each = [float(seconds) for seconds in state["each"]]
 
-    def held_out(self, prompts: int) -> int:
+    def held_out(self, prompts: int, whole: bool = False) -> int:
         """How many of the held-out prompts the evaluation at the end takes: all, or those that there is time for.
 
-        At least a fourth; the same on every rank.
+        At least a fourth, or with `whole` all or none; the same on every rank.
         """
-        return ranks().once(lambda: self._fitting(prompts))
+        return ranks().once(lambda: self._fitting(prompts, whole))
 
-    def _fitting(self, prompts: int) -> int:
+    def _fitting(self, prompts: int, whole_or_none: bool) -> int:
         limit, whole = self.duration.max_seconds, MARGIN * self._last_evaluation()
         room = limit - self.timer.elapsed() if limit else float("inf")
         if room >= whole or not whole:
             return prompts
+        if whole_or_none:
+            notice(
+                f"{max(room, 0):.0f} s are left of max_seconds {limit:.0f}, too little to evaluate the last policy: "
+                "the best one before it is kept"
+            )
+            return 0
         taken = max(-(-prompts // LEAST), min(prompts, int(prompts * room / whole)))
         notice(
             f"{max(room, 0):.0f} s are left of max_seconds {limit:.0f}: the last evaluation takes {taken} of {prompts} "
