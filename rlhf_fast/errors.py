@@ -16,5 +16,5 @@ class Interrupted(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of the message of another library's error."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of the message of another library's error; its type if it has none (`TimeoutError()`)."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from rlhf_fast.errors import UserError
+from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models import hub
 from rlhf_fast.models import loading as models
 
@@ -37,6 +37,11 @@ def asked_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.chdir(tmp_path)  # where no folder is called like the names below
     return asked
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert first_line(TimeoutError()) == "TimeoutError"
+    assert first_line(OSError("no such file\nhint")) == "no such file"
 
 
 def test_a_name_that_is_no_folder_fails_at_once(asked_hub: list[str], tmp_path: Path) -> None:

@@ -248,7 +248,10 @@ def test_a_default_goes_with_the_kind_that_is_chosen() -> None:
     assert clips(objective="gspo", importance_ratio="token") == clips(objective="grpo") == (0.2, 0.2)
     assert clips(objective="dapo", importance_ratio="sequence") == (0.2, 0.28)
     assert clips(objective="cispo", importance_ratio="sequence-mean") == (1.0, 4.0)
-    assert clips(objective="grpo", importance_ratio="sequence-mean", cliprange=0.1)[0] == 0.1
+    assert clips(objective="grpo", importance_ratio="sequence-mean", cliprange=0.01) == (0.01, 0.01)  # follows it
+    assert clips(objective="gspo", importance_ratio="token", cliprange=0.1) == (0.1, 0.1)
+    assert clips(objective="grpo", importance_ratio="sequence-mean", cliprange=0.01, cliprange_high=0.02)[1] == 0.02
+    assert clips(objective="dapo", cliprange=0.1) == (0.1, 0.28)
     for kind, cap in (("truncate", 2.0), ("sequence-mask", 3.0), ("mask", None), ("none", None)):
         assert PPOConfig(sampler_correction=kind).resolved().sampler_cap == cap  # type: ignore[arg-type]
     assert Settings(PPOConfig(sampler_correction="sequence-mask")).step.score.correction.cap == 3.0

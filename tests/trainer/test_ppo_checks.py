@@ -48,8 +48,6 @@ from rlhf_fast.trainer.rl.rewards import Rewards, Scores
         ({"dpo_pairs": "all"}, "for the objective 'dpo' alone"),
         ({"objective": "dpo", "dpo_loss": "ipo", "label_smoothing": 0.1}, "not for ipo"),
         ({"keep_best": True}, "eval_steps"),
-        ({"objective": "grpo", "lam": 0.9}, "lam needs an objective with a critic"),
-        ({"objective": "rloo", "cliprange_value": 0.0}, "cliprange_value needs an objective with a critic"),
         ({"objective": "dpo", "cliprange": 0.1}, "cliprange is not for 'dpo', which learns from pairs"),
         ({"objective": "dpo", "cliprange_high": 0.1}, "cliprange_high is not for 'dpo'"),
         ({"objective": "dpo", "importance_ratio": "sequence-mean"}, "importance_ratio is not for 'dpo'"),
@@ -58,12 +56,27 @@ from rlhf_fast.trainer.rl.rewards import Rewards, Scores
         ({"ptx_coef": 1.0}, "ptx_coef needs ptx_file"),
         ({"overlong_buffer": 0.1}, "overlong_buffer needs overlong_penalty"),
         ({"eval_steps": 1}, "eval_steps needs eval_prompts_file"),
-        ({"sampler_cap": 3.0, "sampler_correction": "mask"}, "sampler_cap needs sampler_correction truncate or"),
+        (
+            {"sampler_cap": 2.5, "sampler_correction": "mask"},
+            "sampler_cap needs sampler_correction truncate or sequence-mask: leave it out",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(config: PPOConfig, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(config, **values).validate()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"objective": "grpo", "lam": 0.9, "cliprange_value": 0.0, "critic_lr": 1e-4},  # a file of several objectives
+        {"sampler_correction": "none", "sampler_cap": 2.0},  # as config.yaml of earlier runs has it
+        {"sampler_correction": "mask", "sampler_cap": 3.0},
+    ],
+)
+def test_options_of_another_kind_that_a_file_may_hold_are_accepted(config: PPOConfig, values: dict[str, Any]) -> None:
+    replace(config, **values).validate()
 
 
 def test_files_and_functions_are_read_before_any_model(

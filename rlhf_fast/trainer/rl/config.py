@@ -64,8 +64,8 @@ ESTIMATORS: dict[str, KLEstimator] = {
 }
 # Clip ranges that belong to a ratio: a mean over tokens moves far less than one token's ratio or than their product.
 MEAN_RATIO_CLIPS = {name: OBJECTIVES["gspo"].defaults[name] for name in ("cliprange", "cliprange_high")}
-# Without effect without a critic (as critic_lr, which a file of several objectives may set), or without token losses.
-OF_CRITIC = ("critic_warmup", "whiten_rewards", "bootstrap_truncated", "lam", "cliprange_value")
+# Without effect without a critic (a file of several objectives may set lam and others), or without token losses.
+OF_CRITIC = ("critic_warmup", "whiten_rewards", "bootstrap_truncated")
 OF_TOKENS = ("importance_ratio", "cliprange", "cliprange_high", "dual_clip", "entropy_coef", "gamma", "overlong_filter")
 
 
@@ -95,7 +95,7 @@ class ObjectiveOptions(Options):
     cliprange: Annotated[float | None, PROBABILITY] = None
     """The probability ratio is clipped to [1 - c, 1 + c]. None: the objective's, or that of its ratio."""
     cliprange_high: Annotated[float | None, POSITIVE] = None
-    """A separate upper limit, 1 + c ("clip higher" of DAPO). None: the objective's, else that of cliprange."""
+    """An upper limit of its own, 1 + c ("clip higher" of DAPO). None: the objective's for its ratio, else cliprange."""
     dual_clip: Annotated[float, NOT_NEGATIVE] = 0.0
     """Dual clip: largest ratio for negative advantages (Ye et al. 2020 use 3); 0: no limit."""
     entropy_coef: Annotated[float, NOT_NEGATIVE] = 0.0
@@ -253,9 +253,9 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
         defaults.setdefault("kl_estimator", ESTIMATORS[defaults["kl_in"]])
         defaults["num_minibatches"] = math.gcd(defaults["num_minibatches"], self._units[0])
         if self.importance_ratio not in (None, defaults["importance_ratio"]):
-            defaults |= self._clips_of_ratio(defaults["importance_ratio"])
-        cliprange = defaults["cliprange"] if self.cliprange is None else self.cliprange
-        defaults.setdefault("cliprange_high", cliprange)
+            clips = self._clips_of_ratio(defaults["importance_ratio"])
+            defaults |= clips if self.cliprange is None else dict.fromkeys(clips, self.cliprange)
+        defaults.setdefault("cliprange_high", defaults["cliprange"] if self.cliprange is None else self.cliprange)
         defaults["sampler_cap"] = CAPS.get(self.sampler_correction)
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
@@ -364,27 +364,27 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) for options that the objective does not use."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
+        capped = (
+            self.sampler_correction in CAPS or self.sampler_cap in CAPS.values()
+        )  # of a config.yaml of another kind
         for option in () if objective.critic else self.changed(*OF_CRITIC):
-            yield True, f"{option} needs an objective with a critic; {name} has none"
+            yield True, f"{option} needs an objective with a critic; {name} has none: leave it out"
         for option in self.changed(*OF_TOKENS) if objective.pairs else ():
-            yield True, f"{option} is not for {name}, which learns from pairs"
+            yield True, f"{option} is not for {name}, which learns from pairs: leave it out"
         yield (
             self.dual_clip > 0 and objective.token_loss != "ppo",
-            f"dual_clip is for objectives with PPO's loss, not for {name}",
+            f"dual_clip is for objectives with PPO's loss, not for {name}: leave it out",
         )
         for option in () if objective.pairs else self.changed("dpo_loss", "dpo_pairs", "label_smoothing"):
-            yield True, f"{option} is for the objective 'dpo' alone"
+            yield True, f"{option} is for the objective 'dpo' alone: leave it out"
         for option, other, there in (
             ("overlong_buffer", "overlong_penalty", self.resolved().overlong_penalty),
             ("ptx_coef", "ptx_file", self.ptx_file),
             ("eval_steps", "eval_prompts_file", self.eval_prompts_file),
-            ("sampler_cap", "sampler_correction truncate or sequence-mask", self.sampler_correction in CAPS),
+            ("sampler_cap", "sampler_correction truncate or sequence-mask", capped),
         ):
-            yield not there and bool(self.changed(option)), f"{option} needs {other}"
-        yield (
-            self.label_smoothing > 0 and self.dpo_loss == "ipo",
-            "label_smoothing is for the sigmoid loss of dpo, not for ipo",
-        )
+            yield not there and bool(self.changed(option)), f"{option} needs {other}: leave it out or set that"
+        yield self.label_smoothing > 0 and self.dpo_loss == "ipo", "label_smoothing is not for ipo: leave it out"
 
 
 @dataclass
