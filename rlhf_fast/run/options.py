@@ -60,6 +60,9 @@ class Options:
         """Whether an option may differ when a run is resumed."""
         return any(name in part.CHANGEABLE | part.EXTENDS for part in cls.__mro__ if issubclass(part, Options))
 
+    def check_extension(self, folder: Path) -> None:
+        """Raise UserError if the finished run in `folder` cannot continue with these files (of `EXTENDS`)."""
+
     def validate(self) -> None:
         """Raise UserError if an option is out of its range or conflicts with another."""
         for name, hint in typing.get_type_hints(type(self), include_extras=True).items():

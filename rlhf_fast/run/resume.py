@@ -53,7 +53,9 @@ def _finished_summary(
     changes = _changes(run, config)
     finished = (run.path / "summary.json").exists()
     _refuse(run, config, changes)
-    extended = finished and any(_more(*changes[name]) for name in config.EXTENDS & changes.keys())
+    more = {name: changes[name] for name in config.EXTENDS & changes.keys() if _more(*changes[name])}
+    # Where it may not, the same file with more rows is no reason to stop what goes on from its result.
+    extended = finished and any(may_extend or before != now for before, now in more.values())
     if extended:
         _check_extension(run, config, may_extend)
     elif finished:
@@ -108,6 +110,7 @@ def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> No
             f"{run.path} is finished and has no checkpoint to go on from (it ran with save_last off, or its disk was "
             "full): start over with --overwrite"
         )
+    config.check_extension(run.path)
 
 
 def _more(before: Any, now: Any) -> bool:

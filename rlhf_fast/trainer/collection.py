@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from rlhf_fast.data.encoding import vocabulary_id
@@ -52,6 +53,15 @@ class CollectConfig(CollectOptions, RunOptions):
         super().validate()
         if self.push_to_hub:
             raise UserError("push_to_hub uploads models, and collect makes none")
+
+    def check_extension(self, folder: Path) -> None:
+        """UserError if the feedback in `folder` is of prompts that the prompts file does not hold in this order."""
+        done = _prompts_in(folder / FEEDBACK_FILE)
+        lines = read_prompts(self.prompts_file, self.strict)
+        if len(lines) > len(done):  # some may have been left out, as too long
+            later = iter(lines)
+            lines = [next((x for x in later if x.prompt == done[i][0]), lines[i]) for i in range(len(done))]
+        _check_same(done, lines)
 
 
 def collect(config: CollectConfig, run: RunFolder) -> dict[str, Any]:
@@ -141,7 +151,12 @@ def _rows_done(run: RunFolder) -> list[tuple[Prompt, str]]:
     if len(complete_lines.encode()) != size and ranks().main:
         write_text(path, complete_lines)
     ranks().wait()
-    return read_lines(path, lambda row, where: (row["prompt"], where), strict=True) if complete_lines else []
+    return _prompts_in(path) if complete_lines else []
+
+
+def _prompts_in(path: Path) -> list[tuple[Prompt, str]]:
+    """(prompt, place) of each line of a feedback file."""
+    return read_lines(path, lambda row, where: (row["prompt"], where), strict=True)
 
 
 def _check_same(done: list[tuple[Prompt, str]], lines: list[PromptLine]) -> None:

@@ -21,6 +21,7 @@ from rlhf_fast.feedback.raters import load_rater
 from rlhf_fast.feedback.schema import read_feedback
 from rlhf_fast.models.loading import load_tokenizer
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.trainer.collection import CollectConfig, collect
 from rlhf_fast.trainer.rl.reward_functions import load_functions
 
@@ -275,9 +276,24 @@ def test_nothing_is_lost_and_resume_goes_on(
         assert collect(more, RunFolder.create(mended.output_dir, resume=True))["prompts"] == len(done)
         assert [row["prompt"] for row in rows_of(tmp_path / "run")] == done
     assert "with another content" in (shown := capsys.readouterr().err) and "nothing is left" in shown
-    Path(prompts).write_text('{"prompt": "leo wants food"}\n')
-    with pytest.raises(UserError, match="holds another prompt"):
-        collect(more, RunFolder.create(mended.output_dir, resume=True))
+    same = Path(prompts).read_text()
+    records = [(tmp_path / "run" / name).read_text() for name in ("summary.json", "inputs.json", "config.yaml")]
+    for changed in ('{"prompt": "leo wants food"}\n', same.replace("ben", "leo") + '{"prompt": "guy wants food"}\n'):
+        Path(prompts).write_text(changed)
+        with pytest.raises(UserError, match="holds another prompt"):
+            collect(more, RunFolder.create(mended.output_dir, resume=True))
+        # nothing was written before
+        kept = [(tmp_path / "run" / name).read_text() for name in ("summary.json", "inputs.json", "config.yaml")]
+        assert kept == records
+    # Where later phases began from its result, as in a pipeline, a file that has grown is left for another run.
+    Path(prompts).write_text(same + '{"prompt": "guy wants food"}\n')
+    resumed, more = (
+        RunFolder.create(mended.output_dir, resume=True),
+        replace(mended, prompts_file=f"{tmp_path}/a.jsonl"),
+    )
+    Path(more.prompts_file).write_text(Path(prompts).read_text())
+    assert (finished_summary(resumed, more, may_extend=False) or {})["prompts"] == len(done)
+    assert "is finished, so prompts_file" in capsys.readouterr().err
 
 
 def test_resume_with_another_prompts_file_is_refused(

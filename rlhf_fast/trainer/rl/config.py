@@ -364,9 +364,7 @@ class PPOOptions(EngineOptions, OptimizerOptions, CriticOptions, RewardOptions, 
     def _ignored(self) -> Iterator[tuple[bool, str]]:
         """(whether it is set, message) for options that the objective does not use."""
         objective, name = OBJECTIVES[self.objective], repr(self.objective)
-        capped = (
-            self.sampler_correction in CAPS or self.sampler_cap in CAPS.values()
-        )  # of a config.yaml of another kind
+        capped = self.sampler_correction in CAPS or self.sampler_cap in CAPS.values()  # of a file for another kind
         for option in () if objective.critic else self.changed(*OF_CRITIC):
             yield True, f"{option} needs an objective with a critic; {name} has none: leave it out"
         for option in self.changed(*OF_TOKENS) if objective.pairs else ():
