@@ -155,6 +155,7 @@ def _margins(rows: list[dict[str, Any]]) -> list[float]:
 
 def _ppo(phase: Phase) -> str:
     last = max((row["step"] for row in phase.metrics), default=0)
+    last = phase.summary.get("best_step", last)  # with keep_best the figures after are of that step's policy
     before, after = (read_json(phase.folder / f"eval_{when}.json") for when in ("before", "after"))
 
     def held_out(name: str, label: str, color: str) -> Line:

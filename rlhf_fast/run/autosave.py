@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run saves: every N steps or minutes, on Ctrl-C, at the end, and on any exception."""
+"""When a run saves: every N steps or minutes, on Ctrl-C, at the end, and on an error that leaves no step half done."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class SaveOptions(NamedTuple):
 class Autosave:
     """`with Autosave(...) as autosave:` around the loop of a phase, whose steps end with `autosave.after_step(step)`.
 
-    On an exception in the block, the current state is saved if all weights are finite and it is not on disk already,
-    and the exception is raised again. The message of a UserError then says where `--resume` would begin.
+    On an exception in the block, the current state is saved if it is that of a whole step, all weights are finite and
+    it is not on disk already, and the exception is raised again. The message of a UserError then says where `--resume`
+    would begin.
 
     A step calls `begin_change` before it changes anything that is saved. From then to the end of the step the state is
     neither that of this step nor that of the one before, so it is not saved, and the checkpoint before is named.

@@ -124,12 +124,16 @@ class RunFolder:
         self.append_jsonl("metrics.jsonl", [{"step": step, **_row(metrics)}])
         self._show(metrics, step)
 
-    def log_to_last(self, metrics: Mapping[str, float]) -> None:
-        """Add numbers to the last row of metrics.jsonl, which has a step already."""
-        if metrics and ranks().main:
-            *before, last = read_jsonl(self.path / "metrics.jsonl")
-            self.append_jsonl("metrics.jsonl", [{**last, **_row(metrics)}], keep_lines=len(before))
-            self._show(metrics, int(last["step"]))
+    def log_to_last(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add numbers to the row of `step` if that is the last one of metrics.jsonl, else append a row."""
+        if not metrics or not ranks().main:
+            return
+        rows = read_jsonl(self.path / "metrics.jsonl")
+        if not rows or rows[-1].get("step") != step:
+            self.log(metrics, step)
+        else:
+            self.append_jsonl("metrics.jsonl", [{**rows[-1], **_row(metrics)}], keep_lines=len(rows) - 1)
+            self._show(metrics, step)
 
     def _show(self, metrics: Mapping[str, float], step: int) -> None:
         """Give numbers to TensorBoard (where it is installed) and to the trackers."""

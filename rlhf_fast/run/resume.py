@@ -58,6 +58,7 @@ def _finished_summary(
     extended = finished and any(may_extend or before != now for before, now in more.values())
     if extended:
         _check_extension(run, config, may_extend)
+        _check_time(run, config, changes)
     elif finished:
         changes.pop("push_to_hub", None)  # a finished model can be uploaded
         effect = f"so {_listed(changes)} changes nothing" if changes else "nothing is left to train"
@@ -111,6 +112,23 @@ def _check_extension(run: RunFolder, config: RunOptions, may_extend: bool) -> No
             "full): start over with --overwrite"
         )
     config.check_extension(run.path)
+
+
+def _check_time(run: RunFolder, config: RunOptions, changes: dict[str, tuple[Any, Any]]) -> None:
+    """UserError if a finished run is to get more steps but `max_seconds`, of all its launches, leaves no time for one.
+
+    Then nothing would be trained, and its figures after training would be replaced by those of fewer prompts.
+    """
+    limit = getattr(config, "max_seconds", 0)
+    if not limit or "max_seconds" in changes:
+        return
+    summary = run.read_json("summary.json")
+    steps = summary.get("steps", 0)
+    used_up = steps < summary.get("max_steps", 0) or summary.get("seconds", 0) >= limit
+    if used_up and steps >= getattr(config, "min_steps", 0):
+        raise UserError(
+            f"max_seconds {limit:g} is used up after {steps} steps: raise it too, or set it to 0 for no limit"
+        )
 
 
 def _more(before: Any, now: Any) -> bool:

@@ -122,6 +122,15 @@ def test_an_error_in_the_first_update_leaves_nothing_to_go_on_from(
     assert not checkpoints(tmp_path / "run")
 
 
+def test_an_error_before_the_first_update_of_a_policy_alone_has_changed_nothing(
+    job_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(phases.jobs(job_data)["grpo"], eval_prompts_file=None)
+    monkeypatch.setattr(ppo, "update", lambda *args, **options: (_ for _ in ()).throw(UserError("no update")))
+    with pytest.raises(UserError, match="no update; saved after 0 steps, --resume goes on from there"):
+        phases.run(config, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def with_dropout(job_data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny model, whose forward draws random numbers in training: a step that fails has drawn some."""

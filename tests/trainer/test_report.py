@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf_fast.errors import UserError
+from rlhf_fast.report import plots
 from rlhf_fast.report.page import write_report
 from rlhf_fast.rollout.evaluate import variety
 
@@ -100,6 +102,28 @@ def test_the_page_is_whole_self_contained_and_escaped(run: Path) -> None:
         "config.yaml",
     ):
         assert heading in page
+
+
+def test_figures_after_training_stand_at_the_step_whose_model_is_kept(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for when, reward in (("before", 0.0), ("after", 1.25)):
+        (run / f"ppo/eval_{when}.json").write_text(json.dumps({"reward": reward}))
+    drawn: list[plots.Line] = []
+    draw = plots.lines
+
+    def lines(curves: Sequence[plots.Line], *args: Any, **options: Any) -> str:
+        drawn.extend(curves)
+        return draw(curves, *args, **options)
+
+    monkeypatch.setattr(plots, "lines", lines)
+    for summary, last in (({}, 3), ({"best_step": 2}, 2)):
+        (run / "ppo/summary.json").write_text(json.dumps(summary))
+        drawn.clear()
+        write_report(run)
+        assert [(line.x, line.y) for line in drawn if line.label == "held out" and 1.25 in line.y] == [
+            ([0, last], [0.0, 1.25])
+        ]
 
 
 def test_a_report_shows_no_secret(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from rlhf_fast.run.resume import finished_summary
 from rlhf_fast.trainer.collection import FEEDBACK_FILE, _rows_done
 from rlhf_fast.trainer.reward import train as reward_train
 from rlhf_fast.trainer.rl import ppo
-from rlhf_fast.trainer.sft.hf_trainer import SumTrainer
+from rlhf_fast.trainer.sft.hf_trainer import Evaluation, SumTrainer
 
 LEARN = ("sft", "reward", "grpo")
 
@@ -247,6 +248,66 @@ def test_data_that_changed_is_refused_and_data_that_moved_is_not(job_data: Path,
     moved.write_text(moved.read_text().replace("e", "a", 1))
     with pytest.raises(UserError, match=r"prompts_file: .*moved.jsonl is not what .* began with"):
         finished_summary(resumed, replace(config, prompts_file=str(moved)))
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(3, 50.0), (4, 61.0)])
+def test_a_run_whose_time_is_used_up_is_not_extended_by_steps_alone(
+    steps: int, seconds: float, job_data: Path, tmp_path: Path
+) -> None:
+    """Nothing would be trained, and the figures of the finished run would be lost."""
+    config = job(job_data, "grpo", max_steps=4, max_seconds=60.0, min_steps=2)
+    run = RunFolder.create(tmp_path / "run")
+    finished_summary(run, config)
+    run.save_config(config)
+    (run.path / "checkpoints" / f"step-{steps}").mkdir(parents=True)
+    run.write_json("summary.json", {"steps": steps, "max_steps": 4, "seconds": seconds})
+    run.write_json("eval_after.json", {"reward": 1.0})
+    files = {path: path.read_bytes() for path in run.path.glob("*.*")}
+    resumed = RunFolder.create(run.path, resume=True)
+    with pytest.raises(UserError, match=f"max_seconds 60 is used up after {steps} steps: raise it too"):
+        finished_summary(resumed, replace(config, max_steps=8))
+    assert {path: path.read_bytes() for path in run.path.glob("*.*")} == files
+    assert finished_summary(resumed, replace(config, max_steps=8, max_seconds=90.0)) is None
+    assert not (run.path / "summary.json").exists()
+
+
+def test_a_finished_run_with_time_left_is_extended_by_steps_alone(job_data: Path, tmp_path: Path) -> None:
+    for name, min_steps, seconds in (("early", 2, 50.0), ("owed", 6, 70.0)):  # min_steps counts in spite of the time
+        config = job(job_data, "grpo", max_steps=4, max_seconds=60.0, min_steps=min_steps)
+        run = RunFolder.create(tmp_path / name)
+        finished_summary(run, config)
+        run.save_config(config)
+        (run.path / "checkpoints" / "step-4").mkdir(parents=True)
+        run.write_json("summary.json", {"steps": 4, "max_steps": 4, "seconds": seconds})
+        assert finished_summary(RunFolder.create(run.path, resume=True), replace(config, max_steps=8)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], [{"step": 2, "eval/reward": 1.0}]),
+        ([{"step": 1, "x": 3.0}], [{"step": 1, "x": 3.0}, {"step": 2, "eval/reward": 1.0}]),
+        ([{"step": 2, "x": 3.0}], [{"step": 2, "x": 3.0, "eval/reward": 1.0}]),
+    ],
+)
+def test_figures_are_added_to_the_row_of_their_step(
+    before: list[dict[str, float]], after: list[dict[str, float]], tmp_path: Path
+) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    run.append_jsonl("metrics.jsonl", before)
+    run.log_to_last({"eval/reward": 1.0}, 2)
+    assert phases.metrics(run.path) == after
+
+
+def test_sft_evaluates_a_step_once(tmp_path: Path) -> None:
+    """In a run of an earlier version the evaluation's row may come before that of the step."""
+    run = RunFolder.create(tmp_path / "run")
+    run.append_jsonl("metrics.jsonl", [{"step": 2, "eval/nll": 3.0}, {"step": 2, "loss": 3.0}])
+    evaluation = Evaluation(run, 2, lambda: 4.0)
+    evaluation.on_train_begin(None, SimpleNamespace(global_step=2, max_steps=9), None)
+    assert len(phases.metrics(run.path)) == 2
+    evaluation.on_train_begin(None, SimpleNamespace(global_step=4, max_steps=9), None)
+    assert phases.metrics(run.path)[2:] == [{"step": 4, "eval/nll": 4.0}]
 
 
 @pytest.mark.parametrize("name", ["sft", "grpo"])

@@ -101,7 +101,7 @@ def _train(config: PPOConfig, run: RunFolder, sampler: Sampler | None, servers: 
     with timer("evaluate"):
         before = evaluator.at("before")
         if evaluator.missed(step):
-            run.log_to_last(evaluator.at_step(step))
+            run.log_to_last(evaluator.at_step(step), step)
 
     metrics = run.last_metrics()  # for the summary, if a resumed run has no step left to do
     watch = Watch(read_jsonl(run.path / "metrics.jsonl"))
@@ -177,8 +177,8 @@ def train_step(
     samples, unit = choose_samples(rollout, options.score, sizes.prompts)
     options = options.at(agent.kl_controller.coef, unit)
     plans = plan_minibatches(samples.batch, unit, sizes, agent.policy, generator)
-    if step == 0:
-        agent.begin_change()  # as the critic's head is fitted
+    if step == 0 and agent.critic is not None:
+        agent.begin_change()  # as its head is fitted
     experience = score(agent, samples, plans, options.score, timer, calibrate=step == 0)
     # Whether these are all samples, drawn from the full distribution of this policy, not selected by reward.
     selected = prompts.pairs is not None or unit > 1 or bool(drawn.get("sample/dropped"))

@@ -216,8 +216,12 @@ class Evaluation(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate the step that a run resumes from, if it ended by an error of that evaluation."""
-        if state.global_step and ranks().once(lambda: "eval/nll" not in self.run.last_metrics()):
+        if state.global_step and ranks().once(lambda: not self._is_done(state.global_step)):
             self._evaluate(state)
+
+    def _is_done(self, step: int) -> bool:
+        rows = read_jsonl(self.run.path / "metrics.jsonl")
+        return any(row.get("step") == step and "eval/nll" in row for row in rows)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Evaluate once the step's own metrics are logged."""
