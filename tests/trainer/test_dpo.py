@@ -98,11 +98,27 @@ def test_the_best_and_the_worst_are_those_of_the_rewards_with_all_penalties(conf
     ids = torch.arange(6)[:, None].repeat(1, 3)
     real, ended = torch.ones(6, 3, dtype=torch.bool), torch.tensor([False, True, True, False, True, True])
     scores = torch.tensor([3.0, 1.0, 2.0, 9.0, 7.0, 6.0])
-    rollout = Rollout(ids, real, real & (torch.arange(3) > 0), list("abcdef"), ended, scores=scores)
+    rollout = Rollout(ids, real, real & (torch.arange(3) > 0), list("abcdef"), ended, scores=scores, rounding=scores)
     chosen, unit = choose_samples(rollout, Settings(config.resolved()).step.score, prompts=2)
     assert unit == 2 and chosen.texts == ["c", "a", "e", "d"] and chosen.input_ids[:, 0].tolist() == [2, 0, 4, 3]
+    assert chosen.rounding is not None and chosen.rounding.tolist() == [2.0, 3.0, 7.0, 9.0]
     every = Settings(replace(config, dpo_pairs="all").resolved()).step.score
     assert choose_samples(rollout, every, prompts=2) == (rollout, 3)
+
+
+def test_an_update_knows_how_exact_scores_in_16_bits_are(config: PPOConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, objective="dpo", samples_per_prompt=3)
+    seen: list[Any] = []
+    learn = ppo.update
+    monkeypatch.setattr(
+        ppo, "update", lambda agent, found, *rest, **more: seen.append(found) or learn(agent, found, *rest, **more)
+    )
+    agent = load_agent(config)
+    agent.rewards.model.bfloat16()
+    train_step(agent, prompts_of(config, agent), config, 0)
+    (found,) = seen
+    assert len(found.rewards) == 8  # the best and the worst of each prompt
+    assert found.rounding is not None and torch.equal(found.rounding, 2**-6 * found.rewards.abs().clamp(min=1))
 
 
 @pytest.mark.parametrize("options", [PairOptions(0.3), PairOptions(0.3, label_smoothing=0.2), PairOptions(0.3, "ipo")])

@@ -15,6 +15,7 @@ from rlhf_fast.data.limits import Limits
 from rlhf_fast.errors import UserError
 from rlhf_fast.models.heads import token_logprobs
 from rlhf_fast.trainer import PPOConfig
+from rlhf_fast.trainer.rl import ptx
 from rlhf_fast.trainer.rl.prompts import draw
 from rlhf_fast.trainer.rl.ptx import Demonstrations, encode_demonstrations
 from rlhf_fast.trainer.rl.settings import Settings
@@ -62,12 +63,31 @@ def test_demonstrations_are_learned_beside_the_reward(
 
     def noted(demonstrations: Demonstrations, policy: Any, number: int, count: int) -> Any:
         numbers.append(number)
-        assert count == 8  # as many as samples
+        assert count == demonstrations.options.stride == 8  # as many as samples
         return backward(demonstrations, policy, number, count)
 
     monkeypatch.setattr(Demonstrations, "backward", noted)
     rows = steps(config, tmp_path / "run", max_steps=2, epochs=2, num_minibatches=2)
     assert "loss/ptx" in rows[0] and numbers == list(range(8))  # each optimizer step has others
+    pairs = replace(config, objective="dpo", num_minibatches=2)
+    strides = [Settings(replace(pairs, dpo_pairs=which).resolved()).ptx.stride for which in ("best-worst", "all")]
+    assert strides == [4, 8]
+
+
+def test_a_smaller_step_goes_on_where_the_one_before_ended(
+    config: PPOConfig, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps get smaller if max_seconds is near; their demonstrations must not start over."""
+    config = replace(config, ptx_file=str(tiny / "sft.jsonl"), num_minibatches=2)
+    agent, options = load_agent(config), Settings(config).ptx
+    demonstrations = encode_demonstrations(read_sft(config.ptx_file or ""), agent.policy, agent.tokenizer, options)
+    places: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        ptx, "draw", lambda place, count, *rest: places.append((place, count)) or draw(place, count, *rest)
+    )
+    for number, count in ((0, 8), (1, 8), (2, 4), (3, 2)):
+        demonstrations.backward(agent.policy, number, count)
+    assert places == [(0, 8), (8, 8), (16, 4), (24, 2)]
 
 
 def test_long_demonstrations_are_cut_dropped_or_an_error_as_in_sft(

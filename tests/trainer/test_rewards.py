@@ -90,6 +90,14 @@ def test_only_the_models_own_score_is_rounded(tiny: Path, reward_model: str, tmp
     assert row["policy/grad_norm"] > 0.01 and row["sample/dropped"] == row["sample/unfilled"] == 0
 
 
+def test_a_function_named_like_a_figure_of_dpo_keeps_a_curve_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text("def margins(prompt, completions): return [1.0] * len(completions)\n")
+    assert [function.name for function in load_functions([f"{tmp_path}/f.py:margins"] * 2)] == [
+        "margins#1",
+        "margins#2",
+    ]
+
+
 def test_wrong_functions_are_named(rules: str) -> None:
     with pytest.raises(UserError, match="'two' before the [*] in 'two[*].*' is no number"):
         load_functions((f"two*{rules}:cats",))

@@ -36,6 +36,7 @@ class PtxOptions(NamedTuple):
     limits: Limits  # the user's; the model's are added
     micro_batch: MicroBatch
     seed: int
+    stride: int  # demonstrations of an optimizer step of full size; a smaller step leaves the rest of them out
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Demonstrations:
         Returns this rank's part of the mean loss.
         """
         options = self.options
-        order = draw(number * count, count, len(self.batch.input_ids), options.seed + 1)
+        order = draw(number * options.stride, count, len(self.batch.input_ids), options.seed + 1)
         rows = torch.tensor(order)[ranks().index :: ranks().count]
         tokens = ranks().total([float(self.batch.mask[rows].sum())])[0]
         loss = torch.zeros((), device=self.batch.mask.device)

@@ -32,6 +32,7 @@ from rlhf_fast.feedback.raters import finite_numbers, load_function
 from .remote_reward import RemoteReward
 
 OURS = ("prompt", "completions")
+OF_PAIRS = ("chosen", "rejected", "margins", "accuracies")  # `pair_metrics` of dpo: such a function is always numbered
 
 
 @dataclass(frozen=True)
@@ -152,5 +153,6 @@ def load_functions(specs: Sequence[str]) -> list[RewardFunction]:
         name = urlsplit(spec).netloc if remote else spec.rpartition(":")[2]
         count = sum(function.name.partition("#")[0] == name for function in functions)
         function = RemoteReward(spec) if remote else load_function(spec, "reward function")
-        functions.append(RewardFunction(f"{name}#{count + 1}" if count else name, spec, number, function))
+        numbered = f"{name}#{count + 1}" if count or name in OF_PAIRS else name
+        functions.append(RewardFunction(numbered, spec, number, function))
     return functions

@@ -64,6 +64,7 @@ class Settings:
             limits=Limits(config.max_length, config.overlong, config.strict),
             micro_batch=MicroBatch.of(config),
             seed=config.seed,
+            stride=_samples_learned(config) // _given(config.num_minibatches),
         )
         self.evaluation = EvalOptions(
             params=SamplingParams.of(config),
@@ -224,6 +225,12 @@ def _score(config: PPOConfig) -> ScoreOptions:
 def _correction(config: PPOConfig) -> Correction:
     correction = Correction(config.sampler_correction)
     return correction if config.sampler_cap is None else correction._replace(cap=config.sampler_cap)
+
+
+def _samples_learned(config: PPOConfig) -> int:
+    """Samples of a whole step that the update learns from."""
+    two = OBJECTIVES[config.objective].pairs and config.dpo_pairs == "best-worst"
+    return config.prompts_per_step * (2 if two else config.samples_per_prompt)
 
 
 def _update(config: PPOConfig) -> UpdateOptions:
