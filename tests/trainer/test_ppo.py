@@ -17,12 +17,15 @@ from rlhf_fast.errors import Interrupted
 from rlhf_fast.models import loading as models
 from rlhf_fast.models.optim import AdamW
 from rlhf_fast.run.folder import RunFolder
+from rlhf_fast.run.progress import Timer
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.rl import agent as agents
 from rlhf_fast.trainer.rl import learn, objectives, ppo
 from rlhf_fast.trainer.rl.kl_controller import KLController
 from rlhf_fast.trainer.rl.metrics import Watch
+from rlhf_fast.trainer.rl.pace import Pace
 from rlhf_fast.trainer.rl.prompts import Prompts
+from rlhf_fast.trainer.rl.settings import Settings
 
 
 def gradients(config: PPOConfig) -> tuple[dict[str, float], dict[str, float]]:
@@ -122,11 +125,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 def test_an_adapted_kl_coef_comes_back_unless_the_options_change_it(config: PPOConfig, tmp_path: Path) -> None:
     agent, run = load_agent(config), RunFolder.create(tmp_path / "run", resume=True)
     agent.kl_controller = KLController(0.9, target=1.0)
-    agents.save(agent, run, 1)
+    settings = Settings(config)
+    pace = Pace(settings.duration, settings.sizes, Timer())
+    agents.save(agent, pace, run, 1)
     for target, changed, coef in ((1.0, (), 0.9), (1.0, ("kl_coef",), 0.1), (0.0, ("kl_target",), 0.1)):
         agent.kl_controller = KLController(0.1, target)
         run.changed = frozenset(changed)
-        assert agents.restore(agent, run) == 1 and agent.kl_controller.coef == coef
+        assert agents.restore(agent, pace, run) == 1 and agent.kl_controller.coef == coef
 
 
 def test_checkpoints_come_every_save_steps_and_at_the_end(config: PPOConfig, tmp_path: Path) -> None:
