@@ -10,10 +10,11 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -146,6 +147,14 @@ def _load_module(source: str, spec: str, noun: str) -> ModuleType:
         raise UserError(f"{noun} {spec!r}: importing {source} raised {type(error).__name__}: {error}") from error
 
 
+class _FromSource(SourceFileLoader):
+    """Never takes what an earlier version of a file was compiled to, which Python tells apart by seconds."""
+
+    def path_stats(self, path: str) -> Mapping[str, Any]:  # type: ignore[override]
+        """OSError: nothing is known that compiled code could be compared with."""
+        raise OSError(f"{path} is read itself")
+
+
 def _module_of(file: Path) -> ModuleType:
     """The module of a file, executed once for all functions of it, as an import would be, and again if it changed.
 
@@ -157,15 +166,14 @@ def _module_of(file: Path) -> ModuleType:
     name = f"rlhf_fast_file_{version}_{file.stem}"
     if name in sys.modules:
         return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, file)
-    assert module_spec is not None  # a .py file always has one
+    module_spec = importlib.util.spec_from_file_location(name, file, loader=_FromSource(name, str(file)))
+    assert module_spec is not None and module_spec.loader is not None  # that given
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # last, so that the files there hide no installed module
     try:
-        # Not `exec_module`: that may take what an earlier version of the file was compiled to, as it compares seconds.
-        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+        module_spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
