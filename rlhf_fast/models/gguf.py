@@ -75,7 +75,7 @@ def _converted(file: Path) -> Path:
                     notice(f"converting {file.name} once (some twenty seconds) into {folder}")
                     with folder_aside(folder) as aside:
                         _convert(file, aside)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter on a file system without locks
             raise UserError(
                 f"cannot write the model cache {folder} ({error}); name another with RLHF_FAST_CACHE"
             ) from None

@@ -220,15 +220,23 @@ def _restore_head(model: Any, source: str) -> None:
 
 
 def _file_with(weight: str, source: str) -> str | None:
-    """The file that holds a weight, if any does, of a folder or of a model in the hub's cache, one file or several."""
+    """The file that holds a weight, if any does, of a folder or of a model in the hub's cache, one file or several.
+
+    The hub is not asked: the model was loaded, so its files are here.
+    """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file
 
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    here = {
+        "local_files_only": True,
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **here)
     name = SAFE_WEIGHTS_NAME
     if index is not None:
         name = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(weight, name)
-    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    found: str | None = cached_file(source, name, **here)
     return found
 
 

@@ -35,8 +35,8 @@ def give_own_padding(model: Any, tokenizer: Any, ends: Collection[int]) -> Any:
     token = _unused_token(saved, ends, rows)
     if token is not None:
         saved.pad_token = token
-    elif len(saved) < rows:
-        saved.add_special_tokens({"pad_token": NEW_PAD})
+    elif (larger := _with_new_pad(saved)).pad_token_id < rows:
+        saved = larger
     else:
         notice(
             f"the tokenizer has no token to pad with but {saved.pad_token!r}, which ends completions: the config names "
@@ -46,6 +46,13 @@ def give_own_padding(model: Any, tokenizer: Any, ends: Collection[int]) -> Any:
     for config in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
         config.pad_token_id = pad
     return saved
+
+
+def _with_new_pad(tokenizer: Any) -> Any:
+    """A copy whose pad is a new token; in a vocabulary with gaps, its id says whether the embeddings have its row."""
+    larger = copy.deepcopy(tokenizer)
+    larger.add_special_tokens({"pad_token": NEW_PAD})
+    return larger
 
 
 def generation_config_of(model: str) -> Any:

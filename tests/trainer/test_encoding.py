@@ -161,6 +161,21 @@ def test_a_saved_reward_model_pads_with_what_ends_no_completion(
     assert (tokenizer.pad_token, len(tokenizer)) == before and reads_ids_of(saved, tokenizer)
 
 
+def test_a_new_pad_past_the_embeddings_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a vocabulary with gaps, whose length says less than its last id."""
+    tokenizer = byte_level(CHATML, "<|im_end|>", None)
+    rows = len(tokenizer)
+    config = SimpleNamespace(get_text_config=lambda: config, pad_token_id=99)
+    model = SimpleNamespace(config=config, get_input_embeddings=lambda: torch.nn.Embedding(rows, 1))
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: rows - 3)
+    saved = give_own_padding(model, tokenizer, range(rows))
+    assert (
+        config.pad_token_id is None and saved.pad_token != NEW_PAD and "no token to pad with" in capsys.readouterr().err
+    )
+
+
 def test_a_completion_is_tokenized_where_it_stands() -> None:
     tokenizer = sentencepiece(None)
     for prompt, completion in (("say it", " pay"), ("say", "yo"), ("say it", "\npay")):

@@ -8,9 +8,11 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 
 from rlhf_fast.errors import UserError, first_line
 from rlhf_fast.models import hub
@@ -59,12 +61,25 @@ def test_a_name_that_is_no_folder_fails_at_once(asked_hub: list[str], tmp_path: 
     assert len(asked_hub) == 1
 
 
-def test_what_the_hub_gave_before_is_used_without_it(asked_hub: list[str], tiny: Path, tmp_path: Path) -> None:
+def test_what_the_hub_gave_before_is_used_without_it(
+    asked_hub: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = tmp_path / "hub" / "models--org--name"
     shutil.copytree(tiny / "model", kept / "snapshots" / "abc")
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("abc")
     assert models.load_causal_lm("org/name", "float32").config.vocab_size and len(asked_hub) == 1
+    download = transformers.utils.hub.hf_hub_download
+
+    def downloaded(*args: Any, local_files_only: bool = False, **options: Any) -> Any:
+        return (
+            download(*args, local_files_only=True, **options) if local_files_only else pytest.fail("the hub was asked")
+        )
+
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", downloaded)
+    # The head of a reward model is read again from the files that were loaded: nothing that the hub could refuse.
+    assert models._file_with("score.weight", "org/name") == str(kept / "snapshots" / "abc" / "model.safetensors")
+    assert models._file_with("score.weight", "org/none") is None
 
 
 def test_a_hub_that_answers_is_asked(asked_hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,14 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monke
     first = gguf.resolve_model(str(tmp_path / "model"))
     assert first == gguf.resolve_model(str(tmp_path / "model" / "a.gguf")) and len(converted) == 1
     assert Path(first).parent == tmp_path / "cache" and (Path(first) / "config.json").exists()
+
+    def acquire(lock: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock._acquire", acquire)
+    monkeypatch.setenv("RLHF_FAST_CACHE", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="cannot write the model cache .*flock.*RLHF_FAST_CACHE"):
+        gguf.resolve_model(str(tmp_path / "model"))
     (tmp_path / "model" / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match="holds 2 GGUF files"):
         gguf.resolve_model(str(tmp_path / "model"))
