@@ -78,15 +78,9 @@ def jobs(data: Path) -> dict[str, Any]:
         epochs=2,
     )  # fmt: skip
     reward = RewardConfig(
-        **common,
-        feedback_file=str(data / "feedback.jsonl"),
-        batch_size=7,
-        micro_batch_size=8,
-        epochs=0.8,
-        lr=1e-3,
-        head_lr=1e-2,
-        centering=0.01,
-    )
+        **common, feedback_file=str(data / "feedback.jsonl"), batch_size=7, micro_batch_size=8, epochs=0.8, lr=1e-3,
+        head_lr=1e-2, centering=0.01,
+    )  # fmt: skip
     samples = CollectConfig(
         **common, prompts_file=str(data / "few.jsonl"), rater=RATER, samples_per_prompt=2, max_new_tokens=8,
         micro_batch_size=6,
@@ -118,8 +112,13 @@ def jobs(data: Path) -> dict[str, Any]:
         "dpo": replace(ppo, objective="dpo", kl_target=2.0, kl_coef=0.3),
         # Ranked samples, and minibatches in which a rank may have no row.
         "ranked": replace(
-            ppo, objective="dpo", prompts_file=str(data / "feedback.jsonl"), num_minibatches=4, kl_coef=0.3
-        ),
+            ppo,
+            objective="dpo",
+            prompts_file=str(data / "feedback.jsonl"),
+            num_minibatches=4,
+            kl_coef=0.3,
+            missing_eos_penalty=0.0,
+        ),  # fmt: skip
         # Of seed 0's samples some weights get next to no gradient: Adam's step of those is that of the rounding.
         "scarce": replace(
             ppo, samples_per_prompt=1, num_minibatches=4, kl_estimator="exact", whiten_rewards=True, seed=3
