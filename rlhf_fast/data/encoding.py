@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from rlhf_fast.errors import UserError
 
-from .messages import Chat, Completion, Prompt, as_chat
+from .messages import Chat, Completion, Prompt, as_chat, completion_text
 
 PROBE = "zyxanswerxyz"  # a string that no template contains
 ANCHORS = ("\n", ".", "a")  # context to tokenize a completion after, if its own prompt merges with it
@@ -100,6 +100,18 @@ def encode_completion(tokenizer: Any, completion: str, *, after: str = "", ended
     if ended and ids[-1:] != [tokenizer.eos_token_id]:  # text rendered by a template already ends with it
         ids.append(tokenizer.eos_token_id)
     return ids
+
+
+def encode_answer(tokenizer: Any, prompt: Prompt, prompt_ids: Sequence[int], completion: Completion) -> list[int]:
+    """Token ids of a completion after `prompt_ids`, including the token that ends it.
+
+    For users' own code: the phases take `encode_example`, which has both. If the rendered conversation does not begin
+    with the prompt, they are the ids of the completion's text and that token.
+    """
+    encoded = encode_example(tokenizer, prompt, completion)
+    if encoded.follows or isinstance(prompt, str):
+        return encoded.completion
+    return [*_in_place(tokenizer, completion_text(completion), ""), end_of_turn(tokenizer)]
 
 
 def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int], stop: Sequence[str] = ()) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf_fast.errors import UserError
 
-from .encoding import decode_completion, encode_completion, encode_example, encode_prompt
+from .encoding import decode_completion, encode_answer, encode_completion, encode_example, encode_prompt
 from .files import read_lines
 from .formats import usual_keys
 from .messages import (
@@ -51,6 +51,7 @@ __all__ = [
     "completion_text",
     "decode_completion",
     "demonstration",
+    "encode_answer",
     "encode_completion",
     "encode_example",
     "encode_prompt",

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_fast.data.encoding import (
     decode_completion,
+    encode_answer,
     encode_completion,
     encode_prompt,
     encode_texts,
@@ -116,10 +117,12 @@ def test_sft_reward_model_and_policy_have_the_same_ids(family: str) -> None:
     prompt, answer = parts(tokenizer)
     begin = encode_prompt(tokenizer, prompt, where="f:1")
     row = {"prompt": prompt, "completion": answer}
-    (example,) = labels.encode(tokenizer, [demonstration(row, "f:1")], Limits(99))
+    shown_to_it = demonstration(row, "f:1")
+    (example,) = labels.encode(tokenizer, [shown_to_it], Limits(99))
     ids = example["input_ids"]
     assert ids[: len(begin)] == begin and ids.count(tokenizer.convert_tokens_to_ids(end)) >= 1
     assert example["labels"] == [-100] * len(begin) + ids[len(begin) :]
+    assert encode_answer(tokenizer, shown_to_it.prompt, begin, shown_to_it.completion) == ids[len(begin) :]
     assert ids[-1] == tokenizer.convert_tokens_to_ids(end) == end_of_turn(tokenizer)
 
     # A policy that has learned this example writes exactly the labels behind the prompt's ids; what people read of it
